@@ -1,0 +1,302 @@
+"""CLIP, written out: a picture and a text become two vectors that agree when they belong together.
+
+LLaVA takes only the vision transformer, and from it the patch features one block before the last. The text tower and
+the contrastive loss are here because that is how the vision tower is taught (train.py --stage 0).
+
+Sources: Radford et al. 2021 (arXiv 2103.00020), Dosovitskiy et al. 2020 (arXiv 2010.11929). Parameter names are those
+of Hugging Face's CLIPModel files, its spelling of `pre_layrnorm` included.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+import torch.distributed.nn
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)  # of CLIP's training pictures, RGB in 0..1
+STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+
+
+def known(cls, values: dict) -> dict:
+    """The entries of a config.json that the dataclass `cls` has; files carry many more, which do not concern us."""
+    names = {f.name for f in fields(cls)}
+    return {key: value for key, value in values.items() if key in names and value is not None}
+
+
+@dataclass
+class CLIPVisionConfig:
+    """Shape of the vision tower. Defaults are those of transformers' CLIPVisionConfig, for files that omit a field."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 512
+    model_type: str = "clip_vision_model"
+
+    def __post_init__(self):
+        if self.hidden_act != "quick_gelu":  # the exact GELU is up to 0.0188 away in every activation
+            raise ValueError(f"hidden_act {self.hidden_act!r}: this is OpenAI's CLIP, whose activation is quick_gelu")
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass
+class CLIPTextConfig:
+    """Shape of the text tower; defaults as in transformers' CLIPTextConfig."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 512
+    model_type: str = "clip_text_model"
+
+
+@dataclass
+class CLIPConfig:
+    vision_config: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
+    text_config: CLIPTextConfig = field(default_factory=CLIPTextConfig)
+    projection_dim: int = 512
+    logit_scale_init_value: float = math.log(1 / 0.07)
+    model_type: str = "clip"
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "CLIPConfig":
+        values = known(cls, values)
+        values["vision_config"] = CLIPVisionConfig(**known(CLIPVisionConfig, values.get("vision_config", {})))
+        values["text_config"] = CLIPTextConfig(**known(CLIPTextConfig, values.get("text_config", {})))
+        return cls(**values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the transformer that both towers share
+
+
+class CLIPAttention(nn.Module):
+    """Multi-head self-attention, every projection with a bias."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, causal: bool) -> torch.Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+
+
+class CLIPMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x))  # quick_gelu
+
+
+class CLIPEncoderLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = CLIPAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = CLIPMLP(config)
+
+    def forward(self, x: torch.Tensor, causal: bool) -> torch.Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), causal)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList(CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the vision tower
+
+
+class CLIPVisionEmbeddings(nn.Module):
+    """Cut the picture into patches, put the class token in front, add a learned position to each."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.position_embedding = nn.Embedding(config.num_patches + 1, width)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, P, C), row by row
+        class_token = self.class_embedding.expand(len(patches), 1, -1)
+        return torch.cat([class_token, patches], dim=1) + self.position_embedding.weight  # (B, 1 + P, C)
+
+
+class CLIPVisionTransformer(nn.Module):
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = CLIPVisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = CLIPEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def hidden_state(self, pixel_values: torch.Tensor, layer: int = -1) -> torch.Tensor:
+        """Hidden state `layer` in Hugging Face's count: 0 is the pre-LN output, i + 1 the output of block i.
+
+        Args: pixel_values (B, 3, S, S), normalised by CLIP's mean and std; S must be the configured image size.
+        Returns (B, 1 + P, C), class token first, without a final norm. Blocks after `layer` are never run.
+        """
+        side = self.config.image_size
+        if pixel_values.shape[-2:] != (side, side):
+            raise ValueError(f"pictures are {tuple(pixel_values.shape[-2:])}, this tower takes {side}x{side}")
+        blocks = layer if layer >= 0 else len(self.encoder.layers) + 1 + layer
+        x = self.pre_layrnorm(self.embeddings(pixel_values))
+        for block in self.encoder.layers[:blocks]:
+            x = block(x, causal=False)
+        return x
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The picture as one vector (B, C): the class token of the last block, after the final norm."""
+        return self.post_layernorm(self.hidden_state(pixel_values)[:, 0])
+
+
+class CLIPVisionModel(nn.Module):
+    """The vision tower as LLaVA holds it; the extra level keeps the parameter names of the published files."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.vision_model = CLIPVisionTransformer(config)
+
+    def forward(self, pixel_values: torch.Tensor, layer: int = -2, class_token: bool = False) -> torch.Tensor:
+        """Patch features (B, P, C) of hidden state `layer`, 'default' feature selection: the class token dropped."""
+        features = self.vision_model.hidden_state(pixel_values, layer)
+        return features if class_token else features[:, 1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the text tower and the loss
+
+
+class CLIPTextEmbeddings(nn.Module):
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]  # (B, T, C)
+
+
+class CLIPTextTransformer(nn.Module):
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.embeddings = CLIPTextEmbeddings(config)
+        self.encoder = CLIPEncoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The text as one vector (B, C): the state at its end token, which by CLIP's rule has the highest id.
+
+        Attention is causal, so what pads the row after the end token cannot change the answer.
+        """
+        x = self.embeddings(input_ids)
+        for block in self.encoder.layers:
+            x = block(x, causal=True)
+        end = input_ids.argmax(dim=-1)
+        return self.final_layer_norm(x)[torch.arange(len(x), device=x.device), end]
+
+
+class CLIPModel(nn.Module):
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.config = config
+        self.vision_model = CLIPVisionTransformer(config.vision_config)
+        self.text_model = CLIPTextTransformer(config.text_config)
+        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))  # log of 1 / temperature
+        self.apply(self.initialise)
+
+    def initialise(self, module: nn.Module):
+        """OpenAI's scales, simplified: width^-1/2 everywhere, the residual branches shrunk by depth."""
+        depth = 2 * self.config.vision_config.num_hidden_layers
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, CLIPEncoderLayer):  # apply() visits children first, so this has the last word
+            for branch in (module.self_attn.out_proj, module.mlp.fc2):
+                nn.init.normal_(branch.weight, std=(branch.in_features * depth) ** -0.5)
+
+    def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unit vectors (B, D) of the pictures and of the texts."""
+        pictures = self.visual_projection(self.vision_model(pixel_values))
+        texts = self.text_projection(self.text_model(input_ids))
+        return F.normalize(pictures, dim=-1), F.normalize(texts, dim=-1)
+
+
+def clip_loss(pictures: torch.Tensor, texts: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
+    """Symmetric contrastive loss, figure 3 of the paper: which text belongs to this picture, and the reverse.
+
+    Args: unit vectors (B, D), (B, D); row i of both belong together. logit_scale: log of 1 / temperature, clamped to
+    a temperature of 0.01 as in the paper. Under torch.distributed each rank scores its rows against every rank's.
+    """
+    target = torch.arange(len(pictures), device=pictures.device)
+    all_pictures, all_texts = pictures, texts
+    if torch.distributed.is_initialized():
+        target = target + len(pictures) * torch.distributed.get_rank()
+        all_pictures = torch.cat(torch.distributed.nn.all_gather(pictures))
+        all_texts = torch.cat(torch.distributed.nn.all_gather(texts))
+    scale = logit_scale.clamp(max=math.log(100)).exp()
+    by_picture = F.cross_entropy(scale * pictures @ all_texts.T, target)
+    by_text = F.cross_entropy(scale * texts @ all_pictures.T, target)
+    return (by_picture + by_text) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the picture's way in
+
+
+def preprocess(image: Image.Image, size: int) -> torch.Tensor:
+    """CLIP's preprocessing of an RGB picture: (3, size, size) float32, bit-equal to CLIPImageProcessor (PIL backend).
+
+    The shorter side is resized to `size` (bicubic on bytes), the centre is cut out, bytes become 0..1 and are
+    normalised by MEAN and STD. 1/255 is multiplied in float64: in float32 the last bit would differ.
+    """
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    other = int(size * long / short)
+    new = (size, other) if width <= height else (other, size)
+    left, top = (new[0] - size) // 2, (new[1] - size) // 2
+    image = image.resize(new, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    pixels = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)  # (S, S, 3)
+    return torch.from_numpy(((pixels - MEAN) / STD).transpose(2, 0, 1).copy())

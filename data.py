@@ -1,0 +1,359 @@
+"""From LLaVA's JSON to batches: one pass builds the ids and the labels, and nothing is ever searched for in text.
+
+A record is {"id", "image" (path, or list of paths, or absent), "conversations": [{"from": "human"|"gpt", "value"}]}.
+`render` is the only place where a conversation becomes tokens; training, sampling and evaluation all go through it.
+
+    python data.py --data a.json --images DIR --model DIR      print one record with what is trained on in colour
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from clip import preprocess
+from images import BadImage, open_image, pad_to_square, resolve_inside
+from llava import IGNORE
+from tokenizer import Tokenizer
+
+MARKER = "<image>"  # stands for a picture in the human turns of a record that has one; everywhere else it is text
+
+
+class DataError(ValueError):
+    """A record that cannot be used; the message is one line: file, record, reason."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# templates
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a dialogue is written down. A turn is `user` + question + `assistant` + answer + the end.
+
+    The end is the end token, or the text `end` where a template has one. What is trained: every answer and its end.
+    """
+
+    system: str = ""
+    user: str = ""
+    assistant: str = ""
+    space: str = " "  # before an answer
+    end: str = ""
+    plain: bool = False  # stage 1: a picture and its caption, no roles, and no question when there is only one
+
+
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+TEMPLATES = {
+    "plain": Template(space="", end="\n", plain=True),  # <image>a cat on a mat\n
+    "vicuna_v1": Template(VICUNA, "USER: ", " ASSISTANT:"),  # system USER: Q ASSISTANT: A</s>USER: Q ASSISTANT: A</s>
+    "llava_hf": Template("", "USER: ", " ASSISTANT:"),  # the same without a system prompt, as the llava-hf repositories
+}
+
+
+@dataclass
+class Turn:
+    """One question (with `images` pictures before or after it) and its answer; None: to be generated."""
+
+    question: str
+    answer: str | None
+    images: int = 0
+    image_last: bool = False
+
+
+def render(
+    turns: list[Turn], tokenizer: Tokenizer, template: str, features: int
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of a dialogue, in one pass. This is a picture, two placeholders long, in stage 2:
+
+        ids      <s>  USER :  <image> <image>  \\n What is this ?  ASSISTANT :   a cat  </s>
+        labels    .    .   .     .       .      .   .   .   .  .      .      .   a cat  </s>
+
+    A chunk of text is encoded on its own wherever a picture or an answer begins, as LLaVA's tokenizer_image_token
+    does, so a prompt gets the same ids whether its answer is known (training) or not (sampling).
+
+    Args: features: placeholders per picture, 576 for CLIP-L/14-336. Returns two lists of equal length; labels hold
+    IGNORE where nothing is learnt.
+    """
+    form = TEMPLATES[template]
+    ids, labels = [tokenizer.bos_id], [IGNORE]
+
+    def add(new: list[int], learn: bool):
+        ids.extend(new)
+        labels.extend(new if learn else [IGNORE] * len(new))
+
+    text = form.system
+    for turn in turns:
+        picture = [tokenizer.image_id] * (features * turn.images)
+        question = turn.question
+        if form.plain and turn.images and not turn.image_last and len(turns) == 1:
+            question = ""  # the released stage-1 code drops it: the caption alone follows the picture
+        text += form.user
+        if turn.images and turn.image_last:
+            add(tokenizer.encode(text + question + "\n"), False)
+            add(picture, False)
+            text = form.assistant
+        elif turn.images:
+            add(tokenizer.encode(text), False)
+            add(picture, False)
+            text = ("" if form.plain else "\n") + question + form.assistant
+        else:
+            text += question + form.assistant
+        if form.plain and question and not turn.image_last:
+            text += "\n"
+        add(tokenizer.encode(text), False)
+        if turn.answer is not None:
+            add(tokenizer.encode(form.space + turn.answer + form.end), True)
+            if not form.end:
+                add([tokenizer.eos_id], True)
+        text = ""
+    return ids, labels
+
+
+def prompt_ids(
+    questions: list[str], answers: list[str], images: int, tokenizer: Tokenizer, template: str, features: int
+) -> list[int]:
+    """Ids of a dialogue up to where the model speaks: every question but the last is answered; pictures come first."""
+    turns = [
+        Turn(question, answer, images if i == 0 else 0)
+        for i, (question, answer) in enumerate(zip(questions, [*answers, None], strict=True))
+    ]
+    return render(turns, tokenizer, template, features)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# records
+
+
+def read_records(path: str | Path) -> list[dict]:
+    """LLaVA's JSON, checked record by record. Raises DataError naming the file, the record and the reason."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        records = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_duplicates)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except RecursionError:
+        raise DataError(f"{path}: nested too deeply") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
+    if not isinstance(records, list) or not records:
+        raise DataError(f"{path}: must hold a list of records, and at least one")
+    for number, record in enumerate(records):
+        try:
+            check_record(record)
+        except ValueError as error:
+            name = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
+            raise DataError(f"{path}: record {number}{name}: {error}") from None
+    return records
+
+
+def refuse_constant(name: str):
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def refuse_duplicates(pairs: list) -> dict:
+    result = dict(pairs)
+    if len(result) < len(pairs):  # Python would keep the last one: what was checked is not what is used
+        raise ValueError(f"key given twice among {[key for key, _ in pairs][:6]}")
+    return result
+
+
+def check_record(record: dict):
+    """Raise ValueError with the reason if a record is not LLaVA's JSON, or says something about pictures it has not."""
+    if not isinstance(record, dict):
+        raise ValueError(f"is a {type(record).__name__}, not an object")
+    for path in images_of(record):
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"image {path!r} is not a path")
+    messages = record.get("conversations")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("no conversations")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("value"), str):
+            raise ValueError(f"turn {i} has no text value")
+        role = ("human", "gpt")[i % 2]
+        if message.get("from") != role:
+            raise ValueError(f"turn {i} is from {message.get('from')!r}, should be {role!r}: turns alternate, human first")
+        if any(0xD800 <= ord(char) <= 0xDFFF for char in message["value"]):
+            raise ValueError(f"turn {i} holds half a surrogate pair, which is not text")
+    if len(messages) % 2:
+        raise ValueError("the last question has no answer")
+    if record.get("template", "plain") not in TEMPLATES:
+        raise ValueError(f"template {record['template']!r} is none of {', '.join(TEMPLATES)}")
+    images = len(images_of(record))
+    markers = sum(message["value"].count(MARKER) for message in messages[::2])
+    if images and markers != images:
+        raise ValueError(f"{markers} {MARKER} markers for {images} pictures")
+
+
+def images_of(record: dict) -> list[str]:
+    image = record.get("image")
+    return [] if image is None else image if isinstance(image, list) else [image]
+
+
+def turns_of(record: dict, image_last: bool = False) -> list[Turn]:
+    """The dialogue of a record; its markers taken out of the questions, each picture put before (or after) its text."""
+    has_image = bool(images_of(record))
+    messages, turns = record["conversations"], []
+    for human, gpt in zip(messages[::2], messages[1::2]):
+        count = human["value"].count(MARKER) if has_image else 0
+        question = human["value"].replace(MARKER, "").strip() if count else human["value"]
+        turns.append(Turn(question, gpt["value"], count, image_last and count > 0))
+    return turns
+
+
+def load_pixels(root: str | Path, name: str, size: int, mode: str) -> torch.Tensor:
+    """One picture below the folder `root`, ready for the tower: (3, size, size). Raises BadImage."""
+    return image_pixels(open_image(resolve_inside(root, name)), size, mode)
+
+
+def image_pixels(image: Image.Image, size: int, mode: str) -> torch.Tensor:
+    """An RGB picture made square, `size` pixels a side: "pad" keeps all of it, "square" cuts out the centre."""
+    if mode not in ("pad", "square"):
+        raise ValueError(f"image mode {mode!r} is neither pad nor square")
+    return preprocess(pad_to_square(image) if mode == "pad" else image, size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# samples and batches
+
+
+class Records(Dataset):
+    """Training samples of one file: {"ids", "labels", "pixel_values" or "vision_features"}.
+
+    Args: data, images: the JSON and the folder its paths start from. max_length: tokens, placeholders counted; a
+    longer dialogue loses its end, never a part of a picture. image_order "either" puts the first picture before or
+    after its question, by a coin that depends only on (seed, record): LLaVA-1.0's paper; the released code, and the
+    default, put it "first". learn_all also trains on the questions, as a language model's own pretraining does.
+    """
+
+    def __init__(self, data, images, tokenizer, config, max_length, image_order="first", seed=0, learn_all=False, template=None):
+        self.data, self.images, self.tokenizer, self.config = data, images, tokenizer, config
+        self.max_length, self.image_order, self.seed, self.learn_all = max_length, image_order, seed, learn_all
+        self.template = template or config.template
+        self.records = read_records(data)
+        self.features: dict[str, torch.Tensor] = {}  # of a frozen tower, by path, computed once (see train.py)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def picture_names(self) -> list[str]:
+        """Every picture of the file, once."""
+        return list(dict.fromkeys(name for record in self.records for name in images_of(record)))
+
+    def pixels(self, name: str) -> torch.Tensor:
+        return load_pixels(self.images, name, self.config.vision_config.image_size, self.config.image_mode)
+
+    def __getitem__(self, index: int) -> dict:
+        record = self.records[index]
+        where = f"{self.data}: record {index} (id {record.get('id')!r})"
+        names = images_of(record)
+        if names and self.config.vision_config is None:
+            raise DataError(f"{where}: has a picture, but the model has no vision tower")
+        image_last = self.image_order == "either" and np.random.default_rng([self.seed, index]).random() < 0.5
+        per_image = self.config.vision_config.num_patches if names else 0
+        template = record.get("template", self.template)
+        ids, labels = render(turns_of(record, image_last), self.tokenizer, template, per_image)
+        ids, labels = ids[: self.max_length], labels[: self.max_length]
+        if ids.count(self.tokenizer.image_id) != per_image * len(names) or labels.count(IGNORE) == len(labels):
+            raise DataError(f"{where}: its picture and question leave no room for an answer in {self.max_length} tokens")
+        sample = {"ids": ids, "labels": list(ids) if self.learn_all else labels}
+        try:
+            kind, load = ("vision_features", self.features.__getitem__) if self.features else ("pixel_values", self.pixels)
+            return sample | {kind: [load(name) for name in names]}
+        except BadImage as error:
+            raise DataError(f"{where}: {error}") from None
+
+
+def collate(samples: list[dict], pad_id: int) -> dict[str, torch.Tensor | None]:
+    """Right-pad to the longest: input_ids, labels (B, T); the pictures of all samples in order, or None."""
+    longest = max(len(sample["ids"]) for sample in samples)
+
+    def padded(key: str, fill: int) -> torch.Tensor:
+        return torch.tensor([sample[key] + [fill] * (longest - len(sample[key])) for sample in samples])
+
+    batch = {"input_ids": padded("ids", pad_id), "labels": padded("labels", IGNORE)}
+    for kind in ("pixel_values", "vision_features"):
+        pictures = [picture for sample in samples for picture in sample.get(kind, [])]
+        batch[kind] = torch.stack(pictures) if pictures else None
+    return batch
+
+
+class CaptionPairs(Dataset):
+    """Pictures with a text each, for CLIP: the first answer of every record that has one picture.
+
+    The text is cut to the text tower's length, between a begin and an end token.
+    """
+
+    def __init__(self, data, images, tokenizer, config, image_mode: str):
+        self.data, self.images, self.tokenizer, self.config, self.image_mode = data, images, tokenizer, config, image_mode
+        self.records = [record for record in read_records(data) if len(images_of(record)) == 1]
+        if not self.records:
+            raise DataError(f"{data}: no record has a picture")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        record = self.records[index]
+        room = self.config.text_config.max_position_embeddings - 2
+        text = self.tokenizer.encode(record["conversations"][1]["value"])[:room]
+        ids = [self.tokenizer.bos_id, *text, self.tokenizer.eos_id]
+        try:
+            pixels = load_pixels(self.images, record["image"], self.config.vision_config.image_size, self.image_mode)
+        except BadImage as error:
+            raise DataError(f"{self.data}: record {index} (id {record.get('id')!r}): {error}") from None
+        return {"ids": ids, "labels": ids, "pixel_values": [pixels]}
+
+
+def batches(
+    count: int, batch_size: int, seed: int, start: int, stop: int, rank: int, world: int, group: int = 1
+) -> Iterator[list[int]]:
+    """This rank's indices for every step from `start` to `stop`: a pure function of its arguments.
+
+    Each epoch is a new permutation of `count` records; a batch may span two epochs, so none is ever short. Nothing has
+    to be replayed on resume. `batch_size` counts all ranks; `group` keeps that many neighbours in one batch.
+    """
+    order, epoch = None, -1
+
+    def index(position: int) -> int:
+        nonlocal order, epoch
+        if position // count != epoch:
+            epoch = position // count
+            groups = np.random.default_rng([seed, epoch]).permutation(-(-count // group))
+            order = (groups[:, None] * group + np.arange(group)).ravel()
+            order = order[order < count]
+        return int(order[position % count])
+
+    for step in range(start, stop):
+        whole = [index(step * batch_size + i) for i in range(batch_size)]
+        yield whole[rank::world] if group == 1 else whole[rank * batch_size // world : (rank + 1) * batch_size // world]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", required=True, help="LLaVA's JSON")
+    add("--model", required=True, help="folder with a tokenizer.json")
+    add("--record", type=int, default=0, help="which record to print")
+    add("--template", choices=TEMPLATES, default="vicuna_v1")
+    args = parser.parse_args()
+    tokenizer = Tokenizer.load(args.model)
+    ids, labels = render(turns_of(read_records(args.data)[args.record]), tokenizer, args.template, features=1)
+    names = {i: name for name, i in tokenizer.specials.items()}
+    for i, label in zip(ids, labels):
+        text = names.get(i) or tokenizer.decode([i])
+        print(f"\033[32m{text}\033[0m" if label != IGNORE else text, end="|")
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Opening a stranger's picture: the right pixels, or one clear line that says why not.
+
+Half of the pictures that fail in practice fail silently (a 16-bit PNG turns white, a transparent one shows the
+colours hidden under its alpha, a phone photo lies on its side), so every mode is handled by name here and everything
+else is refused. Sizes are checked on the header, before a byte of pixels is decoded.
+"""
+
+import stat
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 50_000_000  # a 50-megapixel photo is 150 MB decoded; what is larger is a bomb or a mistake
+MAX_SIDE = 16_384
+MAX_ASPECT = 200  # beyond 200:1 the centre crop sees half a per cent of the picture
+PAD_COLOUR = (122, 116, 104)  # int(255 * CLIP's mean): LLaVA-1.5's expand2square background
+
+
+class BadImage(ValueError):
+    """A picture that cannot be used; the message is one line that names the file and the reason."""
+
+
+def resolve_inside(root: str | Path, name: str) -> Path:
+    """The path of picture `name` below the folder `root`. Raises BadImage if it points anywhere else.
+
+    Absolute names, `..` and symbolic links are judged by where they lead, not by how they are spelt.
+    """
+    if "://" in name:
+        raise BadImage(f"{name!r} is an address; pictures are read from the images folder only")
+    if "\0" in name:
+        raise BadImage(f"{name!r} is not a file name")
+    root = Path(root).resolve()
+    path = (root / name).resolve()
+    if not path.is_relative_to(root):
+        raise BadImage(f"{name!r} leaves the images folder {root}")
+    return path
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Decode a picture file of any common kind to 8-bit RGB, upright. Raises BadImage.
+
+    EXIF rotation is applied; transparency is composited on white, as viewers and transformers 5 show it; 16-bit grey
+    is scaled to 8 bits; of an animation the first frame is taken; CMYK, grey and palette pictures are converted.
+    """
+    path = Path(path)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device would block for ever
+            raise BadImage(f"{path}: not a regular file")
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # Pillow only warns of a bomb, and of broken metadata that does not matter
+            check_size(image.size, path)
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image), path)
+    except BadImage:
+        raise
+    except FileNotFoundError:
+        raise BadImage(f"{path}: no such file") from None
+    except UnidentifiedImageError:
+        raise BadImage(f"{path}: not a picture that can be read") from None
+    except Image.DecompressionBombError:
+        raise BadImage(f"{path}: more than {MAX_PIXELS:,} pixels") from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:  # Pillow's plugins raise all
+        raise BadImage(f"{path}: cannot be decoded ({error})") from None
+
+
+def check_size(size: tuple[int, int], path: Path):
+    """Refuse on the header what would exhaust memory or leave nothing to see. `size` is (width, height) in pixels."""
+    width, height = size
+    if min(size) < 1:
+        raise BadImage(f"{path}: {width}x{height} has no pixels")
+    if width * height > MAX_PIXELS or max(size) > MAX_SIDE:
+        raise BadImage(f"{path}: {width}x{height} is over the limit of {MAX_PIXELS:,} pixels, {MAX_SIDE:,} a side")
+    if max(size) > MAX_ASPECT * min(size):
+        raise BadImage(f"{path}: {width}x{height} is more elongated than {MAX_ASPECT}:1")
+
+
+def to_rgb(image: Image.Image, path: Path) -> Image.Image:
+    """Any Pillow mode to RGB without losing what a person would see."""
+    if image.mode.startswith("I;16"):  # convert("RGB") would saturate: every value above 255 turns white
+        grey = np.asarray(image).astype(np.float64) / 257  # 65535 / 257 = 255
+        return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadImage(f"{path}: {image.mode} pixels (32 bits a channel) have no agreed range; save it with 8 or 16")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def pad_to_square(image: Image.Image) -> Image.Image:
+    """Centre the picture on a square of its longer side (LLaVA-1.5's expand2square, background PAD_COLOUR)."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), PAD_COLOUR)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square

@@ -1,0 +1,554 @@
+"""LLaVA, written out: a decoder that reads a picture's features as if they were words.
+
+    picture --CLIP--> 576 features --projector--> 576 tokens --+
+                                                               +--> decoder --> answer
+    question --embedding--------------------------> tokens ----+
+
+One decoder serves the LLaMA family (LLaMA, Vicuna, Mistral, Qwen2) and GPT-2; the differences are switches of
+TextConfig. Parameter names are those of Hugging Face's LLaMA and LLaVA files.
+
+Sources: Liu et al. 2023 (arXiv 2304.08485, 2310.03744), Touvron et al. 2023 (2302.13971), Su et al. 2021 (RoPE,
+2104.09864), Ainslie et al. 2023 (GQA, 2305.13245), Radford et al. 2019 (GPT-2).
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from clip import CLIPVisionConfig, CLIPVisionModel, known
+
+IGNORE = -100  # the label of a token that is not trained on
+LOSS_CHUNK = 4096  # supervised tokens whose logits exist at one time
+
+
+@dataclass
+class TextConfig:
+    """Shape of the decoder. Names and defaults are those of transformers' LlamaConfig, for files that omit a field."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None  # fewer than the query heads: grouped-query attention
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    tie_word_embeddings: bool = False
+    model_type: str = "llama"  # "gpt2" switches to LayerNorm, learned positions, gelu_new and biases everywhere
+    attention_bias: bool = False  # on q, k, v and o
+    qkv_bias: bool = False  # on q, k and v only, as in Qwen2
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def gpt2(self) -> bool:
+        return self.model_type == "gpt2"
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "TextConfig":
+        """Read the decoder part of a config.json of transformers 4 or 5. Raises ValueError on what is not built here."""
+        kind = values.get("model_type", "llama")
+        if kind not in ("llama", "mistral", "qwen2", "gpt2"):
+            raise ValueError(f"config.json: decoder {kind!r} is none of llama, mistral, qwen2, gpt2")
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise ValueError(f"config.json: RoPE scaling {rope} is not built; long-context checkpoints would answer wrongly")
+        values = {"rope_theta": rope.get("rope_theta")} | values | {"qkv_bias": kind == "qwen2" or None}
+        if kind == "gpt2":
+            names = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+            names |= {"n_positions": "max_position_embeddings", "n_inner": "intermediate_size"}
+            names |= {"layer_norm_epsilon": "rms_norm_eps"}
+            defaults = {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "layer_norm_epsilon": 1e-5}
+            values = {names.get(key, key): value for key, value in (defaults | values).items()}
+            values["intermediate_size"] = values.get("intermediate_size") or 4 * values["hidden_size"]
+            values |= {"attention_bias": True, "tie_word_embeddings": True}
+            values.setdefault("vocab_size", 50257)
+        return cls(**known(cls, values))
+
+
+@dataclass
+class LlavaConfig:
+    """A checkpoint's whole description, in the schema of transformers' LlavaConfig plus five keys of ours."""
+
+    text_config: TextConfig
+    vision_config: CLIPVisionConfig | None = None  # None: a decoder alone, that sees nothing
+    image_token_index: int = 32000  # written once per visual feature; its embedding is never read
+    vision_feature_layer: int = -2
+    projector_type: str = "mlp2x_gelu"  # or "linear", as in LLaVA-1.0
+    template: str = "vicuna_v1"  # the conversation template the decoder was trained with
+    image_mode: str = "pad"  # or "square": how a picture is made square
+    eos_token_ids: list[int] = field(default_factory=lambda: [2])
+    pad_token_id: int = 0
+
+    def to_dict(self) -> dict:
+        """As config.json: what transformers needs to load the folder, then our own keys."""
+        values = asdict(self)
+        text = values["text_config"] | {"model_type": self.text_config.model_type, "eos_token_id": self.eos_token_ids}
+        if self.vision_config is None:
+            ours = {key: values[key] for key in ("template", "eos_token_ids", "pad_token_id")}
+            return {"architectures": ["LlamaForCausalLM"]} | text | ours
+        return values | {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "text_config": text,
+            "projector_hidden_act": "gelu",
+            "vision_feature_select_strategy": "default",
+            "image_seq_length": self.vision_config.num_patches,
+            "tie_word_embeddings": self.text_config.tie_word_embeddings,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "LlavaConfig":
+        if "vision_config" not in values:
+            return cls(text_config=TextConfig.from_dict(values), **known(cls, values))
+        if values.get("vision_feature_select_strategy", "default") != "default":
+            raise ValueError("config.json: vision_feature_select_strategy must be 'default' (class token dropped)")
+        configs = {
+            "text_config": TextConfig.from_dict(values["text_config"]),
+            "vision_config": CLIPVisionConfig(**known(CLIPVisionConfig, values["vision_config"])),
+        }
+        return cls(**known(cls, values | configs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the decoder's parts
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the division in float32 whatever x is (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def make_norm(config: TextConfig) -> nn.Module:
+    norm = nn.LayerNorm if config.gpt2 else RMSNorm
+    return norm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+def rotary_angles(positions: torch.Tensor, config: TextConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of the rotary embedding, (B, 1, T, D) float32; positions (B, T)."""
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    angles = positions[:, None, :, None].float() * config.rope_theta**-exponent  # (B, 1, T, D / 2)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (i, i + D/2) of x (B, H, T, D): Hugging Face's half-split layout, not Meta's interleaved one."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of everything read so far, allocated once for `length` positions.
+
+    `used` is the only source of a token's position, for the mask and for RoPE alike.
+    """
+
+    def __init__(self, config: TextConfig, batch: int, length: int, like: torch.Tensor):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.used = 0
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[3]
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k and v (B, KV, T, D) of one layer after what is used; returns all of that layer's."""
+        end = self.used + k.shape[2]
+        self.keys[layer, :, :, self.used : end], self.values[layer, :, :, self.used : end] = k, v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TextConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.grouped = config.num_key_value_heads < config.num_attention_heads
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        bias = config.attention_bias or config.qkv_bias
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+
+    def forward(self, x: torch.Tensor, angles, mask: torch.Tensor | None, cache: KVCache | None) -> torch.Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or KV, T, D)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        # Without a mask the kernel may take its fast path; a single new token may look at everything anyway.
+        causal = mask is None and q.shape[2] > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x) (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class GeluMLP(nn.Module):
+    """GPT-2's MLP; its gelu_new is the tanh approximation."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = make_norm(config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = GeluMLP(config) if config.gpt2 else SwiGLU(config)
+
+    def forward(self, x: torch.Tensor, angles, mask, cache) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), angles, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def attention_mask(padding: torch.Tensor, start: int, new: int) -> torch.Tensor:
+    """Who may look at whom in a left-padded batch: (B, 1, new, start + new), True where allowed.
+
+    Row of two paddings and three tokens, read at once (start = 0, new = 5):
+
+        # . . . .      a padding looks at itself only, so that its softmax is not empty
+        . # . . .
+        . . # . .      a token looks at the tokens up to itself
+        . . # # .
+        . . # # #
+
+    Args: padding (B,) counts the paddings at the left of each row; start tokens are in the cache already.
+    """
+    keys = torch.arange(start + new, device=padding.device)
+    queries = keys[start:, None]  # (new, 1)
+    real = keys >= padding[:, None, None]  # (B, 1, start + new)
+    return ((keys <= queries) & real | (keys == queries))[:, None]
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.gpt2:
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = make_norm(config)
+
+    def forward(
+        self, embeddings: torch.Tensor, padding: torch.Tensor | None = None, cache: KVCache | None = None
+    ) -> torch.Tensor:
+        """Hidden states (B, T, C) of T new token embeddings (B, T, C), after what the cache holds.
+
+        Args: padding (B,): paddings at the left of each row, for generating in batches; None: none. In training rows
+        are padded at the right, where causality already hides the padding, and no mask is needed.
+        """
+        batch, new = embeddings.shape[:2]
+        start = cache.used if cache is not None else 0
+        if start + new > (limit := cache.length if cache is not None else self.config.max_position_embeddings):
+            raise ValueError(f"{start + new} tokens do not fit: the context holds {limit}")
+        positions = torch.arange(start, start + new, device=embeddings.device).expand(batch, new)
+        mask = None
+        if padding is not None:
+            positions = (positions - padding[:, None]).clamp(min=0)
+            mask = attention_mask(padding, start, new)
+        elif start > 0 and new > 1:  # more of a conversation: neither the causal square nor a single token
+            mask = attention_mask(torch.zeros(1, dtype=torch.long, device=embeddings.device), start, new)
+        x, angles = embeddings, None
+        if self.config.gpt2:
+            x = x + self.embed_positions(positions)
+        else:
+            angles = rotary_angles(positions, self.config)
+        for layer in self.layers:
+            x = layer(x, angles, mask, cache)
+        if cache is not None:
+            cache.used += new
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    """The decoder and its head, named as in LlamaForCausalLM's files."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.apply(self.initialise)
+
+    def initialise(self, module: nn.Module):
+        """GPT-2's: normal(0.02), what writes into the residual stream shrunk by its depth."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, DecoderLayer):  # apply() visits children first, so this has the last word
+            std = 0.02 * (2 * self.model.config.num_hidden_layers) ** -0.5
+            nn.init.normal_(module.self_attn.o_proj.weight, std=std)
+            nn.init.normal_(module.mlp.down_proj.weight, std=std)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LLaVA
+
+
+class Projector(nn.Module):
+    """From a visual feature to something the decoder reads as a token: a linear map, or two with a GELU between."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, width)
+        if config.projector_type == "mlp2x_gelu":
+            self.linear_2 = nn.Linear(width, width)
+        elif config.projector_type != "linear":
+            raise ValueError(f"projector_type {config.projector_type!r} is neither linear nor mlp2x_gelu")
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        x = self.linear_1(features)
+        return self.linear_2(F.gelu(x)) if hasattr(self, "linear_2") else x
+
+
+class Llava(nn.Module):
+    """Vision tower, projector and decoder; without a vision_config, a decoder alone behind the same interface."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        self.config = config
+        self.language_model = CausalLM(config.text_config)
+        if config.vision_config is not None:
+            self.vision_tower = CLIPVisionModel(config.vision_config)
+            self.multi_modal_projector = Projector(config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.lm_head.weight.dtype
+
+    def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the tower sees in N pictures (N, 3, S, S): (N, P, C) of the layer the config names, usually -2."""
+        return self.vision_tower(pixel_values.to(self.dtype), self.config.vision_feature_layer)
+
+    def embed(self, input_ids: torch.Tensor, vision_features: torch.Tensor | None = None) -> torch.Tensor:
+        """Token embeddings (B, T, C), the projected features in the place of the image tokens, in order.
+
+        Args: input_ids (B, T); vision_features (N, P, C) of the batch's N pictures, row by row, or None.
+        Raises ValueError if the placeholders are not exactly N * P: the wrong text would get the picture.
+        """
+        places = input_ids == self.config.image_token_index
+        embed_tokens = self.language_model.model.embed_tokens
+        x = embed_tokens(input_ids.masked_fill(places, 0))
+        count = 0 if vision_features is None else vision_features.shape[0] * vision_features.shape[1]
+        if int(places.sum()) != count:
+            raise ValueError(f"{int(places.sum())} image tokens for {count} visual features")
+        if count:
+            tokens = self.multi_modal_projector(vision_features.to(x.dtype))  # (N, P, C)
+            return x.masked_scatter(places[..., None], tokens)
+        if self.training and self.config.vision_config is not None:
+            # A batch of text only must still touch the projector: DDP waits for its gradient on every rank.
+            width = self.config.vision_config.hidden_size
+            x = x + 0 * self.multi_modal_projector(x.new_zeros(1, width)).sum()
+        return x
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Summed cross-entropy (a float32 scalar) over the supervised tokens of a right-padded batch.
+
+        Args: input_ids, labels (B, T), labels IGNORE where nothing is learnt; pictures as pixel_values (N, 3, S, S) or
+        as vision_features (N, P, C) computed before. The caller divides by the number of supervised tokens, which
+        only it knows over all micro-batches and ranks. Equation 3 of the LLaVA paper, before the mean.
+        """
+        if pixel_values is not None:
+            vision_features = self.vision_features(pixel_values)
+        hidden = self.language_model.model(self.embed(input_ids, vision_features))
+        target = labels[:, 1:]  # the state at t predicts the token at t + 1
+        supervised = target != IGNORE
+        return summed_cross_entropy(self.language_model.lm_head, hidden[:, :-1][supervised], target[supervised])
+
+
+def summed_cross_entropy(head: nn.Linear, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Sum over N tokens of -log p(target): hidden (N, C), target (N,) of ids. Zero, with gradients, if N is zero.
+
+    LLaMA-3's logits of 4,096 tokens take 2 GB in float32; past LOSS_CHUNK they are made chunk by chunk, and again in
+    the backward pass, so that no more than one chunk is ever held.
+    """
+
+    def part(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(head(hidden).float(), target, reduction="sum")
+
+    if len(target) <= LOSS_CHUNK:
+        return part(hidden, target)
+    chunks = zip(hidden.split(LOSS_CHUNK), target.split(LOSS_CHUNK))
+    return sum(checkpoint(part, h, t, use_reentrant=False) for h, t in chunks)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# answering
+
+
+def choose(
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Next ids (B,) from logits (B, V): temperature, then top-k, then top-p, then a draw; temperature 0 is greedy.
+
+    top_k 0 and top_p 1 keep everything. top_p keeps the smallest set whose probability reaches it (Holtzman 2019).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    probabilities, ids = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+    before = probabilities.cumsum(dim=-1) - probabilities  # the mass of likelier tokens
+    probabilities[before >= top_p] = 0  # the likeliest always stays: nothing is before it
+    return ids.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
+
+
+@torch.inference_mode()
+def generate(
+    model: Llava,
+    prompts: list[list[int]],
+    vision_features: torch.Tensor | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+):
+    """Answer a batch of prompts; yields, step by step, one list with each row's next id, None once a row has ended.
+
+    The end token itself is yielded, so that a caller can tell "eos" from "length". Rows are padded at the left, each
+    stops at its own end token, and every row gets the ids it would get alone.
+
+    Args: prompts: ids with the image placeholders expanded; vision_features (N, P, C) of their pictures, in order.
+    Raises ValueError if a prompt leaves no room for an answer in the context.
+    """
+    config, longest = model.config, max(map(len, prompts))
+    room = config.text_config.max_position_embeddings - longest
+    if room < 1:
+        limit = config.text_config.max_position_embeddings
+        raise ValueError(f"the prompt is {longest} tokens long, picture included; the context holds {limit}")
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=model.device)
+    rows = [[config.pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]
+    x = model.embed(torch.tensor(rows, device=model.device), vision_features)
+    steps = min(max_new_tokens, room)
+    cache = KVCache(config.text_config, len(prompts), longest + steps, like=x)
+    padding = padding if padding.any() else None
+    running = [True] * len(prompts)
+    for step in range(steps):
+        hidden = model.language_model.model(x, padding, cache)
+        logits = model.language_model.lm_head(hidden[:, -1])
+        logits[:, config.image_token_index :][:, :1] = -torch.inf  # a placeholder is not a word
+        ids = choose(logits, temperature, top_k, top_p, generator)
+        yield [i if alive else None for i, alive in zip(ids.tolist(), running)]
+        running = [alive and i not in config.eos_token_ids for i, alive in zip(ids.tolist(), running)]
+        if not any(running):
+            return
+        x = model.language_model.model.embed_tokens(ids)[:, None]  # (B, 1, C)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def save_model(model: Llava, folder: str | Path):
+    """Write config.json and model.safetensors. A LLaVA's are what LlavaForConditionalGeneration loads."""
+    folder = Path(folder)
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    if model.config.text_config.tie_word_embeddings:
+        del state["language_model.lm_head.weight"]  # the same tensor as the embedding; stored once
+    if model.config.vision_config is None:
+        state = {key.removeprefix("language_model."): value for key, value in state.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+
+
+def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Llava:
+    """Read a folder that save_model wrote. Raises ValueError naming the file, and the first differing tensors."""
+    folder = Path(folder)
+    config = LlavaConfig.from_dict(read_json(folder / "config.json"))
+    model = Llava(config)
+    state = read_tensors(folder / "model.safetensors")
+    if config.vision_config is None:
+        state = {f"language_model.{key}": value for key, value in state.items()}
+    if config.text_config.tie_word_embeddings:
+        state["language_model.lm_head.weight"] = state.get("language_model.model.embed_tokens.weight")
+    load_strictly(model, state, folder)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], source: Path):
+    """Fill every parameter from `state`, and use all of it; otherwise raise ValueError with the first differences."""
+    wanted = model.state_dict()
+    wrong = [f"{key} missing" for key in wanted if key not in state]
+    wrong += [f"{key} not expected" for key in state if key not in wanted]
+    for key in wanted:
+        if key in state and state[key].shape != wanted[key].shape:
+            wrong.append(f"{key} is {tuple(state[key].shape)}, should be {tuple(wanted[key].shape)}")
+    if wrong:
+        raise ValueError(f"{source}: {len(wrong)} tensors differ: " + "; ".join(wrong[:5]))
+    model.load_state_dict(state)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: {error}") from None

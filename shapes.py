@@ -1,0 +1,537 @@
+"""The embedded world: pictures of coloured shapes and signs, and everything there is to say about them.
+
+A scene is a handful of things on a 3x3 board, drawn from a seed; from it come the picture, its captions and its
+dialogues, all true by construction. There is no end to it, and train and held-out scenes never meet: which side a
+scene belongs to is decided by a hash of what it shows.
+
+    python shapes.py --out DIR --n N --seed S      pictures and LLaVA-format JSON, for this or any other trainer
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
+COLOURS = {
+    "red": (222, 52, 48),
+    "orange": (247, 148, 29),
+    "yellow": (250, 218, 50),
+    "green": (52, 168, 83),
+    "blue": (48, 102, 214),
+    "purple": (140, 72, 190),
+    "black": (38, 38, 46),
+}
+RADIUS = {"small": 0.09, "large": 0.155}  # of the picture's side; large neighbours may overlap
+PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+PLACE_PHRASES = ("in the top left", "at the top", "in the top right", "on the left", "in the center", "on the right")
+PLACE_PHRASES += ("in the bottom left", "at the bottom", "in the bottom right")
+WORDS = ("sun", "cat", "tea", "map", "key", "box")
+SIGNS = tuple("0123456789") + WORDS
+BACKGROUNDS = ("plain", "gradient", "stripes", "dots", "tiles")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: a shape, or a sign (shape "sign", colour "white", with a text). Lengths are fractions of the side."""
+
+    shape: str
+    colour: str
+    size: str
+    cell: int  # 0..8, row by row
+    dx: float = 0.0  # of the centre, from the middle of the cell
+    dy: float = 0.0
+    text: str = ""
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        row, column = divmod(self.cell, 3)
+        return 0.5 + 0.31 * (column - 1) + self.dx, 0.5 + 0.31 * (row - 1) + self.dy
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """(x1, y1, x2, y2)"""
+        (x, y), r = self.centre, RADIUS[self.size]
+        return x - r, y - r, x + r, y + r
+
+
+@dataclass(frozen=True)
+class Scene:
+    things: tuple[Thing, ...]  # in drawing order: a later one may cover an earlier one's edge
+    background: str
+    tint: tuple[int, int, int]
+
+    @property
+    def shapes(self) -> list[Thing]:
+        return [thing for thing in self.things if not thing.text]
+
+    @property
+    def sign(self) -> Thing | None:
+        return next((thing for thing in self.things if thing.text), None)
+
+    def held_out(self) -> bool:
+        """One scene in ten is held out: by what it shows, not by its number, so the two sides share no scene."""
+        facts = sorted((t.shape, t.colour, t.size, t.cell, t.text) for t in self.things)
+        return zlib.crc32(repr(facts).encode()) % 10 == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scenes
+
+
+def draw_scene(rng: random.Random) -> Scene:
+    """A random scene: one to three shapes, and a sign in half of them, each in a cell of its own."""
+    count, has_sign = rng.choices((1, 2, 3), (2, 4, 4))[0], rng.random() < 0.5
+    cells = rng.sample(range(9), count + has_sign)
+    things = []
+    for cell in cells[:count]:
+        colour = rng.choice(list(COLOURS))
+        if things and rng.random() < 0.25:  # colours that repeat make counting and comparing worth asking
+            colour = things[0].colour
+        things.append(place(Thing(rng.choice(SHAPES), colour, rng.choice(list(RADIUS)), cell), rng))
+    if has_sign:
+        things.append(place(Thing("sign", "white", "large", cells[-1], text=rng.choice(SIGNS)), rng))
+    tint = tuple(rng.randint(200, 250) for _ in range(3))  # pale, so that every colour stands out
+    return Scene(tuple(things), rng.choice(BACKGROUNDS), tint)
+
+
+def place(thing: Thing, rng: random.Random) -> Thing:
+    """Off the middle of its cell, but never so far that one could argue about which cell it is in."""
+    return replace(thing, dx=rng.uniform(-0.045, 0.045), dy=rng.uniform(-0.045, 0.045))
+
+
+def change_one_fact(scene: Scene, rng: random.Random) -> Scene:
+    """The same scene but for one fact. Told apart from it, a model must have seen that very fact."""
+    things = list(scene.things)
+    i = rng.randrange(len(things))
+    thing = things[i]
+    free = [cell for cell in range(9) if cell not in {t.cell for t in things}]
+    edits = [replace(thing, cell=rng.choice(free))]
+    if thing.text:
+        edits.append(replace(thing, text=rng.choice([s for s in SIGNS if s != thing.text])))
+    else:
+        edits.append(replace(thing, colour=rng.choice([c for c in COLOURS if c != thing.colour])))
+        edits.append(replace(thing, shape=rng.choice([s for s in SHAPES if s != thing.shape])))
+        edits.append(replace(thing, size="small" if thing.size == "large" else "large"))
+    things[i] = place(rng.choice(edits), rng)
+    return replace(scene, things=tuple(things), background=rng.choice(BACKGROUNDS))
+
+
+FAMILY = 4  # scenes come in fours: one, and three that differ from it in a single fact
+
+
+def make_scene(seed: int, index: int, held_out: bool) -> tuple[Scene, random.Random]:
+    """Scene `index` of a seed, and the generator for what is said about it. The same on every machine."""
+    base_rng = random.Random(f"{seed} {held_out} {index // FAMILY}")
+    base = draw_until(lambda: draw_scene(base_rng), held_out)
+    rng = random.Random(f"{seed} {held_out} {index}")
+    if index % FAMILY == 0:
+        return base, rng
+    edits = (change_one_fact(base, rng) for _ in range(30))
+    fitting = (edit for edit in edits if edit.held_out() == held_out)
+    return next(fitting, base), rng  # a lone shape has few neighbours; if none is on this side, it comes again
+
+
+def draw_until(draw, held_out: bool) -> Scene:
+    while (scene := draw()).held_out() != held_out:
+        pass
+    return scene
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures
+
+
+def render(scene: Scene, side: int) -> Image.Image:
+    """Draw the scene, `side` pixels square. Drawn four times as large and averaged down, which smooths every edge."""
+    canvas = background(scene, side).resize((4 * side, 4 * side), Image.Resampling.NEAREST)
+    pen = ImageDraw.Draw(canvas)
+    for thing in scene.things:
+        if thing.text:
+            draw_sign(pen, thing, 4 * side)
+        else:
+            outline = tuple(int(0.6 * c) for c in COLOURS[thing.colour])
+            draw_shape(pen, thing, 4 * side, COLOURS[thing.colour], outline)
+    return canvas.reduce(4)
+
+
+def background(scene: Scene, side: int) -> Image.Image:
+    """A pale pattern that gives nothing away."""
+    y, x = np.mgrid[0:side, 0:side] / side
+    amount = {
+        "plain": 0 * x,
+        "gradient": x + y - 1,
+        "stripes": np.sin(2 * math.pi * 5 * (x + y)),
+        "dots": np.sin(2 * math.pi * 6 * x) * np.sin(2 * math.pi * 6 * y),
+        "tiles": np.sign(np.sin(2 * math.pi * 4 * x) * np.sin(2 * math.pi * 4 * y)),
+    }[scene.background]
+    pixels = np.array(scene.tint) + 9 * amount[..., None]
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def draw_shape(pen: ImageDraw.ImageDraw, thing: Thing, side: int, fill: tuple, outline: tuple):
+    x1, y1, x2, y2 = (side * v for v in thing.box)
+    width = max(1, round(side * 0.012))
+    if thing.shape == "circle":
+        pen.ellipse((x1, y1, x2, y2), fill, outline, width)
+    else:
+        points = [(x1 + (x2 - x1) * u, y1 + (y2 - y1) * v) for u, v in outline_of(thing.shape)]
+        pen.polygon(points, fill, outline, width)
+
+
+@lru_cache
+def outline_of(shape: str) -> list[tuple[float, float]]:
+    """Corners of a shape in the unit square, y downwards."""
+    if shape == "square":
+        return [(0.08, 0.08), (0.92, 0.08), (0.92, 0.92), (0.08, 0.92)]
+    if shape == "triangle":
+        return [(0.5, 0.02), (1, 0.94), (0, 0.94)]
+    if shape == "cross":
+        a, b = 0.33, 0.67
+        return [(a, 0), (b, 0), (b, a), (1, a), (1, b), (b, b), (b, 1), (a, 1), (a, b), (0, b), (0, a), (a, a)]
+    if shape == "star":
+        radii = (0.52, 0.22)
+        turns = [math.pi * i / 5 for i in range(10)]
+        return [(0.5 + radii[i % 2] * math.sin(t), 0.52 - radii[i % 2] * math.cos(t)) for i, t in enumerate(turns)]
+    if shape == "heart":  # the classic parametric heart, scaled into the square
+        turns = [2 * math.pi * i / 48 for i in range(48)]
+        wave = [13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in turns]
+        return [(0.5 + 0.5 * math.sin(t) ** 3, 0.44 - w / 32) for t, w in zip(turns, wave)]
+    raise ValueError(f"no such shape: {shape!r}")
+
+
+def draw_sign(pen: ImageDraw.ImageDraw, thing: Thing, side: int):
+    x1, y1, x2, y2 = (side * v for v in thing.box)
+    pen.rounded_rectangle((x1, y1, x2, y2), side * 0.03, (252, 252, 248), (70, 70, 80), max(1, round(side * 0.012)))
+    height = side * (0.27 if len(thing.text) == 1 else 0.155)
+    pen.text(((x1 + x2) / 2, (y1 + y2) / 2), thing.text, (25, 25, 35), font_of(round(height)), anchor="mm")
+
+
+@lru_cache
+def font_of(height: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(height)  # the face that comes inside Pillow: the same on every machine
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# words
+
+
+def named(thing: Thing) -> str:
+    return f"{thing.size} {thing.colour} {thing.shape}" if not thing.text else f"sign that says {thing.text}"
+
+
+def joined(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def description(scene: Scene) -> str:
+    """Everything in the picture, in reading order."""
+    things = sorted(scene.things, key=lambda thing: thing.cell)
+    return joined([f"a {named(thing)} {PLACE_PHRASES[thing.cell]}" for thing in things]) + "."
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    """One of several ways to put the whole picture into a sentence."""
+    things = sorted(scene.things, key=lambda thing: thing.cell)
+    if rng.random() < 0.3:
+        rng.shuffle(things)
+    if rng.random() < 0.25:
+        parts = [f"{PLACE_PHRASES[thing.cell]} there is a {named(thing)}" for thing in things]
+    else:
+        parts = [f"a {named(thing)} {PLACE_PHRASES[thing.cell]}" for thing in things]
+    opening = rng.choice(("", "", "a picture of ", "we see ", "this is "))
+    return opening + joined(parts) + "."
+
+
+def notes(scene: Scene, rng: random.Random) -> str:
+    """The scene jotted down, as long as a picture's features are: what a decoder reads before it can see.
+
+    Half of the time cell by cell like a picture, half of the time thing by thing in any order.
+    """
+    facts = {t.cell: f" sign says {t.text} ." if t.text else f" {t.size} {t.colour} {t.shape} ." for t in scene.things}
+    if rng.random() < 0.5:
+        return "".join(facts.get(cell, " - - - .") for cell in range(9))
+    lines = [f" {PLACES[cell]} :{fact}" for cell, fact in facts.items()]
+    rng.shuffle(lines)
+    return "".join(lines)
+
+
+def unique_shapes(scene: Scene) -> list[Thing]:
+    """Things that "the star" names without doubt."""
+    names = [thing.shape for thing in scene.shapes]
+    return [thing for thing in scene.shapes if names.count(thing.shape) == 1]
+
+
+def yes_no(flag: bool) -> str:
+    return "yes" if flag else "no"
+
+
+def ask_existence(scene: Scene, rng: random.Random):
+    pairs = {(thing.colour, thing.shape) for thing in scene.shapes}
+    if rng.random() < 0.5:
+        colour, shape = rng.choice(sorted(pairs))
+        answer = "yes"
+    else:  # half of the absent pairs are near misses: the colour is there, or the shape, but not together
+        colours = sorted({c for c, _ in pairs}) if rng.random() < 0.5 else list(COLOURS)
+        shapes = sorted({s for _, s in pairs}) if rng.random() < 0.5 else list(SHAPES)
+        absent = [(c, s) for c in colours for s in shapes if (c, s) not in pairs]
+        if not absent:
+            absent = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in pairs]
+        colour, shape = rng.choice(absent)
+        answer = "no"
+    form = rng.choice(("Is there {} {} {}?", "Is there {} {} {} in the picture?", "Do you see {} {} {}?"))
+    return form.format("an" if colour == "orange" else "a", colour, shape), answer
+
+
+def ask_colour(scene: Scene, rng: random.Random):
+    if not (things := unique_shapes(scene)):
+        return None
+    thing = rng.choice(things)
+    return rng.choice(("What colour is the {}?", "Which colour does the {} have?")).format(thing.shape), thing.colour
+
+
+def ask_shape(scene: Scene, rng: random.Random):
+    if rng.random() < 0.5:
+        thing = rng.choice(scene.shapes)
+        return f"What shape is {PLACE_PHRASES[thing.cell]}?", thing.shape
+    colours = [thing.colour for thing in scene.shapes]
+    once = [thing for thing in scene.shapes if colours.count(thing.colour) == 1]
+    if not once:
+        return None
+    thing = rng.choice(once)
+    return rng.choice(("What shape is the {} one?", "Which shape is {}?")).format(thing.colour), thing.shape
+
+
+def ask_counting(scene: Scene, rng: random.Random):
+    """How many, of all shapes, of a colour or of a kind; absent ones too, one time in five."""
+    kind = rng.choice(("all", "colour", "shape"))
+    if kind == "all":
+        return "How many shapes are there?", str(len(scene.shapes))
+    values = [getattr(thing, kind) for thing in scene.shapes]
+    everything = COLOURS if kind == "colour" else SHAPES
+    absent = [value for value in everything if value not in values]
+    repeated = [value for value in values if values.count(value) > 1]
+    value = rng.choice(absent if rng.random() < 0.2 else repeated or values)
+    what = f"{value} shapes" if kind == "colour" else f"{value}s" if value != "cross" else "crosses"
+    return f"How many {what} are there?", str(values.count(value))
+
+
+def ask_position(scene: Scene, rng: random.Random):
+    things = unique_shapes(scene) + ([scene.sign] if scene.sign else [])
+    if not things:
+        return None
+    thing = rng.choice(things)
+    return rng.choice(("Where is the {}?", "In which place is the {}?")).format(thing.shape), PLACES[thing.cell]
+
+
+def ask_relation(scene: Scene, rng: random.Random):
+    """Left of, right of, above or below, for two things that differ in column (or row); half of them true."""
+    things = unique_shapes(scene) + ([scene.sign] if scene.sign else [])
+    axis = rng.choice((0, 1))  # 0: columns, 1: rows
+    line = [t.cell % 3 if axis == 0 else t.cell // 3 for t in things]
+    pairs = [(i, j) for i in range(len(things)) for j in range(len(things)) if line[i] < line[j]]
+    if not pairs:
+        return None
+    first, second = (things[i].shape for i in rng.choice(pairs))
+    before, after = ("to the left of", "to the right of") if axis == 0 else ("above", "below")
+    truth = rng.random() < 0.5
+    if rng.random() < 0.5:
+        first, second, before, after = second, first, after, before
+    return f"Is the {first} {before if truth else after} the {second}?", yes_no(truth)
+
+
+def ask_reading(scene: Scene, rng: random.Random):
+    if not scene.sign:
+        return None
+    return rng.choice(("What does the sign say?", "What is written on the sign?")), scene.sign.text
+
+
+def ask_comparison(scene: Scene, rng: random.Random):
+    """Which of two is larger; or whether two have the same colour, half of them yes."""
+    things = unique_shapes(scene)
+    pairs = [(a, b) for a in things for b in things if a is not b]
+    if not pairs:
+        return None
+    alike = [pair for pair in pairs if pair[0].colour == pair[1].colour]
+    if alike and rng.random() < 0.7 or not alike and rng.random() < 0.25:
+        a, b = rng.choice(alike or pairs)
+        return f"Do the {a.shape} and the {b.shape} have the same colour?", yes_no(bool(alike))
+    unequal = [pair for pair in pairs if pair[0].size != pair[1].size]
+    if not unequal:
+        return None
+    a, b = rng.choice(unequal)
+    word, size = rng.choice((("larger", "large"), ("smaller", "small")))
+    return f"Which is {word}, the {a.shape} or the {b.shape}?", a.shape if a.size == size else b.shape
+
+
+def ask_reasoning(scene: Scene, rng: random.Random):
+    """Two steps: find a thing by its relation to another, then name its colour or shape."""
+    options = []
+    for anchor in unique_shapes(scene) + ([scene.sign] if scene.sign else []):
+        others = [thing for thing in scene.shapes if thing is not anchor]
+        row, column = divmod(anchor.cell, 3)
+        for word, side in (
+            ("to the left of", [t for t in others if t.cell % 3 < column]),
+            ("to the right of", [t for t in others if t.cell % 3 > column]),
+            ("above", [t for t in others if t.cell // 3 < row]),
+            ("below", [t for t in others if t.cell // 3 > row]),
+        ):
+            if len(side) == 1:
+                options.append((f"What colour is the shape {word} the {anchor.shape}?", side[0].colour))
+                options.append((f"Which shape is {word} the {anchor.shape}?", side[0].shape))
+        same = [t for t in others if t.colour == anchor.colour]
+        if len(same) == 1:
+            options.append((f"Which other shape has the colour of the {anchor.shape}?", same[0].shape))
+    return rng.choice(options) if options else None
+
+
+def ask_description(scene: Scene, rng: random.Random):
+    return rng.choice(("Describe the picture.", "Describe the image in detail.", "What do you see?")), description(scene)
+
+
+FAMILIES = {
+    "existence": ask_existence,
+    "colour": ask_colour,
+    "shape": ask_shape,
+    "counting": ask_counting,
+    "position": ask_position,
+    "relation": ask_relation,
+    "reading": ask_reading,
+    "comparison": ask_comparison,
+    "reasoning": ask_reasoning,
+    "description": ask_description,
+}
+
+
+def dialogue(scene: Scene, rng: random.Random, turns: int) -> list[tuple[str, str]]:
+    """Up to `turns` questions and answers, no question twice; sometimes one about "it", the thing last spoken of."""
+    result = []
+    families = rng.sample(sorted(FAMILIES), len(FAMILIES))
+    for family in (families * 2)[:turns]:
+        pair = FAMILIES[family](scene, rng)
+        if pair is None or any(pair[0] == question for question, _ in result):
+            continue
+        result.append(pair)
+        thing = next((t for t in unique_shapes(scene) if pair[0].endswith(f"the {t.shape}?")), None)
+        if family == "position" and thing and rng.random() < 0.3:
+            result.append(("What colour is it?", thing.colour))
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def conversation(turns: list[tuple[str, str]], before: str = "") -> list[dict]:
+    """LLaVA's JSON form of a dialogue; `before` ("<image>\\n", or notes) opens the first question."""
+    result = []
+    for i, (question, answer) in enumerate(turns):
+        result.append({"from": "human", "value": before + question if i == 0 else question})
+        result.append({"from": "gpt", "value": answer})
+    return result
+
+
+def records_of(seed: int, index: int, turns: int) -> tuple[dict, dict, list[dict]]:
+    """What training scene `index` gives: a caption record, a dialogue record and two text-only records."""
+    scene, rng = make_scene(seed, index, held_out=False)
+    picture = {"id": f"{seed}-{index}", "image": image_name(seed, index, False)}
+    captioned = picture | {"conversations": conversation([("Describe the picture.", caption(scene, rng))], "<image>\n")}
+    instructed = picture | {"conversations": conversation(dialogue(scene, rng, turns), "<image>\n")}
+    text = [
+        {"id": f"{seed}-{index}-notes", "conversations": conversation(dialogue(scene, rng, turns), notes(scene, rng) + "\n")},
+        {"id": f"{seed}-{index}-caption", "template": "plain", "conversations": conversation([(notes(scene, rng), caption(scene, rng))])},
+    ]
+    return captioned, instructed, text
+
+
+def image_name(seed: int, index: int, held_out: bool) -> str:
+    return f"{'heldout' if held_out else 'train'}-{seed}/{index // 1000:04d}/{index:07d}.png"
+
+
+def draw_to_file(index: int, seed: int, held_out: bool, side: int, out: Path) -> dict:
+    """Draw scene `index` and return its symbolic form with boxes."""
+    scene, _ = make_scene(seed, index, held_out)
+    path = out / image_name(seed, index, held_out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    render(scene, side).save(path, compress_level=1)
+    things = [asdict(thing) | {"box": [round(v, 4) for v in thing.box]} for thing in scene.things]
+    return {"image": image_name(seed, index, held_out), "background": scene.background, "things": things}
+
+
+def questions_of(seed: int, index: int, number: int) -> dict | None:
+    """Held-out question `number` about held-out scene `index`; the families take turns."""
+    scene, rng = make_scene(seed, index, held_out=True)
+    family = sorted(FAMILIES)[number % len(FAMILIES)]
+    pair = FAMILIES[family](scene, rng)
+    if pair is None:
+        return None
+    image = image_name(seed, index, True)
+    return {"question_id": number, "image": image, "text": pair[0], "answer": pair[1], "category": family}
+
+
+def make_questions(seed: int, count: int) -> list[dict]:
+    """`count` held-out questions, the same number of each family, each about a scene of its own."""
+    result, index = [], 0
+    while len(result) < count:
+        question = questions_of(seed, index, len(result))
+        result += [question] if question else []
+        index += 1
+    return result
+
+
+def draw_all(indices, seed: int, held_out: bool, side: int, out: Path) -> list[dict]:
+    draw = partial(draw_to_file, seed=seed, held_out=held_out, side=side, out=out)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        name = "held-out pictures" if held_out else "pictures"
+        return list(tqdm(pool.map(draw, indices, chunksize=64), desc=name, total=len(indices), unit="pic"))
+
+
+def write_world(out: Path, n: int, seed: int, side: int, questions: int, turns: int):
+    """Draw `n` training pictures and the held-out ones that `questions` ask about; write LLaVA-format JSON."""
+    out.mkdir(parents=True, exist_ok=True)
+    scenes = draw_all(range(n), seed, False, side, out)
+    asked = make_questions(seed, questions)
+    heldout = sorted({int(Path(question["image"]).stem) for question in asked})
+    scenes += draw_all(heldout, seed, True, side, out)
+    captions, dialogues, texts = [], [], []
+    for index in range(n):
+        captioned, instructed, text = records_of(seed, index, turns)
+        captions.append(captioned)
+        dialogues.append(instructed)
+        texts += text
+    write_lines(out / "scenes.jsonl", scenes)
+    write_lines(out / "questions.jsonl", asked)
+    for name, records in (("captions", captions), ("instruct", dialogues), ("text", texts)):
+        (out / f"{name}.json").write_text(json.dumps(records, indent=0))
+
+
+def write_lines(path: Path, rows: list[dict]):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder to write to")
+    add("--n", type=int, default=20_000, help="training pictures")
+    add("--seed", type=int, default=0)
+    add("--size", type=int, default=72, help="side of a picture in pixels; 224 or 336 for a pretrained CLIP")
+    add("--questions", type=int, default=2_000, help="held-out questions, each about a picture of its own")
+    add("--turns", type=int, default=8, help="questions in a training dialogue, at most")
+    args = parser.parse_args()
+    write_world(args.out, args.n, args.seed, args.size, args.questions, args.turns)
+    print(f"{args.out}: captions.json, instruct.json, text.json, questions.jsonl, scenes.jsonl")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,466 @@
+"""Train a LLaVA: the towers (stage 0), the projector on captions (stage 1), projector and decoder on dialogues (2).
+
+    python train.py --stage 0                          CLIP by contrast, and the decoder on text
+    python train.py --stage 1                          only the projector, on captions
+    python train.py --stage 2                          projector and decoder, on dialogues
+    python train.py --stage 2 --data my.json --images my_pictures
+    torchrun --nproc_per_node=8 train.py --stage 2     the same on eight GPUs
+
+Each stage goes on from the newest finished run of the one before. Without --data it trains on the embedded world of
+shapes.py. The batch size counts all ranks and micro-batches, so the result does not depend on how the work is cut.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from datetime import datetime, timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import plots
+import runs
+import shapes
+from clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, clip_loss
+from data import TEMPLATES, CaptionPairs, Records, batches, collate, read_records
+from images import BadImage
+from llava import IGNORE, Llava, LlavaConfig, TextConfig, load_model, load_strictly, read_json, read_tensors, save_model
+from tokenizer import Tokenizer, train_bpe
+
+# ---------------------------------------------------------------------------------------------------------------------
+# knobs
+
+# Towers that a laptop trains from nothing; pretrained ones bring their own shape.
+SIZES = {
+    "tiny": {"width": 64, "heads": 2, "vision_layers": 2, "text_layers": 1, "decoder_layers": 2},
+    "small": {"width": 128, "heads": 4, "vision_layers": 4, "text_layers": 2, "decoder_layers": 4},
+    "medium": {"width": 192, "heads": 6, "vision_layers": 5, "text_layers": 2, "decoder_layers": 5},
+}
+
+# What each stage trains with unless a flag says otherwise: right for the embedded world, found by trial.
+STAGES = {
+    0: {"steps": 600, "batch_size": 64, "lr": 2e-3, "train": ""},
+    1: {"steps": 300, "batch_size": 64, "lr": 2e-3, "train": "projector"},
+    2: {"steps": 800, "batch_size": 64, "lr": 1e-3, "train": "projector,llm"},
+}
+
+
+def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--stage", type=int, choices=STAGES, required=True, help="0 towers, 1 projector, 2 projector and decoder")
+    add("--tower", choices=("both", "clip", "decoder"), default="both", help="stage 0: which tower")
+    add("--model", type=Path, help="LLaVA to go on from; default: the newest finished run of the stage before")
+    add("--vision", type=Path, help="build a new LLaVA with this CLIP; default: the newest of stage 0")
+    add("--llm", type=Path, help="build a new LLaVA with this decoder; default: the newest of stage 0")
+    add("--data", type=Path, help="LLaVA's JSON; default: the embedded world")
+    add("--images", type=Path, help="folder the paths in --data start from; default: the one --data is in")
+    add("--world", type=Path, help="folder that shapes.py wrote; default: one is drawn below out/")
+    add("--out", type=Path, help="the run's folder; default: a new one below out/")
+    add("--resume", action="store_true", help="go on with the run in --out from its newest checkpoint, exactly")
+    add("--steps", type=int, help="optimizer steps; default by stage")
+    add("--batch-size", type=int, help="samples per step, over all ranks and micro-batches; default by stage")
+    add("--accumulate", type=int, default=1, help="micro-batches a step is cut into, to fit the memory")
+    add("--lr", type=float, help="peak learning rate; default by stage")
+    add("--lr-projector", type=float, help="the projector's own, default --lr (LLaVA-1.5 with LoRA: a tenth)")
+    add("--lr-vision", type=float, help="the vision tower's own, default --lr (LLaVA-NeXT: a tenth)")
+    add("--warmup", type=float, default=0.03, help="share of the steps in which the rate rises (LLaVA: 0.03)")
+    add("--weight-decay", type=float, default=0.0, help="on matrices only (LLaVA: none)")
+    add("--beta2", type=float, default=0.99, help="AdamW's; short runs want less than LLaVA's 0.999")
+    add("--clip-grad", type=float, default=1.0, help="largest gradient norm; 0 leaves it alone")
+    add("--train", help="what trains in stages 1 and 2: a comma-separated choice of vision, projector, llm")
+    add("--template", choices=TEMPLATES, help="conversation template; default: plain in stage 1, then the decoder's")
+    add("--image-mode", choices=("square", "pad"), help="how pictures are made square; default: the model's")
+    add("--image-order", choices=("first", "either"), default="first", help="picture before its question, or by a coin")
+    add("--projector", choices=("mlp2x_gelu", "linear"), default="mlp2x_gelu", help="of a new LLaVA: 1.5's, or 1.0's")
+    add("--size", choices=SIZES, default="small", help="stage 0: shape of the new towers")
+    add("--max-length", type=int, help="tokens of a sample, picture counted; default: the decoder's context")
+    add("--cache-gb", type=float, default=4.0, help="memory for the features of a frozen tower; 0: compute each time")
+    add("--workers", type=int, default=0, help="processes that load data; 0 loads in this one")
+    add("--save-every", type=int, default=200, help="steps between checkpoints")
+    add("--seed", type=int, default=0, help="of the new weights and of the order of the data")
+    add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the arithmetic; weights are float32")
+    add("--compile", action="store_true", help="torch.compile: slow to start, then faster; needs a C++ compiler")
+    args = parser.parse_args(argv)
+    for key, value in STAGES[args.stage].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    for key in ("steps", "batch_size", "accumulate", "save_every"):
+        if getattr(args, key) < 1:
+            parser.error(f"--{key.replace('_', '-')} must be at least 1")
+    unknown = set(filter(None, args.train.split(","))) - {"vision", "projector", "llm"}
+    if unknown:
+        parser.error(f"--train {', '.join(unknown)}: choose from vision, projector, llm")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ranks and devices
+
+
+class Ranks:
+    """This process among those torchrun started; alone, rank 0 of 1."""
+
+    def __init__(self, device: str | None):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(f"cuda:{local}" if device == "cuda" else device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if "RANK" in os.environ:
+            # After a restart, torch's shared store still holds the dead ranks' addresses, and joining may hang; a
+            # prefix of our own per attempt keeps the attempts apart.
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            elastic = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            store = dist.TCPStore(host, port, self.world, self.rank == 0 and not elastic, timedelta(minutes=10))
+            store = dist.PrefixStore(f"run{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str):
+        if self.first:
+            print(text, file=sys.stderr, flush=True)
+
+    def total(self, value: int) -> int:
+        """Sum over the ranks."""
+        if not dist.is_initialized():
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        dist.all_reduce(tensor)
+        return int(tensor)
+
+    def agree(self, value):
+        """Rank 0's value, on every rank."""
+        box = [value]
+        if dist.is_initialized():
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def autocast(device: torch.device, dtype: str):
+    """bfloat16 arithmetic on float32 weights where the device has it; never float16, whose range loses gradients."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loop
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Rate of step 0 .. steps - 1: a linear rise over the share `warmup` of the steps, then a cosine to zero."""
+    rise = math.ceil(warmup * steps)
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def make_optimizer(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> torch.optim.AdamW:
+    """AdamW over what trains: a group per component, each with its own rate, matrices with weight decay."""
+    rates = {"vision_tower": args.lr_vision, "multi_modal_projector": args.lr_projector}
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            component, decay = name.split(".")[0], args.weight_decay if p.ndim >= 2 else 0.0
+            group = {"params": [], "component": component, "peak": rates.get(component) or args.lr, "weight_decay": decay}
+            groups.setdefault((component, decay), group)["params"].append(p)
+    ranks.say(f"{'trains':<24}{'parameters':>14}{'rate':>10}{'decay':>8}")
+    for group in groups.values():
+        count = sum(p.numel() for p in group["params"])
+        ranks.say(f"{group['component']:<24}{count:>14,}{group['peak']:>10.1e}{group['weight_decay']:>8g}")
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    ranks.say(f"{'(frozen)':<24}{frozen:>14,}")
+    fused = next(model.parameters()).device.type == "cuda"
+    return torch.optim.AdamW(list(groups.values()), lr=args.lr, betas=(0.9, args.beta2), fused=fused)
+
+
+def make_loader(dataset, args, ranks: Ranks, pad_id: int, start: int, group: int) -> DataLoader:
+    """Micro-batches of every step from `start` on; the order is a pure function of (seed, step, rank)."""
+    share = args.batch_size // ranks.world // args.accumulate
+    if share * ranks.world * args.accumulate != args.batch_size:
+        raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {ranks.world} ranks x {args.accumulate}")
+    order = batches(len(dataset), args.batch_size, args.seed, start, args.steps, ranks.rank, ranks.world, group)
+    micro = [step[i * share : (i + 1) * share] for step in order for i in range(args.accumulate)]
+    pinned = ranks.device.type == "cuda"
+    collated = partial(collate, pad_id=pad_id)
+    return DataLoader(dataset, batch_sampler=micro, collate_fn=collated, num_workers=args.workers, pin_memory=pinned)
+
+
+def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: int, save, group: int = 1):
+    """Train `model`, whose forward(**batch) is the summed loss of a batch, and publish it in the run's folder.
+
+    Args: save: writes the finished model into a folder. group: neighbours in the data that stay in one batch.
+    """
+    model.to(ranks.device)
+    optimizer = make_optimizer(model, args, ranks)
+    start = run.load_checkpoint(model, optimizer)
+    if ranks.first:
+        run.start()
+    network = torch.compile(model) if args.compile else model
+    if dist.is_initialized():
+        unused = "vision" in args.train  # a rank without a picture leaves a training tower without gradients
+        network = DistributedDataParallel(network, find_unused_parameters=unused)
+    loader = iter(make_loader(dataset, args, ranks, pad_id, start, group))
+    model.train()
+    bar = tqdm(range(start, args.steps), run.folder.name, args.steps, initial=start, disable=not ranks.first, unit="step")
+    for step in bar:
+        begin = time.perf_counter()
+        micro = [next(loader) for _ in range(args.accumulate)]
+        waited = time.perf_counter() - begin
+        row = {"step": step + 1, **train_step(args, ranks, network, optimizer, micro, step)}
+        seconds = time.perf_counter() - begin
+        row |= {"tokens_per_s": round(row.pop("tokens") / seconds), "data_wait": round(waited / seconds, 3)}
+        if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
+            raise ValueError(f"step {step + 1}: the loss is {row['loss']}; the last checkpoint in {run.folder} is good")
+        if ranks.first:
+            run.write_row(row)
+            bar.set_postfix({key: f"{row[key]:.4g}" for key in ("loss", "lr", "tokens_per_s", "data_wait")}, refresh=False)
+            if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+                run.save_checkpoint(step + 1, model, optimizer)
+    if ranks.first:
+        rows = run.rows()
+        tail = [row["loss"] for row in rows[-max(1, len(rows) // 20) :]]
+        plots.loss_curve(run.folder / "loss.png", {run.folder.name: rows})
+        run.finish(save, {"loss": round(sum(tail) / len(tail), 4)})
+        ranks.say(f"{run.folder}: loss {sum(tail) / len(tail):.3f} over the last {len(tail)} steps")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def train_step(args, ranks: Ranks, network: nn.Module, optimizer, micro: list[dict], step: int) -> dict:
+    """One update from this rank's micro-batches. The loss is the mean over every supervised token of all ranks."""
+    rate = learning_rate(step, args.steps, 1.0, args.warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["peak"]
+    supervised = ranks.total(sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in micro))
+    tokens = ranks.total(sum(batch["input_ids"].numel() for batch in micro))
+    total = torch.zeros((), device=ranks.device)
+    for i, batch in enumerate(micro):
+        batch = {k: None if v is None else v.to(ranks.device, non_blocking=True) for k, v in batch.items()}
+        last = i == len(micro) - 1  # gradients cross the wire once per step, with the last micro-batch
+        synced = nullcontext() if last or not dist.is_initialized() else network.no_sync()
+        with synced:
+            with autocast(ranks.device, args.dtype):
+                loss = network(**batch)
+            # DDP averages over ranks; we want the sum over ranks divided by all supervised tokens.
+            (loss * ranks.world / max(1, supervised)).backward()
+        total += loss.detach()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": float(total) / max(1, supervised), "lr": rate * args.lr, "grad_norm": float(norm), "tokens": tokens}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stage 0: the towers
+
+
+class Contrastive(nn.Module):
+    """CLIP behind the loop's interface: the summed loss of a batch. Every label of a text's row is "supervised", so
+    the loop would divide by tokens; multiplying by them makes the mean over pairs."""
+
+    def __init__(self, clip: CLIPModel):
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, input_ids, labels, pixel_values, vision_features=None) -> torch.Tensor:
+        return clip_loss(*self.clip(input_ids, pixel_values), self.clip.logit_scale) * (labels[:, 1:] != IGNORE).sum()
+
+
+def train_clip(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
+    size, width = SIZES[args.size], SIZES[args.size]["width"]
+    shared = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": size["heads"], "projection_dim": width}
+    vision = CLIPVisionConfig(image_size=72, patch_size=12, num_hidden_layers=size["vision_layers"], **shared)
+    text = CLIPTextConfig(vocab_size=tokenizer.vocab_size, num_hidden_layers=size["text_layers"], **shared)
+    model = CLIPModel(CLIPConfig(vision, text, projection_dim=width))
+    dataset = CaptionPairs(*data_files(args, ranks, "captions"), tokenizer, model.config, args.image_mode or "pad")
+
+    def save(folder: Path):
+        from dataclasses import asdict
+
+        from safetensors.torch import save_file
+
+        save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+        values = {"architectures": ["CLIPModel"], **asdict(model.config)}
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        tokenizer.save(folder)
+
+    fit(args, ranks, run, Contrastive(model), dataset, tokenizer.pad_id, save, group=shapes.FAMILY)
+
+
+def train_decoder(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
+    size, width = SIZES[args.size], SIZES[args.size]["width"]
+    text = TextConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=width,
+        intermediate_size=8 * width // 3 // 16 * 16,  # three matrices that weigh as much as GPT-2's two
+        num_hidden_layers=size["decoder_layers"],
+        num_attention_heads=size["heads"],
+        max_position_embeddings=1024,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    )
+    ids = {"image_token_index": tokenizer.image_id, "eos_token_ids": [tokenizer.eos_id], "pad_token_id": tokenizer.pad_id}
+    model = Llava(LlavaConfig(text, template=args.template or "llava_hf", **ids))
+    data, images = data_files(args, ranks, "text")
+    dataset = Records(data, images, tokenizer, model.config, args.max_length or 1024, learn_all=True)
+
+    def save(folder: Path):
+        save_model(model, folder)
+        tokenizer.save(folder)
+
+    fit(args, ranks, run, model, dataset, tokenizer.pad_id, save)
+
+
+def stage0(args, ranks: Ranks, folder: Path):
+    """Both towers, one after the other, with a vocabulary learned from the text they are trained on."""
+    texts = [m["value"] for r in read_records(data_files(args, ranks, "text")[0])[:20_000] for m in r["conversations"]]
+    templates = [part for t in TEMPLATES.values() for part in (t.user, t.assistant)] * 1000
+    tokenizer = train_bpe(texts + templates, merges=600)
+    for part, train in (("clip", train_clip), ("decoder", train_decoder)):
+        if args.tower in ("both", part):
+            run = open_run(args, folder / part)
+            if not run.finished:
+                torch.manual_seed(args.seed)
+                train(args, ranks, tokenizer, run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stages 1 and 2: the LLaVA
+
+
+def assemble(args) -> tuple[Llava, Tokenizer]:
+    """A new LLaVA from a CLIP and a decoder; only the projector between them is untrained."""
+    vision = args.vision or runs.newest_run(0, part="clip")
+    llm = args.llm or runs.newest_run(0, part="decoder")
+    clip = CLIPConfig.from_dict(read_json(vision / "config.json"))
+    decoder = load_model(llm)
+    config = decoder.config
+    config.vision_config, config.projector_type = clip.vision_config, args.projector
+    config.image_mode = args.image_mode or config.image_mode
+    torch.manual_seed(args.seed)
+    model = Llava(config)
+    load_strictly(model.language_model, decoder.language_model.state_dict(), llm)
+    tower = {k: v for k, v in read_tensors(vision / "model.safetensors").items() if k.startswith("vision_model.")}
+    load_strictly(model.vision_tower, tower, vision)
+    return model, Tokenizer.load(llm)
+
+
+def choose_trainable(model: Llava, train: str):
+    """Freeze everything but the components named in `train`; of the tower, only what its features depend on."""
+    model.requires_grad_(False)
+    if "projector" in train:
+        model.multi_modal_projector.requires_grad_(True)
+    if "llm" in train:
+        model.language_model.requires_grad_(True)
+    if "vision" in train:
+        tower = model.vision_tower.vision_model
+        tower.requires_grad_(True)
+        tower.post_layernorm.requires_grad_(False)
+        for block in tower.encoder.layers[len(tower.encoder.layers) + 1 + model.config.vision_feature_layer :]:
+            block.requires_grad_(False)
+
+
+@torch.no_grad()
+def precompute_features(args, ranks: Ranks, model: Llava, dataset: Records):
+    """Let a frozen tower see every picture once, if all features fit into --cache-gb; else each time it comes up."""
+    vision, names = model.config.vision_config, dataset.picture_names()
+    gigabytes = len(names) * vision.num_patches * vision.hidden_size * 4 / 1e9
+    if "vision" in args.train or gigabytes > args.cache_gb or not names:
+        return
+    model.to(ranks.device).eval()
+    for i in tqdm(range(0, len(names), 64), "features of the frozen tower", disable=not ranks.first, unit="batch"):
+        pixels = torch.stack([dataset.pixels(name) for name in names[i : i + 64]])
+        features = model.vision_features(pixels.to(ranks.device)).cpu()
+        dataset.features |= zip(names[i : i + 64], features.clone().unbind())
+
+
+def train_llava(args, ranks: Ranks, folder: Path):
+    run = open_run(args, folder)
+    if run.finished:
+        return
+    if args.model or (args.stage == 2 and not (args.vision or args.llm)):
+        source = args.model or runs.newest_run(1)
+        ranks.say(f"going on from {source}")
+        model, tokenizer = load_model(source), Tokenizer.load(source)
+    else:
+        model, tokenizer = assemble(args)
+    if model.config.vision_config is None:
+        raise ValueError(f"{args.model} is a decoder without a vision tower: build a LLaVA with --vision and --llm")
+    model.config.image_mode = args.image_mode or model.config.image_mode
+    if args.stage == 2 and args.template:
+        model.config.template = args.template
+    choose_trainable(model, args.train)
+    data, images = data_files(args, ranks, "captions" if args.stage == 1 else "instruct")
+    template = args.template or ("plain" if args.stage == 1 else model.config.template)
+    max_length = args.max_length or model.config.text_config.max_position_embeddings
+    dataset = Records(data, images, tokenizer, model.config, max_length, args.image_order, args.seed, template=template)
+    precompute_features(args, ranks, model, dataset)
+
+    def save(folder: Path):
+        save_model(model, folder)
+        tokenizer.save(folder)
+
+    fit(args, ranks, run, model, dataset, tokenizer.pad_id, save)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def data_files(args, ranks: Ranks, kind: str) -> tuple[Path, Path]:
+    """The JSON to train on and the folder of its pictures; the embedded world's if none is named, drawn if need be."""
+    if args.data:
+        return args.data, args.images or args.data.parent
+    world = args.world or runs.ROOT / "world"
+    if not (world / "instruct.json").exists():
+        if ranks.first:
+            runs.publish(world, lambda folder: shapes.write_world(folder, 20_000, 0, 72, 2_000, 8))
+        ranks.agree(None)
+    return world / f"{kind}.json", world
+
+
+def open_run(args, folder: Path) -> runs.Run:
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    return runs.Run(folder, values, args.resume and (folder / "run.json").exists() or (args.resume and args.stage > 0))
+
+
+def main():
+    args = read_flags()
+    try:
+        ranks = Ranks(args.device)
+        folder = args.out or runs.ROOT / f"stage{args.stage}-{datetime.now():%Y%m%d-%H%M%S}"
+        folder = Path(ranks.agree(str(folder)))
+        (stage0 if args.stage == 0 else train_llava)(args, ranks, folder)
+        ranks.say(f"done: {folder}")
+    except (ValueError, BadImage) as error:  # one line for what a user can mend; anything else keeps its traceback
+        sys.exit(f"train.py: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
