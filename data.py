@@ -9,7 +9,7 @@ A record is {"id", "image" (path, or list of paths, or absent), "conversations":
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +69,7 @@ class Turn:
     image_last: bool = False
 
 
-def render(
-    turns: list[Turn], tokenizer: Tokenizer, template: str, features: int
-) -> tuple[list[int], list[int]]:
+def render(turns: list[Turn], tokenizer: Tokenizer, template: str, features: int) -> tuple[list[int], list[int]]:
     """Ids and labels of a dialogue, in one pass. This is a picture, two placeholders long, in stage 2:
 
         ids      <s>  USER :  <image> <image>  \\n What is this ?  ASSISTANT :   a cat  </s>
@@ -111,7 +109,8 @@ def render(
             text += "\n"
         add(tokenizer.encode(text), False)
         if turn.answer is not None:
-            add(tokenizer.encode(form.space + turn.answer + form.end), True)
+            space = form.space if turn.answer else ""  # of an empty answer, only the end is learnt
+            add(tokenizer.encode(space + turn.answer + form.end), True)
             if not form.end:
                 add([tokenizer.eos_id], True)
         text = ""
@@ -181,12 +180,14 @@ def check_record(record: dict):
             raise ValueError(f"turn {i} has no text value")
         role = ("human", "gpt")[i % 2]
         if message.get("from") != role:
-            raise ValueError(f"turn {i} is from {message.get('from')!r}, should be {role!r}: turns alternate, human first")
+            raise ValueError(
+                f"turn {i} is from {message.get('from')!r}, should be {role!r}: turns alternate, human first"
+            )
         if any(0xD800 <= ord(char) <= 0xDFFF for char in message["value"]):
             raise ValueError(f"turn {i} holds half a surrogate pair, which is not text")
     if len(messages) % 2:
         raise ValueError("the last question has no answer")
-    if record.get("template", "plain") not in TEMPLATES:
+    if record.get("template", "plain") not in list(TEMPLATES):
         raise ValueError(f"template {record['template']!r} is none of {', '.join(TEMPLATES)}")
     images = len(images_of(record))
     markers = sum(message["value"].count(MARKER) for message in messages[::2])
@@ -232,12 +233,14 @@ class Records(Dataset):
     Args: data, images: the JSON and the folder its paths start from. max_length: tokens, placeholders counted; a
     longer dialogue loses its end, never a part of a picture. image_order "either" puts the first picture before or
     after its question, by a coin that depends only on (seed, record): LLaVA-1.0's paper; the released code, and the
-    default, put it "first". learn_all also trains on the questions, as a language model's own pretraining does.
+    default, put it "first". text_only leaves the pictures out: what a decoder learns from before it can see.
     """
 
-    def __init__(self, data, images, tokenizer, config, max_length, image_order="first", seed=0, learn_all=False, template=None):
+    def __init__(
+        self, data, images, tokenizer, config, max_length, image_order="first", seed=0, text_only=False, template=None
+    ):
         self.data, self.images, self.tokenizer, self.config = data, images, tokenizer, config
-        self.max_length, self.image_order, self.seed, self.learn_all = max_length, image_order, seed, learn_all
+        self.max_length, self.image_order, self.seed, self.text_only = max_length, image_order, seed, text_only
         self.template = template or config.template
         self.records = read_records(data)
         self.features: dict[str, torch.Tensor] = {}  # of a frozen tower, by path, computed once (see train.py)
@@ -255,19 +258,26 @@ class Records(Dataset):
     def __getitem__(self, index: int) -> dict:
         record = self.records[index]
         where = f"{self.data}: record {index} (id {record.get('id')!r})"
-        names = images_of(record)
+        names = [] if self.text_only else images_of(record)
         if names and self.config.vision_config is None:
             raise DataError(f"{where}: has a picture, but the model has no vision tower")
         image_last = self.image_order == "either" and np.random.default_rng([self.seed, index]).random() < 0.5
         per_image = self.config.vision_config.num_patches if names else 0
         template = record.get("template", self.template)
-        ids, labels = render(turns_of(record, image_last), self.tokenizer, template, per_image)
+        turns = turns_of(record, image_last)
+        if self.text_only:
+            turns = [replace(turn, images=0) for turn in turns]
+        ids, labels = render(turns, self.tokenizer, template, per_image)
         ids, labels = ids[: self.max_length], labels[: self.max_length]
         if ids.count(self.tokenizer.image_id) != per_image * len(names) or labels.count(IGNORE) == len(labels):
-            raise DataError(f"{where}: its picture and question leave no room for an answer in {self.max_length} tokens")
-        sample = {"ids": ids, "labels": list(ids) if self.learn_all else labels}
+            raise DataError(
+                f"{where}: its picture and question leave no room for an answer in {self.max_length} tokens"
+            )
+        sample = {"ids": ids, "labels": labels}
         try:
-            kind, load = ("vision_features", self.features.__getitem__) if self.features else ("pixel_values", self.pixels)
+            kind, load = (
+                ("vision_features", self.features.__getitem__) if self.features else ("pixel_values", self.pixels)
+            )
             return sample | {kind: [load(name) for name in names]}
         except BadImage as error:
             raise DataError(f"{where}: {error}") from None
@@ -294,8 +304,15 @@ class CaptionPairs(Dataset):
     """
 
     def __init__(self, data, images, tokenizer, config, image_mode: str):
-        self.data, self.images, self.tokenizer, self.config, self.image_mode = data, images, tokenizer, config, image_mode
-        self.records = [record for record in read_records(data) if len(images_of(record)) == 1]
+        self.data, self.images, self.tokenizer, self.config, self.image_mode = (
+            data,
+            images,
+            tokenizer,
+            config,
+            image_mode,
+        )
+        numbered = enumerate(read_records(data))
+        self.records = [(number, record) for number, record in numbered if len(images_of(record)) == 1]
         if not self.records:
             raise DataError(f"{data}: no record has a picture")
 
@@ -303,14 +320,15 @@ class CaptionPairs(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        record = self.records[index]
+        number, record = self.records[index]
         room = self.config.text_config.max_position_embeddings - 2
         text = self.tokenizer.encode(record["conversations"][1]["value"])[:room]
         ids = [self.tokenizer.bos_id, *text, self.tokenizer.eos_id]
+        side = self.config.vision_config.image_size
         try:
-            pixels = load_pixels(self.images, record["image"], self.config.vision_config.image_size, self.image_mode)
+            pixels = load_pixels(self.images, images_of(record)[0], side, self.image_mode)
         except BadImage as error:
-            raise DataError(f"{self.data}: record {index} (id {record.get('id')!r}): {error}") from None
+            raise DataError(f"{self.data}: record {number} (id {record.get('id')!r}): {error}") from None
         return {"ids": ids, "labels": ids, "pixel_values": [pixels]}
 
 

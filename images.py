@@ -5,7 +5,9 @@ colours hidden under its alpha, a phone photo lies on its side), so every mode i
 else is refused. Sizes are checked on the header, before a byte of pixels is decoded.
 """
 
+import os
 import stat
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -21,6 +23,9 @@ PAD_COLOUR = (122, 116, 104)  # int(255 * CLIP's mean): LLaVA-1.5's expand2squar
 class BadImage(ValueError):
     """A picture that cannot be used; the message is one line that names the file and the reason."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))
+
 
 def resolve_inside(root: str | Path, name: str) -> Path:
     """The path of picture `name` below the folder `root`. Raises BadImage if it points anywhere else.
@@ -29,10 +34,10 @@ def resolve_inside(root: str | Path, name: str) -> Path:
     """
     if "://" in name:
         raise BadImage(f"{name!r} is an address; pictures are read from the images folder only")
-    if "\0" in name:
-        raise BadImage(f"{name!r} is not a file name")
+    if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in name):
+        raise BadImage(f"{name!r} is not a file name: it holds a control character")
     root = Path(root).resolve()
-    path = (root / name).resolve()
+    path = Path(os.path.realpath(root / name))  # Path.resolve raises where a link leads to itself
     if not path.is_relative_to(root):
         raise BadImage(f"{name!r} leaves the images folder {root}")
     return path
@@ -48,8 +53,8 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device would block for ever
             raise BadImage(f"{path}: not a regular file")
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # Pillow only warns of a bomb, and of broken metadata that does not matter
+        # Pillow only warns of a bomb, and of broken metadata that does not matter.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             check_size(image.size, path)
             image.load()
             return to_rgb(ImageOps.exif_transpose(image), path)
@@ -61,7 +66,7 @@ def open_image(path: str | Path) -> Image.Image:
         raise BadImage(f"{path}: not a picture that can be read") from None
     except Image.DecompressionBombError:
         raise BadImage(f"{path}: more than {MAX_PIXELS:,} pixels") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:  # Pillow's plugins raise all
+    except Exception as error:  # Pillow's forty plugins raise whatever their parsers stumble over
         raise BadImage(f"{path}: cannot be decoded ({error})") from None
 
 

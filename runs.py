@@ -60,7 +60,7 @@ def finished_runs(*stages: int, root: Path = ROOT) -> list[Path]:
 
 
 def newest_run(*stages: int, part: str = "") -> Path:
-    """The newest finished run of these stages (of stage 0: of one tower). Raises ValueError naming the ways to get it."""
+    """The newest finished run of these stages (of stage 0: of one tower); a ValueError names the ways to get it."""
     runs = [run for run in finished_runs(*stages) if not part or run.name == part]
     if not runs:
         names = " or ".join(map(str, stages))
@@ -143,7 +143,9 @@ class Run:
             raise ValueError(f"{folder}: other parameters train now than then: {', '.join(differ)}")
         for name, p in parameters.items():
             p.data.copy_(trained[name])
-            entries = {key: state[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in state}
+            entries = {
+                key: state[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in state
+            }
             optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in entries.items()}
         return step
 

@@ -32,7 +32,7 @@ COLOURS = {
     "purple": (140, 72, 190),
     "black": (38, 38, 46),
 }
-RADIUS = {"small": 0.09, "large": 0.155}  # of the picture's side; large neighbours may overlap
+RADIUS = {"small": 0.1, "large": 0.17}  # of the picture's side; large neighbours overlap
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 PLACE_PHRASES = ("in the top left", "at the top", "in the top right", "on the left", "in the center", "on the right")
 PLACE_PHRASES += ("in the bottom left", "at the bottom", "in the bottom right")
@@ -56,7 +56,7 @@ class Thing:
     @property
     def centre(self) -> tuple[float, float]:
         row, column = divmod(self.cell, 3)
-        return 0.5 + 0.31 * (column - 1) + self.dx, 0.5 + 0.31 * (row - 1) + self.dy
+        return (column + 0.5) / 3 + self.dx, (row + 0.5) / 3 + self.dy
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -107,7 +107,7 @@ def draw_scene(rng: random.Random) -> Scene:
 
 def place(thing: Thing, rng: random.Random) -> Thing:
     """Off the middle of its cell, but never so far that one could argue about which cell it is in."""
-    return replace(thing, dx=rng.uniform(-0.045, 0.045), dy=rng.uniform(-0.045, 0.045))
+    return replace(thing, dx=rng.uniform(-0.02, 0.02), dy=rng.uniform(-0.02, 0.02))
 
 
 def change_one_fact(scene: Scene, rng: random.Random) -> Scene:
@@ -254,16 +254,29 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def notes(scene: Scene, rng: random.Random) -> str:
-    """The scene jotted down, as long as a picture's features are: what a decoder reads before it can see.
+    """The scene jotted down, for a decoder that cannot see yet: 36 words, laid out as 6x6 patches of a picture are.
 
-    Half of the time cell by cell like a picture, half of the time thing by thing in any order.
+    A cell of the board is two words wide and two high; here a large red circle in the top left, and a sign:
+
+        large  red  -  -  -    -
+        circle .    -  -  sign 7 ...
+
+    One time in four the things come as a list instead, in any order.
     """
-    facts = {t.cell: f" sign says {t.text} ." if t.text else f" {t.size} {t.colour} {t.shape} ." for t in scene.things}
-    if rng.random() < 0.5:
-        return "".join(facts.get(cell, " - - - .") for cell in range(9))
-    lines = [f" {PLACES[cell]} :{fact}" for cell, fact in facts.items()]
-    rng.shuffle(lines)
-    return "".join(lines)
+    if rng.random() < 0.25:
+        lines = [f" {PLACES[thing.cell]} : {' '.join(words_of(thing))} ." for thing in scene.things]
+        rng.shuffle(lines)
+        return "".join(lines)
+    grid = [["-"] * 6 for _ in range(6)]
+    for thing in scene.things:
+        row, column = divmod(thing.cell, 3)
+        for i, word in enumerate(words_of(thing)):
+            grid[2 * row + i // 2][2 * column + i % 2] = word
+    return "".join(f" {word}" for row in grid for word in row)
+
+
+def words_of(thing: Thing) -> list[str]:
+    return ["sign", thing.text] if thing.text else [thing.size, thing.colour, thing.shape]
 
 
 def unique_shapes(scene: Scene) -> list[Thing]:
@@ -363,7 +376,7 @@ def ask_comparison(scene: Scene, rng: random.Random):
     if not pairs:
         return None
     alike = [pair for pair in pairs if pair[0].colour == pair[1].colour]
-    if alike and rng.random() < 0.7 or not alike and rng.random() < 0.25:
+    if rng.random() < (0.36 if alike else 0.29):  # so that yes and no come equally often
         a, b = rng.choice(alike or pairs)
         return f"Do the {a.shape} and the {b.shape} have the same colour?", yes_no(bool(alike))
     unequal = [pair for pair in pairs if pair[0].size != pair[1].size]
@@ -396,7 +409,9 @@ def ask_reasoning(scene: Scene, rng: random.Random):
 
 
 def ask_description(scene: Scene, rng: random.Random):
-    return rng.choice(("Describe the picture.", "Describe the image in detail.", "What do you see?")), description(scene)
+    return rng.choice(("Describe the picture.", "Describe the image in detail.", "What do you see?")), description(
+        scene
+    )
 
 
 FAMILIES = {
@@ -448,8 +463,15 @@ def records_of(seed: int, index: int, turns: int) -> tuple[dict, dict, list[dict
     captioned = picture | {"conversations": conversation([("Describe the picture.", caption(scene, rng))], "<image>\n")}
     instructed = picture | {"conversations": conversation(dialogue(scene, rng, turns), "<image>\n")}
     text = [
-        {"id": f"{seed}-{index}-notes", "conversations": conversation(dialogue(scene, rng, turns), notes(scene, rng) + "\n")},
-        {"id": f"{seed}-{index}-caption", "template": "plain", "conversations": conversation([(notes(scene, rng), caption(scene, rng))])},
+        {
+            "id": f"{seed}-{index}-notes",
+            "conversations": conversation(dialogue(scene, rng, turns), notes(scene, rng) + "\n"),
+        },
+        {
+            "id": f"{seed}-{index}-caption",
+            "template": "plain",
+            "conversations": conversation([(notes(scene, rng), caption(scene, rng))]),
+        },
     ]
     return captioned, instructed, text
 

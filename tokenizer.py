@@ -7,6 +7,7 @@ The files are Hugging Face's `tokenizer.json`, so that other tools load what is 
 import json
 from collections import Counter
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import regex
@@ -68,7 +69,7 @@ class Tokenizer:
         for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
             parts = [token[i : i + 1] for i in range(len(token))]
             while len(parts) > 2:
-                pairs = [self.ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+                pairs = [self.ranks.get(a + b, rank) for a, b in pairwise(parts)]
                 i = min(range(len(pairs)), key=pairs.__getitem__)
                 parts[i : i + 2] = [parts[i] + parts[i + 1]]
             if len(parts) == 2:
@@ -79,20 +80,31 @@ class Tokenizer:
         """Read the `tokenizer.json` of a byte-level BPE model. Raises ValueError if it is another kind."""
         path = Path(folder, "tokenizer.json")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(*parse(json.loads(path.read_text(encoding="utf-8"))))
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not JSON ({error})") from None
-        specials = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-        model, steps = content["model"], content.get("pre_tokenizer", {}).get("pretokenizers", [])
-        splits = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]
-        missing = [name for name in SPECIALS if name not in specials]
-        if model.get("type") != "BPE" or len(splits) != 1 or missing:
-            raise ValueError(f"{path}: only this project's byte-level BPE is read; missing here: {missing or 'a Split'}")
-        to_byte = {char: byte for byte, char in byte_alphabet().items()}
-        ranks = {bytes(to_byte[c] for c in text): i for text, i in model["vocab"].items() if text not in specials}
-        return cls(ranks, specials, splits[0])
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, regex.error) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}: not the byte-level BPE of this project ({reason})") from None
+
+
+def parse(content: dict) -> tuple[dict[bytes, int], dict[str, int], str]:
+    """Ranks, specials and split pattern of a tokenizer.json; any of a dozen errors if it is something else."""
+    specials = {token["content"]: token["id"] for token in content["added_tokens"]}
+    missing = [name for name in SPECIALS if name not in specials]
+    if missing:
+        raise ValueError(f"no {', '.join(missing)}")
+    (split,) = (
+        step["pattern"]["Regex"] for step in content["pre_tokenizer"]["pretokenizers"] if step["type"] == "Split"
+    )
+    regex.compile(split)
+    to_byte = {char: byte for byte, char in byte_alphabet().items()}
+    vocabulary = {text: i for text, i in content["model"]["vocab"].items() if text not in specials}
+    ranks = {bytes(to_byte[char] for char in text): i for text, i in vocabulary.items()}
+    ids = [*ranks.values(), *specials.values()]
+    if len(set(ids)) < len(ids) or not all(bytes([byte]) in ranks for byte in range(256)):
+        raise ValueError("an id is given twice, or a byte has none")
+    return ranks, specials, split
 
 
 def byte_alphabet() -> dict[int, str]:
@@ -114,14 +126,16 @@ def train_bpe(texts: list[str], merges: int) -> Tokenizer:
     for _ in range(merges):
         pairs = Counter()
         for parts, n in words:
-            for pair in zip(parts, parts[1:]):
+            for pair in pairwise(parts):
                 pairs[pair] += n
         best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
         if best is None or pairs[best] < 2:
             break
         ranks[best[0] + best[1]] = len(ranks)
         for parts, _ in words:
-            for i in range(len(parts) - 2, -1, -1):  # from the right, so that replaced positions stay valid
-                if tuple(parts[i : i + 2]) == best:
+            i = 0  # from the left, as every encoder will
+            while i < len(parts) - 1:
+                if (parts[i], parts[i + 1]) == best:
                     parts[i : i + 2] = [best[0] + best[1]]
+                i += 1
     return Tokenizer(ranks, {name: len(ranks) + i for i, name in enumerate(SPECIALS)})

@@ -11,7 +11,6 @@ shapes.py. The batch size counts all ranks and micro-batches, so the result does
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -31,7 +30,7 @@ from tqdm import tqdm
 import plots
 import runs
 import shapes
-from clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, clip_loss
+from clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, clip_loss, save_clip
 from data import TEMPLATES, CaptionPairs, Records, batches, collate, read_records
 from images import BadImage
 from llava import IGNORE, Llava, LlavaConfig, TextConfig, load_model, load_strictly, read_json, read_tensors, save_model
@@ -92,7 +91,12 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save-every", type=int, default=200, help="steps between checkpoints")
     add("--seed", type=int, default=0, help="of the new weights and of the order of the data")
     add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the arithmetic; weights are float32")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the arithmetic; weights are float32",
+    )
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster; needs a C++ compiler")
     args = parser.parse_args(argv)
     for key, value in STAGES[args.stage].items():
@@ -181,7 +185,12 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> 
     for name, p in model.named_parameters():
         if p.requires_grad:
             component, decay = name.split(".")[0], args.weight_decay if p.ndim >= 2 else 0.0
-            group = {"params": [], "component": component, "peak": rates.get(component) or args.lr, "weight_decay": decay}
+            group = {
+                "params": [],
+                "component": component,
+                "peak": rates.get(component) or args.lr,
+                "weight_decay": decay,
+            }
             groups.setdefault((component, decay), group)["params"].append(p)
     ranks.say(f"{'trains':<24}{'parameters':>14}{'rate':>10}{'decay':>8}")
     for group in groups.values():
@@ -221,7 +230,9 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
         network = DistributedDataParallel(network, find_unused_parameters=unused)
     loader = iter(make_loader(dataset, args, ranks, pad_id, start, group))
     model.train()
-    bar = tqdm(range(start, args.steps), run.folder.name, args.steps, initial=start, disable=not ranks.first, unit="step")
+    bar = tqdm(
+        range(start, args.steps), run.folder.name, args.steps, initial=start, disable=not ranks.first, unit="step"
+    )
     for step in bar:
         begin = time.perf_counter()
         micro = [next(loader) for _ in range(args.accumulate)]
@@ -233,7 +244,9 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
             raise ValueError(f"step {step + 1}: the loss is {row['loss']}; the last checkpoint in {run.folder} is good")
         if ranks.first:
             run.write_row(row)
-            bar.set_postfix({key: f"{row[key]:.4g}" for key in ("loss", "lr", "tokens_per_s", "data_wait")}, refresh=False)
+            bar.set_postfix(
+                {key: f"{row[key]:.4g}" for key in ("loss", "lr", "tokens_per_s", "data_wait")}, refresh=False
+            )
             if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
                 run.save_checkpoint(step + 1, model, optimizer)
     if ranks.first:
@@ -291,20 +304,19 @@ class Contrastive(nn.Module):
 
 def train_clip(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
     size, width = SIZES[args.size], SIZES[args.size]["width"]
-    shared = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": size["heads"], "projection_dim": width}
+    shared = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": size["heads"],
+        "projection_dim": width,
+    }
     vision = CLIPVisionConfig(image_size=72, patch_size=12, num_hidden_layers=size["vision_layers"], **shared)
     text = CLIPTextConfig(vocab_size=tokenizer.vocab_size, num_hidden_layers=size["text_layers"], **shared)
     model = CLIPModel(CLIPConfig(vision, text, projection_dim=width))
     dataset = CaptionPairs(*data_files(args, ranks, "captions"), tokenizer, model.config, args.image_mode or "pad")
 
     def save(folder: Path):
-        from dataclasses import asdict
-
-        from safetensors.torch import save_file
-
-        save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-        values = {"architectures": ["CLIPModel"], **asdict(model.config)}
-        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        save_clip(model, folder)
         tokenizer.save(folder)
 
     fit(args, ranks, run, Contrastive(model), dataset, tokenizer.pad_id, save, group=shapes.FAMILY)
@@ -322,10 +334,14 @@ def train_decoder(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
     )
-    ids = {"image_token_index": tokenizer.image_id, "eos_token_ids": [tokenizer.eos_id], "pad_token_id": tokenizer.pad_id}
+    ids = {
+        "image_token_index": tokenizer.image_id,
+        "eos_token_ids": [tokenizer.eos_id],
+        "pad_token_id": tokenizer.pad_id,
+    }
     model = Llava(LlavaConfig(text, template=args.template or "llava_hf", **ids))
     data, images = data_files(args, ranks, "text")
-    dataset = Records(data, images, tokenizer, model.config, args.max_length or 1024, learn_all=True)
+    dataset = Records(data, images, tokenizer, model.config, args.max_length or 1024, text_only=True)
 
     def save(folder: Path):
         save_model(model, folder)
@@ -444,7 +460,10 @@ def data_files(args, ranks: Ranks, kind: str) -> tuple[Path, Path]:
 
 def open_run(args, folder: Path) -> runs.Run:
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    return runs.Run(folder, values, args.resume and (folder / "run.json").exists() or (args.resume and args.stage > 0))
+    resume = args.resume and (
+        args.stage > 0 or (folder / "run.json").exists()
+    )  # stage 0 may not have begun its second tower
+    return runs.Run(folder, values, resume)
 
 
 def main():

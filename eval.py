@@ -1,0 +1,193 @@
+"""Answer a file of questions with a model and score the answers by family.
+
+    python eval.py --questions out/world/questions.jsonl --images out/world
+    python eval.py --model DIR --questions Q.jsonl --images DIR --out answers.jsonl
+
+A question is {"question_id", "image" (optional), "text", "answer" (optional), "category" (optional)}, one a line;
+every answer is written in LLaVA's format as soon as it is there, so a run that was stopped goes on where it was.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import runs
+from data import DataError, load_pixels, prompt_ids
+from images import BadImage
+from llava import Llava, generate, load_model
+from shapes import COLOURS, SHAPES
+from tokenizer import Tokenizer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# questions and answers
+
+
+def read_lines(path: Path) -> list[dict]:
+    """A jsonl file. Raises DataError naming file, line and reason."""
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}: line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict) or "question_id" not in row or not isinstance(row.get("text"), str):
+            raise DataError(f"{path}: line {number}: needs a question_id and a text")
+        rows.append(row)
+    return rows
+
+
+def answered(path: Path) -> list[dict]:
+    """The answers a stopped run left; a last line cut short is dropped from the file, to be answered again."""
+    if not path.exists():
+        return []
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    path.write_text("".join(kept), encoding="utf-8")
+    return [json.loads(line) for line in kept]
+
+
+def answer_batch(
+    model: Llava, tokenizer: Tokenizer, questions: list[dict], images: Path, blank: bool, max_new_tokens: int
+) -> list[str]:
+    """Greedy answers to a batch of questions, each the same as if it had been asked alone.
+
+    blank: replace every picture by the mean colour; what can still be answered, the language alone gave away.
+    """
+    config, pixels, prompts = model.config, [], []
+    for question in questions:
+        names, per_image = [], 0
+        if question.get("image"):
+            if config.vision_config is None:
+                raise DataError(f"question {question['question_id']} has a picture, but the model has no vision tower")
+            names, per_image = [question["image"]], config.vision_config.num_patches
+        prompts.append(prompt_ids([question["text"]], [], len(names), tokenizer, config.template, per_image))
+        for name in names:
+            try:
+                picture = load_pixels(images, name, config.vision_config.image_size, config.image_mode)
+            except BadImage as error:
+                raise DataError(f"question {question['question_id']}: {error}") from None
+            pixels.append(torch.zeros_like(picture) if blank else picture)
+    with torch.inference_mode():
+        features = model.vision_features(torch.stack(pixels).to(model.device)) if pixels else None
+    ids = [[] for _ in questions]
+    for step in generate(model, prompts, features, max_new_tokens=max_new_tokens):
+        for row, token in zip(ids, step):
+            if token is not None:
+                row.append(token)
+    return [tokenizer.decode(row).strip() for row in ids]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scores
+
+
+def normalised(text: str) -> str:
+    return re.sub(r"[^\w ]", "", text.lower()).strip()
+
+
+def score(category: str, answer: str, truth: str) -> float:
+    """1 or 0 for an exact match, case and punctuation aside; of a description, the F1 of the things it names."""
+    return things_f1(answer, truth) if category == "description" else float(normalised(answer) == normalised(truth))
+
+
+def things_f1(answer: str, truth: str) -> float:
+    """F1 over the named things. A shape is right if size, colour, kind and place are; a sign if text and place are."""
+    named, wanted = mentions(answer), mentions(truth)
+    right = sum(min(named.count(thing), wanted.count(thing)) for thing in set(wanted))
+    return 2 * right / (len(named) + len(wanted)) if right else 0.0
+
+
+def mentions(text: str) -> list[str]:
+    """Every thing a description of the embedded world names, with what is said about it up to the next one."""
+    thing = rf"(?:\w+ (?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})|sign that says \w+)"
+    return re.findall(rf"{thing} (?:in|at|on) the (?:top left|top right|bottom left|bottom right|\w+)", text.lower())
+
+
+def table(rows: list[dict]) -> dict[str, float]:
+    """Accuracy in per cent by category, and overall (the mean over questions)."""
+    scores = defaultdict(list)
+    for row in rows:
+        scores[row["metadata"]["category"]].append(row["metadata"]["score"])
+    result = {name: 100 * sum(values) / len(values) for name, values in sorted(scores.items())}
+    everything = [value for values in scores.values() for value in values]
+    return {"overall": 100 * sum(everything) / len(everything)} | result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    model, tokenizer, questions, images, out: Path, batch_size: int, max_new_tokens: int, blank: bool, name: str
+):
+    """Answer what is not answered yet, longest questions together; returns all rows in the order of the questions."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done = {row["question_id"]: row for row in answered(out)}
+    asked = {question["question_id"]: question["text"] for question in questions}
+    if any(asked.get(key) != row["prompt"] for key, row in done.items()):
+        raise DataError(f"{out} holds answers to other questions: remove it, or name another --out")
+    open_ones = sorted((q for q in questions if q["question_id"] not in done), key=lambda q: len(q["text"]))
+    with out.open("a", encoding="utf-8") as file, tqdm(total=len(questions), initial=len(done), unit="answer") as bar:
+        for i in range(0, len(open_ones), batch_size):
+            batch = open_ones[i : i + batch_size]
+            answers = answer_batch(model, tokenizer, batch, images, blank, max_new_tokens)
+            for question, answer in zip(batch, answers):
+                metadata = {"category": question.get("category", "all")}
+                if "answer" in question:
+                    metadata["score"] = score(metadata["category"], answer, question["answer"])
+                row = {"question_id": question["question_id"], "prompt": question["text"], "text": answer}
+                done[question["question_id"]] = row | {"answer_id": f"{name}-{question['question_id']}"}
+                done[question["question_id"]] |= {"model_id": name, "metadata": metadata}
+                file.write(json.dumps(done[question["question_id"]], ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(batch))
+    return [done[question["question_id"]] for question in questions]
+
+
+def read_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model", type=Path, help="folder of a model; default: the newest finished run below out/")
+    add("--questions", type=Path, required=True, help="jsonl of questions")
+    add("--images", type=Path, help="folder of the pictures; default: the one --questions is in")
+    add("--out", type=Path, help="jsonl of answers; default: answers.jsonl in the model's folder")
+    add("--batch-size", type=int, default=64, help="questions answered at one time")
+    add("--max-new-tokens", type=int, default=128, help="longest answer (LLaVA: 128)")
+    add("--limit", type=int, help="only the first questions of the file")
+    add("--blank", action="store_true", help="show mean-coloured pictures: what the language alone gives away")
+    add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    return parser.parse_args()
+
+
+def main():
+    args = read_flags()
+    try:
+        folder = args.model or runs.newest_run(1, 2)
+        out = args.out or folder / ("answers-blank.jsonl" if args.blank else "answers.jsonl")
+        questions = read_lines(args.questions)[: args.limit]
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, tokenizer = load_model(folder, device), Tokenizer.load(folder)
+        images = args.images or args.questions.parent
+        rows = evaluate(
+            model, tokenizer, questions, images, out, args.batch_size, args.max_new_tokens, args.blank, folder.name
+        )
+        rows = [row for row in rows if "score" in row["metadata"]]
+        for category, accuracy in (table(rows) if rows else {}).items():
+            print(f"{category:<14}{accuracy:6.1f} %")
+        print(f"{len(rows)} scored answers in {out}")
+    except (ValueError, BadImage) as error:
+        sys.exit(f"eval.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Ask a model about a picture.
+
+    python sample.py --image cat.jpg                           describe it
+    python sample.py --image cat.jpg --prompt "What colour?"   one question
+    python sample.py --prompt "Hello"                          no picture; a decoder alone answers too
+
+On a terminal, without --prompt, it is a conversation. Standard output holds the answer and nothing else.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import runs
+from data import image_pixels, prompt_ids
+from images import BadImage, open_image
+from llava import Llava, generate, load_model
+from tokenizer import Tokenizer
+
+DESCRIBE = "Describe the picture."
+
+
+class Chat:
+    """A model, a picture (or none) and what was said about it so far. The picture goes through the tower once."""
+
+    def __init__(self, model: Llava, tokenizer: Tokenizer, image: Path | None, **sampling):
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.questions, self.answers, self.features, self.images = [], [], None, 0
+        if image is not None:
+            vision = model.config.vision_config
+            if vision is None:
+                raise ValueError("this model is a decoder without a vision tower: ask it without --image")
+            pixels = image_pixels(open_image(image), vision.image_size, model.config.image_mode)
+            with torch.inference_mode():
+                self.features, self.images = model.vision_features(pixels[None].to(model.device)), 1
+
+    def ask(self, question: str) -> Iterator[str]:
+        """Stream the answer in pieces that join to it; `last` then holds what --json prints."""
+        per_image = self.model.config.vision_config.num_patches if self.images else 0
+        template = self.model.config.template
+        prompt = prompt_ids([*self.questions, question], self.answers, self.images, self.tokenizer, template, per_image)
+        ids, text, begin = [], "", time.perf_counter()
+        for (token,) in generate(self.model, [prompt], self.features, **self.sampling):
+            ids.append(token)
+            longer = self.tokenizer.decode(ids).lstrip()
+            if not longer.endswith("\ufffd"):  # half of a character: wait for the rest
+                yield longer[len(text) :]
+                text = longer
+        stop = "eos" if ids and ids[-1] in self.model.config.eos_token_ids else "length"
+        speed = round(len(ids) / (time.perf_counter() - begin), 1)
+        self.last = {"text": text, "ids": ids, "prompt_ids": prompt, "stop": stop, "tokens_per_s": speed}
+        self.questions.append(question)
+        self.answers.append(text)
+
+
+def read_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model", type=Path, help="folder of a model; default: the newest finished run below out/")
+    add("--image", type=Path, help="the picture to talk about")
+    add("--prompt", help=f"the question; default: {DESCRIBE!r}, or a conversation on a terminal")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
+    add("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that hold this probability together")
+    add("--max-new-tokens", type=int, default=256, help="longest answer")
+    add("--seed", type=int, default=0, help="of the draws")
+    add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    add("--json", action="store_true", help="print one line of JSON: text, ids, prompt_ids, stop, tokens_per_s")
+    args = parser.parse_args()
+    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_new_tokens < 1:
+        parser.error("--temperature must be >= 0, --top-p in (0, 1], --top-k >= 0, --max-new-tokens >= 1")
+    return args
+
+
+def answer_once(chat: Chat, question: str, as_json: bool):
+    for piece in chat.ask(question):
+        if not as_json:
+            print(piece, end="", flush=True)
+    print(json.dumps(chat.last) if as_json else "")
+
+
+def converse(chat: Chat):
+    print("An empty line ends the conversation.", file=sys.stderr)
+    while True:
+        try:
+            question = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not question:
+            return
+        answer_once(chat, question, as_json=False)
+
+
+def main():
+    args = read_flags()
+    try:
+        folder = args.model or runs.newest_run(1, 2)
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, tokenizer = load_model(folder, device), Tokenizer.load(folder)
+        generator = torch.Generator(device).manual_seed(args.seed)
+        sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
+        chat = Chat(model, tokenizer, args.image, max_new_tokens=args.max_new_tokens, **sampling)
+        if args.prompt is None and not args.json and sys.stdin.isatty() and sys.stdout.isatty():
+            converse(chat)
+        else:
+            answer_once(chat, DESCRIBE if args.prompt is None else args.prompt, args.json)
+    except (ValueError, BadImage) as error:
+        sys.exit(f"sample.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

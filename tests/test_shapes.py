@@ -1,0 +1,406 @@
+"""The embedded world: the same everywhere, never the same on both sides, and every word about a picture is true."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import shapes
+from data import read_records
+
+SCENES = 2000
+# Written out again, so that a slip in shapes.py's own tables is seen: (row, column) of every name of a place.
+PLACES = {
+    **{"top left": (0, 0), "top": (0, 1), "top right": (0, 2)},
+    **{"left": (1, 0), "center": (1, 1), "right": (1, 2)},
+    **{"bottom left": (2, 0), "bottom": (2, 1), "bottom right": (2, 2)},
+}
+PHRASES = {
+    **{"in the top left": (0, 0), "at the top": (0, 1), "in the top right": (0, 2)},
+    **{"on the left": (1, 0), "in the center": (1, 1), "on the right": (1, 2)},
+    **{"in the bottom left": (2, 0), "at the bottom": (2, 1), "in the bottom right": (2, 2)},
+}
+PHRASE = "|".join(sorted(PHRASES, key=len, reverse=True))
+SHAPE, COLOUR, SIZE = "|".join(shapes.SHAPES), "|".join(shapes.COLOURS), "|".join(shapes.RADIUS)
+NAME = rf"(?:(?P<size>{SIZE}) (?P<colour>{COLOUR}) (?P<shape>{SHAPE})|sign that says (?P<text>\w+))"
+SIDES = "to the left of|to the right of|above|below"
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [shapes.make_scene(0, index, held_out=False)[0] for index in range(SCENES)]
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """family -> [(scene, question, answer)]: every family asked about every scene, on both sides of the split."""
+    result = {family: [] for family in shapes.FAMILIES}
+    for index in range(SCENES):
+        scene, rng = shapes.make_scene(1, index, held_out=index % 2 == 0)
+        for family, ask in shapes.FAMILIES.items():
+            for _ in range(2):
+                if pair := ask(scene, rng):
+                    result[family].append((scene, *pair))
+    return result
+
+
+def place(thing):
+    """(row, column) of the third of the picture that the thing's centre is in, as an eye would judge it."""
+    x, y = thing.centre
+    return math.floor(3 * y), math.floor(3 * x)
+
+
+def only(things):
+    things = list(things)
+    assert len(things) == 1, things  # "the star" must name one thing
+    return things[0]
+
+
+def beside(thing, side, anchor):
+    (row, column), (anchor_row, anchor_column) = place(thing), place(anchor)
+    return {
+        "to the left of": column < anchor_column,
+        "to the right of": column > anchor_column,
+        "above": row < anchor_row,
+        "below": row > anchor_row,
+    }[side]
+
+
+def truth(scene, question):
+    """The answer to a question, worked out here from the list of things alone. None: a request to describe."""
+    things = [thing for thing in scene.things if thing.shape != "sign"]
+
+    def the(shape):
+        return only(thing for thing in scene.things if thing.shape == shape)
+
+    def having(**facts):
+        return [thing for thing in things if all(getattr(thing, key) == value for key, value in facts.items())]
+
+    def ask(pattern):
+        return (found.groups() or (question,)) if (found := re.fullmatch(pattern, question)) else None
+
+    if m := ask(rf"(?:Is there|Do you see) an? ({COLOUR}) ({SHAPE})(?: in the picture)?\?"):
+        return "yes" if having(colour=m[0], shape=m[1]) else "no"
+    if m := ask(rf"(?:What colour is|Which colour does) the ({SHAPE})(?: have)?\?"):
+        return the(m[0]).colour
+    if m := ask(rf"What shape is ({PHRASE})\?"):
+        return only(thing for thing in things if place(thing) == PHRASES[m[0]]).shape
+    if m := ask(rf"(?:What shape is the|Which shape is) ({COLOUR})(?: one)?\?"):
+        return only(having(colour=m[0])).shape
+    if ask(r"How many shapes are there\?"):
+        return str(len(things))
+    if m := ask(rf"How many ({COLOUR}) shapes are there\?"):
+        return str(len(having(colour=m[0])))
+    if m := ask(rf"How many ({SHAPE})(?:s|es) are there\?"):
+        return str(len(having(shape=m[0])))
+    if m := ask(rf"(?:Where|In which place) is the ({SHAPE}|sign)\?"):
+        return only(name for name, where in PLACES.items() if where == place(the(m[0])))
+    if m := ask(rf"Is the ({SHAPE}|sign) ({SIDES}) the ({SHAPE}|sign)\?"):
+        assert place(the(m[0])) != place(the(m[2]))
+        return "yes" if beside(the(m[0]), m[1], the(m[2])) else "no"
+    if ask(r"What does the sign say\?|What is written on the sign\?"):
+        return the("sign").text
+    if m := ask(rf"Do the ({SHAPE}) and the ({SHAPE}) have the same colour\?"):
+        return "yes" if the(m[0]).colour == the(m[1]).colour else "no"
+    if m := ask(rf"Which is (larger|smaller), the ({SHAPE}) or the ({SHAPE})\?"):
+        one, other = sorted((the(m[1]), the(m[2])), key=lambda thing: shapes.RADIUS[thing.size])
+        assert one.size != other.size
+        return (other if m[0] == "larger" else one).shape
+    if m := ask(rf"(What colour is the|Which) shape (?:is )?({SIDES}) the ({SHAPE}|sign)\?"):
+        found = only(thing for thing in things if beside(thing, m[1], the(m[2])))
+        return found.colour if m[0].startswith("What colour") else found.shape
+    if m := ask(rf"Which other shape has the colour of the ({SHAPE})\?"):
+        return only(thing for thing in having(colour=the(m[0]).colour) if thing is not the(m[0])).shape
+    assert question in ("Describe the picture.", "Describe the image in detail.", "What do you see?"), question
+    return None
+
+
+def facts(scene):
+    """What a scene shows, in no order."""
+    return sorted((thing.shape, thing.colour, thing.size, thing.cell, thing.text) for thing in scene.things)
+
+
+def named_in(text):
+    """The things that a description names, each with its place, in no order."""
+    found = [m.groupdict() for m in re.finditer(rf"{NAME} (?P<place>{PHRASE})", text)]
+    found += [m.groupdict() for m in re.finditer(rf"(?P<place>{PHRASE}) there is a {NAME}", text)]
+    assert len(found) == len(re.findall(NAME, text))
+    rows = [(m["size"], m["colour"], m["shape"], m["text"], PHRASES[m["place"]]) for m in found]
+    return sorted(rows, key=str)
+
+
+def named_by(scene):
+    signs = [(None, None, None, thing.text, place(thing)) for thing in scene.things if thing.text]
+    return sorted([(t.size, t.colour, t.shape, None, place(t)) for t in scene.things if not t.text] + signs, key=str)
+
+
+def check_description(scene, text):
+    assert named_in(text) == named_by(scene), text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scenes
+
+
+def fingerprint():
+    """Of scenes, pictures and words of both sides."""
+    digest = hashlib.sha256()
+    for held_out in (False, True):
+        for index in range(40):
+            scene, rng = shapes.make_scene(5, index, held_out)
+            words = [shapes.caption(scene, rng), shapes.notes(scene, rng), shapes.dialogue(scene, rng, 8)]
+            digest.update(repr((scene, words)).encode() + shapes.render(scene, 48).tobytes())
+    digest.update(repr([shapes.records_of(5, index, 6) for index in range(40)]).encode())
+    digest.update(repr(shapes.make_questions(5, 40)).encode())
+    return digest.hexdigest()
+
+
+def test_a_seed_means_the_same_everywhere():
+    mine = fingerprint()
+    assert fingerprint() == mine
+    here = Path(__file__).parent
+    for salt in "1", "2":  # the order of a set of strings changes with it
+        environment = os.environ | {
+            "PYTHONHASHSEED": salt,
+            "PYTHONPATH": os.pathsep.join((str(here), str(here.parent))),
+        }
+        command = [sys.executable, "-c", "import test_shapes; print(test_shapes.fingerprint())"]
+        output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        assert output.strip() == mine
+
+
+def test_a_scene_does_not_depend_on_what_was_made_before():
+    alone = shapes.make_scene(0, 7, False)[0]
+    assert [shapes.make_scene(0, index, False)[0] for index in range(9)][7] == alone
+    assert shapes.make_scene(1, 7, False)[0] != alone != shapes.make_scene(0, 7, True)[0]
+
+
+def test_train_and_heldout_share_no_scene():
+    sides = [
+        {str(facts(shapes.make_scene(seed, i, side)[0])) for seed in range(3) for i in range(2000)} for side in (0, 1)
+    ]
+    assert not sides[0] & sides[1]
+    assert min(map(len, sides)) > 3000  # and there is no end of different ones
+
+
+def test_siblings_differ_in_one_fact(scenes):
+    differences = Counter()
+    for index, scene in enumerate(scenes):
+        base = scenes[index - index % shapes.FAMILY]
+        assert len(scene.things) == len(base.things)
+        named = ("shape", "colour", "size", "cell", "text")
+        count = sum(getattr(a, f) != getattr(b, f) for a, b in zip(scene.things, base.things) for f in named)
+        differences[count] += 1
+    assert set(differences) <= {0, 1} and differences[1] > 0.9 * SCENES * (1 - 1 / shapes.FAMILY)
+
+
+def test_scenes_are_well_formed(scenes):
+    kinds = Counter()
+    for scene in scenes:
+        assert len({thing.cell for thing in scene.things}) == len(scene.things) and scene.shapes
+        assert sum(thing.shape == "sign" for thing in scene.things) <= 1
+        for thing in scene.things:
+            assert thing.cell == 3 * place(thing)[0] + place(thing)[1]  # well inside the third that its place names
+            x, y = thing.centre
+            assert all(abs(3 * v - round(3 * v)) > 0.1 for v in (x, y))
+            assert min(thing.box) > -0.05 and max(thing.box) < 1.05  # at most an edge is cut off
+            kinds.update((thing.shape, thing.colour, thing.size, thing.cell, thing.text))
+    everything = [*shapes.SHAPES, *shapes.COLOURS, *shapes.RADIUS, *range(9), *shapes.SIGNS]
+    assert all(kinds[kind] > 20 for kind in everything)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures
+
+
+def test_boxes_lie_around_the_things():
+    side = 120
+    kinds = [(shape, colour, "") for shape, colour in zip(shapes.SHAPES, shapes.COLOURS)] + [("sign", "white", "8")]
+    for shape, colour, text in kinds:
+        for size in shapes.RADIUS:
+            for cell in range(9):
+                thing = shapes.Thing(shape, colour, size, cell, dx=0.02, dy=-0.01, text=text)
+                empty, drawn = (shapes.Scene(things, "plain", (220, 220, 220)) for things in ((), (thing,)))
+                pixels, before = (np.array(shapes.render(scene, side)).astype(int) for scene in (drawn, empty))
+                y, x = np.nonzero(np.abs(pixels - before).sum(-1) > 60)
+                x1, y1, x2, y2 = (side * v for v in thing.box)
+                assert x1 - 2 <= x.min() and x.max() <= x2 + 2 and y1 - 2 <= y.min() and y.max() <= y2 + 2, thing
+                assert np.ptp(x) > 0.75 * (x2 - x1) and np.ptp(y) > 0.75 * (y2 - y1), thing  # and not far around them
+
+
+def test_colours_can_be_told_apart():
+    colours = {**shapes.COLOURS, "sign": (252, 252, 248)}
+    for (one, a), (other, b) in combinations(colours.items(), 2):
+        assert math.dist(a, b) > 60, (one, other)
+
+
+def test_every_shape_shows_its_colour_in_its_middle(scenes):
+    # What is drawn later may cover an edge, never the middle; and nothing of the background shines through.
+    for scene in scenes[:200]:
+        pixels = np.array(shapes.render(scene, 96)).astype(float)
+        assert pixels.shape == (96, 96, 3)
+        for thing in scene.shapes:
+            x, y = (int(96 * v) for v in thing.centre)
+            assert math.dist(pixels[y, x], shapes.COLOURS[thing.colour]) < 20, thing
+
+
+def test_background_is_pale(scenes):
+    for scene in scenes[:100]:
+        pixels = np.array(shapes.background(scene, 48)).astype(float)
+        nearest = min(np.linalg.norm(pixels - colour, axis=-1).min() for colour in shapes.COLOURS.values())
+        assert nearest > 60 and pixels.mean() > 190
+
+
+def test_signs_differ_in_their_pixels():
+    def sign(text):
+        thing = shapes.Thing("sign", "white", "large", 4, text=text)
+        return np.array(shapes.render(shapes.Scene((thing,), "plain", (220, 220, 220)), 72)).astype(int)
+
+    for one, other in combinations(map(sign, shapes.SIGNS), 2):
+        assert (np.abs(one - other).max(-1) > 80).sum() >= 4  # "1" and "7", "6" and "8"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# words
+
+
+@pytest.mark.parametrize("family", shapes.FAMILIES)
+def test_every_answer_is_true(family, asked):
+    rows = asked[family]
+    assert len(rows) > SCENES // 2
+    for scene, question, answer in rows:
+        if (expected := truth(scene, question)) is None:
+            check_description(scene, answer)
+        else:
+            assert answer == expected, (question, facts(scene))
+
+
+@pytest.mark.parametrize("family", ["existence", "relation"])
+def test_half_of_the_answers_are_yes(family, asked):
+    answers = Counter(answer for *_, answer in asked[family])
+    assert set(answers) == {"yes", "no"} and 0.45 < answers["yes"] / answers.total() < 0.55
+
+
+def test_half_of_the_same_colours_are_yes(asked):
+    answers = Counter(answer for _, question, answer in asked["comparison"] if question.startswith("Do "))
+    assert 0.45 < answers["yes"] / answers.total() < 0.55
+
+
+@pytest.mark.parametrize("family", shapes.FAMILIES)
+def test_no_answer_is_the_usual_one(family, asked):
+    answers = Counter(answer for *_, answer in asked[family])
+    assert max(answers.values()) < 0.6 * answers.total(), answers.most_common(3)
+
+
+def test_captions_and_descriptions_say_all_there_is():
+    openings = set()
+    for index in range(SCENES):
+        scene, rng = shapes.make_scene(2, index, held_out=False)
+        check_description(scene, shapes.description(scene))
+        text = shapes.caption(scene, rng)
+        check_description(scene, text)
+        openings.add(text.split()[0])
+    assert len(openings) > 4  # more than one way to say it
+
+
+def test_notes_say_all_there_is(scenes):
+    for index in range(500):
+        scene, rng = shapes.make_scene(2, index, held_out=False)
+        text = shapes.notes(scene, rng)
+        facts = {t.cell: ["sign", t.text] if t.text else [t.size, t.colour, t.shape] for t in scene.things}
+        if ":" in text:  # a list, in any order
+            lines = [line.split(" :") for line in text.split(" .")[:-1]]
+            assert {PLACES.index(place.strip()): words.split() for place, words in lines} == facts
+        else:  # as 6x6 patches, two words by two for each cell
+            grid = [text.split()[6 * row : 6 * row + 6] for row in range(6)]
+            for cell in range(9):
+                row, column = 2 * (cell // 3), 2 * (cell % 3)
+                words = grid[row][column : column + 2] + grid[row + 1][column : column + 2]
+                assert [word for word in words if word != "-"] == facts.get(cell, [])
+
+
+def test_dialogues_are_true_and_do_not_repeat():
+    followed = 0
+    for index in range(500):
+        scene, rng = shapes.make_scene(3, index, held_out=False)
+        turns = shapes.dialogue(scene, rng, 8)
+        questions = [question for question, _ in turns if " it?" not in question]
+        assert 1 <= len(questions) <= 8 and len(set(questions)) == len(questions)
+        for i, (question, answer) in enumerate(turns):
+            if " it?" in question:  # the thing that the turn before was about
+                shape = re.search(rf"the ({SHAPE})\?", turns[i - 1][0])[1]
+                question = f"What colour is the {shape}?"
+                followed += 1
+            if (expected := truth(scene, question)) is None:
+                check_description(scene, answer)
+            else:
+                assert answer == expected, (turns, facts(scene))
+    assert followed > 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    shapes.write_world(folder, n=12, seed=4, side=40, questions=30, turns=5)
+    return folder
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_written_records_are_read(world):
+    captions, dialogues, texts = (read_records(world / f"{name}.json") for name in ("captions", "instruct", "text"))
+    assert len(captions) == len(dialogues) == 12 and texts
+    assert not any("image" in record for record in texts)
+    for caption, dialogue in zip(captions, dialogues):
+        assert caption["image"] == dialogue["image"] and caption["id"] == dialogue["id"]
+        with Image.open(world / caption["image"]) as picture:
+            assert picture.size == (40, 40) and picture.mode == "RGB"
+    assert len({record["image"] for record in captions}) == 12
+
+
+def test_written_questions_are_balanced_and_held_out(world):
+    questions, captions = lines(world / "questions.jsonl"), read_records(world / "captions.json")
+    assert [question["question_id"] for question in questions] == list(range(30))
+    counts = Counter(question["category"] for question in questions)
+    assert set(counts) == set(shapes.FAMILIES) and max(counts.values()) - min(counts.values()) <= 1
+    assert len({question["image"] for question in questions}) == 30  # each about a picture of its own
+    assert not {question["image"] for question in questions} & {record["image"] for record in captions}
+    for question in questions:
+        scene, _ = shapes.make_scene(4, int(Path(question["image"]).stem), held_out=True)
+        assert scene.held_out() and np.array_equal(Image.open(world / question["image"]), shapes.render(scene, 40))
+        expected = truth(scene, question["text"])
+        assert question["answer"] == expected or (expected is None and question["category"] == "description")
+
+
+def test_written_scenes_match_their_pictures(world):
+    rows = {row["image"]: row for row in lines(world / "scenes.jsonl")}
+    assert len(rows) == 12 + 30 and all((world / name).is_file() for name in rows)
+    for record in read_records(world / "captions.json"):
+        row = rows[record["image"]]
+        assert len(row["things"]) == len(named_in(record["conversations"][1]["value"]))
+        for thing in row["things"]:
+            x1, y1, x2, y2 = thing["box"]
+            assert -0.05 < x1 < x2 < 1.05 and -0.05 < y1 < y2 < 1.05
+
+
+def test_a_larger_world_begins_with_the_smaller_one(world):
+    # Nothing depends on how many are made, so a run can be given more pictures and keep those it has.
+    records = [shapes.records_of(4, index, 5) for index in range(20)]
+    assert [captioned for captioned, _, _ in records][:12] == read_records(world / "captions.json")
+    assert [instructed for _, instructed, _ in records][:12] == read_records(world / "instruct.json")
