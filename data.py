@@ -248,19 +248,29 @@ class Records(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def picture_names(self) -> list[str]:
-        """Every picture of the file, once."""
-        return list(dict.fromkeys(name for record in self.records for name in images_of(record)))
+    def where(self, index: int) -> str:
+        return f"{self.data}: record {index} (id {self.records[index].get('id')!r})"
 
-    def pixels(self, name: str) -> torch.Tensor:
-        return load_pixels(self.images, name, self.config.vision_config.image_size, self.config.image_mode)
+    def pictures(self) -> dict[str, int]:
+        """Every picture of the file once, with the record it is first seen in."""
+        found = {}
+        for index, record in enumerate(self.records):
+            for name in images_of(record):
+                found.setdefault(name, index)
+        return found
+
+    def pixels(self, name: str, index: int) -> torch.Tensor:
+        """Picture `name` of record `index`, (3, S, S). Raises DataError naming the record."""
+        try:
+            return load_pixels(self.images, name, self.config.vision_config.image_size, self.config.image_mode)
+        except BadImage as error:
+            raise DataError(f"{self.where(index)}: {error}") from None
 
     def __getitem__(self, index: int) -> dict:
         record = self.records[index]
-        where = f"{self.data}: record {index} (id {record.get('id')!r})"
         names = [] if self.text_only else images_of(record)
         if names and self.config.vision_config is None:
-            raise DataError(f"{where}: has a picture, but the model has no vision tower")
+            raise DataError(f"{self.where(index)}: has a picture, but the model has no vision tower")
         image_last = self.image_order == "either" and np.random.default_rng([self.seed, index]).random() < 0.5
         per_image = self.config.vision_config.num_patches if names else 0
         template = record.get("template", self.template)
@@ -271,16 +281,12 @@ class Records(Dataset):
         ids, labels = ids[: self.max_length], labels[: self.max_length]
         if ids.count(self.tokenizer.image_id) != per_image * len(names) or labels.count(IGNORE) == len(labels):
             raise DataError(
-                f"{where}: its picture and question leave no room for an answer in {self.max_length} tokens"
+                f"{self.where(index)}: its picture and question leave no room for an answer in {self.max_length} tokens"
             )
         sample = {"ids": ids, "labels": labels}
-        try:
-            kind, load = (
-                ("vision_features", self.features.__getitem__) if self.features else ("pixel_values", self.pixels)
-            )
-            return sample | {kind: [load(name) for name in names]}
-        except BadImage as error:
-            raise DataError(f"{where}: {error}") from None
+        if self.features:
+            return sample | {"vision_features": [self.features[name] for name in names]}
+        return sample | {"pixel_values": [self.pixels(name, index) for name in names]}
 
 
 def collate(samples: list[dict], pad_id: int) -> dict[str, torch.Tensor | None]:
@@ -329,7 +335,8 @@ class CaptionPairs(Dataset):
             pixels = load_pixels(self.images, images_of(record)[0], side, self.image_mode)
         except BadImage as error:
             raise DataError(f"{self.data}: record {number} (id {record.get('id')!r}): {error}") from None
-        return {"ids": ids, "labels": ids, "pixel_values": [pixels]}
+        labels = [IGNORE] * (len(ids) - 1) + ids[-1:]  # one for each pair: what the loss is divided by
+        return {"ids": ids, "labels": labels, "pixel_values": [pixels]}
 
 
 def batches(

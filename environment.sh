@@ -1,6 +1,11 @@
 # Sourced by speedrun.sh and test.sh: enter .venv, made and filled on first use. $1: the extras this script needs.
-python=$(command -v python3.12 || command -v python3.11 || command -v python3)
-[ -d .venv ] || "$python" -m venv .venv
+if [ ! -d .venv ]; then
+    for python in python3 python3.12 python3.11 none; do # a name on the PATH may still not run, or be too old
+        if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi
+    done
+    [ "$python" != none ] || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
+    "$python" -m venv .venv
+fi
 source .venv/bin/activate
 stamp=.venv/$(cksum <pyproject.toml | cut -d ' ' -f 1)-$1
 if [ ! -e "$stamp" ]; then

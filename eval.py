@@ -30,9 +30,9 @@ from tokenizer import Tokenizer
 
 def read_lines(path: Path) -> list[dict]:
     """A jsonl file. Raises DataError naming file, line and reason."""
-    rows = []
+    rows, seen = [], set()
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")  # not at U+2028, as splitlines does
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -40,8 +40,15 @@ def read_lines(path: Path) -> list[dict]:
             row = json.loads(line)
         except ValueError as error:
             raise DataError(f"{path}: line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict) or "question_id" not in row or not isinstance(row.get("text"), str):
-            raise DataError(f"{path}: line {number}: needs a question_id and a text")
+        if not isinstance(row, dict) or not isinstance(row.get("question_id"), (int, str)):
+            raise DataError(f"{path}: line {number}: needs a question_id, a number or a string")
+        kinds = {"text": str, "image": (str, type(None)), "answer": str, "category": str}
+        for key, kind in kinds.items():
+            if not isinstance(row.get(key, None if key == "text" else ""), kind):
+                raise DataError(f"{path}: line {number}: {key} is not text")
+        if row["question_id"] in seen:
+            raise DataError(f"{path}: line {number}: question_id {row['question_id']!r} comes twice")
+        seen.add(row["question_id"])
         rows.append(row)
     return rows
 
@@ -50,9 +57,17 @@ def answered(path: Path) -> list[dict]:
     """The answers a stopped run left; a last line cut short is dropped from the file, to be answered again."""
     if not path.exists():
         return []
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    path.write_text("".join(kept), encoding="utf-8")
-    return [json.loads(line) for line in kept]
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    try:
+        rows = [json.loads(line) for line in whole.splitlines()]
+        complete = all(row.keys() >= {"question_id", "prompt", "text", "model_id", "metadata"} for row in rows)
+    except (ValueError, AttributeError):
+        complete = False
+    if not complete:
+        raise DataError(f"{path} holds something else than answers: remove it, or name another --out")
+    path.write_bytes(whole)
+    return rows
 
 
 def answer_batch(
@@ -132,8 +147,8 @@ def evaluate(
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {row["question_id"]: row for row in answered(out)}
     asked = {question["question_id"]: question["text"] for question in questions}
-    if any(asked.get(key) != row["prompt"] for key, row in done.items()):
-        raise DataError(f"{out} holds answers to other questions: remove it, or name another --out")
+    if any(asked.get(key) != row["prompt"] or row["model_id"] != name for key, row in done.items()):
+        raise DataError(f"{out} holds answers to other questions, or another model's: remove it, or name another --out")
     open_ones = sorted((q for q in questions if q["question_id"] not in done), key=lambda q: len(q["text"]))
     with out.open("a", encoding="utf-8") as file, tqdm(total=len(questions), initial=len(done), unit="answer") as bar:
         for i in range(0, len(open_ones), batch_size):
@@ -177,9 +192,9 @@ def main():
         questions = read_lines(args.questions)[: args.limit]
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, tokenizer = load_model(folder, device), Tokenizer.load(folder)
-        images = args.images or args.questions.parent
+        images, name = args.images or args.questions.parent, folder.name + ("-blank" if args.blank else "")
         rows = evaluate(
-            model, tokenizer, questions, images, out, args.batch_size, args.max_new_tokens, args.blank, folder.name
+            model, tokenizer, questions, images, out, args.batch_size, args.max_new_tokens, args.blank, name
         )
         rows = [row for row in rows if "score" in row["metadata"]]
         for category, accuracy in (table(rows) if rows else {}).items():

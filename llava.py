@@ -115,10 +115,12 @@ class LlavaConfig:
     def from_dict(cls, values: dict) -> "LlavaConfig":
         if "vision_config" not in values:
             return cls(text_config=TextConfig.from_dict(values), **known(cls, values))
+        if "text_config" not in values:
+            raise ValueError("config.json: a vision_config without a text_config")
         if values.get("vision_feature_select_strategy", "default") != "default":
             raise ValueError("config.json: vision_feature_select_strategy must be 'default' (class token dropped)")
         configs = {
-            "text_config": TextConfig.from_dict(values.get("text_config", {})),
+            "text_config": TextConfig.from_dict(values["text_config"]),
             "vision_config": CLIPVisionConfig(**known(CLIPVisionConfig, values["vision_config"])),
         }
         return cls(**known(cls, values | configs))

@@ -13,7 +13,9 @@ STAGES = ("stage0/clip", "stage0/decoder", "stage1", "stage2")
 
 
 def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """A jsonl file's rows, those with a question_id in its order; none if there is no such file."""
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+    return sorted(rows, key=lambda row: row.get("question_id", 0))
 
 
 def sheet(out: Path, answers: list[dict], columns: int = 5, rows: int = 4):
@@ -53,12 +55,12 @@ def write(out: Path, minutes: dict[str, float], dial: float):
     """Write report.md, report.json, loss.png and sheet.png from what the steps left in `out`."""
     answers, blind = read_rows(out / "stage2/answers.jsonl"), read_rows(out / "stage2/answers-blank.jsonl")
     accuracy, blank = table(answers), table(blind)
-    ablation = table(read_rows(out / "no-stage1/answers.jsonl")) if (out / "no-stage1/answers.jsonl").exists() else {}
+    ablated = read_rows(out / "no-stage1/answers.jsonl")
+    ablation = table(ablated) if ablated else {}
     logs = {name: read_rows(out / name / "log.jsonl") for name in STAGES}
     plots.loss_curve(out / "loss.png", logs)
     sheet(out, answers)
-    counted = {name: value for name, value in minutes.items() if "stage1" not in name.replace("stage1", "", 1)}
-    total = sum(value for name, value in counted.items() if name not in ("no-stage1", "ablation evaluation"))
+    total = sum(value for name, value in minutes.items() if name not in ("no-stage1", "ablation evaluation"))
     result = {
         "minutes": round(total, 2),
         "dial": dial,

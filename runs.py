@@ -88,11 +88,14 @@ class Run:
         """Create the folder; on resume, forget log lines of steps that no checkpoint kept."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "run.json", self.values)
+        for path in self.folder.glob("checkpoint-*.partial"):  # of a process that was killed while it wrote
+            shutil.rmtree(path)
         last = self.checkpoints()[-1][0] if self.checkpoints() else 0
         rows = [row for row in self.rows() if row["step"] <= last]
-        self.log = (self.folder / "log.jsonl").open("w")
-        for row in rows:
-            self.write_row(row)
+        kept = self.folder / "log.jsonl.partial"
+        kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(kept, self.folder / "log.jsonl")
+        self.log = (self.folder / "log.jsonl").open("a")
 
     def rows(self) -> list[dict]:
         """The log's lines; one cut short by a kill is left out."""
@@ -146,11 +149,15 @@ class Run:
             entries = {
                 key: state[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in state
             }
-            optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in entries.items()}
+            on_device = optimizer.defaults["fused"]  # the fused kernel reads the step there, the plain one on the CPU
+            optimizer.state[p] = {
+                key: value if key == "step" and not on_device else value.to(p.device) for key, value in entries.items()
+            }
         return step
 
     def finish(self, save: Callable[[Path], None], summary: dict):
         """Publish the finished model's files, then mark the run as finished, then drop the checkpoints."""
+        shutil.rmtree(self.folder / "final", ignore_errors=True)  # of a process that was killed below
         publish(self.folder / "final", save)
         for path in (self.folder / "final").iterdir():
             os.replace(path, self.folder / path.name)

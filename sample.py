@@ -95,7 +95,10 @@ def converse(chat: Chat):
             return
         if not question:
             return
-        answer_once(chat, question, as_json=False)
+        try:
+            answer_once(chat, question, as_json=False)
+        except KeyboardInterrupt:  # stops this answer only
+            print()
 
 
 def main():

@@ -254,29 +254,10 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def notes(scene: Scene, rng: random.Random) -> str:
-    """The scene jotted down, for a decoder that cannot see yet: 36 words, laid out as 6x6 patches of a picture are.
-
-    A cell of the board is two words wide and two high; here a large red circle in the top left, and a sign:
-
-        large  red  -  -  -    -
-        circle .    -  -  sign 7 ...
-
-    One time in four the things come as a list instead, in any order.
-    """
-    if rng.random() < 0.25:
-        lines = [f" {PLACES[thing.cell]} : {' '.join(words_of(thing))} ." for thing in scene.things]
-        rng.shuffle(lines)
-        return "".join(lines)
-    grid = [["-"] * 6 for _ in range(6)]
-    for thing in scene.things:
-        row, column = divmod(thing.cell, 3)
-        for i, word in enumerate(words_of(thing)):
-            grid[2 * row + i // 2][2 * column + i % 2] = word
-    return "".join(f" {word}" for row in grid for word in row)
-
-
-def words_of(thing: Thing) -> list[str]:
-    return ["sign", thing.text] if thing.text else [thing.size, thing.colour, thing.shape]
+    """The scene jotted down, thing by thing in any order, for a decoder that cannot see yet."""
+    lines = [f" {named(thing)} {PLACES[thing.cell]} ." for thing in scene.things]
+    rng.shuffle(lines)
+    return "".join(lines)
 
 
 def unique_shapes(scene: Scene) -> list[Thing]:
@@ -429,18 +410,23 @@ FAMILIES = {
 
 
 def dialogue(scene: Scene, rng: random.Random, turns: int) -> list[tuple[str, str]]:
-    """Up to `turns` questions and answers, no question twice; sometimes one about "it", the thing last spoken of."""
+    """Up to `turns` questions and answers, no question twice; sometimes one about "it", the thing last spoken of.
+
+    One in four ends with a description: at the end, because it would give the other answers away, and only some,
+    because it is as long as all the others together.
+    """
     result = []
-    families = rng.sample(sorted(FAMILIES), len(FAMILIES))
-    for family in (families * 2)[:turns]:
+    families = [family for family in FAMILIES if family != "description"]
+    rng.shuffle(families)
+    for family in families * 2:
         pair = FAMILIES[family](scene, rng)
-        if pair is None or any(pair[0] == question for question, _ in result):
+        if pair is None or len(result) >= turns or any(pair[0] == question for question, _ in result):
             continue
         result.append(pair)
         thing = next((t for t in unique_shapes(scene) if pair[0].endswith(f"the {t.shape}?")), None)
         if family == "position" and thing and rng.random() < 0.3:
             result.append(("What colour is it?", thing.colour))
-    return result
+    return result + ([ask_description(scene, rng)] if rng.random() < 0.25 else [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -549,7 +535,7 @@ def main():
     add("--seed", type=int, default=0)
     add("--size", type=int, default=72, help="side of a picture in pixels; 224 or 336 for a pretrained CLIP")
     add("--questions", type=int, default=2_000, help="held-out questions, each about a picture of its own")
-    add("--turns", type=int, default=8, help="questions in a training dialogue, at most")
+    add("--turns", type=int, default=10, help="questions in a training dialogue, at most")
     args = parser.parse_args()
     write_world(args.out, args.n, args.seed, args.size, args.questions, args.turns)
     print(f"{args.out}: captions.json, instruct.json, text.json, questions.jsonl, scenes.jsonl")

@@ -21,7 +21,7 @@ OUT = Path("out/speedrun")
 def plan(minutes: float, seed: int, out: Path, ablation: bool) -> list[tuple[str, list[str], Path]]:
     """(name, command, the file that shows it is done) of every step, for a run of so many minutes on two cores."""
     world, common = out / "world", ["--world", str(out / "world"), "--seed", str(seed)]
-    pictures, size = int(1300 * minutes), "small"
+    pictures, size = int(1000 * minutes), "small"
     questions = ["--questions", str(world / "questions.jsonl"), "--images", str(world)]
 
     def train(stage: int, name: str, steps: float, *flags: str) -> tuple[str, list[str], Path]:
@@ -35,19 +35,19 @@ def plan(minutes: float, seed: int, out: Path, ablation: bool) -> list[tuple[str
     towers = ["--vision", str(out / "stage0/clip"), "--llm", str(out / "stage0/decoder")]
     draw = ["shapes.py", "--out", str(world), "--n", str(pictures), "--seed", str(seed)]
     clip = train(0, "stage0", 16, "--tower", "clip", "--batch-size", "128", "--size", size)
-    decoder = train(0, "stage0", 10, "--tower", "decoder", "--size", size)
+    decoder = train(0, "stage0", 40, "--tower", "decoder", "--batch-size", "8", "--size", size)
     steps = [
         ("world", draw, world / "instruct.json"),
         ("clip", clip[1], out / "stage0/clip/run.json"),
         ("decoder", decoder[1], out / "stage0/decoder/run.json"),
-        stage(1, "stage1", 6, *towers),
-        stage(2, "stage2", 22, "--model", str(out / "stage1")),
+        stage(1, "stage1", 40, *towers, "--whiten"),
+        stage(2, "stage2", 130, "--model", str(out / "stage1")),
         ("evaluation", ["eval.py", "--model", str(out / "stage2"), *questions], out / "stage2/answers.jsonl"),
     ]
     blind = ["eval.py", "--model", str(out / "stage2"), *questions, "--blank"]
     steps.append(("blind evaluation", blind, out / "stage2/answers-blank.jsonl"))
     if ablation:  # the same stage 2 on a projector that no stage 1 has trained
-        steps.append(stage(2, "no-stage1", 22, *towers))
+        steps.append(stage(2, "no-stage1", 130, *towers, "--whiten"))
         evaluate = ["eval.py", "--model", str(out / "no-stage1"), *questions]
         steps.append(("ablation evaluation", evaluate, out / "no-stage1/answers.jsonl"))
     return steps

@@ -1,0 +1,63 @@
+"""One tiny world and one tiny LLaVA, drawn and trained once in a few seconds, which the tests of the scripts share."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import shapes
+import train
+from llava import load_model, save_model
+from tokenizer import Tokenizer
+
+torch.set_num_threads(1)  # sums over more threads end in other bits, and results are compared bit by bit
+
+STEPS, BATCH = 6, 8
+
+
+@pytest.fixture(scope="session")
+def command():
+    """Call the main() of a script with these arguments, as a shell would."""
+
+    def call(script, *argv):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
+            script.main()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, command):
+    """Folders of the world and of a finished run of each kind, and `flags`, which with --out repeat that run."""
+    root = tmp_path_factory.mktemp("tiny")
+    world, clip, decoder = root / "world", root / "stage0/clip", root / "stage0/decoder"
+    shapes.write_world(world, 64, 0, 72, 20, 10)
+    common = ["--world", world, "--steps", STEPS, "--batch-size", BATCH, "--save-every", 2]
+    common += ["--device", "cpu", "--dtype", "float32"]
+    flags = {
+        "clip": ["--stage", 0, "--tower", "clip", "--size", "tiny", *common],
+        "decoder": ["--stage", 0, "--tower", "decoder", "--size", "tiny", *common],
+        "stage1": ["--stage", 1, "--vision", clip, "--llm", decoder, *common],
+        "stage2": ["--stage", 2, "--model", root / "stage1", *common],
+    }
+    command(train, "--stage", 0, "--size", "tiny", *common, "--out", root / "stage0")
+    command(train, *flags["stage1"], "--out", root / "stage1")
+    command(train, *flags["stage2"], "--out", root / "stage2")
+    folders = {"clip": clip, "decoder": decoder, "stage1": root / "stage1", "stage2": root / "stage2"}
+    return SimpleNamespace(root=root, world=world, flags=flags, folders=folders, **folders)
+
+
+@pytest.fixture(scope="session")
+def babbler(tiny):
+    """A model whose answers are long, and differ by question and picture; after so few steps `tiny` says nothing."""
+    model, folder = load_model(tiny.stage2), tiny.root / "babbler"
+    generator = torch.Generator().manual_seed(0)
+    for part in (model.language_model, model.multi_modal_projector):
+        for p in part.parameters():
+            p.data.normal_(std=0.6, generator=generator)
+    folder.mkdir()
+    save_model(model, folder)
+    Tokenizer.load(tiny.stage2).save(folder)
+    return folder

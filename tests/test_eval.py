@@ -1,0 +1,286 @@
+"""Scoring: points by hand, and answers that are the same whatever stopped the run or stood beside them."""
+
+import json
+import random
+
+import pytest
+import torch
+
+import eval as evaluation
+import shapes
+from data import DataError
+from llava import load_model
+from tokenizer import Tokenizer
+
+KEYS = {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
+
+
+@pytest.fixture(scope="module")
+def llava(babbler):
+    return load_model(babbler), Tokenizer.load(babbler)
+
+
+@pytest.fixture(scope="module")
+def questions(tiny):
+    return evaluation.read_lines(tiny.world / "questions.jsonl")
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Questions are answered at once, with letters beyond ASCII; returns the texts asked, batch by batch."""
+    asked = []
+
+    def answer_batch(model, tokenizer, batch, *_):
+        asked.append([question["text"] for question in batch])
+        return [f"réponse à {question['text']} ☃" for question in batch]
+
+    monkeypatch.setattr(evaluation, "answer_batch", answer_batch)
+    return asked
+
+
+def evaluate(out, questions, batch_size=4):
+    return evaluation.evaluate(None, None, questions, None, out, batch_size, 8, False, "model")
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def refusal(command, *argv):
+    with pytest.raises(SystemExit) as caught:
+        command(evaluation, *argv)
+    line = caught.value.code
+    assert isinstance(line, str) and line.startswith("eval.py: ") and len(line.splitlines()) == 1, line
+    return line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# points
+
+STAR = "a large red star in the top left"
+SIGN = "a sign that says 7 at the top"
+RING = "a small blue circle on the right"
+
+
+@pytest.mark.parametrize("answer, truth, points", [
+    ("red", "red", 1), ("Red.", "red", 1), (" red ", "red", 1), ("top left", "top left", 1), ("yes!", "Yes", 1),
+    ("reddish", "red", 0), ("red star", "red", 0), ("", "red", 0), ("left top", "top left", 0), ("11", "1", 0),
+])  # fmt: skip
+def test_short_answers_match_or_not(answer, truth, points):
+    assert evaluation.score("colour", answer, truth) == points
+
+
+@pytest.mark.parametrize("answer, truth, points", [
+    (f"{STAR}.", f"{STAR}.", 1),
+    (f"{SIGN} and {STAR}.", f"{STAR} and {SIGN}.", 1),  # in any order
+    (f"{STAR.upper()}", f"{STAR}.", 1),
+    (f"{STAR}.", f"{STAR} and {SIGN}.", 2 / 3),  # one of one is right, one of two is found
+    (f"{STAR}, {SIGN} and {RING}.", f"{STAR} and {SIGN}.", 4 / 5),
+    (f"{STAR} and {RING}.", f"{STAR} and {SIGN}.", 1 / 2),
+    (f"{STAR}, {STAR}, {STAR} and {STAR}.", f"{STAR}.", 2 / 5),  # saying it four times earns it once
+    (f"{STAR}.", f"{STAR} and {STAR}.", 2 / 3),  # and two alike are two
+    ("a small red star in the top left.", f"{STAR}.", 0),
+    ("a large blue star in the top left.", f"{STAR}.", 0),
+    ("a large red heart in the top left.", f"{STAR}.", 0),
+    ("a large red star in the top right.", f"{STAR}.", 0),
+    ("a large red star at the top.", f"{STAR}.", 0),
+    ("a sign that says 8 at the top.", f"{SIGN}.", 0),
+    ("a sign that says 7 at the bottom.", f"{SIGN}.", 0),
+    ("a large red star", f"{STAR}.", 0),
+    ("", f"{STAR}.", 0),
+])  # fmt: skip
+def test_a_description_is_scored_by_the_things_it_names(answer, truth, points):
+    assert evaluation.score("description", answer, truth) == pytest.approx(points)
+    assert evaluation.things_f1(answer, truth) == pytest.approx(points)
+
+
+def test_mentions_by_hand():
+    text = f"We see {STAR}, {RING} and {SIGN}. Nothing else in the top left."
+    assert evaluation.mentions(text) == [
+        "large red star in the top left",
+        "small blue circle on the right",
+        "sign that says 7 at the top",
+    ]
+
+
+def test_every_true_description_is_understood():
+    for index in range(300):
+        scene, rng = shapes.make_scene(0, index, held_out=True)
+        _, truth = shapes.ask_description(scene, rng)
+        assert len(evaluation.mentions(truth)) == len(scene.things), truth
+        assert evaluation.score("description", truth, truth) == 1
+
+
+def test_overall_is_the_mean_over_questions():
+    points = [("colour", 1.0), ("shape", 0.0), ("shape", 0.0), ("shape", 1.0), ("description", 0.5)]
+    rows = [{"metadata": {"category": category, "score": score}} for category, score in points]
+    result = evaluation.table(rows)
+    assert result == pytest.approx({"overall": 50, "colour": 100, "description": 50, "shape": 100 / 3})
+    assert list(result) == ["overall", "colour", "description", "shape"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the file of answers
+
+
+def test_rows_have_the_keys_of_llava(tiny, babbler, command, tmp_path, capsys, questions):
+    argv = ["--model", babbler, "--questions", tiny.world / "questions.jsonl", "--device", "cpu", "--limit", 10]
+    command(evaluation, *argv, "--max-new-tokens", 4, "--out", tmp_path / "answers.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert all(set(row) == KEYS and row["model_id"] == "babbler" for row in rows)
+    assert sorted(row["question_id"] for row in rows) == list(range(10))
+    assert len({row["answer_id"] for row in rows}) == 10
+    for row in rows:
+        question = questions[row["question_id"]]
+        assert row["prompt"] == question["text"] and row["metadata"]["category"] == question["category"]
+        assert row["metadata"]["score"] == evaluation.score(question["category"], row["text"], question["answer"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ["overall", f"{evaluation.table(rows)['overall']:.1f}", "%"]
+    assert len(printed) == 12 and printed[-1] == f"10 scored answers in {tmp_path / 'answers.jsonl'}"
+
+
+def test_rows_come_back_in_the_order_of_the_questions(tmp_path, answers, questions):
+    asked = random.Random(0).sample(questions, len(questions))
+    rows = evaluate(tmp_path / "a.jsonl", asked)
+    assert [row["question_id"] for row in rows] == [question["question_id"] for question in asked]
+    assert all(len(batch) <= 4 for batch in answers)
+
+
+def where_to_cut(whole):
+    """Byte offsets: nothing, a line's end, and inside the first, a later and the last line, one inside a letter."""
+    lines, letter = whole.splitlines(keepends=True), "☃".encode()
+    second = len(lines[0]) + len(lines[1])
+    inside = whole.index(letter, second) + 1
+    return {"nothing": 0, "first": 20, "line": second, "no end": second - 1, "letter": inside, "last": len(whole) - 1}
+
+
+@pytest.mark.parametrize("cut", ["nothing", "first", "line", "no end", "letter", "last"])
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, answers, questions, cut):
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    want = evaluate(whole, questions)
+    kept = whole.read_bytes()[: where_to_cut(whole.read_bytes())[cut]]
+    stopped.write_bytes(kept)
+    answers.clear()
+    assert evaluate(stopped, questions) == want
+    assert sorted(stopped.read_bytes().split(b"\n")) == sorted(whole.read_bytes().split(b"\n"))
+    assert sum(map(len, answers)) == len(questions) - kept.count(b"\n")  # nothing is answered again
+
+
+@pytest.mark.parametrize("char", ["\u2028", "\x85", "\x0c", "\r"])
+def test_an_answer_may_hold_any_character(tmp_path, monkeypatch, char):
+    monkeypatch.setattr(evaluation, "answer_batch", lambda model, tokenizer, batch, *_: [f"a{char}b"] * len(batch))
+    questions = [{"question_id": i, "text": f"one{char}two"} for i in range(3)]
+    rows = evaluate(tmp_path / "a.jsonl", questions)
+    before = (tmp_path / "a.jsonl").read_bytes()
+    assert evaluate(tmp_path / "a.jsonl", questions) == rows and (tmp_path / "a.jsonl").read_bytes() == before
+
+
+def test_a_question_may_hold_any_character(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"question_id": 1, "text": "one\u2028two"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert evaluation.read_lines(path) == [{"question_id": 1, "text": "one\u2028two"}]
+
+
+@pytest.mark.parametrize("other", [
+    [{"question_id": 0, "text": "Another question?"}],
+    [{"question_id": "zero", "text": "Is it red?"}],
+])  # fmt: skip
+def test_answers_to_other_questions_are_left_alone(tmp_path, answers, other):
+    out = tmp_path / "a.jsonl"
+    evaluate(out, [{"question_id": 0, "text": "Is it red?"}])
+    before = out.read_bytes()
+    with pytest.raises(DataError, match=r"a\.jsonl"):
+        evaluate(out, other)
+    assert out.read_bytes() == before
+
+
+def test_a_file_that_holds_no_answers_is_left_alone(tiny, command, tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "Is it red?"}\n{"question_id": 2, "text"')
+    before = (tmp_path / "q.jsonl").read_bytes()
+    argv = ["--model", tiny.stage2, "--questions", tiny.world / "questions.jsonl", "--device", "cpu"]
+    assert "q.jsonl" in refusal(command, *argv, "--out", tmp_path / "q.jsonl")
+    assert (tmp_path / "q.jsonl").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# answers
+
+
+def test_alone_or_in_a_batch_the_answers_are_the_same(tiny, llava, questions):
+    asked = [*questions[:12], *({"question_id": i, "text": "Is it red?" * i} for i in range(4))]
+    together = evaluation.answer_batch(*llava, asked, tiny.world, False, 12)
+    alone = [evaluation.answer_batch(*llava, [question], tiny.world, False, 12)[0] for question in asked]
+    assert together == alone and len(set(together)) == len(asked)
+
+
+def test_blank_pictures_change_nothing_but_the_pixels(tiny, llava, questions, monkeypatch):
+    shown, prompts = [], []
+
+    def generate(model, rows, features, **_):
+        prompts.append(rows)
+        shown.append(features)
+        yield from ()
+
+    monkeypatch.setattr(evaluation, "generate", generate)
+    for blank in (False, True):
+        evaluation.answer_batch(*llava, questions[:4], tiny.world, blank, 4)
+    assert prompts[0] == prompts[1] and shown[0].shape == shown[1].shape
+    grey = llava[0].vision_features(torch.zeros(1, 3, 72, 72))  # zero after normalisation: the mean colour
+    assert torch.allclose(shown[1], grey.expand_as(shown[1]), atol=1e-5)
+    assert not any(torch.allclose(seen, grey[0], atol=1e-2) for seen in shown[0])
+
+
+def test_blank_and_seen_answers_go_to_different_files(tiny, command, monkeypatch):
+    outs = []
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: outs.append(args[4]) or [])
+    argv = ["--model", tiny.stage2, "--questions", tiny.world / "questions.jsonl", "--device", "cpu"]
+    command(evaluation, *argv)
+    command(evaluation, *argv, "--blank")
+    assert outs == [tiny.stage2 / "answers.jsonl", tiny.stage2 / "answers-blank.jsonl"]
+
+
+def test_questions_without_a_picture_are_answered(tiny, llava):
+    assert len(evaluation.answer_batch(*llava, [{"question_id": 1, "text": "Red?"}], tiny.world, False, 4)) == 1
+
+
+def test_a_decoder_refuses_a_question_with_a_picture(tiny, questions):
+    decoder, tokenizer = load_model(tiny.decoder), Tokenizer.load(tiny.decoder)
+    with pytest.raises(DataError, match=r"question 0 .*vision tower"):
+        evaluation.answer_batch(decoder, tokenizer, questions[:1], tiny.world, False, 4)
+    assert evaluation.answer_batch(decoder, tokenizer, [{"question_id": 1, "text": "Red?"}], tiny.world, False, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one line for what a user can mend
+
+
+@pytest.mark.parametrize("line", [
+    "", "{", "[]", "7", '{"text": "Is it red?"}', '{"question_id": 2}', '{"question_id": 2, "text": 7}',
+    '{"question_id": [2], "text": "Is it red?"}', '{"question_id": 2, "text": "Is it red?", "image": 7}',
+    '{"question_id": 2, "text": "Is it red?", "answer": 7}', '{"question_id": 1, "text": "The same again?"}',
+])  # fmt: skip
+def test_a_question_that_is_none_is_named_by_file_and_line(tiny, command, tmp_path, line):
+    path = tmp_path / "q.jsonl"
+    path.write_text(f'{{"question_id": 1, "text": "Is it red?"}}\n{line}\n')
+    argv = ["--model", tiny.stage2, "--questions", path, "--device", "cpu", "--out", tmp_path / "a.jsonl"]
+    message = refusal(command, *argv, "--max-new-tokens", 2)
+    assert f"{path}: line 2" in message
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_missing_questions_are_named(tiny, command, tmp_path):
+    assert "nowhere.jsonl" in refusal(command, "--model", tiny.stage2, "--questions", tmp_path / "nowhere.jsonl")
+
+
+def test_a_missing_picture_and_its_question_are_named(tiny, command, tmp_path):
+    path = write_lines(tmp_path / "q.jsonl", [{"question_id": "k7", "text": "Red?", "image": "nowhere.png"}])
+    argv = ["--model", tiny.stage2, "--questions", path, "--device", "cpu", "--out", tmp_path / "a.jsonl"]
+    line = refusal(command, *argv)
+    assert "nowhere.png" in line and "k7" in line
+
+
+def test_without_a_model_both_ways_to_one_are_named(command, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = refusal(command, "--questions", tiny.world / "questions.jsonl")
+    assert "train.py" in line and "name a folder" in line

@@ -1,0 +1,577 @@
+"""Training: the worked numbers, and the same result however it is cut, interrupted or repeated."""
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import BATCH, STEPS
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import runs
+import shapes
+import train
+from data import Records, batches, check_record, collate
+from llava import load_model
+from tokenizer import Tokenizer
+
+REPOSITORY = Path(train.__file__).parent
+
+
+def flags(*argv):
+    return train.read_flags([str(value) for value in argv])
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [row["loss"] for row in log_of(folder)]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same_weights(folder, other):
+    return (folder / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def refusal(command, *argv):
+    """The one line that train.py ends with."""
+    with pytest.raises(SystemExit) as caught:
+        command(train, *argv)
+    line = caught.value.code
+    assert isinstance(line, str) and line.startswith("train.py: ") and len(line.splitlines()) == 1, line
+    return line
+
+
+def write_records(path, records):
+    path.write_text(json.dumps(records))
+    return path
+
+
+def blinded(record):
+    """The record without its picture."""
+    first, *rest = record["conversations"]
+    first = first | {"value": first["value"].replace("<image>\n", "")}
+    return {"id": record["id"], "conversations": [first, *rest]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the schedule
+
+
+def test_learning_rate_of_the_worked_example():
+    assert train.learning_rate(500, 1000, 2e-5, warmup=0.0) == pytest.approx(1e-5)
+    # 3 % of 200 steps rise, so the cosine spans the 194 after step 6
+    assert train.learning_rate(6 + 97, 200, 2e-5, warmup=0.03) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 100, 5197])  # 5197: LLaVA-1.5's stage 2
+@pytest.mark.parametrize("warmup", [0.0, 0.03, 0.5])
+def test_learning_rate_rises_in_a_line_and_falls_to_zero(steps, warmup):
+    rates = [train.learning_rate(step, steps, 1.0, warmup) for step in range(steps)]
+    rise = math.ceil(warmup * steps)
+    assert rates[:rise] == pytest.approx([(step + 1) / rise for step in range(rise)])
+    assert rates[0] > 0 and max(rates) == 1.0
+    assert rates[rise:] == sorted(rates[rise:], reverse=True)
+    assert train.learning_rate(steps, steps, 1.0, warmup) == pytest.approx(0, abs=1e-12) or rise == steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what trains
+
+
+def groups_of(model, *more):
+    args = flags("--stage", 2, "--lr", 1e-3, *more)
+    train.choose_trainable(model, args.train)
+    return train.make_optimizer(model, args, train.Ranks("cpu")).param_groups
+
+
+@pytest.mark.parametrize("names", ["projector", "llm", "vision", "projector,llm", "vision,projector,llm"])
+def test_groups_are_a_partition_of_what_trains(tiny, names):
+    model = load_model(tiny.stage1)
+    groups = groups_of(model, "--train", names, "--weight-decay", 0.1)
+    held = [id(p) for group in groups for p in group["params"]]
+    trains = [id(p) for p in model.parameters() if p.requires_grad]
+    assert len(held) == len(set(held)) and set(held) == set(trains)
+    component = {"projector": "multi_modal_projector", "llm": "language_model", "vision": "vision_tower"}
+    assert {group["component"] for group in groups} == {component[name] for name in names.split(",")}
+
+
+def test_every_component_has_its_own_rate_and_only_matrices_decay(tiny):
+    own = ["--train", "vision,projector,llm", "--lr-projector", 1e-4, "--lr-vision", 1e-5, "--weight-decay", 0.1]
+    groups = groups_of(load_model(tiny.stage1), *own)
+    peaks = {"language_model": 1e-3, "multi_modal_projector": 1e-4, "vision_tower": 1e-5}
+    assert all(group["peak"] == peaks[group["component"]] for group in groups)
+    assert all(group["weight_decay"] == (0.1 if p.ndim >= 2 else 0.0) for group in groups for p in group["params"])
+
+
+def test_a_rate_of_zero_is_zero(tiny):
+    groups = groups_of(load_model(tiny.stage1), "--lr-projector", 0)
+    assert {group["component"]: group["peak"] for group in groups}["multi_modal_projector"] == 0
+
+
+@pytest.mark.parametrize("layer, used", [(-2, 1), (-1, 2), (1, 1)])
+def test_of_the_tower_only_what_the_features_depend_on_trains(tiny, layer, used):
+    model = load_model(tiny.stage1)
+    model.config.vision_feature_layer = layer
+    train.choose_trainable(model, "vision")
+    model.vision_features(torch.randn(1, 3, 72, 72)).square().sum().backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    blocks = {name.split("layers.")[1].split(".")[0] for name in trains if "layers." in name}
+    assert blocks == set(map(str, range(used)))
+    assert not any("post_layernorm" in name for name in trains)
+    # A key's bias moves every score of a query alike, so its gradient is nothing but rounding.
+    assert {name for name in trains if "k_proj.bias" not in name} <= reached
+
+
+def test_each_stage_changes_its_own_part_and_no_other_bit(tiny):
+    clip, decoder, one, two = (weights(tiny.folders[name]) for name in ("clip", "decoder", "stage1", "stage2"))
+    tower = [key for key in one if key.startswith("vision_tower.")]
+    assert tower and all(torch.equal(one[key], clip[key.removeprefix("vision_tower.")]) for key in tower)
+    language = [key for key in one if key.startswith("language_model.")]
+    assert language and all(torch.equal(one[key], decoder[key.removeprefix("language_model.")]) for key in language)
+    changed = {key for key in two if not torch.equal(one[key], two[key])}
+    assert {key.split(".")[0] for key in changed} == {"language_model", "multi_modal_projector"}
+    assert changed == {key for key in two if key not in tower}
+
+
+def test_a_tower_that_trains_changes_up_to_its_last_used_block(tiny, command, tmp_path):
+    command(train, *tiny.flags["stage2"], "--out", tmp_path / "run", "--steps", 2, "--train", "vision,projector,llm")
+    before, after = weights(tiny.stage1), weights(tmp_path / "run")
+    changed = {key for key in after if not torch.equal(before[key], after[key])}
+    unused = {key for key in after if "encoder.layers.1." in key or "post_layernorm" in key}
+    assert unused and changed == set(after) - unused
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the same, however it is cut
+
+
+def gradients(model, args, micro):
+    """What one step would hand to the optimizer, by name."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    result = {}
+    optimizer = SimpleNamespace(
+        param_groups=[{"params": list(named.values()), "peak": 1.0}],
+        step=lambda: result.update({name: p.grad.clone() for name, p in named.items()}),
+        zero_grad=lambda set_to_none: model.zero_grad(set_to_none),
+    )
+    row = train.train_step(args, train.Ranks("cpu"), model, optimizer, micro, step=0)
+    return result, row
+
+
+@pytest.mark.parametrize("names", ["projector", "projector,llm", "vision,projector,llm"])
+def test_a_batch_of_eight_is_eight_micro_batches_of_one(tiny, tmp_path, names):
+    records = json.loads((tiny.world / "instruct.json").read_text())[:BATCH]
+    records[3] = blinded(records[3])  # its micro-batch holds no picture at all
+    records[5]["conversations"][1:] = [{"from": "gpt", "value": "7"}]  # two supervised tokens among hundreds
+    tokenizer, model = Tokenizer.load(tiny.stage1), load_model(tiny.stage1).train()
+    dataset = Records(write_records(tmp_path / "some.json", records), tiny.world, tokenizer, model.config, 1024)
+    samples = [dataset[i] for i in range(BATCH)]
+    assert len({len(sample["ids"]) for sample in samples}) > 4  # ragged
+    args = flags("--stage", 2, "--train", names, "--clip-grad", 0)
+    train.choose_trainable(model, names)
+    whole, row = gradients(model, args, [collate(samples, tokenizer.pad_id)])
+    cut, cut_row = gradients(model, args, [collate([sample], tokenizer.pad_id) for sample in samples])
+    apart = math.sqrt(sum((whole[name] - cut[name]).square().sum().item() for name in whole))
+    assert apart <= 1e-6 * math.sqrt(sum(g.square().sum().item() for g in whole.values()))
+    assert cut_row["loss"] == pytest.approx(row["loss"], rel=1e-6)
+    assert cut_row["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-6)
+
+
+def test_accumulated_runs_end_alike(tiny, command, tmp_path):
+    rate = ["--lr", 1e-4]  # Adam turns a gradient that is all rounding into a step of this size
+    for accumulate in (1, 8):
+        out = tmp_path / str(accumulate)
+        command(train, *tiny.flags["stage2"], *rate, "--out", out, "--accumulate", accumulate)
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "8"), rel=1e-5)
+    one, eight = weights(tmp_path / "1"), weights(tmp_path / "8")
+    assert all(torch.allclose(one[key], eight[key], rtol=0, atol=1e-5) for key in one)
+
+
+def test_cached_features_are_those_computed_each_time(tiny, command, tmp_path):
+    command(train, *tiny.flags["stage1"], "--out", tmp_path / "run", "--cache-gb", 0)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tiny.stage1), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["clip", "decoder", "stage1", "stage2"])
+def test_twice_is_the_same(tiny, command, tmp_path, name):
+    command(train, *tiny.flags[name], "--out", tmp_path / "run")
+    again = tmp_path / "run" / (name if name in ("clip", "decoder") else "")
+    assert same_weights(again, tiny.folders[name]) and losses(again) == losses(tiny.folders[name])
+    for file in ("config.json", "tokenizer.json"):
+        assert (again / file).read_bytes() == (tiny.folders[name] / file).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# two ranks
+
+# A start of torchrun costs seconds, so one start runs every command, each with a corner of the store of its own.
+RANK = """
+import json, os, sys
+import torch
+import train
+
+torch.set_num_threads(1)
+fit = train.fit
+
+def fit_and_keep(args, ranks, run, model, *rest, **more):
+    fit(args, ranks, run, model, *rest, **more)
+    torch.save(model.state_dict(), f"{args.out}-rank{ranks.rank}.pt")
+
+train.fit = fit_and_keep
+for attempt, argv in enumerate(json.loads(open(sys.argv[1]).read())):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+    sys.argv = ["train.py", *argv]
+    train.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny, command, tmp_path_factory):
+    """A folder with every command's run on one rank (NAME-alone) and on two (NAME), and what each rank then held."""
+    root = tmp_path_factory.mktemp("ranks")
+    captions = json.loads((tiny.world / "captions.json").read_text())[: 3 * BATCH]
+    dialogues = json.loads((tiny.world / "instruct.json").read_text())[: 3 * BATCH]
+    # Three steps are one epoch, in which the second rank never sees a picture.
+    second = {i for step in batches(3 * BATCH, BATCH, 0, 0, 3, rank=1, world=2) for i in step}
+    lopsided = {
+        name: write_records(root / f"{name}.json", [blinded(r) if i in second else r for i, r in enumerate(records)])
+        for name, records in (("captions", captions), ("dialogues", dialogues))
+    }
+    short = ["--steps", 3, "--lr", 1e-4]  # as above: a small rate, for the sake of gradients that are all rounding
+    commands = {
+        "clip": [*tiny.flags["clip"], *short],
+        "stage2": [*tiny.flags["stage2"], *short],
+        "accumulated": [*tiny.flags["stage2"], *short, "--accumulate", 2],
+        "lopsided1": [*tiny.flags["stage1"], *short, "--data", lopsided["captions"], "--images", tiny.world],
+        "lopsided2": [*tiny.flags["stage2"], *short, "--data", lopsided["dialogues"], "--images", tiny.world],
+    }
+    commands["lopsided_vision"] = [*commands["lopsided2"], "--train", "vision,projector,llm"]
+    for name, argv in commands.items():
+        command(train, *argv, "--out", root / f"{name}-alone")
+    (root / "rank.py").write_text(RANK)
+    lines = [[str(value) for value in [*argv, "--out", root / name]] for name, argv in commands.items()]
+    (root / "commands.json").write_text(json.dumps(lines))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    with (root / "torchrun.txt").open("w") as output:
+        process = subprocess.Popen(
+            [*torchrun, root / "rank.py", root / "commands.json"], env=environment, stdout=output, stderr=output
+        )
+        try:
+            status = process.wait(timeout=180)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun hands it on to its ranks
+            process.wait()
+            status = "hangs"
+    assert status == 0, (root / "torchrun.txt").read_text()[-3000:]
+    return root
+
+
+@pytest.mark.parametrize("name", ["stage2", "accumulated", "lopsided1", "lopsided2"])
+def test_two_ranks_end_where_one_does(ranks, name):
+    one, two = weights(ranks / f"{name}-alone"), weights(ranks / name)
+    assert all(torch.allclose(one[key], two[key], rtol=0, atol=1e-5) for key in one)
+    assert losses(ranks / name) == pytest.approx(losses(ranks / f"{name}-alone"), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["clip", "lopsided_vision"])
+def test_two_ranks_lose_what_one_does(ranks, name):
+    # Not the weights: CLIP's key biases have gradients of rounding only, which Adam blows up to whole steps.
+    folders = [ranks / name / "clip", ranks / f"{name}-alone/clip"]
+    if name != "clip":
+        folders = [ranks / name, ranks / f"{name}-alone"]
+    assert losses(folders[0]) == pytest.approx(losses(folders[1]), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["clip", "stage2", "accumulated", "lopsided1", "lopsided2", "lopsided_vision"])
+def test_replicas_stay_equal(ranks, name):
+    first, second = (torch.load(ranks / f"{name}-rank{rank}.pt") for rank in (0, 1))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# killed and resumed
+
+
+def stand_still(argv, function, calls, marker):
+    """Run train.py in this process up to the n-th call of a function, and stay there, to be killed."""
+    torch.set_num_threads(1)
+    module, name = function.split(".")
+    original, number = getattr(sys.modules[module], name), count(1)
+
+    def still(*args, **kwargs):
+        if next(number) == calls:
+            marker.touch()
+            time.sleep(600)
+        return original(*args, **kwargs)
+
+    setattr(sys.modules[module], name, still)
+    sys.argv = ["train.py", *argv]
+    train.main()
+
+
+def kill_at(argv, function, calls, marker):
+    """Let a process train up to that point, and kill it there with SIGKILL."""
+    context = multiprocessing.get_context("forkserver")  # torch is imported once for all of them
+    context.set_forkserver_preload(["train"])
+    target = (list(map(str, argv)), function, calls, marker)
+    process = context.Process(target=stand_still, args=target, daemon=True)
+    process.start()
+    end = time.monotonic() + 90
+    while not marker.exists():
+        assert process.is_alive() and time.monotonic() < end, f"call {calls} of {function} never came"
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+# Run, function, which call of it, and something that must lie there then. Checkpoints come after steps 2 and 4; calls
+# of flush: 1 run.json; 2 to 5 the first checkpoint; 6 to 9 the second.
+INSTANTS = {
+    "clip, training": ("clip", "train.train_step", 6, "checkpoint-000004/trained.safetensors"),
+    "decoder, inside a checkpoint": ("decoder", "runs.flush", 7, "checkpoint-000004.partial/optimizer.safetensors"),
+    "stage1, before a checkpoint": ("stage1", "train.train_step", 2, "log.jsonl"),
+    "stage1, published but not marked": ("stage1", "runs.write_json", 2, "model.safetensors"),
+    "stage2, between two checkpoints": ("stage2", "shutil.rmtree", 3, "checkpoint-000004"),
+    "stage2, half of the files in place": ("stage2", "os.replace", 3, "final/model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("instant", INSTANTS)
+def test_killed_and_resumed_is_bitwise_uninterrupted(tiny, command, tmp_path, instant):
+    name, function, calls, left = INSTANTS[instant]
+    argv = [*tiny.flags[name], "--out", tmp_path / "run"]
+    kill_at(argv, function, calls, tmp_path / "here")
+    folder, reference = tmp_path / "run" / (name if name in ("clip", "decoder") else ""), tiny.folders[name]
+    assert (folder / left).exists()
+    if ".partial" in left:  # make it as torn as can be
+        (folder / left).write_bytes((folder / left).read_bytes()[:100])
+    assert not json.loads((folder / "run.json").read_text()).get("finished")
+    command(train, *argv, "--resume")
+    assert same_weights(folder, reference)
+    assert [row["step"] for row in log_of(folder)] == list(range(1, STEPS + 1))
+    assert losses(folder) == losses(reference)
+    assert (
+        json.loads((folder / "run.json").read_text())["loss"]
+        == json.loads((reference / "run.json").read_text())["loss"]
+    )
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in reference.iterdir())
+
+
+def test_a_finished_run_is_not_trained_again(tiny, command, tmp_path):
+    shutil.copytree(tiny.stage1, tmp_path / "run")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    command(train, *tiny.flags["stage1"], "--out", tmp_path / "run", "--resume")
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_resumed_run_keeps_its_towers_though_newer_ones_have_come(tiny, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny.root / "stage0", "out/old")
+    argv = [value for value in tiny.flags["stage1"] if value not in ("--vision", tiny.clip, "--llm", tiny.decoder)]
+    argv += ["--out", tmp_path / "run"]
+    step = train.train_step
+
+    def interrupted(*args):
+        if args[-1] == 3:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command(train, *argv)
+    monkeypatch.setattr(train, "train_step", step)
+    shutil.copytree(tiny.root / "stage0", "out/new")
+    for part in ("clip", "decoder"):
+        values = json.loads(Path("out/new", part, "run.json").read_text())
+        Path("out/new", part, "run.json").write_text(json.dumps(values | {"finished": values["finished"] + 1000}))
+        other = {key: 0.5 * value for key, value in weights(Path("out/new", part)).items()}
+        save_file(other, Path("out/new", part, "model.safetensors"))
+    command(train, *argv, "--resume")
+    assert same_weights(tmp_path / "run", tiny.stage1)
+
+
+def test_a_torn_checkpoint_is_ignored_and_swept(tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    run = runs.Run(tmp_path / "run", {"stage": 1}, resume=False)
+    run.start()
+    run.save_checkpoint(2, model, optimizer)
+    torn = tmp_path / "run/checkpoint-000003.partial"
+    torn.mkdir()
+    (torn / "trained.safetensors").write_bytes(b"\x10")
+    again, other = runs.Run(tmp_path / "run", {"stage": 1}, resume=True), nn.Linear(2, 2)
+    new = torch.optim.AdamW(other.parameters())
+    assert again.load_checkpoint(other, new) == 2
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    for p, q in zip(model.parameters(), other.parameters()):
+        assert optimizer.state[p].keys() == new.state[q].keys()
+        assert all(torch.equal(optimizer.state[p][key], new.state[q][key]) for key in optimizer.state[p])
+    again.start()
+    again.finish(lambda folder: (folder / "model.safetensors").touch(), {})
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log.jsonl", "model.safetensors", "run.json"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a run leaves
+
+
+@pytest.mark.parametrize("name", ["clip", "decoder", "stage1", "stage2"])
+def test_what_a_run_leaves(tiny, name):
+    folder = tiny.folders[name]
+    rows = log_of(folder)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all(set(row) == {"step", "loss", "lr", "grad_norm", "tokens_per_s", "data_wait"} for row in rows)
+    assert all(row["grad_norm"] > 0 and row["tokens_per_s"] > 0 and 0 <= row["data_wait"] <= 1 for row in rows)
+    values = json.loads((folder / "run.json").read_text())
+    assert values["finished"] and values["stage"] == (int(name[-1]) if name[-1].isdigit() else 0)
+    assert values["batch_size"] == BATCH
+    assert losses(folder)[-1] < losses(folder)[0]
+    names = {path.name for path in folder.iterdir()}
+    assert names - {"loss.png"} == {"run.json", "log.jsonl", "config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_the_loss_is_drawn(tiny):
+    pytest.importorskip("matplotlib")
+    assert (tiny.stage2 / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_data_of_ones_own(tiny, command, tmp_path):
+    records = json.loads((tiny.world / "instruct.json").read_text())[:6]
+    records[1] = blinded(records[1])
+    records[2]["image"] = [records[2]["image"]]
+    said = [{"from": "human", "value": "What is <image> for?"}, {"from": "gpt", "value": "For </s> a picture."}]
+    records[3] = {"id": "text", "image": None, "conversations": said}
+    mine = write_records(tmp_path / "mine.json", records)
+    argv = [*tiny.flags["stage2"], "--data", mine, "--images", tiny.world, "--steps", 3, "--batch-size", 4]
+    command(train, *argv, "--out", tmp_path / "first")
+    command(train, *argv, "--out", tmp_path / "either", "--image-order", "either")
+    assert losses(tmp_path / "first") != losses(tmp_path / "either")
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "first") + losses(tmp_path / "either"))
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_the_shortest_dialogues_of_the_world_can_be_trained_on(turns):
+    for index in range(300):
+        check_record(shapes.records_of(0, index, turns)[1])
+
+
+def test_pictures_start_from_the_folder_of_the_data(tiny, command, tmp_path):
+    shutil.copytree(tiny.world / "train-0", tmp_path / "train-0")
+    shutil.copy(tiny.world / "captions.json", tmp_path)
+    argv = [*tiny.flags["stage1"], "--data", tmp_path / "captions.json", "--steps", 1]
+    command(train, *argv, "--out", tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(tiny.stage1)[:1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one line for what a user can mend
+
+
+@pytest.mark.parametrize("argv, name", [
+    (["--stage", "2", "--lerning-rate", "1"], "--lerning-rate"),
+    (["--stage", "2", "--step", "3"], "--step"),  # no abbreviations: tomorrow's flag may make them ambiguous
+    (["--stage", "2", "--compile", "False"], "False"),
+    (["--stage", "2", "--train", "projektor"], "--train"),
+    (["--stage", "2", "--train", ""], "--train"),
+    (["--stage", "3"], "--stage"),
+    ([], "--stage"),
+    (["--stage", "1", "--steps", "0"], "--steps"),
+    (["--stage", "1", "--batch-size", "-8"], "--batch-size"),
+    (["--stage", "1", "--lr", "fast"], "--lr"),
+    (["--stage", "1", "--template", "chatty"], "--template"),
+])  # fmt: skip
+def test_a_wrong_flag_is_named(command, tmp_path, monkeypatch, capsys, argv, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        command(train, *argv)
+    assert caught.value.code == 2
+    assert name in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["stage0", "stage1", "stage2"])
+def test_a_folder_that_holds_a_run_is_not_trained_over(tiny, command, name):
+    flag = tiny.flags["clip" if name == "stage0" else name]
+    line = refusal(command, *flag, "--out", tiny.root / name)
+    assert str(tiny.root / name) in line and "--resume" in line
+
+
+def test_there_must_be_a_run_to_resume(tiny, command, tmp_path):
+    assert str(tmp_path / "run") in refusal(command, *tiny.flags["stage1"], "--out", tmp_path / "run", "--resume")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage, before", [(1, 0), (2, 1)])
+def test_without_the_stage_before_both_ways_to_it_are_named(tiny, command, tmp_path, monkeypatch, stage, before):
+    monkeypatch.chdir(tmp_path)
+    line = refusal(command, "--stage", stage, "--world", tiny.world)
+    assert f"train.py --stage {before}" in line and "name a folder" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_decoder_is_no_llava(tiny, command, tmp_path):
+    line = refusal(command, "--stage", 2, "--model", tiny.decoder, "--world", tiny.world, "--out", tmp_path / "run")
+    assert str(tiny.decoder) in line and "--vision" in line
+
+
+def test_a_batch_that_cannot_be_cut_so(tiny, command, tmp_path):
+    line = refusal(command, *tiny.flags["stage1"], "--accumulate", 3, "--out", tmp_path / "run")
+    assert "--batch-size 8" in line and "3" in line
+
+
+@pytest.mark.parametrize("cache", [4, 0])
+def test_a_missing_picture_and_its_record_are_named(tiny, command, tmp_path, cache):
+    records = json.loads((tiny.world / "captions.json").read_text())[:BATCH]
+    records[5] |= {"id": "the sixth", "image": "nowhere.png"}
+    mine = write_records(tmp_path / "mine.json", records)
+    argv = [*tiny.flags["stage1"], "--data", mine, "--images", tiny.world, "--cache-gb", cache]
+    line = refusal(command, *argv, "--out", tmp_path / "run")
+    assert "nowhere.png" in line and "mine.json" in line and "the sixth" in line
+
+
+def test_a_folder_that_holds_no_world_is_left_alone(tiny, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.shapes, "write_world", lambda folder, *_: (folder / "instruct.json").write_text("[]"))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.jpg").touch()
+    argv = [tmp_path / "photos" if value == tiny.world else value for value in tiny.flags["stage1"]]
+    assert "photos" in refusal(command, *argv, "--out", tmp_path / "run")
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
+
+
+def test_a_run_that_diverges_stops_before_it_is_saved(tiny, command, tmp_path):
+    line = refusal(command, *tiny.flags["stage2"], "--lr", 1e30, "--clip-grad", 0, "--out", tmp_path / "run")
+    assert "step 2" in line and str(tmp_path / "run") in line
+    assert losses(tmp_path / "run") == losses(tiny.stage2)[:1]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "log.jsonl"}
+
+
+def test_a_shell_sees_status_one_and_one_line(tiny, tmp_path):
+    mine = write_records(tmp_path / "mine.json", [{"id": 7, "conversations": [{"from": "gpt", "value": "a cat"}]}])
+    argv = [*map(str, tiny.flags["stage1"]), "--data", str(mine), "--out", str(tmp_path / "run")]
+    result = subprocess.run([sys.executable, REPOSITORY / "train.py", *argv], capture_output=True, text=True)
+    assert result.returncode == 1 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("train.py: ") and "mine.json: record 0 (id 7)" in line and "human" in line
+    assert not (tmp_path / "run").exists()
