@@ -303,7 +303,7 @@ def test_two_ranks_lose_what_one_does(ranks, name):
 
 @pytest.mark.parametrize("name", ["clip", "stage2", "accumulated", "lopsided1", "lopsided2", "lopsided_vision"])
 def test_replicas_stay_equal(ranks, name):
-    first, second = (torch.load(ranks / f"{name}-rank{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(ranks / f"{name}-rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
