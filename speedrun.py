@@ -34,23 +34,25 @@ def plan(minutes: float, seed: int, out: Path, ablation: bool) -> list[tuple[str
 
     towers = ["--vision", str(out / "stage0/clip"), "--llm", str(out / "stage0/decoder")]
     draw = ["shapes.py", "--out", str(world), "--n", str(pictures), "--seed", str(seed)]
-    clip = train(0, "stage0", 16, "--tower", "clip", "--batch-size", "128", "--size", size)
-    decoder = train(0, "stage0", 40, "--tower", "decoder", "--batch-size", "8", "--size", size)
+    clip = train(0, "stage0", 16, "--tower", "clip", "--batch-size", "128", "--lr", "1e-3", "--size", size)
+    decoder = train(0, "stage0", 110, "--tower", "decoder", "--batch-size", "16", "--lr", "4e-4", "--size", size)
     steps = [
         ("world", draw, world / "instruct.json"),
         ("clip", clip[1], out / "stage0/clip/run.json"),
         ("decoder", decoder[1], out / "stage0/decoder/run.json"),
-        stage(1, "stage1", 40, *towers, "--whiten"),
-        stage(2, "stage2", 130, "--model", str(out / "stage1")),
-        ("evaluation", ["eval.py", "--model", str(out / "stage2"), *questions], out / "stage2/answers.jsonl"),
+        stage(1, "stage1", 24, *towers, "--whiten"),
     ]
-    blind = ["eval.py", "--model", str(out / "stage2"), *questions, "--blank"]
-    steps.append(("blind evaluation", blind, out / "stage2/answers-blank.jsonl"))
-    if ablation:  # the same stage 2 on a projector that no stage 1 has trained
-        steps.append(stage(2, "no-stage1", 130, *towers, "--whiten"))
+    if ablation:  # the same stage 2 on a projector that no stage 1 has trained; first, so that the newest run is whole
+        steps.append(stage(2, "no-stage1", 540, *towers, "--whiten"))
         evaluate = ["eval.py", "--model", str(out / "no-stage1"), *questions]
         steps.append(("ablation evaluation", evaluate, out / "no-stage1/answers.jsonl"))
-    return steps
+    evaluate = ["eval.py", "--model", str(out / "stage2"), *questions]
+    return [
+        *steps,
+        stage(2, "stage2", 540, "--model", str(out / "stage1")),
+        ("evaluation", evaluate, out / "stage2/answers.jsonl"),
+        ("blind evaluation", [*evaluate, "--blank"], out / "stage2/answers-blank.jsonl"),
+    ]
 
 
 def main():

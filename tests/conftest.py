@@ -33,7 +33,7 @@ def tiny(tmp_path_factory, command):
     """Folders of the world and of a finished run of each kind, and `flags`, which with --out repeat that run."""
     root = tmp_path_factory.mktemp("tiny")
     world, clip, decoder = root / "world", root / "stage0/clip", root / "stage0/decoder"
-    shapes.write_world(world, 64, 0, 72, 20, 10)
+    shapes.write_world(world, 64, 0, 72, 20, 2)
     common = ["--world", world, "--steps", STEPS, "--batch-size", BATCH, "--save-every", 2]
     common += ["--device", "cpu", "--dtype", "float32"]
     flags = {

@@ -474,7 +474,8 @@ def test_data_of_ones_own(tiny, command, tmp_path):
 @pytest.mark.parametrize("turns", [1, 2, 3])
 def test_the_shortest_dialogues_of_the_world_can_be_trained_on(turns):
     for index in range(300):
-        check_record(shapes.records_of(0, index, turns)[1])
+        for record in shapes.records_of(0, index, turns)[1]:
+            check_record(record)
 
 
 def test_pictures_start_from_the_folder_of_the_data(tiny, command, tmp_path):
