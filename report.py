@@ -80,6 +80,7 @@ def write(out: Path, minutes: dict[str, float], dial: float):
 
 
 def markdown(out: Path, result: dict, minutes: dict[str, float]) -> str:
+    """report.md, from what report.json holds and the minutes of every step."""
     families = ["overall", *FAMILIES]
     without = result.get("without_stage1", {})
     head = "| family | accuracy | blind |" + (" without stage 1 |" if without else "")

@@ -87,6 +87,7 @@ def answer_once(chat: Chat, question: str, as_json: bool):
 
 
 def converse(chat: Chat):
+    """Ask on the terminal until an empty line; every answer streams."""
     print("An empty line ends the conversation.", file=sys.stderr)
     while True:
         try:

@@ -3,7 +3,8 @@
     python speedrun.py --minutes 15        (bash speedrun.sh installs first)
 
 One dial, the minutes, sets sizes and steps; they do not depend on how fast the machine is, so the same dial and seed
-give the same numbers. A run that was stopped goes on where it was. The report is out/speedrun/report.md.
+give the same numbers. A run that was stopped goes on where it was, and the minutes of the step it was in
+count from there. The report is out/speedrun/report.md.
 """
 
 import argparse
@@ -21,37 +22,35 @@ OUT = Path("out/speedrun")
 def plan(minutes: float, seed: int, out: Path, ablation: bool) -> list[tuple[str, list[str], Path]]:
     """(name, command, the file that shows it is done) of every step, for a run of so many minutes on two cores."""
     world, common = out / "world", ["--world", str(out / "world"), "--seed", str(seed)]
-    pictures, size = int(1000 * minutes), "small"
     questions = ["--questions", str(world / "questions.jsonl"), "--images", str(world)]
 
-    def train(stage: int, name: str, steps: float, *flags: str) -> tuple[str, list[str], Path]:
-        command = ["train.py", "--stage", str(stage), "--out", str(out / name), "--steps", str(int(steps * minutes))]
-        return name, command + common + list(flags), out / name
+    def train(name: str, stage: int, steps: float, folder: str, *flags: str):
+        command = ["train.py", "--stage", str(stage), "--out", str(out / folder), "--steps", str(int(steps * minutes))]
+        tower = name if stage == 0 else ""  # each tower of stage 0 is a run of its own in that folder
+        return name, [*command, *common, *flags], out / folder / tower / "run.json"
 
-    def stage(number: int, name: str, steps: float, *flags: str):
-        label, command, folder = train(number, name, steps, *flags)
-        return label, command, folder / "run.json"
+    def evaluate(name: str, folder: str, answers: str, *flags: str):
+        return name, ["eval.py", "--model", str(out / folder), *questions, *flags], out / folder / answers
 
-    towers = ["--vision", str(out / "stage0/clip"), "--llm", str(out / "stage0/decoder")]
-    draw = ["shapes.py", "--out", str(world), "--n", str(pictures), "--seed", str(seed)]
-    clip = train(0, "stage0", 16, "--tower", "clip", "--batch-size", "128", "--lr", "1e-3", "--size", size)
-    decoder = train(0, "stage0", 110, "--tower", "decoder", "--batch-size", "16", "--lr", "4e-4", "--size", size)
-    steps = [
-        ("world", draw, world / "instruct.json"),
-        ("clip", clip[1], out / "stage0/clip/run.json"),
-        ("decoder", decoder[1], out / "stage0/decoder/run.json"),
-        stage(1, "stage1", 24, *towers, "--whiten"),
+    towers = ["--vision", str(out / "stage0/clip"), "--llm", str(out / "stage0/decoder"), "--whiten"]
+    clip, decoder = (
+        ["--tower", tower, "--batch-size", batch, "--lr", rate]
+        for tower, batch, rate in (("clip", "128", "1e-3"), ("decoder", "16", "4e-4"))
+    )
+    draw = ["shapes.py", "--out", str(world), "--n", str(int(1000 * minutes)), "--seed", str(seed)]
+    ablated = [  # the same stage 2 on a projector that no stage 1 has trained; first, so that the newest run is whole
+        train("no-stage1", 2, 540, "no-stage1", *towers),
+        evaluate("ablation evaluation", "no-stage1", "answers.jsonl"),
     ]
-    if ablation:  # the same stage 2 on a projector that no stage 1 has trained; first, so that the newest run is whole
-        steps.append(stage(2, "no-stage1", 540, *towers, "--whiten"))
-        evaluate = ["eval.py", "--model", str(out / "no-stage1"), *questions]
-        steps.append(("ablation evaluation", evaluate, out / "no-stage1/answers.jsonl"))
-    evaluate = ["eval.py", "--model", str(out / "stage2"), *questions]
     return [
-        *steps,
-        stage(2, "stage2", 540, "--model", str(out / "stage1")),
-        ("evaluation", evaluate, out / "stage2/answers.jsonl"),
-        ("blind evaluation", [*evaluate, "--blank"], out / "stage2/answers-blank.jsonl"),
+        ("world", draw, world / "instruct.json"),
+        train("clip", 0, 16, "stage0", *clip),
+        train("decoder", 0, 110, "stage0", *decoder),
+        train("stage1", 1, 24, "stage1", *towers),
+        *(ablated if ablation else []),
+        train("stage2", 2, 540, "stage2", "--model", str(out / "stage1")),
+        evaluate("evaluation", "stage2", "answers.jsonl"),
+        evaluate("blind evaluation", "stage2", "answers-blank.jsonl", "--blank"),
     ]
 
 
