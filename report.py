@@ -21,7 +21,7 @@ def read_rows(path: Path) -> list[dict]:
 def sheet(out: Path, answers: list[dict], columns: int = 5, rows: int = 4):
     """Held-out pictures as the model got them, each with question, answer and truth; wrong answers are red."""
     questions = {row["question_id"]: row for row in read_rows(out / "world/questions.jsonl")}
-    width, height, side = 250, 235, 150
+    width, height, side = 250, 265, 150  # below a picture there is room for six lines, beside it for nine
     canvas = Image.new("RGB", (columns * width, rows * height), "white")
     pen, font = ImageDraw.Draw(canvas), font_of(13)
     for i, answer in enumerate(answers[: columns * rows]):
@@ -38,7 +38,7 @@ def sheet(out: Path, answers: list[dict], columns: int = 5, rows: int = 4):
 
 
 def wrapped(lines: list[str], width: int) -> str:
-    """At most four lines of so many characters, broken at spaces."""
+    """At most nine lines of so many characters, broken at spaces."""
     result = []
     for line in lines:
         row = ""
@@ -48,7 +48,7 @@ def wrapped(lines: list[str], width: int) -> str:
                 row = ""
             row += word + " "
         result.append(row)
-    return "\n".join(result[:4])
+    return "\n".join(result[:9])
 
 
 def write(out: Path, minutes: dict[str, float], dial: float):

@@ -224,6 +224,11 @@ def font_of(height: int) -> ImageFont.FreeTypeFont:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # words
+#
+# An answer names what it is about before it says anything of it, and one that needs two facts gives both before it
+# concludes. So the word to look up stands beside the place where the fact is needed. With bare answers ("red", "no")
+# the model must first learn to carry the question's noun there: after 8,100 steps of stage 2 it then knew 66 % of the
+# colours, not 96 %, and 76 % of what is there, not 98 %.
 
 
 def named(thing: Thing) -> str:
@@ -241,10 +246,11 @@ def description(scene: Scene) -> str:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """One of several ways to put the whole picture into a sentence."""
-    things = sorted(scene.things, key=lambda thing: thing.cell)
-    if rng.random() < 0.3:
-        rng.shuffle(things)
+    """One of several ways to put the whole picture into a sentence, thing by thing in any order.
+
+    In reading order, the order would say where a thing is, and stage 1 would not teach the projector to.
+    """
+    things = rng.sample(scene.things, len(scene.things))
     if rng.random() < 0.25:
         parts = [f"{PLACE_PHRASES[thing.cell]} there is a {named(thing)}" for thing in things]
     else:
@@ -266,46 +272,66 @@ def unique_shapes(scene: Scene) -> list[Thing]:
     return [thing for thing in scene.shapes if names.count(thing.shape) == 1]
 
 
+def nameable(scene: Scene) -> list[Thing]:
+    """What a question can name by one word: a shape that is there once, and the sign."""
+    return unique_shapes(scene) + ([scene.sign] if scene.sign else [])
+
+
 def yes_no(flag: bool) -> str:
     return "yes" if flag else "no"
 
 
 def ask_existence(scene: Scene, rng: random.Random):
-    """Is this colour there in this shape; half of the answers are no."""
+    """Is this colour there, this shape, or both in one thing; half of the answers are no."""
+    kind = rng.choice(("colour", "shape", "pair", "pair"))
+    if kind == "pair":
+        truth, colour, shape = choose_pair(scene, rng)
+        what = f"{colour} {shape}"
+    else:
+        there = {getattr(thing, kind) for thing in scene.shapes}
+        absent = [value for value in (COLOURS if kind == "colour" else SHAPES) if value not in there]
+        truth = rng.random() < 0.5
+        what = rng.choice(sorted(there) if truth else absent) + (" shape" if kind == "colour" else "")
+    article = "an" if what.startswith("orange") else "a"
+    form = rng.choice(("Is there {} {}?", "Is there {} {} in the picture?", "Do you see {} {}?"))
+    return form.format(article, what), yes_no(truth)
+
+
+def choose_pair(scene: Scene, rng: random.Random) -> tuple[bool, str, str]:
+    """Whether the picture holds it, a colour, a shape; half of the pairs that it does not hold are near misses."""
     pairs = {(thing.colour, thing.shape) for thing in scene.shapes}
     if rng.random() < 0.5:
-        colour, shape = rng.choice(sorted(pairs))
-        answer = "yes"
-    else:  # half of the absent pairs are near misses: the colour is there, or the shape, but not together
-        colours = sorted({c for c, _ in pairs}) if rng.random() < 0.5 else list(COLOURS)
-        shapes = sorted({s for _, s in pairs}) if rng.random() < 0.5 else list(SHAPES)
-        absent = [(c, s) for c in colours for s in shapes if (c, s) not in pairs]
-        if not absent:
-            absent = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in pairs]
-        colour, shape = rng.choice(absent)
-        answer = "no"
-    form = rng.choice(("Is there {} {} {}?", "Is there {} {} {} in the picture?", "Do you see {} {} {}?"))
-    return form.format("an" if colour == "orange" else "a", colour, shape), answer
+        return True, *rng.choice(sorted(pairs))
+    # a near miss: the colour is there, or the shape, but not together
+    colours = sorted({c for c, _ in pairs}) if rng.random() < 0.5 else list(COLOURS)
+    shapes = sorted({s for _, s in pairs}) if rng.random() < 0.5 else list(SHAPES)
+    absent = [(c, s) for c in colours for s in shapes if (c, s) not in pairs]
+    if not absent:
+        absent = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in pairs]
+    return False, *rng.choice(absent)
 
 
 def ask_colour(scene: Scene, rng: random.Random):
     if not (things := unique_shapes(scene)):
         return None
     thing = rng.choice(things)
-    return rng.choice(("What colour is the {}?", "Which colour does the {} have?")).format(thing.shape), thing.colour
+    question = rng.choice(("What colour is the {}?", "Which colour does the {} have?")).format(thing.shape)
+    return question, f"The {thing.shape} is {thing.colour}."
 
 
 def ask_shape(scene: Scene, rng: random.Random):
     """The shape of what stands in a place, or of the only thing of a colour."""
     if rng.random() < 0.5:
         thing = rng.choice(scene.shapes)
-        return f"What shape is {PLACE_PHRASES[thing.cell]}?", thing.shape
+        where = PLACE_PHRASES[thing.cell]
+        return f"What shape is {where}?", f"{where.capitalize()} is a {thing.shape}."
     colours = [thing.colour for thing in scene.shapes]
     once = [thing for thing in scene.shapes if colours.count(thing.colour) == 1]
     if not once:
         return None
     thing = rng.choice(once)
-    return rng.choice(("What shape is the {} one?", "Which shape is {}?")).format(thing.colour), thing.shape
+    question = rng.choice(("What shape is the {} one?", "Which shape is {}?")).format(thing.colour)
+    return question, f"The {thing.colour} one is a {thing.shape}."
 
 
 def ask_counting(scene: Scene, rng: random.Random):
@@ -323,33 +349,55 @@ def ask_counting(scene: Scene, rng: random.Random):
 
 
 def ask_position(scene: Scene, rng: random.Random):
-    things = unique_shapes(scene) + ([scene.sign] if scene.sign else [])
-    if not things:
+    """The place of a thing, which its shape names without doubt, or its colour and shape."""
+    pairs = [(thing.colour, thing.shape) for thing in scene.shapes]
+    named = [(f"{t.colour} {t.shape}", t) for t in scene.shapes if pairs.count((t.colour, t.shape)) == 1]
+    if rng.random() < 0.5 or not named:
+        named = [(t.shape, t) for t in nameable(scene)]
+    if not named:
         return None
-    thing = rng.choice(things)
-    return rng.choice(("Where is the {}?", "In which place is the {}?")).format(thing.shape), PLACES[thing.cell]
+    name, thing = rng.choice(named)
+    return rng.choice(("Where is the {}?", "In which place is the {}?")).format(name), placed(name, thing) + "."
+
+
+def placed(name: str, thing: Thing) -> str:
+    return f"The {name} is {PLACE_PHRASES[thing.cell]}"
 
 
 def ask_relation(scene: Scene, rng: random.Random):
-    """Left of, right of, above or below, for two things that differ in column (or row); half of them true."""
-    things = unique_shapes(scene) + ([scene.sign] if scene.sign else [])
-    axis = rng.choice((0, 1))  # 0: columns, 1: rows
-    line = [t.cell % 3 if axis == 0 else t.cell // 3 for t in things]
-    pairs = [(i, j) for i in range(len(things)) for j in range(len(things)) if line[i] < line[j]]
-    if not pairs:
+    """Where one of two things is, seen from the other; or whether it is there, half of them true."""
+    things = nameable(scene)
+    if len(things) < 2:
         return None
-    first, second = (things[i].shape for i in rng.choice(pairs))
-    before, after = ("to the left of", "to the right of") if axis == 0 else ("above", "below")
-    truth = rng.random() < 0.5
+    one, other = rng.sample(things, 2)
+    directions = directions_of(one, other)
+    reason = f"{placed(one.shape, one)} and {placed(other.shape, other).lower()}, so"
     if rng.random() < 0.5:
-        first, second, before, after = second, first, after, before
-    return f"Is the {first} {before if truth else after} the {second}?", yes_no(truth)
+        return f"Where is the {one.shape}, seen from the {other.shape}?", f"{reason} {' and '.join(directions)}."
+    truth, claimed = rng.random() < 0.5, rng.choice(directions)
+    if not truth:
+        claimed = OPPOSITE[claimed]
+    of = " of" if claimed.startswith("to") else ""
+    return f"Is the {one.shape} {claimed}{of} the {other.shape}?", f"{reason} {yes_no(truth)}."
+
+
+OPPOSITE = {"to the left": "to the right", "to the right": "to the left", "above": "below", "below": "above"}
+
+
+def directions_of(one: Thing, other: Thing) -> list[str]:
+    """Where `one` is, seen from `other`: one direction, or two if they share neither row nor column."""
+    (row, column), (other_row, other_column) = divmod(one.cell, 3), divmod(other.cell, 3)
+    directions = [] if row == other_row else ["above" if row < other_row else "below"]
+    if column != other_column:
+        directions.append("to the left" if column < other_column else "to the right")
+    return directions
 
 
 def ask_reading(scene: Scene, rng: random.Random):
     if not scene.sign:
         return None
-    return rng.choice(("What does the sign say?", "What is written on the sign?")), scene.sign.text
+    question = rng.choice(("What does the sign say?", "What is written on the sign?"))
+    return question, f"The sign says {scene.sign.text}."
 
 
 def ask_comparison(scene: Scene, rng: random.Random):
@@ -361,19 +409,21 @@ def ask_comparison(scene: Scene, rng: random.Random):
     alike = [pair for pair in pairs if pair[0].colour == pair[1].colour]
     if rng.random() < (0.36 if alike else 0.29):  # so that yes and no come equally often
         a, b = rng.choice(alike or pairs)
-        return f"Do the {a.shape} and the {b.shape} have the same colour?", yes_no(bool(alike))
+        reason = f"The {a.shape} is {a.colour} and the {b.shape} is {b.colour}, so"
+        return f"Do the {a.shape} and the {b.shape} have the same colour?", f"{reason} {yes_no(bool(alike))}."
     unequal = [pair for pair in pairs if pair[0].size != pair[1].size]
     if not unequal:
         return None
     a, b = rng.choice(unequal)
     word, size = rng.choice((("larger", "large"), ("smaller", "small")))
-    return f"Which is {word}, the {a.shape} or the {b.shape}?", a.shape if a.size == size else b.shape
+    reason = f"The {a.shape} is {a.size} and the {b.shape} is {b.size}, so"
+    return f"Which is {word}, the {a.shape} or the {b.shape}?", f"{reason} the {(a if a.size == size else b).shape}."
 
 
 def ask_reasoning(scene: Scene, rng: random.Random):
     """Two steps: find a thing by its relation to another, then name its colour or shape."""
     options = []
-    for anchor in unique_shapes(scene) + ([scene.sign] if scene.sign else []):
+    for anchor in nameable(scene):
         others = [thing for thing in scene.shapes if thing is not anchor]
         row, column = divmod(anchor.cell, 3)
         for word, side in (
@@ -411,7 +461,14 @@ FAMILIES = {
 }
 
 
-QUESTIONS = 10  # asked about a training picture, spread over several dialogues
+# What a picture is asked, where it can be: twice what is learnt slowest.
+ASKED = ("existence", "comparison", "relation", "position") * 2 + (
+    "colour",
+    "shape",
+    "counting",
+    "reading",
+    "reasoning",
+)
 # Long dialogues teach less: at first every answer looks evenly at all that stands before it, and the picture is lost
 # among nine other questions. With perfect features and a rate of 3e-4 the signs are read after 1.1 M tokens in
 # dialogues of two (98 %), and not after 1.8 M in dialogues of ten (18 %).
@@ -421,15 +478,13 @@ TURNS = 2
 def dialogues(scene: Scene, rng: random.Random, turns: int) -> list[list[tuple[str, str]]]:
     """Questions and answers about one scene, no question twice, in dialogues of about `turns` of them.
 
-    A question may be followed by one about "it", the thing just spoken of. One scene in four is also described, in a
+    A question may be followed by one about "it", the thing just spoken of. Half of the scenes are also described, in a
     dialogue of its own, because a description would give the other answers away.
     """
     result, asked = [[]], set()
-    families = [family for family in FAMILIES if family != "description"]
-    rng.shuffle(families)
-    for family in families * 2:
+    for family in rng.sample(ASKED, len(ASKED)):
         pair = FAMILIES[family](scene, rng)
-        if pair is None or pair[0] in asked or len(asked) >= QUESTIONS:
+        if pair is None or pair[0] in asked:
             continue
         asked.add(pair[0])
         if len(result[-1]) >= turns:
@@ -437,8 +492,8 @@ def dialogues(scene: Scene, rng: random.Random, turns: int) -> list[list[tuple[s
         result[-1].append(pair)
         thing = next((t for t in unique_shapes(scene) if pair[0].endswith(f"the {t.shape}?")), None)
         if family == "position" and thing and rng.random() < 0.3:
-            result[-1].append(("What colour is it?", thing.colour))
-    return result + ([[ask_description(scene, rng)]] if rng.random() < 0.25 else [])
+            result[-1].append(("What colour is it?", f"The {thing.shape} is {thing.colour}."))
+    return result + ([[ask_description(scene, rng)]] if rng.random() < 0.5 else [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def plan(minutes: float, seed: int, out: Path, ablation: bool) -> list[tuple[str
     )
     draw = ["shapes.py", "--out", str(world), "--n", str(int(1000 * minutes)), "--seed", str(seed)]
     ablated = [  # the same stage 2 on a projector that no stage 1 has trained; first, so that the newest run is whole
-        train("no-stage1", 2, 540, "no-stage1", *towers),
+        train("no-stage1", 2, 640, "no-stage1", *towers),
         evaluate("ablation evaluation", "no-stage1", "answers.jsonl"),
     ]
     return [
@@ -48,7 +48,7 @@ def plan(minutes: float, seed: int, out: Path, ablation: bool) -> list[tuple[str
         train("decoder", 0, 110, "stage0", *decoder),
         train("stage1", 1, 24, "stage1", *towers),
         *(ablated if ablation else []),
-        train("stage2", 2, 540, "stage2", "--model", str(out / "stage1")),
+        train("stage2", 2, 640, "stage2", "--model", str(out / "stage1")),
         evaluate("evaluation", "stage2", "answers.jsonl"),
         evaluate("blind evaluation", "stage2", "answers-blank.jsonl", "--blank"),
     ]

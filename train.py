@@ -48,11 +48,12 @@ SIZES = {
 }
 
 # What each stage trains with unless a flag says otherwise: right for the embedded world, found by trial. Small batches
-# want small rates: with perfect features, 2.1 M tokens in batches of 16 end at loss 0.20 with 3e-4, 0.38 with 1e-3.
+# want small rates: with perfect features, 2.1 M tokens in batches of 16 end at loss 0.20 with 3e-4, 0.38 with 1e-3;
+# with real ones, 2,400 steps end at 0.116 with 6e-4, 0.131 with 3e-4.
 STAGES = {
     0: {"steps": 1000, "batch_size": 64, "lr": 5e-4, "train": ""},
     1: {"steps": 300, "batch_size": 16, "lr": 1e-3, "train": "projector"},
-    2: {"steps": 2000, "batch_size": 16, "lr": 3e-4, "train": "projector,llm"},
+    2: {"steps": 2000, "batch_size": 16, "lr": 5e-4, "train": "projector,llm"},
 }
 
 
@@ -89,7 +90,7 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--whiten",
         action="store_true",
-        help="start a new projector with every direction of the features weighing the same",
+        help="start a new projector from features whose ranges are evened out",
     )
     add("--size", choices=SIZES, default="small", help="stage 0: shape of the new towers")
     add(
@@ -213,8 +214,7 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> 
         ranks.say(f"{group['component']:<24}{count:>14,}{group['peak']:>10.1e}{group['weight_decay']:>8g}")
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     ranks.say(f"{'(frozen)':<24}{frozen:>14,}")
-    fused = next(model.parameters()).device.type == "cuda"
-    return torch.optim.AdamW(list(groups.values()), lr=args.lr, betas=(0.9, args.beta2), fused=fused)
+    return torch.optim.AdamW(list(groups.values()), lr=args.lr, betas=(0.9, args.beta2), fused=True)
 
 
 def make_loader(dataset, args, ranks: Ranks, pad_id: int, start: int, group: int) -> DataLoader:
@@ -222,7 +222,9 @@ def make_loader(dataset, args, ranks: Ranks, pad_id: int, start: int, group: int
     share = args.batch_size // ranks.world // args.accumulate
     if share * ranks.world * args.accumulate != args.batch_size:
         raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {ranks.world} ranks x {args.accumulate}")
-    order = batches(len(dataset), args.batch_size, args.seed, start, args.steps, ranks.rank, ranks.world, group)
+    lengths = dataset.lengths() if isinstance(dataset, Records) else None
+    steps = start, args.steps
+    order = batches(len(dataset), args.batch_size, args.seed, *steps, ranks.rank, ranks.world, group, lengths)
     micro = [step[i * share : (i + 1) * share] for step in order for i in range(args.accumulate)]
     pinned = ranks.device.type == "cuda"
     collated = partial(collate, pad_id=pad_id)
@@ -333,9 +335,10 @@ def whiten_patches(model: CLIPModel, dataset: CaptionPairs):
     variance, directions = variance[-width:].clamp(min=0), directions[:, -width:]
     filters = (directions * (variance + 1e-3 * variance.mean()) ** -0.25).T  # (width, 3 * patch * patch)
     embeddings.patch_embedding.weight[:width] = filters.view(width, 3, config.patch_size, config.patch_size).float()
-    embeddings.position_embedding.weight[1:, :width] -= (
-        filters @ patches.mean(0)
-    ).float()  # the convolution has no bias
+    # As loud as the patches, or nothing but the order of the tokens says where a thing is: with the usual 0.02 a linear
+    # probe of the features tells 33 % of the nine places, with this 98 %.
+    nn.init.normal_(embeddings.position_embedding.weight, std=0.5)
+    embeddings.position_embedding.weight[1:, :width] -= (filters @ patches.mean(0)).float()  # for lack of a bias
 
 
 def train_clip(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
@@ -469,22 +472,28 @@ def precompute_features(args, ranks: Ranks, model: Llava, dataset: Records):
         dataset.features |= zip((name for name, _ in part), features.unbind())
 
 
+PLACE_GAIN = 4  # how much louder the new projector hears where a patch is
+
+
 @torch.no_grad()
 def whiten_projector(model: Llava, dataset: Records):
-    """Fold the whitening of the tower's features into the new projector's first layer.
+    """Fold a map of the tower's features into the new projector's first layer that evens out how loud they are.
 
-    In a small young tower two directions, the tint of the background, hold 90 % of the features' variance, and a
-    digit's shape is in the last one per cent, where a projector that starts from noise hardly sees it.
+    In a small young tower the colours hold 56 % of what tells one thing from another and places 1 %, so stage 1 hardly
+    hears them. Ranges are evened out halfway; and the directions in which the patches' means over all pictures differ,
+    which is what says where a patch is, are lifted by PLACE_GAIN: places then hold 10 % of what stage 2 gets to see.
     LLaVA itself does without. Measured over the first 512 pictures.
     """
     pictures, layer = list(dataset.pictures().items())[:512], model.multi_modal_projector.linear_1
     pixels = torch.stack([dataset.pixels(name, index) for name, index in pictures]).to(model.device)
-    features = torch.cat([model.vision_features(part) for part in pixels.split(64)]).flatten(0, 1).double()  # (N, C)
-    mean = features.mean(0)
-    variance, directions = torch.linalg.eigh(torch.cov(features.T))
-    scale = (variance + 1e-3 * variance.mean()).rsqrt()  # directions that hold next to nothing are not blown up
+    features = torch.cat([model.vision_features(part) for part in pixels.split(64)]).double()  # (N, P, C)
+    mean = features.mean((0, 1))
+    variance, directions = torch.linalg.eigh(torch.cov(features.flatten(0, 1).T))
+    scale = (variance + 1e-3 * variance.mean()) ** -0.25  # directions that hold next to nothing are not blown up
     whitening = directions * scale @ directions.T  # (C, C), symmetric
-    layer.weight.copy_(layer.weight.double() @ whitening)
+    places = torch.linalg.svd((features.mean(0) - mean) @ whitening, full_matrices=False).Vh[:-1]  # (P - 1, C)
+    lifted = whitening + (PLACE_GAIN - 1) * whitening @ places.T @ places  # row features @ lifted
+    layer.weight.copy_(layer.weight.double() @ lifted.T)
     layer.bias.copy_(-layer.weight.double() @ mean)
 
 

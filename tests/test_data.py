@@ -2,14 +2,17 @@
 
 import json
 import random
+from collections import Counter
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from data import (
+    GROUPED_STEPS,
     IGNORE,
     TEMPLATES,
     CaptionPairs,
@@ -507,9 +510,9 @@ def test_collate_without_pictures_and_with_features():
     assert batch["vision_features"][:, 0, 0].tolist() == [0, 1, 2] and batch["pixel_values"] is None
 
 
-def run(count, batch_size, seed=0, start=0, stop=30, world=1, group=1):
+def run(count, batch_size, seed=0, start=0, stop=30, world=1, group=1, lengths=None):
     """steps[s][r]: the indices of rank r at step s."""
-    ranks = [list(batches(count, batch_size, seed, start, stop, rank, world, group)) for rank in range(world)]
+    ranks = [list(batches(count, batch_size, seed, start, stop, rank, world, group, lengths)) for rank in range(world)]
     return [list(step) for step in zip(*ranks, strict=True)]
 
 
@@ -522,6 +525,36 @@ def test_every_record_once_an_epoch(count, batch_size):
     epochs = [flat[i * count : (i + 1) * count] for i in range(4)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     assert count < 16 or len(set(map(tuple, epochs))) == 4  # each in an order of its own
+
+
+def some_lengths(count):
+    return np.random.default_rng(3).integers(5, 200, count).tolist()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_records_of_like_length_share_a_batch(world):
+    count, size = 2 * 8 * GROUPED_STEPS, 8  # two blocks of steps to an epoch
+    lengths = some_lengths(count)
+    steps = [list(chain(*ranks)) for ranks in run(count, size, stop=4 * GROUPED_STEPS, world=world, lengths=lengths)]
+    flat = list(chain(*steps))
+    assert sorted(flat[:count]) == sorted(flat[count:]) == list(range(count)) and flat[:count] != flat[count:]
+    spread = [max(lengths[i] for i in step) - min(lengths[i] for i in step) for step in steps]
+    mixed = [max(lengths[i] for i in step) - min(lengths[i] for i in step) for (step,) in run(count, size)]
+    assert np.mean(spread) < 0.2 * np.mean(mixed)
+    means = [np.mean([lengths[i] for i in step]) for step in steps[:GROUPED_STEPS]]
+    assert means not in (sorted(means), sorted(means)[::-1])  # long and short ones come in no order
+
+
+def test_every_record_once_an_epoch_when_grouped_by_length():
+    # Blocks of steps and epochs need not meet: every record still comes as often as any other.
+    seen = Counter(chain(*(ranks[0] for ranks in run(50, 8, stop=25 * GROUPED_STEPS, lengths=some_lengths(50)))))
+    assert set(seen.values()) == {8 * GROUPED_STEPS // 2}
+
+
+def test_resuming_in_the_middle_of_a_block_of_like_lengths():
+    whole = run(200, 8, stop=40, world=2, lengths=some_lengths(200))
+    for start in (0, 1, 7, 15, 16, 17, 39):
+        assert run(200, 8, start=start, stop=40, world=2, lengths=some_lengths(200)) == whole[start:]
 
 
 @pytest.mark.parametrize("group", [1, 2])

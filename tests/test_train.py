@@ -92,6 +92,46 @@ def test_learning_rate_rises_in_a_line_and_falls_to_zero(steps, warmup):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# how a new projector starts
+
+
+@pytest.fixture
+def whitened(tiny, monkeypatch):
+    """What comes out of a new projector's first layer were it the identity, for a gain of places: (N, P, C) each."""
+
+    def call(gain):
+        monkeypatch.setattr(train, "PLACE_GAIN", gain)
+        model = load_model(tiny.stage1)
+        images = Records(tiny.world / "captions.json", tiny.world, Tokenizer.load(tiny.stage1), model.config, 1024)
+        pictures = torch.stack([images.pixels(name, index) for name, index in images.pictures().items()])
+        layer = model.multi_modal_projector.linear_1
+        with torch.no_grad():
+            before = model.vision_features(pictures)
+            layer.weight.copy_(torch.eye(len(layer.weight)))
+            train.whiten_projector(model, images)
+            return before - before.mean((0, 1)), layer(before)
+
+    return call
+
+
+def test_whitening_takes_the_root_of_every_range(whitened):
+    before, after = whitened(gain=1)
+    assert after.mean((0, 1)).abs().max() < 1e-3 * after.std()
+    ranges = [torch.linalg.eigvalsh(torch.cov(f.flatten(0, 1).T)).sqrt() for f in (before, after)]
+    loud = ranges[0] > 0.2 * ranges[0].max()  # those far above the floor that keeps silent ones silent
+    assert loud.sum() > 5
+    assert torch.allclose(ranges[1][loud], ranges[0][loud].sqrt(), rtol=0.02)
+
+
+def test_whitening_lifts_what_says_where(whitened):
+    def places(features):  # share of the variance that where a patch is explains
+        return float(features.mean(0).square().sum() / features.square().mean(0).sum())
+
+    plain, lifted = (places(whitened(gain)[1]) for gain in (1, 4))
+    assert plain < 0.3 and lifted > 2 * plain
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # what trains
 
 
