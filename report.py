@@ -21,7 +21,7 @@ def read_rows(path: Path) -> list[dict]:
 def sheet(out: Path, answers: list[dict], columns: int = 5, rows: int = 4):
     """Held-out pictures as the model got them, each with question, answer and truth; wrong answers are red."""
     questions = {row["question_id"]: row for row in read_rows(out / "world/questions.jsonl")}
-    width, height, side = 250, 265, 150  # below a picture there is room for six lines, beside it for nine
+    width, height, side = 250, 265, 150
     canvas = Image.new("RGB", (columns * width, rows * height), "white")
     pen, font = ImageDraw.Draw(canvas), font_of(13)
     for i, answer in enumerate(answers[: columns * rows]):
@@ -30,15 +30,15 @@ def sheet(out: Path, answers: list[dict], columns: int = 5, rows: int = 4):
         with Image.open(out / "world" / question["image"]) as picture:
             canvas.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (x, y))
         right = answer["metadata"]["score"] == 1
-        text = wrapped([answer["prompt"], "> " + answer["text"]], 36)
+        text = wrapped([answer["prompt"], "> " + answer["text"]], 36, 6)
         pen.text((x, y + side + 4), text, (20, 110, 50) if right else (190, 30, 30), font)
         if not right:
-            pen.text((x + side + 6, y), wrapped(["truth:", question["answer"]], 13), (90, 90, 90), font)
+            pen.text((x + side + 6, y), wrapped(["truth:", question["answer"]], 13, 9), (90, 90, 90), font)
     canvas.save(out / "sheet.png")
 
 
-def wrapped(lines: list[str], width: int) -> str:
-    """At most nine lines of so many characters, broken at spaces."""
+def wrapped(lines: list[str], width: int, most: int) -> str:
+    """At most `most` lines of `width` characters, broken at spaces."""
     result = []
     for line in lines:
         row = ""
@@ -48,7 +48,7 @@ def wrapped(lines: list[str], width: int) -> str:
                 row = ""
             row += word + " "
         result.append(row)
-    return "\n".join(result[:9])
+    return "\n".join(result[:most])
 
 
 def write(out: Path, minutes: dict[str, float], dial: float):
