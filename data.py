@@ -350,7 +350,7 @@ class CaptionPairs(Dataset):
         return {"ids": ids, "labels": labels, "pixel_values": [pixels]}
 
 
-GROUPED_STEPS = 16  # steps whose records are sorted together: 7 % of the world's tokens are padding, not 23 %
+GROUPED_STEPS = 16  # steps whose records are sorted together: 7 % of the world's tokens are padding, not 29 %
 
 
 def batches(
@@ -386,6 +386,7 @@ def batches(
 
 
 def main():
+    """Print one record as the model reads it, what is trained on in green."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", required=True, help="LLaVA's JSON")

@@ -168,6 +168,7 @@ def evaluate(
 
 
 def read_flags() -> argparse.Namespace:
+    """The command line; an unknown flag or value ends the program with status 2."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -185,6 +186,7 @@ def read_flags() -> argparse.Namespace:
 
 
 def main():
+    """Answer what is not answered yet, then score; bad input ends in one line and status 1, the answers kept."""
     args = read_flags()
     try:
         folder = args.model or runs.newest_run(1, 2)

@@ -59,6 +59,7 @@ class Chat:
 
 
 def read_flags() -> argparse.Namespace:
+    """The command line; an unknown flag or value ends the program with status 2."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -103,6 +104,7 @@ def converse(chat: Chat):
 
 
 def main():
+    """Answer once or converse; bad input ends in one line and status 1."""
     args = read_flags()
     try:
         folder = args.model or runs.newest_run(1, 2)

@@ -298,11 +298,11 @@ def ask_existence(scene: Scene, rng: random.Random):
 
 
 def choose_pair(scene: Scene, rng: random.Random) -> tuple[bool, str, str]:
-    """Whether the picture holds it, a colour, a shape; half of the pairs that it does not hold are near misses."""
+    """Whether the picture holds the pair, its colour, its shape; half of the pairs are there."""
     pairs = {(thing.colour, thing.shape) for thing in scene.shapes}
     if rng.random() < 0.5:
         return True, *rng.choice(sorted(pairs))
-    # a near miss: the colour is there, or the shape, but not together
+    # mostly a near miss: the colour is there, or the shape, or both, but not together
     colours = sorted({c for c, _ in pairs}) if rng.random() < 0.5 else list(COLOURS)
     shapes = sorted({s for _, s in pairs}) if rng.random() < 0.5 else list(SHAPES)
     absent = [(c, s) for c in colours for s in shapes if (c, s) not in pairs]
@@ -361,6 +361,7 @@ def ask_position(scene: Scene, rng: random.Random):
 
 
 def placed(name: str, thing: Thing) -> str:
+    """The clause that says where a thing is, without its full stop."""
     return f"The {name} is {PLACE_PHRASES[thing.cell]}"
 
 
@@ -594,6 +595,7 @@ def write_lines(path: Path, rows: list[dict]):
 
 
 def main():
+    """Write a world; the same flags write the same bytes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write to")

@@ -55,6 +55,7 @@ def plan(minutes: float, seed: int, out: Path, ablation: bool) -> list[tuple[str
 
 
 def main():
+    """Run every step that is not done yet, note its minutes, and write the report; a step that fails ends it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -62,7 +63,11 @@ def main():
     add("--minutes", type=float, default=15, help="the dial: how long it may take on two cores, installation aside")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=OUT)
-    add("--ablation", action="store_true", help="also train stage 2 without stage 1 (beyond the minutes)")
+    add(
+        "--ablation",
+        action="store_true",
+        help="also train stage 2 without stage 1, beyond the minutes; added later, it is then the newest run",
+    )
     args = parser.parse_args()
     if args.minutes <= 0:
         parser.error("--minutes must be above 0")
