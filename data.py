@@ -1,7 +1,6 @@
-"""From LLaVA's JSON to batches: one pass builds the ids and the labels, and nothing is ever searched for in text.
+"""From LLaVA's JSON to batches, in an order that depends on nothing but its arguments.
 
 A record is {"id", "image" (path, or list of paths, or absent), "conversations": [{"from": "human"|"gpt", "value"}]}.
-`render` is the only place where a conversation becomes tokens; training, sampling and evaluation all go through it.
 
     python data.py --data a.json --images DIR --model DIR      print one record with what is trained on in colour
 """
@@ -10,7 +9,7 @@ import argparse
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch.utils.data import Dataset
 from clip import preprocess
 from images import BadImage, open_image, pad_to_square, resolve_inside
 from llava import IGNORE
+from templates import TEMPLATES, Turn, render
 from tokenizer import Tokenizer
 
 MARKER = "<image>"  # stands for a picture in the human turns of a record that has one; everywhere else it is text
@@ -29,105 +29,6 @@ MARKER = "<image>"  # stands for a picture in the human turns of a record that h
 
 class DataError(ValueError):
     """A record that cannot be used; the message is one line: file, record, reason."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# templates
-
-
-@dataclass(frozen=True)
-class Template:
-    """How a dialogue is written down. A turn is `user` + question + `assistant` + answer + the end.
-
-    The end is the end token, or the text `end` where a template has one. What is trained: every answer and its end.
-    """
-
-    system: str = ""
-    user: str = ""
-    assistant: str = ""
-    space: str = " "  # before an answer
-    end: str = ""
-    plain: bool = False  # stage 1: a picture and its caption, no roles, and no question when there is only one
-
-
-VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
-)
-TEMPLATES = {
-    "plain": Template(space="", end="\n", plain=True),  # <image>a cat on a mat\n
-    "vicuna_v1": Template(VICUNA, "USER: ", " ASSISTANT:"),  # system USER: Q ASSISTANT: A</s>USER: Q ASSISTANT: A</s>
-    "llava_hf": Template("", "USER: ", " ASSISTANT:"),  # the same without a system prompt, as the llava-hf repositories
-}
-
-
-@dataclass
-class Turn:
-    """One question (with `images` pictures before or after it) and its answer; None: to be generated."""
-
-    question: str
-    answer: str | None
-    images: int = 0
-    image_last: bool = False
-
-
-def render(turns: list[Turn], tokenizer: Tokenizer, template: str, features: int) -> tuple[list[int], list[int]]:
-    """Ids and labels of a dialogue, in one pass. This is a picture, two placeholders long, in stage 2:
-
-        ids      <s>  USER :  <image> <image>  \\n What is this ?  ASSISTANT :   a cat  </s>
-        labels    .    .   .     .       .      .   .   .   .  .      .      .   a cat  </s>
-
-    A chunk of text is encoded on its own wherever a picture or an answer begins, as LLaVA's tokenizer_image_token
-    does, so a prompt gets the same ids whether its answer is known (training) or not (sampling).
-
-    Args: features: placeholders per picture, 576 for CLIP-L/14-336. Returns two lists of equal length; labels hold
-    IGNORE where nothing is learnt.
-    """
-    form = TEMPLATES[template]
-    ids, labels = [tokenizer.bos_id], [IGNORE]
-
-    def add(new: list[int], learn: bool):
-        ids.extend(new)
-        labels.extend(new if learn else [IGNORE] * len(new))
-
-    text = form.system
-    for turn in turns:
-        picture = [tokenizer.image_id] * (features * turn.images)
-        question = turn.question
-        if form.plain and turn.images and not turn.image_last and len(turns) == 1:
-            question = ""  # the released stage-1 code drops it: the caption alone follows the picture
-        text += form.user
-        if turn.images and turn.image_last:
-            add(tokenizer.encode(text + question + "\n"), False)
-            add(picture, False)
-            text = form.assistant
-        elif turn.images:
-            add(tokenizer.encode(text), False)
-            add(picture, False)
-            text = ("" if form.plain else "\n") + question + form.assistant
-        else:
-            text += question + form.assistant
-        if form.plain and question and not turn.image_last:
-            text += "\n"
-        add(tokenizer.encode(text), False)
-        if turn.answer is not None:
-            space = form.space if turn.answer else ""  # of an empty answer, only the end is learnt
-            add(tokenizer.encode(space + turn.answer + form.end), True)
-            if not form.end:
-                add([tokenizer.eos_id], True)
-        text = ""
-    return ids, labels
-
-
-def prompt_ids(
-    questions: list[str], answers: list[str], images: int, tokenizer: Tokenizer, template: str, features: int
-) -> list[int]:
-    """Ids of a dialogue up to where the model speaks: every question but the last is answered; pictures come first."""
-    turns = [
-        Turn(question, answer, images if i == 0 else 0)
-        for i, (question, answer) in enumerate(zip(questions, [*answers, None], strict=True))
-    ]
-    return render(turns, tokenizer, template, features)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,6 +114,22 @@ def turns_of(record: dict, image_last: bool = False) -> list[Turn]:
     return turns
 
 
+def cut_dialogue(record: dict, questions: int) -> list[dict]:
+    """Pieces of a dialogue, of at most so many questions each; a piece starts with all pictures shown up to then.
+
+    Later answers often follow from earlier ones, so a model may learn them without a look at the picture.
+    """
+    messages, images, pieces, shown = record["conversations"], images_of(record), [], 0
+    for start in range(0, len(messages), 2 * questions):
+        first, *rest = messages[start : start + 2 * questions]
+        again = MARKER * shown + "\n" if shown else ""
+        if images:
+            shown += sum(message["value"].count(MARKER) for message in [first, *rest][::2])
+        dialogue = [first | {"value": again + first["value"]}, *rest]
+        pieces.append(record | {"image": images[:shown], "conversations": dialogue})
+    return pieces
+
+
 def load_pixels(root: str | Path, name: str, size: int, mode: str) -> torch.Tensor:
     """One picture below the folder `root`, ready for the tower: (3, size, size). Raises BadImage."""
     return image_pixels(open_image(resolve_inside(root, name)), size, mode)
@@ -236,22 +153,38 @@ class Records(Dataset):
     longer dialogue loses its end, never a part of a picture. image_order "either" puts the first picture before or
     after its question, by a coin that depends only on (seed, record): LLaVA-1.0's paper; the released code, and the
     default, put it "first". text_only leaves the pictures out: what a decoder learns from before it can see.
+    questions: the most that a sample asks, longer dialogues are cut into several; None: dialogues stay whole.
     """
 
     def __init__(
-        self, data, images, tokenizer, config, max_length, image_order="first", seed=0, text_only=False, template=None
+        self,
+        data,
+        images,
+        tokenizer,
+        config,
+        max_length,
+        image_order="first",
+        seed=0,
+        text_only=False,
+        template=None,
+        questions=None,
     ):
         self.data, self.images, self.tokenizer, self.config = data, images, tokenizer, config
         self.max_length, self.image_order, self.seed, self.text_only = max_length, image_order, seed, text_only
         self.template = template or config.template
-        self.records = read_records(data)
+        self.records = [  # numbered as in the file
+            (number, piece)
+            for number, record in enumerate(read_records(data))
+            for piece in (cut_dialogue(record, questions) if questions else [record])
+        ]
         self.features: dict[str, torch.Tensor] = {}  # of a frozen tower, by path, computed once (see train.py)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def where(self, index: int) -> str:
-        return f"{self.data}: record {index} (id {self.records[index].get('id')!r})"
+        number, record = self.records[index]
+        return f"{self.data}: record {number} (id {record.get('id')!r})"
 
     def lengths(self) -> list[int]:
         """About how long each sample is, in words and signs of punctuation: enough to put like with like."""
@@ -259,26 +192,26 @@ class Records(Dataset):
         return [
             sum(len(re.findall(r"\w+|[^\w\s]", message["value"])) for message in record["conversations"])
             + per_image * len(images_of(record))
-            for record in self.records
+            for _, record in self.records
         ]
 
     def pictures(self) -> dict[str, int]:
-        """Every picture of the file once, with the record it is first seen in."""
+        """Every picture of the file once, with the sample it is first seen in."""
         found = {}
-        for index, record in enumerate(self.records):
+        for index, (_, record) in enumerate(self.records):
             for name in images_of(record):
                 found.setdefault(name, index)
         return found
 
     def pixels(self, name: str, index: int) -> torch.Tensor:
-        """Picture `name` of record `index`, (3, S, S). Raises DataError naming the record."""
+        """Picture `name` of sample `index`, (3, S, S). Raises DataError naming the record."""
         try:
             return load_pixels(self.images, name, self.config.vision_config.image_size, self.config.image_mode)
         except BadImage as error:
             raise DataError(f"{self.where(index)}: {error}") from None
 
     def __getitem__(self, index: int) -> dict:
-        record = self.records[index]
+        _, record = self.records[index]
         names = [] if self.text_only else images_of(record)
         if names and self.config.vision_config is None:
             raise DataError(f"{self.where(index)}: has a picture, but the model has no vision tower")

@@ -18,11 +18,13 @@ import torch
 from tqdm import tqdm
 
 import runs
-from data import DataError, load_pixels, prompt_ids
+from data import DataError, load_pixels
 from images import BadImage
-from llava import Llava, generate, load_model
+from llava import Llava, generate
 from shapes import COLOURS, SHAPES
+from templates import prompt_ids, stop_text
 from tokenizer import Tokenizer
+from weights import DTYPES, choose_dtype, load_model, load_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # questions and answers
@@ -98,7 +100,8 @@ def answer_batch(
         for row, token in zip(ids, step):
             if token is not None:
                 row.append(token)
-    return [tokenizer.decode(row).strip() for row in ids]
+    texts, end = [tokenizer.decode(row).lstrip() for row in ids], stop_text(config.template)
+    return [(text.split(end)[0] if end else text).strip() for text in texts]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,6 +185,7 @@ def read_flags() -> argparse.Namespace:
     add("--limit", type=int, help="only the first questions of the file")
     add("--blank", action="store_true", help="show mean-coloured pictures: what the language alone gives away")
     add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
     return parser.parse_args()
 
 
@@ -193,7 +197,8 @@ def main():
         out = args.out or folder / ("answers-blank.jsonl" if args.blank else "answers.jsonl")
         questions = read_lines(args.questions)[: args.limit]
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = load_model(folder, device), Tokenizer.load(folder)
+        model = load_model(folder, device, choose_dtype(args.dtype, device))
+        tokenizer = load_tokenizer(folder, model.config)
         images, name = args.images or args.questions.parent, folder.name + ("-blank" if args.blank else "")
         rows = evaluate(
             model, tokenizer, questions, images, out, args.batch_size, args.max_new_tokens, args.blank, name

@@ -11,18 +11,14 @@ Sources: Liu et al. 2023 (arXiv 2304.08485, 2310.03744), Touvron et al. 2023 (23
 2104.09864), Ainslie et al. 2023 (GQA, 2305.13245), Radford et al. 2019 (GPT-2).
 """
 
-import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from clip import CLIPVisionConfig, CLIPVisionModel, known
+from clip import CLIPVisionConfig, CLIPVisionModel
 
 IGNORE = -100  # the label of a token that is not trained on
 LOSS_CHUNK = 4096  # supervised tokens whose logits exist at one time
@@ -42,6 +38,7 @@ class TextConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
+    rope_scaling: dict | None = None  # LLaMA-3.1's stretched frequencies, or "linear": see inverse_frequencies
     tie_word_embeddings: bool = False
     model_type: str = "llama"  # "gpt2" switches to LayerNorm, learned positions, gelu_new and biases everywhere
     attention_bias: bool = False  # on q, k, v and o
@@ -55,33 +52,10 @@ class TextConfig:
     def gpt2(self) -> bool:
         return self.model_type == "gpt2"
 
-    @classmethod
-    def from_dict(cls, values: dict) -> "TextConfig":
-        """Read the decoder part of a config.json of transformers 4 or 5. Raises ValueError on what is not built."""
-        kind = values.get("model_type", "llama")
-        if kind not in ("llama", "mistral", "qwen2", "gpt2"):
-            raise ValueError(f"config.json: decoder {kind!r} is none of llama, mistral, qwen2, gpt2")
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise ValueError(
-                f"config.json: RoPE scaling {rope} is not built; long-context checkpoints would answer wrongly"
-            )
-        values = {"rope_theta": rope.get("rope_theta")} | values | {"qkv_bias": kind == "qwen2" or None}
-        if kind == "gpt2":
-            names = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
-            names |= {"n_positions": "max_position_embeddings", "n_inner": "intermediate_size"}
-            names |= {"layer_norm_epsilon": "rms_norm_eps"}
-            defaults = {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "layer_norm_epsilon": 1e-5}
-            values = {names.get(key, key): value for key, value in (defaults | values).items()}
-            values["intermediate_size"] = values.get("intermediate_size") or 4 * values["hidden_size"]
-            values |= {"attention_bias": True, "tie_word_embeddings": True}
-            values.setdefault("vocab_size", 50257)
-        return cls(**known(cls, values))
-
 
 @dataclass
 class LlavaConfig:
-    """A checkpoint's whole description, in the schema of transformers' LlavaConfig plus five keys of ours."""
+    """A checkpoint's whole description, in the schema of transformers' LlavaConfig plus a few keys of ours."""
 
     text_config: TextConfig
     vision_config: CLIPVisionConfig | None = None  # None: a decoder alone, that sees nothing
@@ -92,38 +66,6 @@ class LlavaConfig:
     image_mode: str = "pad"  # or "square": how a picture is made square
     eos_token_ids: list[int] = field(default_factory=lambda: [2])
     pad_token_id: int = 0
-
-    def to_dict(self) -> dict:
-        """As config.json: what transformers needs to load the folder, then our own keys."""
-        values = asdict(self)
-        text = values["text_config"] | {"model_type": self.text_config.model_type, "eos_token_id": self.eos_token_ids}
-        if self.vision_config is None:
-            names = ("template", "image_token_index", "eos_token_ids", "pad_token_id")
-            ours = {key: values[key] for key in names}
-            return {"architectures": ["LlamaForCausalLM"]} | text | ours
-        return values | {
-            "architectures": ["LlavaForConditionalGeneration"],
-            "model_type": "llava",
-            "text_config": text,
-            "projector_hidden_act": "gelu",
-            "vision_feature_select_strategy": "default",
-            "image_seq_length": self.vision_config.num_patches,
-            "tie_word_embeddings": self.text_config.tie_word_embeddings,
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "LlavaConfig":
-        if "vision_config" not in values:
-            return cls(text_config=TextConfig.from_dict(values), **known(cls, values))
-        if "text_config" not in values:
-            raise ValueError("config.json: a vision_config without a text_config")
-        if values.get("vision_feature_select_strategy", "default") != "default":
-            raise ValueError("config.json: vision_feature_select_strategy must be 'default' (class token dropped)")
-        configs = {
-            "text_config": TextConfig.from_dict(values["text_config"]),
-            "vision_config": CLIPVisionConfig(**known(CLIPVisionConfig, values["vision_config"])),
-        }
-        return cls(**known(cls, values | configs))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,10 +91,27 @@ def make_norm(config: TextConfig) -> nn.Module:
     return norm(config.hidden_size, eps=config.rms_norm_eps)
 
 
+def inverse_frequencies(config: TextConfig, device: torch.device) -> torch.Tensor:
+    """Radians per position of each rotated pair, (D / 2,) float32: theta^(-2i / D), stretched for long contexts.
+
+    "linear" (Vicuna-16k) divides all of them. "llama3" divides those whose wave is longer than the context it was
+    pretrained with, leaves the short ones, and blends in between (LLaMA-3.1's model card and code).
+    """
+    exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    frequencies = config.rope_theta**-exponent
+    if (scaling := config.rope_scaling) is None:
+        return frequencies
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    waves = scaling["original_max_position_embeddings"] * frequencies / (2 * torch.pi)  # in the original context
+    kept = ((waves - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
+
+
 def rotary_angles(positions: torch.Tensor, config: TextConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of the rotary embedding, (B, 1, T, D) float32; positions (B, T)."""
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    angles = positions[:, None, :, None].float() * config.rope_theta**-exponent  # (B, 1, T, D / 2)
+    angles = positions[:, None, :, None].float() * inverse_frequencies(config, positions.device)  # (B, 1, T, D / 2)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
@@ -501,70 +460,3 @@ def generate(
         if not any(running):
             return
         x = model.language_model.model.embed_tokens(ids)[:, None]  # (B, 1, C)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# files
-
-
-def save_model(model: Llava, folder: str | Path):
-    """Write config.json and model.safetensors.
-
-    A LLaVA of the LLaMA family with the mlp2x_gelu projector is what transformers' LlavaForConditionalGeneration loads.
-    """
-    folder = Path(folder)
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    if model.config.text_config.tie_word_embeddings:
-        del state["language_model.lm_head.weight"]  # the same tensor as the embedding; stored once
-    if model.config.vision_config is None:
-        state = {key.removeprefix("language_model."): value for key, value in state.items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
-
-
-def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Llava:
-    """Read a folder that save_model wrote. Raises ValueError naming the file, and the first differing tensors."""
-    folder = Path(folder)
-    config = LlavaConfig.from_dict(read_json(folder / "config.json"))
-    model = Llava(config)
-    state = read_tensors(folder / "model.safetensors")
-    if config.vision_config is None:
-        state = {f"language_model.{key}": value for key, value in state.items()}
-    embedding = "language_model.model.embed_tokens.weight"
-    if config.text_config.tie_word_embeddings and embedding in state:
-        state["language_model.lm_head.weight"] = state[embedding]
-    load_strictly(model, state, folder)
-    return model.to(device=device, dtype=dtype).eval()
-
-
-def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], source: Path):
-    """Fill every parameter from `state`, and use all of it; otherwise raise ValueError with the first differences."""
-    wanted = model.state_dict()
-    wrong = [f"{key} missing" for key in wanted if key not in state]
-    wrong += [f"{key} not expected" for key in state if key not in wanted]
-    for key in wanted:
-        if key in state and state[key].shape != wanted[key].shape:
-            wrong.append(f"{key} is {tuple(state[key].shape)}, should be {tuple(wanted[key].shape)}")
-    if wrong:
-        raise ValueError(f"{source}: {len(wrong)} tensors differ: " + "; ".join(wrong[:5]))
-    model.load_state_dict(state)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises ValueError naming the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds a {type(values).__name__}, not an object")
-    return values
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: {error}") from None

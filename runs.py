@@ -4,7 +4,7 @@
     out/NAME/log.jsonl          one line per step, appended
     out/NAME/loss.png           the same as a picture
     out/NAME/checkpoint-000200  what trains, the optimizer, the step; safetensors and JSON only
-    out/NAME/{config.json,model.safetensors,tokenizer.json}   the finished model
+    out/NAME/{config.json,model.safetensors,tokenizer.json,...}   the finished model
 
 Whatever is published appears whole or not at all: it is written beside its place, flushed to the disk, then renamed.
 """

@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 
 import runs
-from data import image_pixels, prompt_ids
+from data import image_pixels
 from images import BadImage, open_image
-from llava import Llava, generate, load_model
+from llava import Llava, generate
+from templates import prompt_ids, stop_text
 from tokenizer import Tokenizer
+from weights import DTYPES, choose_dtype, load_model, load_tokenizer
 
 DESCRIBE = "Describe the picture."
 
@@ -44,14 +46,20 @@ class Chat:
         per_image = self.model.config.vision_config.num_patches if self.images else 0
         template = self.model.config.template
         prompt = prompt_ids([*self.questions, question], self.answers, self.images, self.tokenizer, template, per_image)
-        ids, text, begin = [], "", time.perf_counter()
+        ids, text, begin, end = [], "", time.perf_counter(), stop_text(template)
+        stop = "length"
         for (token,) in generate(self.model, [prompt], self.features, **self.sampling):
             ids.append(token)
             longer = self.tokenizer.decode(ids).lstrip()
-            if not longer.endswith("\ufffd"):  # half of a character: wait for the rest
-                yield longer[len(text) :]
-                text = longer
-        stop = "eos" if ids and ids[-1] in self.model.config.eos_token_ids else "length"
+            if token in self.model.config.eos_token_ids or (end and end in longer):
+                stop = "eos"
+                longer = longer.split(end)[0] if end else longer
+            elif longer.endswith(("\ufffd", *(end[:n] for n in range(1, len(end))))):
+                continue  # half of a character, or perhaps of the end: wait for the rest
+            yield longer[len(text) :]
+            text = longer
+            if stop == "eos":
+                break
         speed = round(len(ids) / (time.perf_counter() - begin), 1)
         self.last = {"text": text, "ids": ids, "prompt_ids": prompt, "stop": stop, "tokens_per_s": speed}
         self.questions.append(question)
@@ -73,6 +81,7 @@ def read_flags() -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=256, help="longest answer")
     add("--seed", type=int, default=0, help="of the draws")
     add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
     add("--json", action="store_true", help="print one line of JSON: text, ids, prompt_ids, stop, tokens_per_s")
     args = parser.parse_args()
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_new_tokens < 1:
@@ -109,7 +118,8 @@ def main():
     try:
         folder = args.model or runs.newest_run(1, 2)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = load_model(folder, device), Tokenizer.load(folder)
+        model = load_model(folder, device, choose_dtype(args.dtype, device))
+        tokenizer = load_tokenizer(folder, model.config)
         generator = torch.Generator(device).manual_seed(args.seed)
         sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
         chat = Chat(model, tokenizer, args.image, max_new_tokens=args.max_new_tokens, **sampling)

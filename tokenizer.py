@@ -1,110 +1,296 @@
-"""Text to ids and back: byte-level BPE on tiktoken, and a small trainer for a vocabulary of one's own.
+"""Text to ids and back: byte-level BPE on tiktoken, LLaMA's and CLIP's from bpe.py, and a trainer for one's own.
 
-The files are Hugging Face's `tokenizer.json`, so that other tools load what is saved here. Text is only ever text:
-`encode` knows no special token, those are inserted by id, so nobody can type one.
+What is saved is Hugging Face's `tokenizer.json`, so that other tools load it. Text is only ever text: `encode` knows
+no special token, those are inserted by id, so nobody can type one.
 """
 
+import base64
 import json
+import unicodedata
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 
 import regex
 import tiktoken
 
+from bpe import SPACE, ClipBPE, SentencePiece, clip_from_json, from_json, merges_of, read_clip, read_llama2c, read_model
+
 # Words, single digits and runs of punctuation, each with the space before it; then what space is left.
 SPLIT = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SPLIT_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SPLIT_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPECIALS = ("<pad>", "<image>", "<s>", "</s>")  # </s> last: CLIP's text tower finds its end token as the highest id
+ROLES = {  # which names stand for what, in files that do not say
+    "pad": ("<pad>", "<|finetune_right_pad_id|>", "<unk>", "<|endoftext|>", "<|end_of_text|>"),
+    "image": ("<image>",),
+    "bos": ("<s>", "<|begin_of_text|>", "<|startoftext|>"),
+    "eos": ("</s>", "<|eot_id|>", "<|im_end|>", "<|endoftext|>"),
+}
 
 
-class Tokenizer:
-    """A vocabulary and its special tokens.
+class ByteLevel:
+    """Byte-level BPE, on tiktoken. Args: ranks: bytes of each token -> id, in order of merging. split: the pattern
+    that cuts text into words before merging. nfc: put accents and letters together first, as Qwen2 does."""
 
-    Args: ranks: bytes of each ordinary token -> id, in order of merging. specials: name -> id. split: the pattern that
-    cuts text into words before merging.
-    """
+    def __init__(self, ranks: dict[bytes, int], split: str, nfc: bool = False):
+        self.ranks, self.split, self.nfc = ranks, split, nfc
+        self.encoding = tiktoken.Encoding("llava", pat_str=split, mergeable_ranks=ranks, special_tokens={})
+        self.highest_id = max(ranks.values())
 
-    def __init__(self, ranks: dict[bytes, int], specials: dict[str, int], split: str = SPLIT):
-        self.ranks, self.specials, self.split = ranks, specials, split
-        self.encoding = tiktoken.Encoding("llava", pat_str=split, mergeable_ranks=ranks, special_tokens=specials)
-        self.vocab_size = max([*ranks.values(), *specials.values()]) + 1
-        self.pad_id, self.image_id, self.bos_id, self.eos_id = (specials[name] for name in SPECIALS)
-        # Dialogues repeat their questions: with the cache, a batch of 64 is rendered in a tenth of the time.
-        self._encode = lru_cache(maxsize=1 << 16)(lambda text: tuple(self.encoding.encode_ordinary(text)))
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text. Special tokens are never recognised in it: "</s>" becomes four ordinary pieces."""
-        return list(self._encode(text))
+    def encode(self, text: str, prefix: bool = True) -> list[int]:
+        return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ordinary tokens among `ids`; special ones are dropped, broken UTF-8 becomes U+FFFD."""
-        special = set(self.specials.values())
-        return self.encoding.decode([i for i in ids if i not in special])
+        return self.encoding.decode(ids)
 
-    def save(self, folder: str | Path):
-        """Write `tokenizer.json` as Hugging Face's tokenizers reads it."""
-        to_unicode = byte_alphabet()
-        name = {i: "".join(to_unicode[b] for b in token) for token, i in self.ranks.items()}
-        merges = [[name[self.ranks[half]] for half in halves] for halves in self._merges()]
-        added = [
-            {"id": i, "content": token, "special": True, "normalized": False}
-            | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-            for token, i in self.specials.items()
-        ]
-        split = {"type": "Split", "pattern": {"Regex": self.split}, "behavior": "Isolated", "invert": False}
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        model = {"type": "BPE", "vocab": {text: i for i, text in name.items()}, "merges": merges}
-        content = {
-            "version": "1.0",
-            "added_tokens": added,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-            "decoder": byte_level,
-            "model": model,
-        }
-        Path(folder, "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    def merges(self):
+        """The two halves each merged token was made of, found by merging its bytes with the earlier ranks only.
 
-    def _merges(self):
-        """The two halves each merged token was made of, found by merging its bytes with the earlier ranks only."""
+        LLaMA-3 has tokens that no merge leads to: like tiktoken, its files take a whole word if it is a token.
+        """
         for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
             parts = [token[i : i + 1] for i in range(len(token))]
             while len(parts) > 2:
                 pairs = [self.ranks.get(a + b, rank) for a, b in pairwise(parts)]
                 i = min(range(len(pairs)), key=pairs.__getitem__)
                 parts[i : i + 2] = [parts[i] + parts[i + 1]]
-            if len(parts) == 2:
+            if len(parts) == 2 and all(part in self.ranks for part in parts):
                 yield parts
+
+
+class Tokenizer:
+    """A vocabulary behind one interface, whichever way it cuts text.
+
+    Args: codec: ByteLevel, SentencePiece or ClipBPE. specials: name -> id. roles: "bos", "eos", "pad", "image" ->
+    name. legacy: of SentencePiece, whether text after a special token gets a space in front, as at the start.
+    """
+
+    def __init__(
+        self,
+        codec: ByteLevel | SentencePiece | ClipBPE,
+        specials: dict[str, int],
+        roles: dict[str, str],
+        legacy: bool = True,
+    ):
+        self.codec, self.specials, self.roles, self.legacy = codec, specials, roles, legacy
+        if "eos" not in roles:
+            raise ValueError("no token that ends a text")
+        # Dialogues repeat their questions: with the cache, a batch of 64 is rendered in a tenth of the time.
+        self._encode = lru_cache(maxsize=1 << 16)(lambda text, prefix: tuple(codec.encode(text, prefix)))
+
+    def role(self, name: str) -> int | None:
+        return self.specials[self.roles[name]] if name in self.roles else None
+
+    bos_id = property(lambda self: self.role("bos"))  # None: texts start without
+    eos_id = property(lambda self: self.role("eos"))
+    pad_id = property(lambda self: self.role("pad"))
+    image_id = property(lambda self: self.role("image"))  # None: no picture can be written
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self.codec.highest_id, *self.specials.values()) + 1
+
+    def encode(self, text: str, prefix: bool = True) -> list[int]:
+        """Ids of a text. Special tokens are never recognised in it: "</s>" becomes four ordinary pieces.
+
+        Args: prefix: the text starts here; False: it goes on from other text (SentencePiece cares).
+        """
+        return list(self._encode(text, prefix))
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ordinary tokens among `ids`; special ones are dropped, broken UTF-8 becomes U+FFFD."""
+        special = set(self.specials.values())
+        return self.codec.decode([i for i in ids if i not in special])
+
+    def add_special(self, name: str) -> int:
+        """Id of a special token, a new one at the end if there is none of that name."""
+        return self.specials.setdefault(name, self.vocab_size)
+
+    def save(self, folder: str | Path):
+        """Write `tokenizer.json` as Hugging Face's tokenizers reads it, and `tokenizer_config.json` with the roles."""
+        added = [
+            {"id": i, "content": token, "special": True, "normalized": False}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+            for token, i in sorted(self.specials.items(), key=lambda item: item[1])
+        ]
+        spell = byte_level_json if isinstance(self.codec, ByteLevel) else sentencepiece_json
+        content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
+        content |= spell(self) | {"post_processor": None}
+        text = {"Sequence": {"id": "A", "type_id": 0}}
+        if bos := self.roles.get("bos"):  # set in front of every text
+            begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+            named = {bos: {"id": bos, "ids": [self.bos_id], "tokens": [bos]}}
+            single = {"single": [begin, text], "pair": [begin, text, begin, text], "special_tokens": named}
+            content["post_processor"] = {"type": "TemplateProcessing"} | single
+        settings = {f"{role}_token": name for role, name in self.roles.items()}
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "legacy": self.legacy}
+        write_json(Path(folder, "tokenizer.json"), content)
+        write_json(Path(folder, "tokenizer_config.json"), settings)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Read the `tokenizer.json` of a byte-level BPE model. Raises ValueError if it is another kind."""
-        path = Path(folder, "tokenizer.json")
+        """Read a folder's tokenizer: tokenizer.json (byte-level BPE, LLaMA's or CLIP's), tokenizer.model
+        (SentencePiece, or LLaMA-3's for tiktoken), llama2.c's tok*.bin or OpenAI's *.txt.gz. Raises ValueError."""
+        folder = Path(folder)
+        settings = read_settings(folder / "tokenizer_config.json")
+        if not (folder / "tokenizer.json").exists():
+            if (folder / "tokenizer.model").exists():
+                return cls.of_model(folder / "tokenizer.model", settings)
+            for pattern, read in (
+                ("tok*.bin", read_llama2c),
+                ("*.txt.gz", partial(read_clip, alphabet=byte_alphabet())),
+            ):
+                if found := sorted(folder.glob(pattern)):
+                    codec, specials = read(found[0])
+                    return cls(codec, specials, roles_of(specials, settings))
+        path = folder / "tokenizer.json"
         try:
-            return cls(*parse(json.loads(path.read_text(encoding="utf-8"))))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            codec, specials, bos = parse(content)
+            roles = roles_of(specials, settings) | ({"bos": bos} if bos else {})
+            if not bos:
+                roles.pop("bos", None)
+            return cls(codec, specials, roles, legacy=not getattr(codec, "unless_spaced", False))
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from None
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, regex.error) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{path}: not the byte-level BPE of this project ({reason})") from None
+            raise ValueError(f"{path}: neither byte-level BPE nor LLaMA's ({reason})") from None
+
+    @classmethod
+    def of_model(cls, path: Path, settings: dict) -> "Tokenizer":
+        """A `tokenizer.model`: of LLaMA-3, lines of a base64 token and its rank; of everyone else, SentencePiece."""
+        if not path.read_bytes()[:64].split(b"\n")[0].endswith(b" 0"):
+            legacy = settings.get("legacy", True)
+            codec, specials = read_model(path, unless_spaced=not legacy)
+            added = settings.get("added_tokens_decoder") or {}
+            specials |= {token["content"]: int(i) for i, token in added.items()}
+            return cls(codec, specials, roles_of(specials, settings), legacy)
+        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        specials = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIALS)}
+        return cls(ByteLevel(ranks, SPLIT_LLAMA3), specials, roles_of(specials, settings))
 
 
-def parse(content: dict) -> tuple[dict[bytes, int], dict[str, int], str]:
-    """Ranks, specials and split pattern of a tokenizer.json; any of a dozen errors if it is something else."""
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(254))]
+LLAMA3_SPECIALS[6:10] = ["<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"]
+
+
+def read_settings(path: Path) -> dict:
+    """A tokenizer_config.json; empty if there is none. Raises ValueError naming the file."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: holds a {type(settings).__name__}, not an object")
+    return settings
+
+
+def roles_of(specials: dict[str, int], settings: dict) -> dict[str, str]:
+    """Which special token is "bos", "eos", "pad", "image": as the settings say, or else the first of ROLES there is."""
+    roles = {}
+    for role, usual in ROLES.items():
+        named = settings.get(f"{role}_token")
+        named = named.get("content") if isinstance(named, dict) else named
+        found = [name for name in (named, *usual) if name in specials]
+        if found:
+            roles[role] = found[0]
+    return {"pad": roles["eos"]} | roles if "eos" in roles else roles
+
+
+def write_json(path: Path, content: dict):
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def byte_level_json(tokenizer: Tokenizer) -> dict:
+    """The sections of a tokenizer.json that say how a byte-level BPE cuts text."""
+    codec, to_unicode = tokenizer.codec, byte_alphabet()
+    name = {i: "".join(to_unicode[b] for b in token) for token, i in codec.ranks.items()}
+    merges = [[name[codec.ranks[half]] for half in halves] for halves in codec.merges()]
+    split = {"type": "Split", "pattern": {"Regex": codec.split}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "normalizer": {"type": "NFC"} if codec.nfc else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "decoder": byte_level,
+        "model": {"type": "BPE", "ignore_merges": True, "vocab": {v: k for k, v in name.items()}, "merges": merges},
+    }
+
+
+def sentencepiece_json(tokenizer: Tokenizer) -> dict:
+    """The same of a SentencePiece vocabulary; where the space in front goes tells legacy from not."""
+    codec, legacy = tokenizer.codec, tokenizer.legacy
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prefixed = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]}
+    steps = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
+    back = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]
+    vocabulary = codec.ids | {f"<0x{byte:02X}>": i for byte, i in enumerate(codec.byte_ids)}
+    vocabulary |= {name: i for name, i in tokenizer.specials.items() if i < len(vocabulary) + 3}
+    model = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "ignore_merges": False}
+    return {
+        "normalizer": prefixed if legacy else None,
+        "pre_tokenizer": None if legacy else steps,
+        "decoder": {"type": "Sequence", "decoders": back},
+        "model": model | {"vocab": vocabulary, "merges": merges_of(codec)},
+    }
+
+
+def parse(content: dict) -> tuple[ByteLevel | SentencePiece | ClipBPE, dict[str, int], str]:
+    """Codec, specials and the token set in front of every text ("" for none) of a tokenizer.json.
+
+    Raises any of a dozen errors if it is something else.
+    """
     specials = {token["content"]: token["id"] for token in content["added_tokens"]}
-    missing = [name for name in SPECIALS if name not in specials]
-    if missing:
-        raise ValueError(f"no {', '.join(missing)}")
-    (split,) = (
-        step["pattern"]["Regex"] for step in content["pre_tokenizer"]["pretokenizers"] if step["type"] == "Split"
-    )
-    regex.compile(split)
+    first = [
+        step["single"][0].get("SpecialToken", {}).get("id", "")
+        for step in steps_of(content.get("post_processor"), "processors")
+        if step["type"] == "TemplateProcessing"
+    ]
+    if content["model"].get("byte_fallback"):
+        unless_spaced = "Metaspace" in [step["type"] for step in steps_of(content["pre_tokenizer"], "pretokenizers")]
+        return from_json(content["model"], specials, unless_spaced), specials, (first or [""])[0]
+    if content["model"].get("end_of_word_suffix") == "</w>":
+        return clip_from_json(content["model"], specials, byte_alphabet()), specials, (first or [""])[0]
+    normaliser = [step["type"] for step in steps_of(content.get("normalizer"), "normalizers")]
+    if normaliser not in ([], ["NFC"]):
+        raise ValueError(f"its normalizer is {', '.join(normaliser)}")
+    split = split_of(steps_of(content["pre_tokenizer"], "pretokenizers"))
     to_byte = {char: byte for byte, char in byte_alphabet().items()}
     vocabulary = {text: i for text, i in content["model"]["vocab"].items() if text not in specials}
     ranks = {bytes(to_byte[char] for char in text): i for text, i in vocabulary.items()}
     ids = [*ranks.values(), *specials.values()]
     if len(set(ids)) < len(ids) or not all(bytes([byte]) in ranks for byte in range(256)):
         raise ValueError("an id is given twice, or a byte has none")
-    return ranks, specials, split
+    return ByteLevel(ranks, split, nfc=normaliser == ["NFC"]), specials, (first or [""])[0]
+
+
+def steps_of(part: dict | None, name: str) -> list[dict]:
+    """A section of a tokenizer.json is one step, a sequence of steps, or nothing."""
+    return [] if part is None else part[name] if part["type"] == "Sequence" else [part]
+
+
+def split_of(steps: list[dict]) -> str:
+    """The pattern that cuts text into words. Raises ValueError if it is cut in another way."""
+    patterns = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]
+    patterns += [SPLIT_GPT2 for step in steps if step["type"] == "ByteLevel" and step.get("use_regex", True)]
+    if len(patterns) != 1 or steps[-1]["type"] != "ByteLevel" or steps[-1].get("add_prefix_space"):
+        raise ValueError(f"text is cut by {', '.join(step['type'] for step in steps)}")
+    regex.compile(patterns[0])
+    return patterns[0]
 
 
 def byte_alphabet() -> dict[int, str]:
@@ -138,4 +324,5 @@ def train_bpe(texts: list[str], merges: int) -> Tokenizer:
                 if (parts[i], parts[i + 1]) == best:
                     parts[i : i + 2] = [best[0] + best[1]]
                 i += 1
-    return Tokenizer(ranks, {name: len(ranks) + i for i, name in enumerate(SPECIALS)})
+    specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
+    return Tokenizer(ByteLevel(ranks, SPLIT), specials, roles_of(specials, {}))

@@ -32,10 +32,13 @@ import plots
 import runs
 import shapes
 from clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, clip_loss, save_clip
-from data import TEMPLATES, CaptionPairs, Records, batches, collate, read_records
+from configs import read_vision_config
+from data import CaptionPairs, Records, batches, collate, read_records
 from images import BadImage
-from llava import IGNORE, Llava, LlavaConfig, TextConfig, load_model, load_strictly, read_json, read_tensors, save_model
+from llava import IGNORE, Llava, LlavaConfig, TextConfig
+from templates import TEMPLATES, end_ids
 from tokenizer import Tokenizer, train_bpe
+from weights import grow_vocabulary, load_model, load_tokenizer, load_tower, save_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # knobs
@@ -100,6 +103,7 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
         default=24,
         help="stage 0: side of a patch; pictures are 72 pixels, the world's cells 24",
     )
+    add("--questions", type=int, help="most questions in a sample: longer dialogues are cut; default: none is")
     add("--max-length", type=int, help="tokens of a sample, picture counted; default: the decoder's context")
     add("--cache-gb", type=float, default=4.0, help="memory for the features of a frozen tower; 0: compute each time")
     add("--workers", type=int, default=0, help="processes that load data; 0 loads in this one")
@@ -117,8 +121,8 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     for key, value in STAGES[args.stage].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    for key in ("steps", "batch_size", "accumulate", "save_every"):
-        if getattr(args, key) < 1:
+    for key in ("steps", "batch_size", "accumulate", "save_every", "questions"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
             parser.error(f"--{key.replace('_', '-')} must be at least 1")
     unknown = set(args.train.split(",")) - {"vision", "projector", "llm"}
     if args.model and (args.vision or args.llm):
@@ -392,7 +396,8 @@ def train_decoder(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
     }
     model = Llava(LlavaConfig(text, template=args.template or "llava_hf", **ids))
     data, images = data_files(args, ranks, "text")
-    dataset = Records(data, images, tokenizer, model.config, args.max_length or 1024, text_only=True)
+    options = {"text_only": True, "questions": args.questions}
+    dataset = Records(data, images, tokenizer, model.config, args.max_length or 1024, **options)
 
     def save(folder: Path):
         save_model(model, folder)
@@ -404,8 +409,8 @@ def train_decoder(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
 def stage0(args, ranks: Ranks, folder: Path):
     """Both towers, one after the other, with a vocabulary learned from the text they are trained on."""
     texts = [m["value"] for r in read_records(data_files(args, ranks, "text")[0])[:20_000] for m in r["conversations"]]
-    templates = [part for t in TEMPLATES.values() for part in (t.user, t.assistant)] * 1000
-    tokenizer = train_bpe(texts + templates, merges=600)
+    form = TEMPLATES[args.template or "llava_hf"]  # its roles stand in every dialogue, so they are to be words
+    tokenizer = train_bpe(texts + [form.user, form.assistant] * 2000, merges=600)
     for part, train in (("clip", train_clip), ("decoder", train_decoder)):
         if args.tower in ("both", part):
             run = open_run(args, folder / part)
@@ -433,18 +438,25 @@ def choose_sources(args, run: runs.Run):
 
 
 def assemble(args) -> tuple[Llava, Tokenizer]:
-    """A new LLaVA from a CLIP and a decoder; only the projector between them is untrained."""
-    clip = CLIPConfig.from_dict(read_json(args.vision / "config.json"))
-    decoder = load_model(args.llm)
+    """A new LLaVA from a CLIP and a decoder; only the projector between them is untrained.
+
+    Its template is the decoder's own, and of a decoder that was never taught one, LLaVA-1.5's. The vocabulary gets a
+    token for the picture if it has none, and grows in steps of 64, as in transformers' converter.
+    """
+    decoder, tokenizer = load_model(args.llm), Tokenizer.load(args.llm)
     config = decoder.config
-    config.vision_config, config.projector_type = clip.vision_config, args.projector
+    config.vision_config, config.projector_type = read_vision_config(args.vision), args.projector
+    config.template = "vicuna_v1" if config.template == "raw" else config.template
+    tokenizer.roles["image"] = tokenizer.roles.get("image", "<image>")
+    config.image_token_index = tokenizer.add_special(tokenizer.roles["image"])
+    config.pad_token_id = tokenizer.pad_id
+    config.eos_token_ids = sorted({*config.eos_token_ids, *end_ids(config.template, tokenizer)})
+    grow_vocabulary(decoder, tokenizer.vocab_size)
     torch.manual_seed(args.seed)
     model = Llava(config)
-    load_strictly(model.language_model, decoder.language_model.state_dict(), args.llm)
-    tower = read_tensors(args.vision / "model.safetensors")
-    tower = {key: value for key, value in tower.items() if key.startswith("vision_model.")}
-    load_strictly(model.vision_tower, tower, args.vision)
-    return model, Tokenizer.load(args.llm)
+    model.language_model.load_state_dict(decoder.language_model.state_dict())
+    load_tower(model, args.vision)
+    return model, tokenizer
 
 
 def choose_trainable(model: Llava, train: str):
@@ -512,7 +524,8 @@ def train_llava(args, ranks: Ranks, folder: Path):
         model, tokenizer = assemble(args)
     else:
         ranks.say(f"going on from {args.model}")
-        model, tokenizer = load_model(args.model), Tokenizer.load(args.model)
+        model = load_model(args.model)
+        tokenizer = load_tokenizer(args.model, model.config)
     if model.config.vision_config is None:
         raise ValueError(f"{args.model} is a decoder without a vision tower: build a LLaVA with --vision and --llm")
     model.config.image_mode = args.image_mode or model.config.image_mode
@@ -522,7 +535,8 @@ def train_llava(args, ranks: Ranks, folder: Path):
     data, images = data_files(args, ranks, "captions" if args.stage == 1 else "instruct")
     template = args.template or ("plain" if args.stage == 1 else model.config.template)
     max_length = args.max_length or model.config.text_config.max_position_embeddings
-    dataset = Records(data, images, tokenizer, model.config, max_length, args.image_order, args.seed, template=template)
+    options = {"image_order": args.image_order, "seed": args.seed, "template": template, "questions": args.questions}
+    dataset = Records(data, images, tokenizer, model.config, max_length, **options)
     if args.whiten and args.vision and dataset.pictures():
         whiten_projector(model, dataset)
     precompute_features(args, ranks, model, dataset)

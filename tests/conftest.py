@@ -8,8 +8,8 @@ import torch
 
 import shapes
 import train
-from llava import load_model, save_model
 from tokenizer import Tokenizer
+from weights import load_model, save_model
 
 torch.set_num_threads(1)  # sums over more threads end in other bits, and results are compared bit by bit
 

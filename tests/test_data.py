@@ -13,25 +13,23 @@ from PIL import Image
 from clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from data import (
     GROUPED_STEPS,
-    IGNORE,
-    TEMPLATES,
     CaptionPairs,
     DataError,
     Records,
-    Turn,
     batches,
     collate,
-    prompt_ids,
     read_records,
-    render,
     turns_of,
 )
-from llava import LlavaConfig, TextConfig
+from llava import IGNORE, LlavaConfig, TextConfig
+from templates import MARKUP, TEMPLATES, Turn, prompt_ids, render
 from tokenizer import train_bpe
 
 TOKENIZER = train_bpe(
     ["USER: What is this? ASSISTANT: a cat on a mat.", "USER: Is it red? ASSISTANT: yes, a chat."] * 3, 50
 )
+for name in ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"):
+    TOKENIZER.add_special(name)
 BOS, EOS, IMG, PAD = TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.image_id, TOKENIZER.pad_id
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -56,6 +54,11 @@ def spell(*chunks):
 
 def specials(ids):
     return [i for i in ids if i in TOKENIZER.specials.values()]
+
+
+def named(markup):
+    """Ids of the special tokens that a part of a template names."""
+    return [TOKENIZER.specials[{"{bos}": "<s>", "{eos}": "</s>"}.get(name, name)] for name in MARKUP.findall(markup)]
 
 
 def supervised(labels):
@@ -141,17 +144,18 @@ def random_turns(rng):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_what_is_trained_is_the_answers_and_their_ends(template):
-    rng = random.Random(template)
-    space, end = ("", "\n") if template == "plain" else (" ", "")
+    rng, form = random.Random(template), TEMPLATES[template]
+    space, end, closing = form.space, MARKUP.sub("", form.end), named(form.end)
     for _ in range(200):
         turns, features = random_turns(rng), rng.randint(1, 5)
         ids, labels = render(turns, TOKENIZER, template, features)
         learnt = supervised(labels)
         assert TOKENIZER.decode(learnt) == "".join(space + turn.answer + end for turn in turns)
-        assert specials(learnt) == ([] if end else [EOS] * len(turns))
+        assert specials(learnt) == closing * len(turns)
         assert len(ids) == len(labels) and all(label in (i, IGNORE) for i, label in zip(ids, labels))
         pictures = [IMG] * (features * sum(turn.images for turn in turns))
-        assert sorted(specials(ids)) == sorted([BOS, *pictures, *specials(learnt)]) and ids[0] == BOS
+        markup = named(form.first + form.user * (len(turns) - 1) + form.assistant * len(turns))
+        assert sorted(specials(ids)) == sorted([BOS, *pictures, *markup, *specials(learnt)]) and ids[0] == BOS
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -168,7 +172,7 @@ def test_training_prompt_equals_serving_prompt(template):
             prompt = prompt_ids(questions[:k], answers[: k - 1], images, TOKENIZER, template, 3)
             assert ids[: len(prompt)] == prompt
             following = ids[len(prompt) :]
-            assert TOKENIZER.decode(following).startswith(("" if template == "plain" else " ") + answers[k - 1])
+            assert TOKENIZER.decode(following).startswith(TEMPLATES[template].space + answers[k - 1])
 
 
 def test_prompt_refuses_a_missing_answer():
@@ -454,6 +458,34 @@ def test_pictures_come_in_the_order_of_the_record(world):
     records.features = {"b.png": torch.ones(4, 2), "a.png": torch.zeros(4, 2)}  # of a frozen tower
     assert torch.equal(records[0]["vision_features"][0], torch.ones(4, 2)) and "pixel_values" not in records[0]
     assert records[2]["vision_features"] == []
+
+
+def test_dialogues_are_cut_into_single_questions(world):
+    content = [
+        record("Hi", "yes", "<image>\nWhat?", "a cat", "Is it <image> red?", "no", image=["a.png", "b.png"]),
+        record("<image>\nWhat?", "a dog", "Where?", "here", image="c.png", template="plain"),
+        record("<image>", "<image>", "so?", "a"),  # no picture, so no marker either
+    ]
+    whole, single, pairs = world(content), world(content, questions=1), world(content, questions=2)
+    assert (len(whole), len(single), len(pairs)) == (3, 7, 4)
+    start = SYSTEM + "USER: "
+    for i, expected in enumerate(
+        (
+            [BOS, start + "Hi ASSISTANT:", (" yes", EOS)],
+            [BOS, start, *[IMG] * 4, "\nWhat? ASSISTANT:", (" a cat", EOS)],
+            [BOS, start, *[IMG] * 8, "\nIs it  red? ASSISTANT:", (" no", EOS)],
+            [BOS, *[IMG] * 4, ("a dog\n",)],
+            [BOS, *[IMG] * 4, ("here\n",)],
+            [BOS, start + "<image> ASSISTANT:", (" <image>", EOS)],
+            [BOS, start + "so? ASSISTANT:", (" a", EOS)],
+        )
+    ):
+        assert (single[i]["ids"], single[i]["labels"]) == spell(*expected), i
+    reds = [[float(picture[0].mean()) for picture in single[i]["pixel_values"]] for i in range(7)]
+    assert [len(pictures) for pictures in reds] == [0, 1, 2, 1, 1, 0, 0] and reds[2][0] == reds[1][0] < reds[2][1]
+    assert pairs[0]["ids"] == render(turns_of(content[0])[:2], TOKENIZER, "vicuna_v1", 4)[0]
+    assert single.pictures() == {"a.png": 1, "b.png": 2, "c.png": 3} and single.where(4).endswith("record 1 (id 'x7')")
+    assert [sample["ids"] for sample in world(content, questions=3)] == [sample["ids"] for sample in whole]
 
 
 def captions(world, *content):

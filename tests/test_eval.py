@@ -9,8 +9,8 @@ import torch
 import eval as evaluation
 import shapes
 from data import DataError
-from llava import load_model
 from tokenizer import Tokenizer
+from weights import load_model
 
 KEYS = {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
 

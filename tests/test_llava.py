@@ -11,6 +11,7 @@ from torch import nn
 
 import llava
 from clip import CLIPVisionConfig
+from configs import read_text_config
 from llava import (
     IGNORE,
     KVCache,
@@ -20,10 +21,9 @@ from llava import (
     TextConfig,
     choose,
     generate,
-    load_model,
-    save_model,
     summed_cross_entropy,
 )
+from weights import load_model, save_model
 
 VOCAB, IMAGE, PAD = 99, 97, 0
 VISION = CLIPVisionConfig(24, 48, 4, 4, image_size=8, patch_size=4)  # 4 features to a picture
@@ -37,11 +37,15 @@ SHAPE = {
     "rope_theta": 500_000.0,  # not the default: a file's value that is lost on the way must show
     "rms_norm_eps": 1e-4,
 }
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 32  # so short that all three kinds of frequencies occur
 KINDS = {
     "llama": {},
     "llama_gqa": {"num_key_value_heads": 2},
     "llama_tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
     "llama_head_dim": {"head_dim": 12},
+    "llama3": {"num_key_value_heads": 2, "rope_scaling": LLAMA3},
+    "llama_linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "mistral": {"model_type": "mistral", "num_key_value_heads": 2},
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2, "qkv_bias": True},
     "gpt2": {"model_type": "gpt2", "attention_bias": True, "tie_word_embeddings": True},
@@ -101,14 +105,16 @@ def close(ours, theirs):
 # against transformers
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama_gqa", "llama_tied", "llama_head_dim", "mistral", "qwen2"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "llama_gqa", "llama_tied", "llama_head_dim", "llama3", "llama_linear", "mistral", "qwen2"]
+)
 def test_decoder_equals_transformers(kind):
     """Both ways through transformers' own config, rewritten by its version 5 (rope_parameters and the like)."""
     transformers = pytest.importorskip("transformers")
     family = {"qwen2": "Qwen2", "mistral": "Mistral"}.get(kind, "Llama")
     config = getattr(transformers, f"{family}Config")(**SHAPE | KINDS[kind])
     theirs = randomised(getattr(transformers, f"{family}ForCausalLM")(config))
-    ours = Llava(LlavaConfig(TextConfig.from_dict(config.to_dict()))).eval()
+    ours = Llava(LlavaConfig(read_text_config(config.to_dict()))).eval()
     ours.language_model.load_state_dict(theirs.state_dict())
     input_ids = random_ids(2, 17)
     with torch.no_grad():
@@ -119,7 +125,7 @@ def test_gpt2_equals_transformers():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=64)
     theirs = randomised(transformers.GPT2LMHeadModel(config))
-    ours = Llava(LlavaConfig(TextConfig.from_dict(config.to_dict()))).eval()
+    ours = Llava(LlavaConfig(read_text_config(config.to_dict()))).eval()
     names = {
         "ln_1": "input_layernorm",
         "ln_2": "post_attention_layernorm",
@@ -494,7 +500,7 @@ def test_projector_parameters(width, linear, mlp):
     ({"model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25}, 1_557_611_200),
 ], ids=["7b", "13b", "llama3_8b", "qwen2_0.5b", "gpt2", "gpt2_xl"])  # fmt: skip
 def test_decoder_parameters(values, parameters):
-    assert count(lambda: Llava(LlavaConfig(TextConfig.from_dict(values)))) == parameters
+    assert count(lambda: Llava(LlavaConfig(read_text_config(values)))) == parameters
 
 
 def test_llava_parameters():
@@ -574,15 +580,16 @@ def test_a_config_that_is_none(tmp_path, text):
 
 @pytest.mark.parametrize("change, word", [
     ({"model_type": "mamba"}, "mamba"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE"),
-    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}}, "RoPE"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0, "rope_theta": 5e5}}, "RoPE"),
+    ({"hidden_act": "gelu"}, "gelu"),
 ])  # fmt: skip
 def test_what_is_not_built_is_refused(change, word):
     with pytest.raises(ValueError, match=word):
-        TextConfig.from_dict(json.loads(json.dumps(SHAPE | change)))
+        read_text_config(json.loads(json.dumps(SHAPE | change)))
 
 
 def test_both_spellings_of_rope_theta():
-    assert TextConfig.from_dict({"rope_theta": 5e5}).rope_theta == 5e5
-    assert TextConfig.from_dict({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}).rope_theta == 5e5
-    assert TextConfig.from_dict({}).rope_theta == 1e4
+    assert read_text_config({"rope_theta": 5e5}).rope_theta == 5e5
+    assert read_text_config({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}).rope_theta == 5e5
+    assert read_text_config({}).rope_theta == 1e4

@@ -9,8 +9,8 @@ import pytest
 
 import sample
 from data import Records
-from llava import load_model
 from tokenizer import Tokenizer
+from weights import load_model
 
 REPOSITORY = Path(sample.__file__).parent
 
@@ -64,7 +64,7 @@ def say(monkeypatch, *answers):
 
 def bytes_of(tokenizer, text):
     """One id a byte: no character beyond ASCII is whole in a token."""
-    return [tokenizer.ranks[bytes([byte])] for byte in text.encode()]
+    return [tokenizer.codec.ranks[bytes([byte])] for byte in text.encode()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

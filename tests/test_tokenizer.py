@@ -60,7 +60,7 @@ def test_merges_by_hand():
     # Words: "aab", " aab", " ab". Pairs: a+b 3, a+a 2, space+a 2: so "ab". Then a+ab 2, the two with a space 1 each:
     # so "aab". Then no pair occurs twice.
     tokenizer = train_bpe(["aab aab ab"], 10)
-    assert list(tokenizer.ranks)[256:] == [b"ab", b"aab"]
+    assert list(tokenizer.codec.ranks)[256:] == [b"ab", b"aab"]
     assert tokenizer.specials == {"<pad>": 258, "<image>": 259, "<s>": 260, "</s>": 261}
     assert tokenizer.vocab_size == 262
     assert tokenizer.encode("aab ab b") == [257, 32, 256, 32, 98]
@@ -68,9 +68,9 @@ def test_merges_by_hand():
 
 def test_ties_go_to_the_pair_that_sorts_first():
     tokenizer = train_bpe(["cd", "ab", "cd", "ab", "bz", "bz", "az", "az"], 10)
-    assert list(tokenizer.ranks)[256:] == [b"ab", b"az", b"bz", b"cd"]
+    assert list(tokenizer.codec.ranks)[256:] == [b"ab", b"az", b"bz", b"cd"]
     # b+b and b+c stand twice each.
-    assert list(train_bpe(["bbc", "bbc"], 10).ranks)[256:] == [b"bb", b"bbc"]
+    assert list(train_bpe(["bbc", "bbc"], 10).codec.ranks)[256:] == [b"bb", b"bbc"]
 
 
 def test_a_pair_that_occurs_once_is_not_merged():
@@ -80,22 +80,24 @@ def test_a_pair_that_occurs_once_is_not_merged():
 
 def test_counts_are_of_occurrences_not_of_words():
     # "xy" stands once in three texts, "ab" twice in one.
-    assert list(train_bpe(["xy", "xy", "xy", "ab", "ab"], 1).ranks)[256:] == [b"xy"]
+    assert list(train_bpe(["xy", "xy", "xy", "ab", "ab"], 1).codec.ranks)[256:] == [b"xy"]
 
 
 def test_training_is_deterministic(tokenizer):
     again = train_bpe(SENTENCES * 3, 60)
-    assert list(again.ranks.items()) == list(tokenizer.ranks.items()) and again.specials == tokenizer.specials
+    assert (
+        list(again.codec.ranks.items()) == list(tokenizer.codec.ranks.items()) and again.specials == tokenizer.specials
+    )
     reordered = train_bpe(SENTENCES[::-1] * 3, 60)  # only the counts matter
-    assert list(reordered.ranks.items()) == list(tokenizer.ranks.items())
+    assert list(reordered.codec.ranks.items()) == list(tokenizer.codec.ranks.items())
 
 
 def test_more_merges_only_add(tokenizer):
-    assert list(train_bpe(SENTENCES * 3, 20).ranks.items()) == list(tokenizer.ranks.items())[: 256 + 20]
+    assert list(train_bpe(SENTENCES * 3, 20).codec.ranks.items()) == list(tokenizer.codec.ranks.items())[: 256 + 20]
 
 
 def test_words_never_merge_across_their_border():
-    for token in train_bpe(["a b a b a b 12 12 12 x.. x.."] * 3, 50).ranks:
+    for token in train_bpe(["a b a b a b 12 12 12 x.. x.."] * 3, 50).codec.ranks:
         text = token.decode("latin-1")
         assert " " not in text[1:] and not (text[-2:].strip().isdigit() and len(text.strip()) > 1), token
 
@@ -145,7 +147,12 @@ def test_encode_returns_a_list_of_its_own(tokenizer):
 
 def test_save_then_load(tokenizer, folder, tmp_path):
     loaded = Tokenizer.load(folder)
-    assert (loaded.ranks, loaded.specials, loaded.split) == (tokenizer.ranks, tokenizer.specials, tokenizer.split)
+    assert (loaded.codec.ranks, loaded.specials, loaded.roles, loaded.codec.split) == (
+        tokenizer.codec.ranks,
+        tokenizer.specials,
+        tokenizer.roles,
+        tokenizer.codec.split,
+    )
     assert [loaded.encode(text) for text in strings()] == [tokenizer.encode(text) for text in strings()]
     loaded.save(tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
@@ -214,14 +221,20 @@ def test_load_names_the_missing_file(tmp_path):
     assert str(tmp_path / "tokenizer.json") in str(caught.value)
 
 
+SPLIT_STEP, BYTES = {"type": "Split", "pattern": {"Regex": "."}}, {"type": "ByteLevel", "use_regex": False}
 REFUSED = {
     "empty": b"",
     "not JSON": b"{,}",
     "cut off": b'{"version": "1.0", "mod',
     "no specials": lambda content: {"added_tokens": []},
-    "one special missing": lambda content: {"added_tokens": content["added_tokens"][1:]},
+    "no end token": lambda content: {"added_tokens": content["added_tokens"][:-1]},
     "another model": lambda content: {"model": {"type": "Unigram", "vocab": []}},
-    "no split": lambda content: {"pre_tokenizer": {"type": "ByteLevel"}},
+    "no byte level": lambda content: {"pre_tokenizer": {"type": "Whitespace"}},
+    "a space in front": lambda content: {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
+    "two patterns": lambda content: {
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT_STEP] * 2 + [BYTES]}
+    },
+    "lower case": lambda content: {"normalizer": {"type": "Lowercase"}},
 }
 
 

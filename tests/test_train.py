@@ -23,8 +23,8 @@ import runs
 import shapes
 import train
 from data import Records, batches, check_record, collate
-from llava import load_model
 from tokenizer import Tokenizer
+from weights import load_model
 
 REPOSITORY = Path(train.__file__).parent
 
@@ -489,7 +489,10 @@ def test_what_a_run_leaves(tiny, name):
     assert values["batch_size"] == BATCH
     assert losses(folder)[-1] < losses(folder)[0]
     names = {path.name for path in folder.iterdir()}
-    assert names - {"loss.png"} == {"run.json", "log.jsonl", "config.json", "model.safetensors", "tokenizer.json"}
+    files = {"run.json", "log.jsonl", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    files |= set() if name == "clip" else {"generation_config.json"}
+    files |= {"preprocessor_config.json", "processor_config.json"} if name.startswith("stage") else set()
+    assert names - {"loss.png"} == files
 
 
 def test_the_loss_is_drawn(tiny):
@@ -518,6 +521,18 @@ def test_the_shortest_dialogues_of_the_world_can_be_trained_on(turns):
             check_record(record)
 
 
+@pytest.mark.parametrize("name", ["decoder", "stage1", "stage2"])
+def test_dialogues_can_be_cut_into_single_questions(tiny, command, tmp_path, monkeypatch, name):
+    seen = []
+    monkeypatch.setattr(train, "fit", lambda args, ranks, run, model, dataset, *rest, **more: seen.append(dataset))
+    for flags in ([], ["--questions", 1]):
+        command(train, *tiny.flags[name], *flags, "--out", tmp_path / f"{len(flags)}")
+    whole, cut = seen
+    texts = [m["value"] for _, record in cut.records for m in record["conversations"][1::2]]
+    assert texts == [m["value"] for _, record in whole.records for m in record["conversations"][1::2]]
+    assert len(cut) == len(texts) >= len(whole) and (name == "stage1" or len(cut) > len(whole))
+
+
 def test_pictures_start_from_the_folder_of_the_data(tiny, command, tmp_path):
     shutil.copytree(tiny.world / "train-0", tmp_path / "train-0")
     shutil.copy(tiny.world / "captions.json", tmp_path)
@@ -540,6 +555,7 @@ def test_pictures_start_from_the_folder_of_the_data(tiny, command, tmp_path):
     ([], "--stage"),
     (["--stage", "1", "--steps", "0"], "--steps"),
     (["--stage", "1", "--batch-size", "-8"], "--batch-size"),
+    (["--stage", "2", "--questions", "0"], "--questions"),
     (["--stage", "1", "--lr", "fast"], "--lr"),
     (["--stage", "1", "--template", "chatty"], "--template"),
 ])  # fmt: skip

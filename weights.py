@@ -1,0 +1,678 @@
+"""Checkpoints that people have: loaded strictly, and saved so that their tools load them.
+
+    python weights.py inspect DIR        what a folder holds, without loading it
+    python weights.py convert SRC DST    any of these as a folder of ours (which is also transformers')
+
+It reads CLIP (Hugging Face's and OpenAI's names), LLaMA and its relatives, GPT-2, llama2.c, LLaVA as transformers 4 and
+5 write it, and as its authors do. Every tensor of a file is used exactly once or is a known extra, every parameter is
+filled, every shape fits and every number is finite; or nothing is loaded, and one line says what differs.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import runs
+from clip import CLIPConfig, CLIPModel
+from configs import config_to_json, read_config, read_json, write_json, write_processor
+from llava import Llava, LlavaConfig, TextConfig
+from templates import TEMPLATES
+from tokenizer import Tokenizer
+
+SHARD_BYTES = 5_000_000_000  # of a file that is written; larger ones are unwieldy to copy
+HEADER_BYTES = 10_000_000  # of a file that is read; LLaVA-1.5's is 0.1 MB
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tensors in files
+
+
+@dataclass
+class Lazy:
+    """A tensor that is still in its file. read() makes it, on the CPU, perhaps as a view of the mapped file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], torch.Tensor]
+
+
+def open_tensors(path: Path) -> dict[str, Lazy]:
+    """Every tensor of a folder or file by name, none read yet. Raises ValueError, in one line, if something is off."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if path.is_file():
+        return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    for stem, reader in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_pickle)):
+        if (path / stem).exists():
+            return reader(path / stem)
+        if (path / f"{stem}.index.json").exists():
+            return read_shards(path / f"{stem}.index.json", reader)
+    if (path / "mm_projector.bin").exists():
+        return read_pickle(path / "mm_projector.bin")
+    raise ValueError(f"{path}: holds neither model.safetensors nor pytorch_model.bin, nor an index of one")
+
+
+def read_safetensors(path: Path) -> dict[str, Lazy]:
+    """The library checks offsets and sizes; it lets pass a key given twice and a space in front, and we do not."""
+
+    def reader(name: str) -> Callable[[], torch.Tensor]:
+        def read() -> torch.Tensor:
+            with safe_open(path, "pt") as file:  # opened each time, or all that was read stays in memory
+                return file.get_tensor(name)
+
+        return read
+
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(HEADER_BYTES, path.stat().st_size):
+                raise ValueError(f"its header is {length} bytes long")
+            text = file.read(length)
+        if not text.startswith(b"{"):
+            raise ValueError("its header does not begin with {")
+        header = json.loads(text, object_pairs_hook=refuse_duplicates)
+        header.pop("__metadata__", None)
+        with safe_open(path, "pt"):
+            return {name: Lazy(tuple(e["shape"]), e["dtype"], reader(name)) for name, e in header.items()}
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def refuse_duplicates(pairs: list) -> dict:
+    if len(dict(pairs)) < len(
+        pairs
+    ):  # one reader takes the first, another the last: what is checked is not what is used
+        raise ValueError("a key is given twice")
+    return dict(pairs)
+
+
+def read_pickle(path: Path) -> dict[str, Lazy]:
+    """A .bin file, through torch.load(weights_only=True) and in no other way: a plain unpickle runs foreign code."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        raise ValueError(f"{path}: reading a pickle needs torch 2.10, whose weights_only is mended; this is older")
+    print(f"{path}: a pickle, read with weights_only=True; the same weights as safetensors are safer", file=sys.stderr)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a bad pickle may raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: not a file of tensors that torch.load(weights_only=True) takes ({reason})") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path}: holds something else than tensors by name")
+    return {
+        name: Lazy(tuple(value.shape), str(value.dtype).removeprefix("torch."), lambda value=value: value)
+        for name, value in state.items()
+    }
+
+
+def read_shards(index: Path, reader: Callable[[Path], dict[str, Lazy]]) -> dict[str, Lazy]:
+    """All tensors that an index distributes over files beside it. Raises ValueError if a file lacks one, or leaves."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise ValueError(f"{index}: no weight_map from tensors to files")
+    found = {}
+    for name in sorted(set(where.values())):
+        if Path(name).name != name:
+            raise ValueError(f"{index}: {name!r} leads out of the folder")
+        if not (index.parent / name).exists():
+            raise ValueError(f"{index.parent / name}: missing, but {index.name} names it")
+        found |= reader(index.parent / name)
+    if found.keys() != where.keys():
+        differing = sorted(found.keys() ^ where.keys())
+        raise ValueError(f"{index}: {len(differing)} tensors are not where it says: {', '.join(differing[:5])}")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# layouts: what a tensor is called in the file, and what it is called here
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one tensor of a file becomes one or several of ours, and back."""
+
+    split: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+    join: Callable[[tuple[torch.Tensor, ...]], torch.Tensor]
+
+
+SAME = Change(lambda t: (t,), lambda parts: parts[0])
+TRANSPOSED = Change(lambda t: (t.T,), lambda parts: parts[0].T)
+THIRDS = Change(lambda t: t.chunk(3), torch.cat)  # q, k and v one below the other
+THIRDS_TRANSPOSED = Change(lambda t: t.T.chunk(3), lambda parts: torch.cat(parts).T)
+
+Layout = list[
+    tuple[str, tuple[str, ...], Change]
+]  # their name, ours; {n} a number, {p} weight or bias, {rest} anything
+WILDCARDS = {"{n}": r"(?P<n>\d+)", "{p}": r"(?P<p>weight|bias)", "{rest}": r"(?P<rest>.+)"}
+
+
+def rename(pairs: dict[str, str]) -> Layout:
+    return [(theirs, (ours,), SAME) for theirs, ours in pairs.items()]
+
+
+def llama(body: str, head: str) -> Layout:
+    """LLaMA, Vicuna, Mistral, Qwen2, and a GPT-2 of ours: `body` and `head` are what stands before their names."""
+    inner = ("embed_tokens.weight", "embed_positions.weight", "layers.{rest}", "norm.{p}")
+    pairs = {body + name: f"language_model.model.{name}" for name in inner}
+    return rename(pairs | {f"{head}lm_head.weight": "language_model.lm_head.weight"})
+
+
+def tower(prefix: str, ours: str = "vision_tower.vision_model.") -> Layout:
+    inner = ("embeddings.{rest}", "pre_layrnorm.{p}", "encoder.{rest}", "post_layernorm.{p}")
+    return rename({prefix + name: ours + name for name in inner})
+
+
+def projector(prefix: str) -> Layout:
+    return rename({f"{prefix}linear_1.{{p}}": FIRST, f"{prefix}linear_2.{{p}}": SECOND})
+
+
+FIRST, SECOND = "multi_modal_projector.linear_1.{p}", "multi_modal_projector.linear_2.{p}"
+ATTENTION = tuple(f"self_attn.{part}_proj.{{p}}" for part in "qkv")
+
+
+def gpt2(prefix: str) -> Layout:
+    """GPT-2 keeps its matrices as (in, out), and q, k and v in one."""
+    body = "language_model.model."
+    layer = body + "layers.{n}."
+    qkv = tuple(layer + name for name in ATTENTION)
+    weights = {"attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
+    outer = {"wte.weight": "embed_tokens.weight", "wpe.weight": "embed_positions.weight", "ln_f.{p}": "norm.{p}"}
+    norms = {"ln_1.{p}": "input_layernorm.{p}", "ln_2.{p}": "post_attention_layernorm.{p}"}
+    return [
+        *rename({prefix + theirs: body + ours for theirs, ours in outer.items()}),
+        *rename({f"{prefix}h.{{n}}.{theirs}": layer + ours for theirs, ours in norms.items()}),
+        *rename({f"{prefix}h.{{n}}.{theirs}.bias": f"{layer}{ours}.bias" for theirs, ours in weights.items()}),
+        *((f"{prefix}h.{{n}}.{a}.weight", (f"{layer}{b}.weight",), TRANSPOSED) for a, b in weights.items()),
+        (f"{prefix}h.{{n}}.attn.c_attn.weight", tuple(n.replace("{p}", "weight") for n in qkv), THIRDS_TRANSPOSED),
+        (f"{prefix}h.{{n}}.attn.c_attn.bias", tuple(n.replace("{p}", "bias") for n in qkv), THIRDS),
+        *rename({"lm_head.weight": "language_model.lm_head.weight"}),
+    ]
+
+
+def openai_transformer(theirs: str, ours: str) -> Layout:
+    block, layer = theirs + "transformer.resblocks.{n}.", ours + "encoder.layers.{n}."
+    names = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2"}
+    names |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    qkv = tuple(layer + name for name in ATTENTION)
+    return [
+        *rename({f"{block}{a}.{{p}}": f"{layer}{b}.{{p}}" for a, b in names.items()}),
+        (f"{block}attn.in_proj_{{p}}", qkv, THIRDS),
+    ]
+
+
+OPENAI_CLIP: Layout = [
+    *rename({
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        "visual.ln_pre.{p}": "vision_model.pre_layrnorm.{p}",
+        "visual.ln_post.{p}": "vision_model.post_layernorm.{p}",
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "ln_final.{p}": "text_model.final_layer_norm.{p}",
+        "logit_scale": "logit_scale",
+    }),
+    *openai_transformer("visual.", "vision_model."),
+    *openai_transformer("", "text_model."),
+    ("visual.proj", ("visual_projection.weight",), TRANSPOSED),
+    ("text_projection", ("text_projection.weight",), TRANSPOSED),
+]  # fmt: skip
+
+LLAVA_LAYOUTS: dict[str, Layout] = {
+    "LLaMA family": llama("model.", ""),
+    "GPT-2": gpt2(""),
+    "GPT-2, as saved by transformers": gpt2("transformer."),
+    "LLaVA, transformers 4 (llava-hf)": [
+        *llama("language_model.model.", "language_model."),
+        *projector("multi_modal_projector."),
+        *tower("vision_tower.vision_model."),
+        *rename({"image_newline": "image_newline"}),
+    ],
+    "LLaVA, transformers 5": [
+        *llama("language_model.model.", "language_model."),
+        *projector("multi_modal_projector."),
+        *tower("vision_tower."),
+        *rename({"image_newline": "image_newline"}),
+    ],
+    "LLaVA, transformers 4.52 in memory": [
+        *llama("model.language_model.", ""),
+        *projector("model.multi_modal_projector."),
+        *tower("model.vision_tower.vision_model."),
+        *rename({"model.image_newline": "image_newline"}),
+    ],
+    "LLaVA, transformers 5 in memory": [
+        *llama("model.language_model.", ""),
+        *projector("model.multi_modal_projector."),
+        *tower("model.vision_tower."),
+        *rename({"model.image_newline": "image_newline"}),
+    ],
+    "LLaVA, its authors'": [
+        *llama("model.", ""),
+        *rename({"model.mm_projector.{p}": FIRST, "model.mm_projector.0.{p}": FIRST}),
+        *rename({"model.mm_projector.2.{p}": SECOND, "model.image_newline": "image_newline"}),
+        *tower("model.vision_tower.vision_tower.vision_model."),
+    ],
+}
+PROJECTOR_LAYOUTS = {
+    "LLaVA's mm_projector.bin": rename({
+        "model.mm_projector.{p}": FIRST,
+        "model.mm_projector.0.{p}": FIRST,
+        "model.mm_projector.2.{p}": SECOND,
+    }),
+}  # fmt: skip
+REST_OF_CLIP = ("text_model.{rest}", "text_projection.weight", "visual_projection.weight", "logit_scale")
+CLIP_LAYOUTS = {
+    "CLIP": rename({name: name for name in ("vision_model.{rest}", *REST_OF_CLIP)}),
+    "CLIP's vision tower, transformers 5": tower("", "vision_model."),
+    "CLIP, OpenAI's names": OPENAI_CLIP,
+}
+EXTRAS = ("{rest}rotary_emb.inv_freq", "{rest}position_ids")  # computed, not learnt
+EXTRAS += ("input_resolution", "context_length", "vocab_size")  # of OpenAI's files
+EXTRAS += (
+    "h.{n}.attn.bias",
+    "h.{n}.attn.masked_bias",
+    "transformer.h.{n}.attn.bias",
+    "transformer.h.{n}.attn.masked_bias",
+)
+
+
+@lru_cache
+def pattern_of(template: str) -> re.Pattern:
+    return re.compile("".join(WILDCARDS.get(part, re.escape(part)) for part in re.split(r"(\{\w+\})", template)))
+
+
+def match(name: str, layout: Layout) -> tuple[tuple[str, ...], Change] | None:
+    """Our names of the tensor `name` under this layout, and what is done to it; None if it has no place."""
+    for theirs, ours, change in layout:
+        if found := pattern_of(theirs).fullmatch(name):
+            return tuple(name.format(**found.groupdict()) for name in ours), change
+    return None
+
+
+def is_extra(name: str, extras: tuple[str, ...]) -> bool:
+    return any(pattern_of(extra).fullmatch(name) for extra in extras)
+
+
+def choose_layout(names: list[str], layouts: dict[str, Layout]) -> str:
+    """The layout that knows most of these names; the first of equals."""
+    names = names[:: 1 + len(names) // 500]  # enough to tell, however many names a file may claim
+    return max(layouts, key=lambda layout: sum(match(name, layouts[layout]) is not None for name in names))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# filling a model
+
+
+def fill(model: nn.Module, tensors: dict[str, Lazy], layouts: dict[str, Layout], source: Path, extras=(), **to):
+    """Give every parameter of `model` its tensor from the file; all names and shapes are checked before any is read.
+
+    Args: model: may be on the meta device. extras: names, in our spelling, that need no place. to: device, dtype.
+    Raises ValueError with the first differences, and their likely cause.
+    """
+    wanted = dict(model.named_parameters())
+    layout = layouts[choose_layout(list(tensors), layouts)]
+    sources, wrong = {}, []
+    for name, lazy in tensors.items():
+        found = match(name, layout)
+        if is_extra(name, EXTRAS) or (found and all(is_extra(ours, extras) for ours in found[0])):
+            continue
+        if not found or not all(ours in wanted for ours in found[0]):
+            wrong.append(f"{name} not expected")
+            continue
+        for ours, part in zip(found[0], found[1].split(torch.empty(lazy.shape, device="meta"))):
+            if ours in sources:
+                wrong.append(f"{name} given twice")
+            elif part.shape != wanted[ours].shape:
+                wrong.append(f"{name} is {tuple(part.shape)}, should be {tuple(wanted[ours].shape)}")
+        sources |= dict.fromkeys(found[0], name)
+    wrong = [f"{name} missing" for name in wanted if name not in sources] + wrong
+    if wrong:
+        raise ValueError(f"{source}: {len(wrong)} tensors differ: {'; '.join(wrong[:5])}{likely_cause(wrong)}")
+    for name in dict.fromkeys(sources.values()):
+        ours, change = match(name, layout)
+        tensor = tensors[name].read()
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{source}: {name} holds numbers that are not finite")
+        for target, part in zip(ours, change.split(tensor)):
+            place(model, target, part.to(copy=True, memory_format=torch.contiguous_format, **to))
+
+
+def place(model: nn.Module, name: str, tensor: torch.Tensor):
+    """Put a tensor where the parameter `name` is."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+
+
+def likely_cause(wrong: list[str]) -> str:
+    """What usually lies behind such differences; "" if nothing comes to mind."""
+    missing = [line.split()[0] for line in wrong if line.endswith(" missing")]
+    if missing and all("vision_tower" in name for name in missing):
+        return ". It has no vision tower: name CLIP's folder with --vision"
+    if missing == ["language_model.lm_head.weight"]:
+        return ". If head and embedding are one tensor, its config.json lacks tie_word_embeddings"
+    if len(wrong) > 5 and not missing:
+        return ". The config.json belongs to a smaller model, or to a part of this one"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole models
+
+
+HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+
+
+def load_model(
+    folder: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    vision: Path | None = None,
+    llm: Path | None = None,
+) -> Llava:
+    """A LLaVA, or a decoder alone, from any of the layouts; dtype None keeps the file's.
+
+    Args: vision: CLIP's folder, for a LLaVA whose files leave it out (liuhaotian/llava-v1.5-7b); llm: the decoder's,
+    for one that is a projector only (the release of its stage 1). The model is built without memory and filled tensor
+    by tensor, so the peak is the weights and the largest tensor. Raises ValueError, in one line, naming the file and
+    the first differing tensors.
+    """
+    folder = Path(folder)
+    config, tensors = open_model(folder)
+    if llm is not None:
+        tensors = open_tensors(llm) | tensors
+    dtype = dtype or next(iter(tensors.values())).read().dtype
+    with torch.device("meta"):
+        model = Llava(config)
+    tied = config.text_config.tie_word_embeddings
+    extras = (HEAD,) if tied else ()
+    part = model
+    if vision is not None:
+        load_tower(model, vision, device, dtype)
+        part = WithoutTower(model)
+    fill(part, tensors, LLAVA_LAYOUTS, folder, extras, device=device, dtype=dtype)
+    if tied:
+        model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
+        check_head(tensors, folder)
+    return model.eval()
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def choose_dtype(name: str, device: str) -> torch.dtype:
+    """What to answer in: the named dtype, or of "auto" bfloat16 on a GPU that has it and float32 elsewhere."""
+    if name == "auto":
+        name = "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
+    return getattr(torch, name)
+
+
+def open_model(folder: Path) -> tuple[LlavaConfig, dict[str, Lazy]]:
+    """A model's description and its tensors, none of them read yet."""
+    if llama2c := find_llama2c(folder):
+        return read_llama2c(llama2c)
+    return read_config(folder), open_tensors(folder)
+
+
+class WithoutTower(nn.Module):
+    """The same modules under the same names, but for the vision tower."""
+
+    def __init__(self, model: Llava):
+        super().__init__()
+        for name, module in model.named_children():
+            if name != "vision_tower":
+                self.add_module(name, module)
+
+
+def check_head(tensors: dict[str, Lazy], source: Path):
+    """A file may hold the head of a tied model once more, but not another one. Raises ValueError."""
+    layout = LLAVA_LAYOUTS[choose_layout(list(tensors), LLAVA_LAYOUTS)]
+    found = {match(name, layout)[0][0]: lazy for name, lazy in tensors.items() if match(name, layout)}
+    if HEAD in found and not torch.equal(found[HEAD].read(), found[EMBEDDING].read()):
+        raise ValueError(f"{source}: config.json ties head and embedding, but the file holds two different ones")
+
+
+def load_tower(model: Llava, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    """Fill the vision tower of `model` from a CLIP, whole or only its vision part, under HF's or OpenAI's names."""
+    fill(model.vision_tower, open_tensors(folder), CLIP_LAYOUTS, folder, REST_OF_CLIP, device=device, dtype=dtype)
+
+
+def load_clip(folder: str | Path) -> CLIPModel:
+    """A whole CLIP, text tower included, for comparing pictures with texts."""
+    folder = Path(folder)
+    with torch.device("meta"):
+        model = CLIPModel(CLIPConfig.from_dict(read_json(folder / "config.json")))
+    fill(model, open_tensors(folder), CLIP_LAYOUTS, folder, device="cpu", dtype=torch.float32)
+    return model.eval()
+
+
+def load_tokenizer(folder: str | Path, config: LlavaConfig) -> Tokenizer:
+    """The folder's tokenizer, the picture's token known to it under the id that the config gives it."""
+    tokenizer = Tokenizer.load(folder)
+    if config.vision_config is not None:
+        names = {i: name for name, i in tokenizer.specials.items()}
+        name = names.get(config.image_token_index, "<image>")
+        tokenizer.specials[name], tokenizer.roles["image"] = config.image_token_index, name
+    return tokenizer
+
+
+@torch.no_grad()
+def grow_vocabulary(model: Llava, size: int):
+    """Make room for `size` ids, in steps of 64; new rows are the mean of the old, so they are never the likeliest."""
+    text = model.config.text_config
+    if size <= text.vocab_size:
+        return
+    new = -(-size // 64) * 64 - text.vocab_size
+    embedding, head = model.language_model.model.embed_tokens, model.language_model.lm_head
+    for module in (embedding, head):
+        rows = module.weight.float().mean(0, keepdim=True).expand(new, -1).to(module.weight.dtype)
+        module.weight = nn.Parameter(torch.cat([module.weight, rows]))
+    if text.tie_word_embeddings:
+        head.weight = embedding.weight
+    text.vocab_size += new
+    embedding.num_embeddings = head.out_features = text.vocab_size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
+
+
+def save_model(model: Llava, folder: str | Path):
+    """Write config.json and model.safetensors (in shards, if large) as transformers' own classes load them.
+
+    A LLaVA of the LLaMA family with the mlp2x_gelu projector is a LlavaForConditionalGeneration, a decoder alone a
+    LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or GPT2LMHeadModel.
+    """
+    folder, config = Path(folder), model.config
+    state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    if config.text_config.tie_word_embeddings:
+        del state[HEAD]  # the same tensor as the embedding; stored once
+    if config.vision_config is None:
+        state = rename_back(state, gpt2("transformer.") if config.text_config.gpt2 else llama("model.", ""))
+    write_shards(state, folder)
+    write_json(folder / "config.json", config_to_json(config))
+    ends = {"eos_token_id": config.eos_token_ids, "pad_token_id": config.pad_token_id}
+    write_json(folder / "generation_config.json", ends)
+    if config.vision_config is not None:
+        write_processor(config, folder)
+
+
+def rename_back(state: dict[str, torch.Tensor], layout: Layout) -> dict[str, torch.Tensor]:
+    """The same tensors under the names of a layout, parts joined."""
+    renamed = {}
+    for theirs, ours, change in layout:
+        pattern = pattern_of(ours[0])
+        for found in filter(None, map(pattern.fullmatch, state)):
+            parts = tuple(state[name.format(**found.groupdict())] for name in ours)
+            renamed[theirs.format(**found.groupdict())] = change.join(parts).contiguous()
+    return renamed
+
+
+def write_shards(state: dict[str, torch.Tensor], folder: Path):
+    """model.safetensors; or model-00001-of-00003.safetensors and so on, with an index."""
+    shards, size = [{}], 0
+    for name, tensor in state.items():
+        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    where = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in state.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# llama2.c
+
+
+def find_llama2c(folder: Path) -> Path | None:
+    """The model of a folder that holds nothing but llama2.c's .bin files."""
+    if folder.is_file() or (folder / "config.json").exists() or not folder.exists():
+        return None
+    found = [path for path in sorted(folder.glob("*.bin")) if not path.name.startswith("tok")]
+    return found[0] if len(found) == 1 else None
+
+
+def read_llama2c(path: Path) -> tuple[LlavaConfig, dict[str, Lazy]]:
+    """llama2.c's version 0: seven int32, then float32 matrices, kind by kind. Raises ValueError if the size is wrong.
+
+    Its RoPE turns the pairs (2i, 2i + 1) and ours (i, i + D/2), so the rows of q and k are put in another order.
+    """
+    data = np.fromfile(path, dtype="<i4", count=7)
+    if len(data) < 7:
+        raise ValueError(f"{path}: too short for llama2.c's header")
+    width, hidden, layers, heads, kv_heads, vocab, context = map(int, data)
+    if min(width, hidden, layers, heads, kv_heads, context) < 1 or vocab == 0 or width % heads or heads % kv_heads:
+        raise ValueError(f"{path}: not llama2.c's header: {data.tolist()}")
+    tied, vocab, kv_width = vocab > 0, abs(vocab), width // heads * kv_heads
+    layer = "layers.{}."
+    shapes = {
+        "embed_tokens.weight": (vocab, width),
+        layer + "input_layernorm.weight": (layers, width),
+        layer + "self_attn.q_proj.weight": (layers, width, width),
+        layer + "self_attn.k_proj.weight": (layers, kv_width, width),
+        layer + "self_attn.v_proj.weight": (layers, kv_width, width),
+        layer + "self_attn.o_proj.weight": (layers, width, width),
+        layer + "post_attention_layernorm.weight": (layers, width),
+        layer + "mlp.gate_proj.weight": (layers, hidden, width),
+        layer + "mlp.down_proj.weight": (layers, width, hidden),
+        layer + "mlp.up_proj.weight": (layers, hidden, width),
+        "norm.weight": (width,),
+        "RoPE": (2, context, width // heads // 2),  # tables of cos and sin, which we compute
+    } | ({} if tied else {"lm_head.weight": (vocab, width)})
+    expected = 28 + 4 * sum(math.prod(shape) for shape in shapes.values())
+    if path.stat().st_size != expected:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, but its header asks for {expected}")
+    numbers, at, tensors = torch.from_numpy(np.fromfile(path, dtype="<f4", offset=28)), 0, {}
+    for name, shape in shapes.items():
+        whole = numbers[at : at + math.prod(shape)].view(shape)
+        at += whole.numel()
+        if "q_proj" in name or "k_proj" in name:
+            pairs = whole.unflatten(1, (-1, width // heads // 2, 2))  # (L, H, D / 2, 2, C)
+            whole = pairs.transpose(2, 3).reshape(shape)
+        for i, tensor in enumerate(whole if name.startswith(layer) else [whole]):
+            full = name.format(i) if name == "lm_head.weight" else f"model.{name.format(i)}"
+            tensors[full] = Lazy(tuple(tensor.shape), "F32", lambda tensor=tensor: tensor)
+    del tensors["model.RoPE"]
+    text = TextConfig(vocab, width, hidden, layers, heads, kv_heads, max_position_embeddings=context)
+    text.rms_norm_eps, text.tie_word_embeddings = 1e-5, tied
+    return LlavaConfig(text, image_token_index=vocab, template="raw", eos_token_ids=[1, 2]), tensors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
+
+
+def inspect(folder: Path):
+    """Print what a folder holds: layout, geometry, parameters, dtype, template, memory per precision."""
+    tensors = open_model(folder)[1] if find_llama2c(folder) else open_tensors(folder)
+    layouts = LLAVA_LAYOUTS | PROJECTOR_LAYOUTS | CLIP_LAYOUTS
+    name = choose_layout(list(tensors), layouts)
+    placed = sum(match(key, layouts[name]) is not None or is_extra(key, EXTRAS) for key in tensors)
+    count = sum(math.prod(lazy.shape) for lazy in tensors.values())
+    dtypes = Counter(lazy.dtype for lazy in tensors.values())
+    rows = {"layout": name, "tensors": f"{len(tensors)}, of which {placed} are known to this layout"}
+    rows |= {"parameters": f"{count:,}", "dtype": ", ".join(f"{dtype} ({n})" for dtype, n in dtypes.most_common())}
+    sizes = {"float32": 4, "bfloat16": 2, "8-bit": 1, "4-bit": 0.5}
+    rows["memory"] = ", ".join(f"{size * count / 1e9:.2f} GB as {dtype}" for dtype, size in sizes.items())
+    if name in LLAVA_LAYOUTS and folder.is_dir():
+        config, _ = open_model(folder)
+        text, vision = config.text_config, config.vision_config
+        rows["decoder"] = (
+            f"{text.model_type}, width {text.hidden_size}, {text.num_hidden_layers} layers, {text.num_attention_heads} "
+            f"heads ({text.num_key_value_heads} of keys and values), vocabulary {text.vocab_size:,}, "
+            f"context {text.max_position_embeddings:,}"
+        )
+        if vision is not None:
+            rows["vision tower"] = (
+                f"width {vision.hidden_size}, {vision.num_hidden_layers} layers, pictures of {vision.image_size} "
+                f"pixels in {vision.num_patches} patches; projector {config.projector_type}"
+            )
+        rows["template"] = config.template
+    for key, value in rows.items():
+        print(f"{key:<14}{value}")
+
+
+def convert(source: Path, target: Path, vision: Path | None, llm: Path | None, template: str | None):
+    """Any model as a folder of ours, in its own dtype."""
+    if target.exists():
+        raise ValueError(f"{target}: exists already")
+    model = load_model(source, dtype=None, vision=vision, llm=llm)
+    model.config.template = template or model.config.template
+    tokenizer = load_tokenizer(llm or source, model.config)
+    if model.config.vision_config is not None:
+        grow_vocabulary(model, tokenizer.vocab_size)
+
+    def write(folder: Path):
+        save_model(model, folder)
+        tokenizer.save(folder)
+
+    runs.publish(target, write)
+
+
+def main():
+    """Inspect or convert; what a user can mend ends in one line and status 1."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    look = commands.add_parser("inspect", help="print what a folder or file holds, without loading it")
+    look.add_argument("folder", type=Path)
+    change = commands.add_parser("convert", help="write a folder of ours, which transformers loads too")
+    change.add_argument("source", type=Path)
+    change.add_argument("target", type=Path)
+    change.add_argument("--vision", type=Path, help="CLIP's folder, for a LLaVA whose files leave it out")
+    change.add_argument("--llm", type=Path, help="the decoder's folder, for one that is only a projector")
+    change.add_argument("--template", choices=TEMPLATES, help="the conversation template, if the folder's is not right")
+    args = parser.parse_args()
+    try:
+        if args.command == "inspect":
+            inspect(args.folder)
+        else:
+            convert(args.source, args.target, args.vision, args.llm, args.template)
+    except ValueError as error:
+        sys.exit(f"weights.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
