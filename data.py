@@ -247,8 +247,14 @@ def collate(samples: list[dict], pad_id: int) -> dict[str, torch.Tensor | None]:
     return batch
 
 
+def text_about(record: dict) -> str:
+    """What a record says about its picture: a caption; of a dialogue, the questions and answers one after another."""
+    turns = turns_of(record)
+    return turns[0].answer if len(turns) == 1 else " ".join(f"{turn.question} {turn.answer}." for turn in turns)
+
+
 class CaptionPairs(Dataset):
-    """Pictures with a text each, for CLIP: the first answer of every record that has one picture.
+    """Pictures with a text each, for CLIP: of every record that has one picture.
 
     The text is cut to the text tower's length, between a begin and an end token.
     """
@@ -272,7 +278,7 @@ class CaptionPairs(Dataset):
     def __getitem__(self, index: int) -> dict:
         number, record = self.records[index]
         room = self.config.text_config.max_position_embeddings - 2
-        text = self.tokenizer.encode(record["conversations"][1]["value"])[:room]
+        text = self.tokenizer.encode(text_about(record))[:room]
         ids = [self.tokenizer.bos_id, *text, self.tokenizer.eos_id]
         side = self.config.vision_config.image_size
         try:

@@ -508,6 +508,13 @@ def test_caption_pairs_of_a_list_of_one(world):
     assert len(captions(world, record("<image>", "a", image=["a.png"]))[0]["pixel_values"]) == 1
 
 
+def test_caption_pairs_of_a_dialogue(world):
+    """A picture's text is all that is said about it: one answer of many ("no") would tell CLIP nothing."""
+    pairs = captions(world, record("<image>\nWhat?", "a cat", "Is it red?", "no", image="a.png"))
+    pairs.config.text_config.max_position_embeddings = 100
+    assert TOKENIZER.decode(pairs[0]["ids"]) == "What? a cat. Is it red? no."
+
+
 def test_caption_pairs_name_the_record_of_the_file(world):
     pairs = captions(world, record("hi", "x"), record("<image>", "a", image="none.png"))
     refusal(world.file, lambda: pairs[0], "record 1 (id 'x7'): ", "no such file")
