@@ -99,8 +99,9 @@ def read_config(folder: Path) -> LlavaConfig:
 def read_llava_config(values: dict, folder: Path) -> LlavaConfig:
     if "text_config" not in values:
         raise ValueError("config.json: a vision_config without a text_config")
-    if values.get("model_type", "llava") != "llava":
-        raise ValueError(f"config.json: model_type {values['model_type']!r} is not llava (1.6's tiles are not built)")
+    kind = values.get("model_type", "llava")
+    if kind not in ("llava", "llava_next"):
+        raise ValueError(f"config.json: model_type {kind!r} is neither llava nor llava_next")
     if values.get("vision_feature_select_strategy", "default") != "default":
         raise ValueError("config.json: vision_feature_select_strategy must be 'default' (class token dropped)")
     if not isinstance(values.get("vision_feature_layer", -2), int):
@@ -110,11 +111,25 @@ def read_llava_config(values: dict, folder: Path) -> LlavaConfig:
     vision = CLIPVisionConfig(**known(CLIPVisionConfig, values.get("vision_config") or CLIP_L))
     text = read_text_config(values["text_config"])
     guesses = {"template": template_of(folder, "llava_hf"), "image_token_index": values.get("image_token_id")}
-    guesses["image_mode"] = image_mode_of(folder)
+    guesses["image_mode"] = "anyres" if kind == "llava_next" else image_mode_of(folder)
+    if kind == "llava_next":
+        guesses["image_grid_pinpoints"] = PINPOINTS
     if "pad_token_id" not in values:
         guesses["pad_token_id"] = values["text_config"].get("pad_token_id")
-    config = known(LlavaConfig, guesses | values)
-    return LlavaConfig(**config | {"text_config": text, "vision_config": vision})
+    config = LlavaConfig(**known(LlavaConfig, guesses | values) | {"text_config": text, "vision_config": vision})
+    check_pinpoints(config)
+    return config
+
+
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of LLaVA-1.6, (height, width)
+
+
+def check_pinpoints(config: LlavaConfig):
+    """Canvases must be made of whole tiles, or no tile has a place. Raises ValueError."""
+    side = config.vision_config.image_size
+    for canvas in config.image_grid_pinpoints or []:
+        if len(canvas) != 2 or any(not isinstance(n, int) or n < 1 or n % side for n in canvas):
+            raise ValueError(f"config.json: image_grid_pinpoints {canvas} is not made of tiles of {side} pixels")
 
 
 MARKS = {  # what only one template writes; the first that is found decides
@@ -163,19 +178,30 @@ def read_original_config(values: dict) -> LlavaConfig:
         raise ValueError("config.json: mm_vision_select_feature must be 'patch' (class token dropped)")
     family = {"llava_mistral": "mistral", "llava_qwen": "qwen2"}.get(values.get("model_type"), "llama")
     text = read_text_config(values | {"model_type": family})
-    if str(values.get("image_aspect_ratio")).startswith("anyres"):
-        raise ValueError("config.json: image_aspect_ratio anyres, the tiles of LLaVA-1.6, is not built")
-    mode = "pad" if values.get("image_aspect_ratio") == "pad" else "square"
-    return LlavaConfig(
+    ratio, pinpoints = values.get("image_aspect_ratio"), None
+    if ratio == "anyres":
+        if "unpad" not in values.get("mm_patch_merge_type", "flat"):
+            raise ValueError("config.json: anyres is built with mm_patch_merge_type spatial_unpad only")
+        pinpoints = values["image_grid_pinpoints"]
+        pinpoints = (
+            json.loads(pinpoints.replace("(", "[").replace(")", "]")) if isinstance(pinpoints, str) else pinpoints
+        )
+        pinpoints = [[height, width] for width, height in pinpoints]  # theirs are (width, height)
+    elif ratio not in (None, "square", "pad"):
+        raise ValueError(f"config.json: image_aspect_ratio {ratio!r} is not built")
+    config = LlavaConfig(
         text,
         CLIPVisionConfig(**TOWERS[name]),
         image_token_index=text.vocab_size,  # the authors' code has none; ours never reads its embedding
         vision_feature_layer=values.get("mm_vision_select_layer", -2),
         projector_type=values.get("mm_projector_type", "linear"),
         template="mistral_instruct" if family == "mistral" else "vicuna_v1",
-        image_mode=mode,
+        image_mode=ratio or "square",
+        image_grid_pinpoints=pinpoints,
         pad_token_id=0,
     )
+    check_pinpoints(config)
+    return config
 
 
 def end_tokens(folder: Path, values: dict) -> list[int]:
@@ -218,9 +244,10 @@ def config_to_json(config: LlavaConfig) -> dict:
     if config.vision_config is None:
         ours = {key: values[key] for key in ("template", "image_token_index", "eos_token_ids", "pad_token_id")}
         return {"architectures": [ARCHITECTURES[config.text_config.model_type]]} | text | ours
+    tiled = config.image_grid_pinpoints is not None
     return values | {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": [f"Llava{'Next' if tiled else ''}ForConditionalGeneration"],
+        "model_type": "llava_next" if tiled else "llava",
         "text_config": text,
         "projector_hidden_act": "gelu",
         "vision_feature_select_strategy": "default",
@@ -229,11 +256,14 @@ def config_to_json(config: LlavaConfig) -> dict:
     }
 
 
+IMAGE_PROCESSORS = {"square": "CLIPImageProcessor", "pad": "LlavaImageProcessor", "anyres": "LlavaNextImageProcessor"}
+
+
 def write_processor(config: LlavaConfig, folder: Path):
     """What transformers' AutoProcessor wants to know: our preprocessing and the placeholders, in its words."""
     side = config.vision_config.image_size
     image = {
-        "image_processor_type": "LlavaImageProcessor" if config.image_mode == "pad" else "CLIPImageProcessor",
+        "image_processor_type": IMAGE_PROCESSORS[config.image_mode],
         "do_convert_rgb": True,
         "do_pad": config.image_mode == "pad",
         "do_resize": True,
@@ -247,11 +277,10 @@ def write_processor(config: LlavaConfig, folder: Path):
         "image_mean": [float(f"{value:.8f}") for value in MEAN],
         "image_std": [float(f"{value:.8f}") for value in STD],
     }
-    words = {
-        "processor_class": "LlavaProcessor",
-        "image_token": "<image>",
-        "patch_size": config.vision_config.patch_size,
-    }
+    processor = "LlavaProcessor"
+    if config.image_grid_pinpoints:
+        processor, image["image_grid_pinpoints"] = "LlavaNextProcessor", config.image_grid_pinpoints
+    words = {"processor_class": processor, "image_token": "<image>", "patch_size": config.vision_config.patch_size}
     words |= {"num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
-    write_json(folder / "preprocessor_config.json", image | {"processor_class": "LlavaProcessor"})
+    write_json(folder / "preprocessor_config.json", image | {"processor_class": processor})
     write_json(folder / "processor_config.json", words)

@@ -9,7 +9,7 @@ import argparse
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from anyres import Size, count_tokens, cut_tiles
 from clip import preprocess
 from images import BadImage, open_image, pad_to_square, resolve_inside
 from llava import IGNORE
@@ -130,9 +131,28 @@ def cut_dialogue(record: dict, questions: int) -> list[dict]:
     return pieces
 
 
-def load_pixels(root: str | Path, name: str, size: int, mode: str) -> torch.Tensor:
-    """One picture below the folder `root`, ready for the tower: (3, size, size). Raises BadImage."""
-    return image_pixels(open_image(resolve_inside(root, name)), size, mode)
+@dataclass
+class Picture:
+    """A picture ready for the tower. pixels (N, 3, S, S): one square, or with anyres the whole and its tiles."""
+
+    pixels: torch.Tensor
+    size: Size  # height and width as it came
+    tokens: int  # placeholders it takes in a prompt
+
+
+def load_picture(root: str | Path, name: str, config) -> Picture:
+    """One picture below the folder `root`, as the LlavaConfig `config` wants it. Raises BadImage."""
+    return prepare_picture(open_image(resolve_inside(root, name)), config)
+
+
+def prepare_picture(image: Image.Image, config) -> Picture:
+    vision, size, pinpoints = config.vision_config, (image.height, image.width), config.image_grid_pinpoints
+    if not pinpoints:
+        pixels = image_pixels(image, vision.image_size, config.image_mode)
+        return Picture(pixels[None], size, vision.num_patches)
+    tiles = cut_tiles(image, pinpoints, vision.image_size)
+    pixels = torch.stack([preprocess(tile, vision.image_size) for tile in tiles])
+    return Picture(pixels, size, count_tokens(size, pinpoints, vision.image_size, vision.patch_size))
 
 
 def image_pixels(image: Image.Image, size: int, mode: str) -> torch.Tensor:
@@ -177,7 +197,7 @@ class Records(Dataset):
             for number, record in enumerate(read_records(data))
             for piece in (cut_dialogue(record, questions) if questions else [record])
         ]
-        self.features: dict[str, torch.Tensor] = {}  # of a frozen tower, by path, computed once (see train.py)
+        self.features: dict[str, Picture] = {}  # of a frozen tower, in the place of pixels (see train.py)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -203,10 +223,10 @@ class Records(Dataset):
                 found.setdefault(name, index)
         return found
 
-    def pixels(self, name: str, index: int) -> torch.Tensor:
-        """Picture `name` of sample `index`, (3, S, S). Raises DataError naming the record."""
+    def picture(self, name: str, index: int) -> Picture:
+        """Picture `name` of sample `index`. Raises DataError naming the record."""
         try:
-            return load_pixels(self.images, name, self.config.vision_config.image_size, self.config.image_mode)
+            return load_picture(self.images, name, self.config)
         except BadImage as error:
             raise DataError(f"{self.where(index)}: {error}") from None
 
@@ -216,25 +236,29 @@ class Records(Dataset):
         if names and self.config.vision_config is None:
             raise DataError(f"{self.where(index)}: has a picture, but the model has no vision tower")
         image_last = self.image_order == "either" and np.random.default_rng([self.seed, index]).random() < 0.5
-        per_image = self.config.vision_config.num_patches if names else 0
+        pictures = [self.features.get(name) or self.picture(name, index) for name in names]
+        tokens = [picture.tokens for picture in pictures]
         template = record.get("template", self.template)
         turns = turns_of(record, image_last)
         if self.text_only:
             turns = [replace(turn, images=0) for turn in turns]
-        ids, labels = render(turns, self.tokenizer, template, per_image)
+        ids, labels = render(turns, self.tokenizer, template, tokens)
         ids, labels = ids[: self.max_length], labels[: self.max_length]
-        if ids.count(self.tokenizer.image_id) != per_image * len(names) or labels.count(IGNORE) == len(labels):
+        if ids.count(self.tokenizer.image_id) != sum(tokens) or labels.count(IGNORE) == len(labels):
             raise DataError(
                 f"{self.where(index)}: its picture and question leave no room for an answer in {self.max_length} tokens"
             )
-        sample = {"ids": ids, "labels": labels}
-        if self.features:
-            return sample | {"vision_features": [self.features[name] for name in names]}
-        return sample | {"pixel_values": [self.pixels(name, index) for name in names]}
+        kind = "vision_features" if self.features else "pixel_values"
+        tiles = [tile for picture in pictures for tile in picture.pixels]
+        sizes = [picture.size for picture in pictures] if self.config.image_grid_pinpoints else []
+        return {"ids": ids, "labels": labels, kind: tiles, "image_sizes": sizes}
 
 
-def collate(samples: list[dict], pad_id: int) -> dict[str, torch.Tensor | None]:
-    """Right-pad to the longest: input_ids, labels (B, T); the pictures of all samples in order, or None."""
+def collate(samples: list[dict], pad_id: int) -> dict:
+    """Right-pad to the longest: input_ids, labels (B, T); the pictures of all samples in order, or None.
+
+    image_sizes holds (height, width) of each where pictures come in tiles, and is empty where they do not.
+    """
     longest = max(len(sample["ids"]) for sample in samples)
 
     def padded(key: str, fill: int) -> torch.Tensor:
@@ -244,6 +268,7 @@ def collate(samples: list[dict], pad_id: int) -> dict[str, torch.Tensor | None]:
     for kind in ("pixel_values", "vision_features"):
         pictures = [picture for sample in samples for picture in sample.get(kind, [])]
         batch[kind] = torch.stack(pictures) if pictures else None
+    batch["image_sizes"] = [size for sample in samples for size in sample.get("image_sizes", [])]
     return batch
 
 
@@ -282,7 +307,7 @@ class CaptionPairs(Dataset):
         ids = [self.tokenizer.bos_id, *text, self.tokenizer.eos_id]
         side = self.config.vision_config.image_size
         try:
-            pixels = load_pixels(self.images, images_of(record)[0], side, self.image_mode)
+            pixels = image_pixels(open_image(resolve_inside(self.images, images_of(record)[0])), side, self.image_mode)
         except BadImage as error:
             raise DataError(f"{self.data}: record {number} (id {record.get('id')!r}): {error}") from None
         labels = [IGNORE] * (len(ids) - 1) + ids[-1:]  # one for each pair: what the loss is divided by

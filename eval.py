@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import runs
-from data import DataError, load_pixels
+from data import DataError, load_picture
 from images import BadImage
 from llava import Llava, generate
 from shapes import COLOURS, SHAPES
@@ -79,24 +79,26 @@ def answer_batch(
 
     blank: replace every picture by the mean colour; what can still be answered, the language alone gave away.
     """
-    config, pixels, prompts = model.config, [], []
+    config, pictures, prompts = model.config, [], []
     for question in questions:
-        names, per_image = [], 0
+        shown = []
         if question.get("image"):
             if config.vision_config is None:
                 raise DataError(f"question {question['question_id']} has a picture, but the model has no vision tower")
-            names, per_image = [question["image"]], config.vision_config.num_patches
-        prompts.append(prompt_ids([question["text"]], [], len(names), tokenizer, config.template, per_image))
-        for name in names:
             try:
-                picture = load_pixels(images, name, config.vision_config.image_size, config.image_mode)
+                shown = [load_picture(images, question["image"], config)]
             except BadImage as error:
                 raise DataError(f"question {question['question_id']}: {error}") from None
-            pixels.append(torch.zeros_like(picture) if blank else picture)
-    with torch.inference_mode():
-        features = model.vision_features(torch.stack(pixels).to(model.device)) if pixels else None
+        tokens = [picture.tokens for picture in shown]
+        prompts.append(prompt_ids([question["text"]], [], len(shown), tokenizer, config.template, tokens))
+        pictures += shown
+    features, sizes = None, [picture.size for picture in pictures]
+    if pictures:
+        pixels = torch.cat([picture.pixels for picture in pictures]) * (not blank)
+        with torch.inference_mode():
+            features = model.vision_features(pixels.to(model.device))
     ids = [[] for _ in questions]
-    for step in generate(model, prompts, features, max_new_tokens=max_new_tokens):
+    for step in generate(model, prompts, features, sizes, max_new_tokens=max_new_tokens):
         for row, token in zip(ids, step):
             if token is not None:
                 row.append(token)

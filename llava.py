@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from anyres import Size, pack, tile_grid
 from clip import CLIPVisionConfig, CLIPVisionModel
 
 IGNORE = -100  # the label of a token that is not trained on
@@ -63,7 +64,8 @@ class LlavaConfig:
     vision_feature_layer: int = -2
     projector_type: str = "mlp2x_gelu"  # or "linear", as in LLaVA-1.0
     template: str = "vicuna_v1"  # the conversation template the decoder was trained with
-    image_mode: str = "pad"  # or "square": how a picture is made square
+    image_mode: str = "pad"  # or "square", or "anyres": how a picture is made square
+    image_grid_pinpoints: list[list[int]] | None = None  # canvases (height, width) that anyres cuts into tiles
     eos_token_ids: list[int] = field(default_factory=lambda: [2])
     pad_token_id: int = 0
 
@@ -325,6 +327,8 @@ class Llava(nn.Module):
         if config.vision_config is not None:
             self.vision_tower = CLIPVisionModel(config.vision_config)
             self.multi_modal_projector = Projector(config)
+        if config.image_grid_pinpoints:  # LLaVA-1.6: what stands at the end of a row of tiles
+            self.image_newline = nn.Parameter(torch.randn(config.text_config.hidden_size) * 0.02)
 
     @property
     def device(self) -> torch.device:
@@ -338,25 +342,42 @@ class Llava(nn.Module):
         """What the tower sees in N pictures (N, 3, S, S): (N, P, C) of the layer the config names, usually -2."""
         return self.vision_tower(pixel_values.to(self.dtype), self.config.vision_feature_layer)
 
-    def embed(self, input_ids: torch.Tensor, vision_features: torch.Tensor | None = None) -> torch.Tensor:
+    def picture_tokens(self, vision_features: torch.Tensor, image_sizes: list[Size] | None) -> torch.Tensor:
+        """Features (N, P, C) as the tokens (T, C) of all pictures in order; image_sizes only where there are tiles."""
+        tokens, config = self.multi_modal_projector(vision_features), self.config
+        if not config.image_grid_pinpoints:
+            return tokens.flatten(0, 1)
+        grids = [tile_grid(size, config.image_grid_pinpoints, config.vision_config.image_size) for size in image_sizes]
+        tiles = tokens.split([1 + rows * columns for rows, columns in grids])
+        return torch.cat([pack(*picture, self.image_newline) for picture in zip(tiles, image_sizes, grids)])
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        vision_features: torch.Tensor | None = None,
+        image_sizes: list[Size] | None = None,
+    ) -> torch.Tensor:
         """Token embeddings (B, T, C), the projected features in the place of the image tokens, in order.
 
-        Args: input_ids (B, T); vision_features (N, P, C) of the batch's N pictures, row by row, or None.
-        Raises ValueError if the placeholders are not exactly N * P: the wrong text would get the picture.
+        Args: input_ids (B, T); vision_features (N, P, C) of the batch's N pictures, row by row, or None; image_sizes
+        (height, width) of the pictures, if they come in tiles, of which N then is the number.
+        Raises ValueError if the placeholders are not as many as the tokens: the wrong text would get the picture.
         """
         places = input_ids == self.config.image_token_index
         embed_tokens = self.language_model.model.embed_tokens
         x = embed_tokens(input_ids.masked_fill(places, 0))
-        count = 0 if vision_features is None else vision_features.shape[0] * vision_features.shape[1]
+        tokens = None if vision_features is None else self.picture_tokens(vision_features.to(x.dtype), image_sizes)
+        count = 0 if tokens is None else len(tokens)
         if int(places.sum()) != count:
             raise ValueError(f"{int(places.sum())} image tokens for {count} visual features")
         if count:
-            tokens = self.multi_modal_projector(vision_features.to(x.dtype))  # (N, P, C)
             return x.masked_scatter(places[..., None], tokens.to(x.dtype))  # autocast may have narrowed them
         if self.training and self.config.vision_config is not None:
             # A batch of text only must still touch the projector: DDP waits for its gradient on every rank.
             width = self.config.vision_config.hidden_size
             x = x + 0 * self.multi_modal_projector(x.new_zeros(1, width)).sum()
+            if self.config.image_grid_pinpoints:
+                x = x + 0 * self.image_newline
         return x
 
     def forward(
@@ -365,16 +386,18 @@ class Llava(nn.Module):
         labels: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
+        image_sizes: list[Size] | None = None,
     ) -> torch.Tensor:
         """Summed cross-entropy (a float32 scalar) over the supervised tokens of a right-padded batch.
 
         Args: input_ids, labels (B, T), labels IGNORE where nothing is learnt; pictures as pixel_values (N, 3, S, S) or
-        as vision_features (N, P, C) computed before. The caller divides by the number of supervised tokens, which
-        only it knows over all micro-batches and ranks. Equation 3 of the LLaVA paper, before the mean.
+        as vision_features (N, P, C) computed before, image_sizes as in embed. The caller divides by the number of
+        supervised tokens, which only it knows over all micro-batches and ranks. Equation 3 of the LLaVA paper, before
+        the mean.
         """
         if pixel_values is not None:
             vision_features = self.vision_features(pixel_values)
-        hidden = self.language_model.model(self.embed(input_ids, vision_features))
+        hidden = self.language_model.model(self.embed(input_ids, vision_features, image_sizes))
         target = labels[:, 1:]  # the state at t predicts the token at t + 1
         supervised = target != IGNORE
         return summed_cross_entropy(self.language_model.lm_head, hidden[:, :-1][supervised], target[supervised])
@@ -424,6 +447,7 @@ def generate(
     model: Llava,
     prompts: list[list[int]],
     vision_features: torch.Tensor | None = None,
+    image_sizes: list[Size] | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -435,7 +459,8 @@ def generate(
     The end token itself is yielded, so that a caller can tell "eos" from "length". Rows are padded at the left, each
     stops at its own end token, and every row gets the ids it would get alone.
 
-    Args: prompts: ids with the image placeholders expanded; vision_features (N, P, C) of their pictures, in order.
+    Args: prompts: ids with the image placeholders expanded; vision_features (N, P, C) of their pictures, in order;
+    image_sizes as in Llava.embed.
     Raises ValueError if a prompt leaves no room for an answer in the context.
     """
     config, longest = model.config, max(map(len, prompts))
@@ -445,7 +470,7 @@ def generate(
         raise ValueError(f"the prompt is {longest} tokens long, picture included; the context holds {limit}")
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=model.device)
     rows = [[config.pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]
-    x = model.embed(torch.tensor(rows, device=model.device), vision_features)
+    x = model.embed(torch.tensor(rows, device=model.device), vision_features, image_sizes)
     steps = min(max_new_tokens, room)
     cache = KVCache(config.text_config, len(prompts), longest + steps, like=x)
     padding = padding if padding.any() else None

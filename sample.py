@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import runs
-from data import image_pixels
+from data import prepare_picture
 from images import BadImage, open_image
 from llava import Llava, generate
 from templates import prompt_ids, stop_text
@@ -32,23 +32,22 @@ class Chat:
 
     def __init__(self, model: Llava, tokenizer: Tokenizer, image: Path | None, **sampling):
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self.questions, self.answers, self.features, self.images = [], [], None, 0
+        self.questions, self.answers, self.features, self.sizes, self.tokens = [], [], None, [], []
         if image is not None:
-            vision = model.config.vision_config
-            if vision is None:
+            if model.config.vision_config is None:
                 raise ValueError("this model is a decoder without a vision tower: ask it without --image")
-            pixels = image_pixels(open_image(image), vision.image_size, model.config.image_mode)
+            picture = prepare_picture(open_image(image), model.config)
+            self.sizes, self.tokens = [picture.size], [picture.tokens]
             with torch.inference_mode():
-                self.features, self.images = model.vision_features(pixels[None].to(model.device)), 1
+                self.features = model.vision_features(picture.pixels.to(model.device))
 
     def ask(self, question: str) -> Iterator[str]:
         """Stream the answer in pieces that join to it; `last` then holds what --json prints."""
-        per_image = self.model.config.vision_config.num_patches if self.images else 0
-        template = self.model.config.template
-        prompt = prompt_ids([*self.questions, question], self.answers, self.images, self.tokenizer, template, per_image)
+        template, questions = self.model.config.template, [*self.questions, question]
+        prompt = prompt_ids(questions, self.answers, len(self.tokens), self.tokenizer, template, self.tokens)
         ids, text, begin, end = [], "", time.perf_counter(), stop_text(template)
         stop = "length"
-        for (token,) in generate(self.model, [prompt], self.features, **self.sampling):
+        for (token,) in generate(self.model, [prompt], self.features, self.sizes, **self.sampling):
             ids.append(token)
             longer = self.tokenizer.decode(ids).lstrip()
             if token in self.model.config.eos_token_ids or (end and end in longer):

@@ -5,7 +5,9 @@ Nothing is ever searched for in text afterwards, so no answer can be mistaken fo
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice, repeat
 
 from llava import IGNORE
 from tokenizer import Tokenizer
@@ -105,9 +107,10 @@ class Transcript:
         self.labels += [i if learn else IGNORE] * count
         self.starts = self.tokenizer.legacy
 
-    def picture(self, features: int):
+    def pictures(self, count: int, features: Iterator[int]):
+        """Placeholders of so many pictures, as many for each as `features` says next."""
         self.flush()
-        self.token(self.tokenizer.image_id, count=features)
+        self.token(self.tokenizer.image_id, count=sum(islice(features, count)))
         self.starts = True  # LLaVA's tokenizer_image_token encodes what follows on its own
 
     def flush(self, learn: bool = False):
@@ -119,16 +122,19 @@ class Transcript:
             self.text, self.starts = "", False
 
 
-def render(turns: list[Turn], tokenizer: Tokenizer, template: str, features: int) -> tuple[list[int], list[int]]:
+def render(
+    turns: list[Turn], tokenizer: Tokenizer, template: str, features: int | list[int]
+) -> tuple[list[int], list[int]]:
     """Ids and labels of a dialogue, in one pass. This is a picture, two placeholders long, in stage 2:
 
         ids      <s>  USER :  <image> <image>  \\n What is this ?  ASSISTANT :   a cat  </s>
         labels    .    .   .     .       .      .   .   .   .  .      .      .   a cat  </s>
 
-    Args: features: placeholders per picture, 576 for CLIP-L/14-336. Returns two lists of equal length; labels hold
-    IGNORE where nothing is learnt.
+    Args: features: placeholders per picture, 576 for CLIP-L/14-336; a list where they differ. Returns two lists of
+    equal length; labels hold IGNORE where nothing is learnt.
     """
     form, transcript = TEMPLATES[template], Transcript(tokenizer)
+    features = repeat(features) if isinstance(features, int) else iter(features)
     for i, turn in enumerate(turns):
         transcript.markup(form.user if i else form.first)
         question, break_line = turn.question, "" if form.plain else "\n"
@@ -136,10 +142,10 @@ def render(turns: list[Turn], tokenizer: Tokenizer, template: str, features: int
             question = ""  # the released stage-1 code drops it: the caption alone follows the picture
         if turn.images and turn.image_last:
             transcript.text += question + "\n"
-            transcript.picture(features * turn.images)
+            transcript.pictures(turn.images, features)
         else:
             if turn.images:
-                transcript.picture(features * turn.images)
+                transcript.pictures(turn.images, features)
                 transcript.text += break_line
             transcript.text += question + ("\n" if form.plain and question else "")
         transcript.markup(form.assistant)
@@ -152,7 +158,12 @@ def render(turns: list[Turn], tokenizer: Tokenizer, template: str, features: int
 
 
 def prompt_ids(
-    questions: list[str], answers: list[str], images: int, tokenizer: Tokenizer, template: str, features: int
+    questions: list[str],
+    answers: list[str],
+    images: int,
+    tokenizer: Tokenizer,
+    template: str,
+    features: int | list[int],
 ) -> list[int]:
     """Ids of a dialogue up to where the model speaks: every question but the last is answered; pictures come first."""
     turns = [

@@ -290,7 +290,7 @@ def train_step(args, ranks: Ranks, network: nn.Module, optimizer, micro: list[di
     tokens = ranks.total(sum(batch["input_ids"].numel() for batch in micro))
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro):
-        batch = {k: None if v is None else v.to(ranks.device, non_blocking=True) for k, v in batch.items()}
+        batch = {k: v.to(ranks.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
         last = i == len(micro) - 1  # gradients cross the wire once per step, with the last micro-batch
         synced = nullcontext() if last or not dist.is_initialized() else network.no_sync()
         with synced:
@@ -319,7 +319,7 @@ class Contrastive(nn.Module):
         super().__init__()
         self.clip = clip
 
-    def forward(self, input_ids, labels, pixel_values, vision_features=None) -> torch.Tensor:
+    def forward(self, input_ids, labels, pixel_values, vision_features=None, image_sizes=None) -> torch.Tensor:
         return clip_loss(*self.clip(input_ids, pixel_values), self.clip.logit_scale) * (labels[:, 1:] != IGNORE).sum()
 
 
@@ -464,6 +464,8 @@ def choose_trainable(model: Llava, train: str):
     model.requires_grad_(False)
     if "projector" in train:
         model.multi_modal_projector.requires_grad_(True)
+        if model.config.image_grid_pinpoints:
+            model.image_newline.requires_grad_(True)
     if "llm" in train:
         model.language_model.requires_grad_(True)
     if "vision" in train:
@@ -479,15 +481,18 @@ def choose_trainable(model: Llava, train: str):
 def precompute_features(args, ranks: Ranks, model: Llava, dataset: Records):
     """Let a frozen tower see every picture once, if all features fit into --cache-gb; else each time it comes up."""
     vision, pictures = model.config.vision_config, list(dataset.pictures().items())
-    gigabytes = len(pictures) * vision.num_patches * vision.hidden_size * 4 / 1e9
+    tiles = [1 + math.prod(size) // vision.image_size**2 for size in model.config.image_grid_pinpoints or [(0, 0)]]
+    gigabytes = len(pictures) * max(tiles) * vision.num_patches * vision.hidden_size * 4 / 1e9
     if "vision" in args.train or gigabytes > args.cache_gb or not pictures:
         return
     model.to(ranks.device).eval()
     for i in tqdm(range(0, len(pictures), 64), "features of the frozen tower", disable=not ranks.first, unit="batch"):
-        part = pictures[i : i + 64]
-        pixels = torch.stack([dataset.pixels(name, index) for name, index in part])
-        features = model.vision_features(pixels.to(ranks.device)).cpu().clone()
-        dataset.features |= zip((name for name, _ in part), features.unbind())
+        part = {name: dataset.picture(name, index) for name, index in pictures[i : i + 64]}
+        pixels = torch.cat([picture.pixels for picture in part.values()])
+        features = model.vision_features(pixels.to(ranks.device)).cpu()
+        for picture, own in zip(part.values(), features.split([len(picture.pixels) for picture in part.values()])):
+            picture.pixels = own.clone()
+        dataset.features |= part
 
 
 PLACE_GAIN = 4  # how much louder the new projector hears where a patch is
@@ -503,7 +508,7 @@ def whiten_projector(model: Llava, dataset: Records):
     LLaVA itself does without. Measured over the first 512 pictures.
     """
     pictures, layer = list(dataset.pictures().items())[:512], model.multi_modal_projector.linear_1
-    pixels = torch.stack([dataset.pixels(name, index) for name, index in pictures]).to(model.device)
+    pixels = torch.cat([dataset.picture(name, index).pixels for name, index in pictures]).to(model.device)
     features = torch.cat([model.vision_features(part) for part in pixels.split(64)]).double()  # (N, P, C)
     mean = features.mean((0, 1))
     variance, directions = torch.linalg.eigh(torch.cov(features.flatten(0, 1).T))
@@ -528,6 +533,8 @@ def train_llava(args, ranks: Ranks, folder: Path):
         tokenizer = load_tokenizer(args.model, model.config)
     if model.config.vision_config is None:
         raise ValueError(f"{args.model} is a decoder without a vision tower: build a LLaVA with --vision and --llm")
+    if args.image_mode and model.config.image_grid_pinpoints:
+        raise ValueError("--image-mode: this model takes its pictures in tiles (anyres), which is part of its shape")
     model.config.image_mode = args.image_mode or model.config.image_mode
     if args.stage == 2 and args.template:
         model.config.template = args.template

@@ -317,13 +317,16 @@ def choose_layout(names: list[str], layouts: dict[str, Layout]) -> str:
 # filling a model
 
 
-def fill(model: nn.Module, tensors: dict[str, Lazy], layouts: dict[str, Layout], source: Path, extras=(), **to):
+def fill(
+    model: nn.Module, tensors: dict[str, Lazy], layouts: dict[str, Layout], source: Path, extras=(), skip="", **to
+):
     """Give every parameter of `model` its tensor from the file; all names and shapes are checked before any is read.
 
-    Args: model: may be on the meta device. extras: names, in our spelling, that need no place. to: device, dtype.
+    Args: model: may be on the meta device. extras: names, in our spelling, that need no place. skip: a part of
+    the model, if any, that is filled from elsewhere. to: device, dtype.
     Raises ValueError with the first differences, and their likely cause.
     """
-    wanted = dict(model.named_parameters())
+    wanted = {name: p for name, p in model.named_parameters() if not (skip and name.startswith(skip))}
     layout = layouts[choose_layout(list(tensors), layouts)]
     sources, wrong = {}, []
     for name, lazy in tensors.items():
@@ -399,11 +402,10 @@ def load_model(
         model = Llava(config)
     tied = config.text_config.tie_word_embeddings
     extras = (HEAD,) if tied else ()
-    part = model
     if vision is not None:
         load_tower(model, vision, device, dtype)
-        part = WithoutTower(model)
-    fill(part, tensors, LLAVA_LAYOUTS, folder, extras, device=device, dtype=dtype)
+    skip = "" if vision is None else "vision_tower."
+    fill(model, tensors, LLAVA_LAYOUTS, folder, extras, skip, device=device, dtype=dtype)
     if tied:
         model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
         check_head(tensors, folder)
@@ -425,16 +427,6 @@ def open_model(folder: Path) -> tuple[LlavaConfig, dict[str, Lazy]]:
     if llama2c := find_llama2c(folder):
         return read_llama2c(llama2c)
     return read_config(folder), open_tensors(folder)
-
-
-class WithoutTower(nn.Module):
-    """The same modules under the same names, but for the vision tower."""
-
-    def __init__(self, model: Llava):
-        super().__init__()
-        for name, module in model.named_children():
-            if name != "vision_tower":
-                self.add_module(name, module)
 
 
 def check_head(tensors: dict[str, Lazy], source: Path):

@@ -15,6 +15,7 @@ from data import (
     GROUPED_STEPS,
     CaptionPairs,
     DataError,
+    Picture,
     Records,
     batches,
     collate,
@@ -455,7 +456,8 @@ def test_pictures_come_in_the_order_of_the_record(world):
     assert reds[1] < reds[2] < reds[0] and sample["pixel_values"][0].shape == (3, 4, 4)
     records = world([record("<image>", "a", image="b.png"), record("<image>", "b", image=["a.png"]), record("hi", "a")])
     assert records.pictures() == {"b.png": 0, "a.png": 1}
-    records.features = {"b.png": torch.ones(4, 2), "a.png": torch.zeros(4, 2)}  # of a frozen tower
+    known = {"b.png": torch.ones(1, 4, 2), "a.png": torch.zeros(1, 4, 2)}  # of a frozen tower
+    records.features = {name: Picture(features, (4, 4), 4) for name, features in known.items()}
     assert torch.equal(records[0]["vision_features"][0], torch.ones(4, 2)) and "pixel_values" not in records[0]
     assert records[2]["vision_features"] == []
 

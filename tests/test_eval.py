@@ -217,7 +217,7 @@ def test_alone_or_in_a_batch_the_answers_are_the_same(tiny, llava, questions):
 def test_blank_pictures_change_nothing_but_the_pixels(tiny, llava, questions, monkeypatch):
     shown, prompts = [], []
 
-    def generate(model, rows, features, **_):
+    def generate(model, rows, features, sizes, **_):
         prompts.append(rows)
         shown.append(features)
         yield from ()

@@ -103,7 +103,7 @@ def whitened(tiny, monkeypatch):
         monkeypatch.setattr(train, "PLACE_GAIN", gain)
         model = load_model(tiny.stage1)
         images = Records(tiny.world / "captions.json", tiny.world, Tokenizer.load(tiny.stage1), model.config, 1024)
-        pictures = torch.stack([images.pixels(name, index) for name, index in images.pictures().items()])
+        pictures = torch.cat([images.picture(name, index).pixels for name, index in images.pictures().items()])
         layer = model.multi_modal_projector.linear_1
         with torch.no_grad():
             before = model.vision_features(pictures)
