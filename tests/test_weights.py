@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_llava import (
     IMAGE,
@@ -28,9 +29,12 @@ from test_llava import (
 
 import configs
 import sample
+import train
 import weights
 from configs import read_config
+from data import image_pixels
 from llava import Llava, LlavaConfig, TextConfig, generate
+from templates import prompt_ids
 from weights import load_clip, load_model, save_model
 
 DATA = Path(os.environ.get("LLAVA_DATA", Path(__file__).parent.parent / "../shared/data")).resolve()
@@ -366,6 +370,44 @@ def test_towers_that_transformers_wrote(name, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# a new LLaVA of what others trained
+
+
+@pytest.mark.skipif(not (DATA / "tokenizers/llama2").exists(), reason=f"no LLaMA-2 tokenizer in {DATA}")
+def test_a_new_llava_from_their_clip_and_their_llama(tiny, tmp_path, command):
+    """Stage 1 on towers that transformers wrote, LLaMA-2's tokenizer beside; then transformers reads what it left."""
+    transformers = pytest.importorskip("transformers")
+    for name in ("clip", "llama"):
+        (tmp_path / name).mkdir()
+    vision = transformers.CLIPVisionConfig(**{k: v for k, v in vars(VISION).items() if k != "model_type"})
+    randomised(transformers.CLIPVisionModel(vision)).save_pretrained(tmp_path / "clip")
+    text = transformers.LlamaConfig(**SHAPE | {"vocab_size": 32000, "max_position_embeddings": 512})
+    theirs = randomised(transformers.LlamaForCausalLM(text))
+    theirs.save_pretrained(tmp_path / "llama")
+    (tmp_path / "llama/tokenizer.model").symlink_to(DATA / "tokenizers/llama2/tokenizer.model")
+    flags = ["--vision", tmp_path / "clip", "--llm", tmp_path / "llama", "--world", tiny.world, "--device", "cpu"]
+    command(train, "--stage", 1, *flags, "--steps", 2, "--batch-size", 4, "--out", tmp_path / "new")
+
+    ours = load_model(tmp_path / "new")
+    assert ours.config.template == "vicuna_v1" and ours.config.eos_token_ids == [2]
+    assert (ours.config.image_token_index, ours.config.text_config.vocab_size) == (32000, 32064)
+    embedding = ours.language_model.model.embed_tokens.weight
+    assert torch.equal(embedding[:32000], theirs.model.embed_tokens.weight)
+    assert torch.allclose(embedding[32000:], embedding[:32000].mean(0))
+    whole = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "new").eval()
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "new", backend="pil")
+    tokenizer = weights.load_tokenizer(tmp_path / "new", ours.config)
+    ids = prompt_ids(["What is this?"], [], 1, tokenizer, "llava_hf", 4)
+    picture = Image.linear_gradient("L").convert("RGB")
+    theirs = processor(images=picture, text="USER: <image>\nWhat is this? ASSISTANT:", return_tensors="pt")
+    assert theirs["input_ids"][0].tolist() == ids
+    assert ids[:3] == [1, 3148, 1001] and ids[-5:] == [319, 1799, 9047, 13566, 29901]  # as LLaVA's own tokenizer
+    with torch.no_grad():
+        want = whole(**theirs).logits
+    close(logits_of(ours, torch.tensor([ids]), theirs["pixel_values"]), want)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # full size, without the memory
 
 
@@ -577,11 +619,6 @@ def test_inspect_and_convert(tiny, tmp_path, command, capsys):
 def test_processor_files(tiny, tmp_path):
     """What transformers' AutoProcessor makes of a picture and a prompt is what our own code makes of them."""
     transformers = pytest.importorskip("transformers")
-    from PIL import Image
-
-    from data import image_pixels
-    from templates import prompt_ids
-
     model = load_model(tiny.stage2)
     tokenizer = weights.load_tokenizer(tiny.stage2, model.config)
     picture = Image.linear_gradient("L").resize((90, 60)).convert("RGB")
