@@ -32,13 +32,13 @@ def plan(minutes: float, seed: int, out: Path, ablation: bool) -> list[tuple[str
     def evaluate(name: str, folder: str, answers: str, *flags: str):
         return name, ["eval.py", "--model", str(out / folder), *questions, *flags], out / folder / answers
 
-    towers = ["--vision", str(out / "stage0/clip"), "--llm", str(out / "stage0/decoder"), "--whiten"]
+    towers = ["--vision", str(out / "stage0/clip"), "--llm", str(out / "stage0/decoder")]
     clip, decoder = (
         ["--tower", tower, "--batch-size", batch, "--lr", rate]
         for tower, batch, rate in (("clip", "128", "1e-3"), ("decoder", "16", "4e-4"))
     )
     draw = ["shapes.py", "--out", str(world), "--n", str(int(1000 * minutes)), "--seed", str(seed)]
-    ablated = [  # the same stage 2 on a projector that no stage 1 has trained; first, so that the newest run is whole
+    ablated = [  # the same stage 2 on a new projector, as LLaVA would start it; first, so that the newest run is whole
         train("no-stage1", 2, 640, "no-stage1", *towers),
         evaluate("ablation evaluation", "no-stage1", "answers.jsonl"),
     ]
@@ -46,7 +46,7 @@ def plan(minutes: float, seed: int, out: Path, ablation: bool) -> list[tuple[str
         ("world", draw, world / "instruct.json"),
         train("clip", 0, 16, "stage0", *clip),
         train("decoder", 0, 110, "stage0", *decoder),
-        train("stage1", 1, 24, "stage1", *towers),
+        train("stage1", 1, 24, "stage1", *towers, "--whiten"),
         *(ablated if ablation else []),
         train("stage2", 2, 640, "stage2", "--model", str(out / "stage1")),
         evaluate("evaluation", "stage2", "answers.jsonl"),
@@ -66,7 +66,7 @@ def main():
     add(
         "--ablation",
         action="store_true",
-        help="also train stage 2 without stage 1, beyond the minutes; added later, it is then the newest run",
+        help="also train stage 2 on a new projector, beyond the minutes; added later, it is then the newest run",
     )
     args = parser.parse_args()
     if args.minutes <= 0:
