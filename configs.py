@@ -12,10 +12,17 @@ from clip import MEAN, STD, CLIPVisionConfig, known
 from llava import LlavaConfig, TextConfig
 
 
+def refuse_duplicates(pairs: list) -> dict:
+    result = dict(pairs)
+    if len(result) < len(pairs):  # Python would keep the last one: what was checked is not what is used
+        raise ValueError(f"key given twice among {[key for key, _ in pairs][:6]}")
+    return result
+
+
 def read_json(path: Path) -> dict:
     """A JSON object. Raises ValueError naming the file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

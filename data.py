@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from anyres import Size, count_tokens, cut_tiles
 from clip import preprocess
+from configs import refuse_duplicates
 from images import BadImage, open_image, pad_to_square, resolve_inside
 from llava import IGNORE
 from templates import TEMPLATES, Turn, render
@@ -60,13 +61,6 @@ def read_records(path: str | Path) -> list[dict]:
 
 def refuse_constant(name: str):
     raise ValueError(f"{name} is not a JSON value")
-
-
-def refuse_duplicates(pairs: list) -> dict:
-    result = dict(pairs)
-    if len(result) < len(pairs):  # Python would keep the last one: what was checked is not what is used
-        raise ValueError(f"key given twice among {[key for key, _ in pairs][:6]}")
-    return result
 
 
 def check_record(record: dict):

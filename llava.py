@@ -328,7 +328,8 @@ class Llava(nn.Module):
             self.vision_tower = CLIPVisionModel(config.vision_config)
             self.multi_modal_projector = Projector(config)
         if config.image_grid_pinpoints:  # LLaVA-1.6: what stands at the end of a row of tiles
-            self.image_newline = nn.Parameter(torch.randn(config.text_config.hidden_size) * 0.02)
+            width = config.text_config.hidden_size
+            self.image_newline = nn.Parameter(nn.init.normal_(torch.empty(width), std=width**-0.5))
 
     @property
     def device(self) -> torch.device:

@@ -40,13 +40,13 @@ class ByteLevel:
     def __init__(self, ranks: dict[bytes, int], split: str, nfc: bool = False):
         self.ranks, self.split, self.nfc = ranks, split, nfc
         self.encoding = tiktoken.Encoding("llava", pat_str=split, mergeable_ranks=ranks, special_tokens={})
-        self.highest_id = max(ranks.values())
+        self.words, self.highest_id = set(ranks.values()), max(ranks.values())
 
     def encode(self, text: str, prefix: bool = True) -> list[int]:
         return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
 
     def decode(self, ids: list[int]) -> str:
-        return self.encoding.decode(ids)
+        return self.encoding.decode([i for i in ids if i in self.words])  # a vocabulary may have rows without a token
 
     def merges(self):
         """The two halves each merged token was made of, found by merging its bytes with the earlier ranks only.
@@ -180,8 +180,9 @@ class Tokenizer:
 # ---------------------------------------------------------------------------------------------------------------------
 # files
 
-LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(254))]
-LLAMA3_SPECIALS[6:10] = ["<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"]
+RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(251)]
+LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:4], "<|start_header_id|>", "<|end_header_id|>"]
+LLAMA3_SPECIALS += [RESERVED[4], "<|eot_id|>", *RESERVED[5:]]  # in the order of Meta's code: ids 128,000 to 128,255
 
 
 def read_settings(path: Path) -> dict:
@@ -261,8 +262,7 @@ def parse(content: dict) -> tuple[ByteLevel | SentencePiece | ClipBPE, dict[str,
         if step["type"] == "TemplateProcessing"
     ]
     if content["model"].get("byte_fallback"):
-        unless_spaced = "Metaspace" in [step["type"] for step in steps_of(content["pre_tokenizer"], "pretokenizers")]
-        return from_json(content["model"], specials, unless_spaced), specials, (first or [""])[0]
+        return from_json(content["model"], specials, spaces_of(content)), specials, (first or [""])[0]
     if content["model"].get("end_of_word_suffix") == "</w>":
         return clip_from_json(content["model"], specials, byte_alphabet()), specials, (first or [""])[0]
     normaliser = [step["type"] for step in steps_of(content.get("normalizer"), "normalizers")]
@@ -276,6 +276,20 @@ def parse(content: dict) -> tuple[ByteLevel | SentencePiece | ClipBPE, dict[str,
     if len(set(ids)) < len(ids) or not all(bytes([byte]) in ranks for byte in range(256)):
         raise ValueError("an id is given twice, or a byte has none")
     return ByteLevel(ranks, split, nfc=normaliser == ["NFC"]), specials, (first or [""])[0]
+
+
+def spaces_of(content: dict) -> bool:
+    """Whether a tokenizer.json of SentencePiece leaves out its first space where the text brings one ("non-legacy").
+
+    Raises ValueError if it treats spaces, or text, in a way that is not built.
+    """
+    normaliser = [step["type"] for step in steps_of(content["normalizer"], "normalizers")]
+    cut = [(step["type"], step.get("prepend_scheme")) for step in steps_of(content["pre_tokenizer"], "pretokenizers")]
+    if normaliser == ["Prepend", "Replace"] and not cut:
+        return False
+    if not normaliser and cut == [("Metaspace", "first")]:
+        return True
+    raise ValueError(f"its normalizer is {normaliser}, its pre_tokenizer {cut}")
 
 
 def steps_of(part: dict | None, name: str) -> list[dict]:

@@ -24,15 +24,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import runs
 from clip import CLIPConfig, CLIPModel
-from configs import config_to_json, read_config, read_json, write_json, write_processor
+from configs import config_to_json, read_config, read_json, refuse_duplicates, write_json, write_processor
 from llava import Llava, LlavaConfig, TextConfig
 from templates import TEMPLATES
 from tokenizer import Tokenizer
 
 SHARD_BYTES = 5_000_000_000  # of a file that is written; larger ones are unwieldy to copy
+FLOATS = ("F32", "F16", "BF16", "F64", "float32", "float16", "bfloat16", "float64")  # as safetensors and torch say
 HEADER_BYTES = 10_000_000  # of a file that is read; LLaVA-1.5's is 0.1 MB
 
 
@@ -91,14 +93,6 @@ def read_safetensors(path: Path) -> dict[str, Lazy]:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
-
-
-def refuse_duplicates(pairs: list) -> dict:
-    if len(dict(pairs)) < len(
-        pairs
-    ):  # one reader takes the first, another the last: what is checked is not what is used
-        raise ValueError("a key is given twice")
-    return dict(pairs)
 
 
 def read_pickle(path: Path) -> dict[str, Lazy]:
@@ -336,6 +330,8 @@ def fill(
         if not found or not all(ours in wanted for ours in found[0]):
             wrong.append(f"{name} not expected")
             continue
+        if lazy.dtype not in FLOATS:
+            wrong.append(f"{name} is {lazy.dtype}, should be {', '.join(FLOATS[:4])}")
         for ours, part in zip(found[0], found[1].split(torch.empty(lazy.shape, device="meta"))):
             if ours in sources:
                 wrong.append(f"{name} given twice")
@@ -352,6 +348,17 @@ def fill(
             raise ValueError(f"{source}: {name} holds numbers that are not finite")
         for target, part in zip(ours, change.split(tensor)):
             place(model, target, part.to(copy=True, memory_format=torch.contiguous_format, **to))
+
+
+class WithoutNumbers(TorchFunctionMode):
+    """Modules built within get no random numbers: they are filled anyway, and for tensors that are not there torch
+    draws them in Python, which takes two seconds to import."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
 
 
 def place(model: nn.Module, name: str, tensor: torch.Tensor):
@@ -398,7 +405,7 @@ def load_model(
     if llm is not None:
         tensors = open_tensors(llm) | tensors
     dtype = dtype or next(iter(tensors.values())).read().dtype
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutNumbers():
         model = Llava(config)
     tied = config.text_config.tie_word_embeddings
     extras = (HEAD,) if tied else ()
@@ -445,7 +452,7 @@ def load_tower(model: Llava, folder: Path, device: str = "cpu", dtype: torch.dty
 def load_clip(folder: str | Path) -> CLIPModel:
     """A whole CLIP, text tower included, for comparing pictures with texts."""
     folder = Path(folder)
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutNumbers():
         model = CLIPModel(CLIPConfig.from_dict(read_json(folder / "config.json")))
     fill(model, open_tensors(folder), CLIP_LAYOUTS, folder, device="cpu", dtype=torch.float32)
     return model.eval()

@@ -5,7 +5,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -481,7 +480,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_safetensors_are_refused_at_once(kind, tmp_path):
+def test_hostile_safetensors_are_refused(kind, tmp_path):
     save_model(make("llama"), tmp_path)
     path = tmp_path / "model.safetensors"
     if kind == "not a number":  # a good file, but for one number
@@ -490,11 +489,10 @@ def test_hostile_safetensors_are_refused_at_once(kind, tmp_path):
         save_file(state, path)
     else:
         path.write_bytes(HOSTILE[kind])
-    begin = time.perf_counter()
     with pytest.raises(ValueError) as caught:
         load_model(tmp_path)
     message = str(caught.value)
-    assert time.perf_counter() - begin < 5 and str(tmp_path) in message  # a second, were the machine ours alone
+    assert str(tmp_path) in message
     assert len(message.splitlines()) == 1 and len(message) < 1000
 
 
@@ -507,6 +505,16 @@ def test_truncation_at_every_64th(tmp_path):
         with pytest.raises(ValueError) as caught:
             load_model(tmp_path)
         assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_weights_that_are_whole_numbers_are_refused(tmp_path):
+    """As of an 8-bit checkpoint: the numbers mean nothing without their scales."""
+    save_model(make("llama"), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["language_model.lm_head.weight"] = state["language_model.lm_head.weight"].to(torch.int8)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head\.weight is I8"):
+        load_model(tmp_path)
 
 
 def test_infinity_is_refused_in_half_precision_too(tmp_path):
