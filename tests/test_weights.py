@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -32,6 +33,7 @@ import train
 import weights
 from configs import read_config
 from data import image_pixels
+from images import open_image
 from llava import Llava, LlavaConfig, TextConfig, generate
 from templates import prompt_ids
 from weights import load_clip, load_model, save_model
@@ -678,3 +680,31 @@ def test_loading_takes_little_more_than_the_weights(stored, wanted, tmp_path, mo
     result = subprocess.run(argv, capture_output=True, text=True, cwd=Path(weights.__file__).parent)
     ratio, size = map(float, result.stdout.split())
     assert size > 150 and ratio < 1.15, (ratio, size, result.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures of every mode and shape
+
+MODES = {"RGB": "png", "L": "png", "P": "png", "1": "png", "RGBA": "png", "LA": "png", "CMYK": "jpg"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("squared", ["square", "pad"])
+def test_preprocessing_is_theirs_bit_for_bit(mode, squared, tmp_path):
+    """Thirty random sizes of each mode, opened from a file, against transformers' PIL processors."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+    if squared == "pad":
+        processor = transformers.LlavaImageProcessorPil(do_pad=True, **sizes)
+    else:
+        processor = transformers.CLIPImageProcessorPil(**sizes)
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        width, height = map(int, rng.integers(1, 400, 2))
+        bands = 4 if mode in ("CMYK", "RGBA") else 3
+        image = Image.fromarray(rng.integers(0, 256, (height, width, bands), dtype=np.uint8), None)
+        image = image.convert("CMYK" if mode == "CMYK" else mode)
+        path = tmp_path / f"{i}.{MODES[mode]}"
+        image.save(path)
+        want = processor(Image.open(path), return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(image_pixels(open_image(path), 56, squared), want), (width, height)
