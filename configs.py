@@ -10,27 +10,7 @@ from pathlib import Path
 
 from clip import MEAN, STD, CLIPVisionConfig, known
 from llava import LlavaConfig, TextConfig
-
-
-def refuse_duplicates(pairs: list) -> dict:
-    result = dict(pairs)
-    if len(result) < len(pairs):  # Python would keep the last one: what was checked is not what is used
-        raise ValueError(f"key given twice among {[key for key, _ in pairs][:6]}")
-    return result
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises ValueError naming the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds a {type(values).__name__}, not an object")
-    return values
-
+from runs import read_json, write_json
 
 # What transformers' config classes fill in when a config.json leaves a field out.
 DEFAULTS = {
@@ -104,6 +84,12 @@ def read_config(folder: Path) -> LlavaConfig:
 
 
 def read_llava_config(values: dict, folder: Path) -> LlavaConfig:
+    """A config.json of transformers' LlavaConfig or LlavaNextConfig, or of ours, which only adds keys to them.
+
+    What it leaves open is read from the files beside it: the template from the chat template, the image mode from the
+    preprocessor's. Raises ValueError on what is not built. Source: facts of the llava-hf repositories, and defaults of
+    transformers' LlavaConfig (a CLIP-L/14-336 where there is no vision_config).
+    """
     if "text_config" not in values:
         raise ValueError("config.json: a vision_config without a text_config")
     kind = values.get("model_type", "llava")
@@ -190,9 +176,8 @@ def read_original_config(values: dict) -> LlavaConfig:
         if "unpad" not in values.get("mm_patch_merge_type", "flat"):
             raise ValueError("config.json: anyres is built with mm_patch_merge_type spatial_unpad only")
         pinpoints = values["image_grid_pinpoints"]
-        pinpoints = (
-            json.loads(pinpoints.replace("(", "[").replace(")", "]")) if isinstance(pinpoints, str) else pinpoints
-        )
+        if isinstance(pinpoints, str):
+            pinpoints = json.loads(pinpoints.replace("(", "[").replace(")", "]"))
         pinpoints = [[height, width] for width, height in pinpoints]  # theirs are (width, height)
     elif ratio not in (None, "square", "pad"):
         raise ValueError(f"config.json: image_aspect_ratio {ratio!r} is not built")
@@ -232,10 +217,6 @@ def read_vision_config(folder: Path) -> CLIPVisionConfig:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # writing
-
-
-def write_json(path: Path, values: dict):
-    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}

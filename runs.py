@@ -49,6 +49,27 @@ def write_json(path: Path, values: dict):
     os.replace(partial, path)
 
 
+def refuse_duplicates(pairs: list) -> dict:
+    """For json.loads, as object_pairs_hook. Raises ValueError if an object names a key twice."""
+    result = dict(pairs)
+    if len(result) < len(pairs):  # Python would keep the last one: what was checked is not what is used
+        raise ValueError(f"key given twice among {[key for key, _ in pairs][:6]}")
+    return result
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises ValueError naming the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds a {type(values).__name__}, not an object")
+    return values
+
+
 def finished_runs(*stages: int, root: Path = ROOT) -> list[Path]:
     """Folders of the finished runs of these stages below `root`, the newest last."""
     found = []

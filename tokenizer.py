@@ -16,6 +16,7 @@ import regex
 import tiktoken
 
 from bpe import SPACE, ClipBPE, SentencePiece, clip_from_json, from_json, merges_of, read_clip, read_llama2c, read_model
+from runs import read_json
 
 # Words, single digits and runs of punctuation, each with the space before it; then what space is left.
 SPLIT = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -137,7 +138,8 @@ class Tokenizer:
         """Read a folder's tokenizer: tokenizer.json (byte-level BPE, LLaMA's or CLIP's), tokenizer.model
         (SentencePiece, or LLaMA-3's for tiktoken), llama2.c's tok*.bin or OpenAI's *.txt.gz. Raises ValueError."""
         folder = Path(folder)
-        settings = read_settings(folder / "tokenizer_config.json")
+        path = folder / "tokenizer_config.json"
+        settings = read_json(path) if path.exists() else {}
         if not (folder / "tokenizer.json").exists():
             if (folder / "tokenizer.model").exists():
                 return cls.of_model(folder / "tokenizer.model", settings)
@@ -183,17 +185,6 @@ class Tokenizer:
 RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(251)]
 LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:4], "<|start_header_id|>", "<|end_header_id|>"]
 LLAMA3_SPECIALS += [RESERVED[4], "<|eot_id|>", *RESERVED[5:]]  # in the order of Meta's code: ids 128,000 to 128,255
-
-
-def read_settings(path: Path) -> dict:
-    """A tokenizer_config.json; empty if there is none. Raises ValueError naming the file."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: holds a {type(settings).__name__}, not an object")
-    return settings
 
 
 def roles_of(specials: dict[str, int], settings: dict) -> dict[str, str]:

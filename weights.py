@@ -26,16 +26,16 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-import runs
 from clip import CLIPConfig, CLIPModel
-from configs import config_to_json, read_config, read_json, refuse_duplicates, write_json, write_processor
+from configs import config_to_json, read_config, write_processor
 from llava import Llava, LlavaConfig, TextConfig
+from runs import publish, read_json, refuse_duplicates, write_json
 from templates import TEMPLATES
 from tokenizer import Tokenizer
 
 SHARD_BYTES = 5_000_000_000  # of a file that is written; larger ones are unwieldy to copy
 FLOATS = ("F32", "F16", "BF16", "F64", "float32", "float16", "bfloat16", "float64")  # as safetensors and torch say
-HEADER_BYTES = 10_000_000  # of a file that is read; LLaVA-1.5's is 0.1 MB
+HEADER_BYTES = 10_000_000  # of a file that is read: room for some hundred thousand tensors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,9 +148,8 @@ TRANSPOSED = Change(lambda t: (t.T,), lambda parts: parts[0].T)
 THIRDS = Change(lambda t: t.chunk(3), torch.cat)  # q, k and v one below the other
 THIRDS_TRANSPOSED = Change(lambda t: t.T.chunk(3), lambda parts: torch.cat(parts).T)
 
-Layout = list[
-    tuple[str, tuple[str, ...], Change]
-]  # their name, ours; {n} a number, {p} weight or bias, {rest} anything
+# Rows of: their name, ours, what is done. {n} is a number, {p} weight or bias, {rest} anything.
+Layout = list[tuple[str, tuple[str, ...], Change]]
 WILDCARDS = {"{n}": r"(?P<n>\d+)", "{p}": r"(?P<p>weight|bias)", "{rest}": r"(?P<rest>.+)"}
 
 
@@ -261,13 +260,6 @@ LLAVA_LAYOUTS: dict[str, Layout] = {
         *tower("model.vision_tower.vision_tower.vision_model."),
     ],
 }
-PROJECTOR_LAYOUTS = {
-    "LLaVA's mm_projector.bin": rename({
-        "model.mm_projector.{p}": FIRST,
-        "model.mm_projector.0.{p}": FIRST,
-        "model.mm_projector.2.{p}": SECOND,
-    }),
-}  # fmt: skip
 REST_OF_CLIP = ("text_model.{rest}", "text_projection.weight", "visual_projection.weight", "logit_scale")
 CLIP_LAYOUTS = {
     "CLIP": rename({name: name for name in ("vision_model.{rest}", *REST_OF_CLIP)}),
@@ -605,7 +597,7 @@ def read_llama2c(path: Path) -> tuple[LlavaConfig, dict[str, Lazy]]:
 def inspect(folder: Path):
     """Print what a folder holds: layout, geometry, parameters, dtype, template, memory per precision."""
     tensors = open_model(folder)[1] if find_llama2c(folder) else open_tensors(folder)
-    layouts = LLAVA_LAYOUTS | PROJECTOR_LAYOUTS | CLIP_LAYOUTS
+    layouts = LLAVA_LAYOUTS | CLIP_LAYOUTS
     name = choose_layout(list(tensors), layouts)
     placed = sum(match(key, layouts[name]) is not None or is_extra(key, EXTRAS) for key in tensors)
     count = sum(math.prod(lazy.shape) for lazy in tensors.values())
@@ -614,7 +606,7 @@ def inspect(folder: Path):
     rows |= {"parameters": f"{count:,}", "dtype": ", ".join(f"{dtype} ({n})" for dtype, n in dtypes.most_common())}
     sizes = {"float32": 4, "bfloat16": 2, "8-bit": 1, "4-bit": 0.5}
     rows["memory"] = ", ".join(f"{size * count / 1e9:.2f} GB as {dtype}" for dtype, size in sizes.items())
-    if name in LLAVA_LAYOUTS and folder.is_dir():
+    if name in LLAVA_LAYOUTS and ((folder / "config.json").exists() or find_llama2c(folder)):
         config, _ = open_model(folder)
         text, vision = config.text_config, config.vision_config
         rows["decoder"] = (
@@ -646,7 +638,7 @@ def convert(source: Path, target: Path, vision: Path | None, llm: Path | None, t
         save_model(model, folder)
         tokenizer.save(folder)
 
-    runs.publish(target, write)
+    publish(target, write)
 
 
 def main():
