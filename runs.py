@@ -180,7 +180,7 @@ class Run:
         """Publish the finished model's files, then mark the run as finished, then drop the checkpoints."""
         shutil.rmtree(self.folder / "final", ignore_errors=True)  # of a process that was killed below
         publish(self.folder / "final", save)
-        for path in (self.folder / "final").iterdir():
+        for path in sorted((self.folder / "final").iterdir()):
             os.replace(path, self.folder / path.name)
         (self.folder / "final").rmdir()
         write_json(self.folder / "run.json", self.values | summary | {"finished": time.time()})

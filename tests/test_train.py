@@ -351,14 +351,14 @@ def test_replicas_stay_equal(ranks, name):
 # killed and resumed
 
 
-def stand_still(argv, function, calls, marker):
-    """Run train.py in this process up to the n-th call of a function, and stay there, to be killed."""
+def stand_still(argv, function, path, calls, marker):
+    """Run train.py in this process up to the n-th call of a function (that is given that path), and stay there."""
     torch.set_num_threads(1)
     module, name = function.split(".")
     original, number = getattr(sys.modules[module], name), count(1)
 
     def still(*args, **kwargs):
-        if next(number) == calls:
+        if (not path or str(args[0]).endswith(path)) and next(number) == calls:
             marker.touch()
             time.sleep(600)
         return original(*args, **kwargs)
@@ -368,39 +368,42 @@ def stand_still(argv, function, calls, marker):
     train.main()
 
 
-def kill_at(argv, function, calls, marker):
+def kill_at(argv, function, path, calls, marker):
     """Let a process train up to that point, and kill it there with SIGKILL."""
     context = multiprocessing.get_context("forkserver")  # torch is imported once for all of them
     context.set_forkserver_preload(["train"])
-    target = (list(map(str, argv)), function, calls, marker)
+    target = (list(map(str, argv)), function, path, calls, marker)
     process = context.Process(target=stand_still, args=target, daemon=True)
     process.start()
     end = time.monotonic() + 90
     while not marker.exists():
-        assert process.is_alive() and time.monotonic() < end, f"call {calls} of {function} never came"
+        assert process.is_alive() and time.monotonic() < end, f"call {calls} of {function} {path} never came"
         time.sleep(0.02)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
 
 
-# Run, function, which call of it, and something that must lie there then. Checkpoints come after steps 2 and 4; calls
-# of flush: 1 run.json; 2 to 5 the first checkpoint; 6 to 9 the second.
+# Run, function, the path it is given ("": any), which of those calls, and something that must lie there then.
+# Checkpoints come after steps 2 and 4.
 INSTANTS = {
-    "clip, training": ("clip", "train.train_step", 6, "checkpoint-000004/trained.safetensors"),
-    "decoder, inside a checkpoint": ("decoder", "runs.flush", 7, "checkpoint-000004.partial/optimizer.safetensors"),
-    "stage1, before a checkpoint": ("stage1", "train.train_step", 2, "log.jsonl"),
-    "stage1, published but not marked": ("stage1", "runs.write_json", 2, "model.safetensors"),
-    "stage2, between two checkpoints": ("stage2", "shutil.rmtree", 3, "checkpoint-000004"),
-    "stage2, half of the files in place": ("stage2", "os.replace", 3, "final/model.safetensors"),
+    "clip, training": ("clip", "train.train_step", "", 6, "checkpoint-000004/trained.safetensors"),
+    "decoder, inside a checkpoint": (
+        *("decoder", "runs.flush", "checkpoint-000004.partial/trained.safetensors", 1),
+        "checkpoint-000004.partial/optimizer.safetensors",
+    ),
+    "stage1, before a checkpoint": ("stage1", "train.train_step", "", 2, "log.jsonl"),
+    "stage1, published but not marked": ("stage1", "runs.write_json", "run/run.json", 2, "model.safetensors"),
+    "stage2, between two checkpoints": ("stage2", "shutil.rmtree", "checkpoint-000002", 1, "checkpoint-000004"),
+    "stage2, half of the files in place": ("stage2", "os.replace", "final/model.safetensors", 1, "config.json"),
 }
 
 
 @pytest.mark.parametrize("instant", INSTANTS)
 def test_killed_and_resumed_is_bitwise_uninterrupted(tiny, command, tmp_path, instant):
-    name, function, calls, left = INSTANTS[instant]
+    name, function, path, calls, left = INSTANTS[instant]
     argv = [*tiny.flags[name], "--out", tmp_path / "run"]
-    kill_at(argv, function, calls, tmp_path / "here")
+    kill_at(argv, function, path, calls, tmp_path / "here")
     folder, reference = tmp_path / "run" / (name if name in ("clip", "decoder") else ""), tiny.folders[name]
     assert (folder / left).exists()
     if ".partial" in left:  # make it as torn as can be
