@@ -13,11 +13,10 @@ shapes.py. The batch size counts all ranks and micro-batches, so the result does
 
 import argparse
 import math
-import os
 import sys
 import time
 from contextlib import nullcontext
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -31,24 +30,18 @@ from tqdm import tqdm
 import plots
 import runs
 import shapes
-from clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, clip_loss, save_clip
-from configs import read_vision_config
+from clip import save_clip
 from data import CaptionPairs, Records, batches, collate, read_records
 from images import BadImage
-from llava import IGNORE, Llava, LlavaConfig, TextConfig
-from templates import TEMPLATES, end_ids
+from llava import IGNORE, Llava
+from ranks import Ranks, autocast
+from templates import TEMPLATES
 from tokenizer import Tokenizer, train_bpe
-from weights import grow_vocabulary, load_model, load_tokenizer, load_tower, save_model
+from towers import SIZES, Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
+from weights import load_model, load_tokenizer, save_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # knobs
-
-# Towers that a laptop trains from nothing; pretrained ones bring their own shape.
-SIZES = {
-    "tiny": {"width": 64, "heads": 2, "vision_layers": 2, "text_layers": 1, "decoder_layers": 2},
-    "small": {"width": 128, "heads": 4, "vision_layers": 3, "text_layers": 1, "decoder_layers": 4},
-    "medium": {"width": 192, "heads": 6, "vision_layers": 5, "text_layers": 2, "decoder_layers": 5},
-}
 
 # What each stage trains with unless a flag says otherwise: right for the embedded world, found by trial. Small batches
 # want small rates: with perfect features, 2.1 M tokens in batches of 16 end at loss 0.20 with 3e-4, 0.38 with 1e-3;
@@ -130,61 +123,6 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     if args.stage > 0 and unknown:
         parser.error(f"--train {', '.join(unknown)}: choose from vision, projector, llm")
     return args
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# ranks and devices
-
-
-class Ranks:
-    """This process among those torchrun started; alone, rank 0 of 1."""
-
-    def __init__(self, device: str | None):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.device = torch.device(f"cuda:{local}" if device == "cuda" else device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        if "RANK" in os.environ:
-            # After a restart, torch's shared store still holds the dead ranks' addresses, and joining may hang; a
-            # prefix of our own per attempt keeps the attempts apart.
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            elastic = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            store = dist.TCPStore(host, port, self.world, self.rank == 0 and not elastic, timedelta(minutes=10))
-            store = dist.PrefixStore(f"run{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def say(self, text: str):
-        if self.first:
-            print(text, file=sys.stderr, flush=True)
-
-    def total(self, value: int) -> int:
-        """Sum over the ranks."""
-        if not dist.is_initialized():
-            return value
-        tensor = torch.tensor(value, device=self.device)
-        dist.all_reduce(tensor)
-        return int(tensor)
-
-    def agree(self, value):
-        """Rank 0's value, on every rank."""
-        box = [value]
-        if dist.is_initialized():
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-
-def autocast(device: torch.device, dtype: str):
-    """bfloat16 arithmetic on float32 weights where the device has it; never float16, whose range loses gradients."""
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,61 +250,10 @@ def train_step(args, ranks: Ranks, network: nn.Module, optimizer, micro: list[di
 # stage 0: the towers
 
 
-class Contrastive(nn.Module):
-    """CLIP behind the loop's interface: the summed loss of a batch, of which every pair has one label."""
-
-    def __init__(self, clip: CLIPModel):
-        super().__init__()
-        self.clip = clip
-
-    def forward(self, input_ids, labels, pixel_values, vision_features=None, image_sizes=None) -> torch.Tensor:
-        return clip_loss(*self.clip(input_ids, pixel_values), self.clip.logit_scale) * (labels[:, 1:] != IGNORE).sum()
-
-
-def halfway(variance: torch.Tensor) -> torch.Tensor:
-    """Factors that take the root of every range; directions that hold next to nothing are not blown up."""
-    return (variance + 1e-3 * variance.mean()) ** -0.25
-
-
-@torch.no_grad()
-def whiten_patches(model: CLIPModel, dataset: CaptionPairs):
-    """Start the patch embedding from the principal directions of real patches, evened out halfway, and loud positions.
-
-    From noise, a patch embeds as little more than its mean colour, and after 300 steps a linear probe of the features
-    reads 43 % of the signs; from here it reads 73 % after 150 at the same rate, 2e-3. Fully whitened, colours are
-    learnt too slowly.
-    """
-    embeddings, config = model.vision_model.embeddings, model.config.vision_config
-    pixels = torch.stack([dataset[i]["pixel_values"][0] for i in range(min(len(dataset), 512))])
-    patches = nn.functional.unfold(pixels, config.patch_size, stride=config.patch_size).transpose(1, 2)
-    patches = patches.flatten(0, 1).double()  # (N, 3 * patch * patch)
-    variance, directions = torch.linalg.eigh(torch.cov(patches.T))
-    width = min(config.hidden_size, patches.shape[1])
-    variance, directions = variance[-width:].clamp(min=0), directions[:, -width:]
-    filters = (directions * halfway(variance)).T  # (width, 3 * patch * patch)
-    embeddings.patch_embedding.weight[:width] = filters.view(width, 3, config.patch_size, config.patch_size).float()
-    # As loud as the patches, or nothing but the order of the tokens says where a thing is: with the usual 0.02 a linear
-    # probe of the features tells 33 % of the nine places, with this 98 %.
-    nn.init.normal_(embeddings.position_embedding.weight, std=0.5)
-    embeddings.position_embedding.weight[1:, :width] -= (filters @ patches.mean(0)).float()  # for lack of a bias
-
-
 def train_clip(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
-    """Stage 0, the tower that sees: CLIP on the captions, scenes that differ in one fact kept in one batch."""
-    size, width = SIZES[args.size], SIZES[args.size]["width"]
-    shared = {
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_attention_heads": size["heads"],
-        "projection_dim": width,
-    }
-    vision = CLIPVisionConfig(
-        image_size=72, patch_size=args.patch_size, num_hidden_layers=size["vision_layers"], **shared
-    )
-    text = CLIPTextConfig(vocab_size=tokenizer.vocab_size, num_hidden_layers=size["text_layers"], **shared)
-    model = CLIPModel(CLIPConfig(vision, text, projection_dim=width))
+    """The tower that sees: CLIP on the captions, scenes that differ in one fact kept in one batch."""
+    model = new_clip(args.size, args.patch_size, tokenizer.vocab_size)
     dataset = CaptionPairs(*data_files(args, ranks, "captions"), tokenizer, model.config, args.image_mode or "pad")
-
     whiten_patches(model, dataset)
 
     def save(folder: Path):
@@ -377,24 +264,8 @@ def train_clip(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
 
 
 def train_decoder(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
-    """Stage 0, the decoder: a new one, on records without pictures."""
-    size, width = SIZES[args.size], SIZES[args.size]["width"]
-    text = TextConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=width,
-        intermediate_size=8 * width // 3 // 16 * 16,  # three matrices that weigh as much as GPT-2's two
-        num_hidden_layers=size["decoder_layers"],
-        num_attention_heads=size["heads"],
-        max_position_embeddings=1024,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-    )
-    ids = {
-        "image_token_index": tokenizer.image_id,
-        "eos_token_ids": [tokenizer.eos_id],
-        "pad_token_id": tokenizer.pad_id,
-    }
-    model = Llava(LlavaConfig(text, template=args.template or "llava_hf", **ids))
+    """The tower that speaks: a decoder on records without their pictures."""
+    model = new_decoder(args.size, tokenizer, args.template or "llava_hf")
     data, images = data_files(args, ranks, "text")
     options = {"text_only": True, "questions": args.questions}
     dataset = Records(data, images, tokenizer, model.config, args.max_length or 1024, **options)
@@ -437,28 +308,6 @@ def choose_sources(args, run: runs.Run):
     run.values |= {name: str(path.resolve()) for name in names if (path := getattr(args, name))}
 
 
-def assemble(args) -> tuple[Llava, Tokenizer]:
-    """A new LLaVA from a CLIP and a decoder; only the projector between them is untrained.
-
-    Its template is the decoder's own, and of a decoder that was never taught one, LLaVA-1.5's. The vocabulary gets a
-    token for the picture if it has none, and grows in steps of 64, as in transformers' converter.
-    """
-    decoder, tokenizer = load_model(args.llm), Tokenizer.load(args.llm)
-    config = decoder.config
-    config.vision_config, config.projector_type = read_vision_config(args.vision), args.projector
-    config.template = "vicuna_v1" if config.template == "raw" else config.template
-    tokenizer.roles["image"] = tokenizer.roles.get("image", "<image>")
-    config.image_token_index = tokenizer.add_special(tokenizer.roles["image"])
-    config.pad_token_id = tokenizer.pad_id
-    config.eos_token_ids = sorted({*config.eos_token_ids, *end_ids(config.template, tokenizer)})
-    grow_vocabulary(decoder, tokenizer.vocab_size)
-    torch.manual_seed(args.seed)
-    model = Llava(config)
-    model.language_model.load_state_dict(decoder.language_model.state_dict())
-    load_tower(model, args.vision)
-    return model, tokenizer
-
-
 def choose_trainable(model: Llava, train: str):
     """Freeze everything but the components named in `train`; of the tower, only what its features depend on."""
     model.requires_grad_(False)
@@ -495,30 +344,6 @@ def precompute_features(args, ranks: Ranks, model: Llava, dataset: Records):
         dataset.features |= part
 
 
-PLACE_GAIN = 4  # how much louder the new projector hears where a patch is
-
-
-@torch.no_grad()
-def whiten_projector(model: Llava, dataset: Records):
-    """Fold a map of the tower's features into the new projector's first layer that evens out how loud they are.
-
-    In a small young tower the colours hold 56 % of what tells one thing from another and places 1 %, so stage 1 hardly
-    hears them. Ranges are evened out halfway; and the directions in which the patches' means over all pictures differ,
-    which is what says where a patch is, are lifted by PLACE_GAIN: places then hold 10 % of what stage 2 gets to see.
-    LLaVA itself does without. Measured over the first 512 pictures.
-    """
-    pictures, layer = list(dataset.pictures().items())[:512], model.multi_modal_projector.linear_1
-    pixels = torch.cat([dataset.picture(name, index).pixels for name, index in pictures]).to(model.device)
-    features = torch.cat([model.vision_features(part) for part in pixels.split(64)]).double()  # (N, P, C)
-    mean = features.mean((0, 1))
-    variance, directions = torch.linalg.eigh(torch.cov(features.flatten(0, 1).T))
-    whitening = directions * halfway(variance) @ directions.T  # (C, C), symmetric
-    places = torch.linalg.svd((features.mean(0) - mean) @ whitening, full_matrices=False).Vh[:-1]  # (P - 1, C)
-    lifted = whitening + (PLACE_GAIN - 1) * whitening @ places.T @ places  # row features @ lifted
-    layer.weight.copy_(layer.weight.double() @ lifted.T)
-    layer.bias.copy_(-layer.weight.double() @ mean)
-
-
 def train_llava(args, ranks: Ranks, folder: Path):
     """Stages 1 and 2: they differ in what trains, on which data, in which template."""
     run = open_run(args, folder)
@@ -526,7 +351,7 @@ def train_llava(args, ranks: Ranks, folder: Path):
         return
     choose_sources(args, run)
     if args.vision:
-        model, tokenizer = assemble(args)
+        model, tokenizer = assemble(args.vision, args.llm, args.projector, args.seed)
     else:
         ranks.say(f"going on from {args.model}")
         model = load_model(args.model)

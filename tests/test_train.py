@@ -21,6 +21,7 @@ from torch import nn
 
 import runs
 import shapes
+import towers
 import train
 from data import Records, batches, check_record, collate
 from tokenizer import Tokenizer
@@ -100,7 +101,7 @@ def whitened(tiny, monkeypatch):
     """What comes out of a new projector's first layer were it the identity, for a gain of places: (N, P, C) each."""
 
     def call(gain):
-        monkeypatch.setattr(train, "PLACE_GAIN", gain)
+        monkeypatch.setattr(towers, "PLACE_GAIN", gain)
         model = load_model(tiny.stage1)
         images = Records(tiny.world / "captions.json", tiny.world, Tokenizer.load(tiny.stage1), model.config, 1024)
         pictures = torch.cat([images.picture(name, index).pixels for name, index in images.pictures().items()])
@@ -108,7 +109,7 @@ def whitened(tiny, monkeypatch):
         with torch.no_grad():
             before = model.vision_features(pictures)
             layer.weight.copy_(torch.eye(len(layer.weight)))
-            train.whiten_projector(model, images)
+            towers.whiten_projector(model, images)
             return before - before.mean((0, 1)), layer(before)
 
     return call
