@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from clip import MEAN, STD, CLIPVisionConfig, known
+from files import read_json, write_json
 from llava import LlavaConfig, TextConfig
-from runs import read_json, write_json
 
 # What transformers' config classes fill in when a config.json leaves a field out.
 DEFAULTS = {

@@ -20,9 +20,9 @@ from torch.utils.data import Dataset
 
 from anyres import Size, count_tokens, cut_tiles
 from clip import preprocess
+from files import refuse_duplicates
 from images import BadImage, open_image, pad_to_square, resolve_inside
 from llava import IGNORE
-from runs import refuse_duplicates
 from templates import TEMPLATES, Turn, render
 from tokenizer import Tokenizer
 

@@ -17,6 +17,7 @@ def loss_curve(path: Path, curves: dict[str, list[dict]]):
 
     figure, axes = pyplot.subplots(1, len(curves), figsize=(4.6 * len(curves), 3.2), squeeze=False)
     for axis, (name, rows) in zip(axes[0], curves.items()):
+        rows = [row for row in rows if row["loss"] is not None]  # a step that was skipped has none
         steps, losses = np.array([row["step"] for row in rows]), np.array([row["loss"] for row in rows])
         axis.plot(steps, losses, color="#9db8d9", linewidth=0.7)
         if len(losses) > 1:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from datetime import timedelta
 
@@ -10,24 +11,31 @@ import torch.distributed as dist
 
 
 class Ranks:
-    """This process among those torchrun started; alone, rank 0 of 1."""
+    """This process among those torchrun started; alone, rank 0 of 1.
 
-    def __init__(self, device: str | None):
+    Args: device: "cpu", "cuda", "cuda:N", or None for what there is. timeout: seconds until a rank that does not
+    answer counts as dead.
+    """
+
+    def __init__(self, device: str | None, timeout: float = 1800):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         local = int(os.environ.get("LOCAL_RANK", 0))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.device = torch.device(f"cuda:{local}" if device == "cuda" else device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        self.store = None
         if "RANK" in os.environ:
-            # After a restart, torch's shared store still holds the dead ranks' addresses, and joining may hang; a
-            # prefix of our own per attempt keeps the attempts apart.
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             elastic = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            store = dist.TCPStore(host, port, self.world, self.rank == 0 and not elastic, timedelta(minutes=10))
-            store = dist.PrefixStore(f"run{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            limit = timedelta(seconds=timeout)
+            self.store = dist.TCPStore(host, port, self.world, self.rank == 0 and not elastic, limit)
+            # After a restart, torch's shared store still holds the dead ranks' addresses, and joining may hang; a
+            # prefix of our own per attempt keeps the attempts apart.
+            store = dist.PrefixStore(f"run{self.attempt}", self.store)
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
+            dist.init_process_group(backend, store=store, timeout=limit, rank=self.rank, world_size=self.world)
 
     @property
     def first(self) -> bool:
@@ -37,13 +45,16 @@ class Ranks:
         if self.first:
             print(text, file=sys.stderr, flush=True)
 
-    def total(self, value: int) -> int:
+    def total(self, value: int, operation=dist.ReduceOp.SUM) -> int:
         """Sum over the ranks."""
         if not dist.is_initialized():
-            return value
-        tensor = torch.tensor(value, device=self.device)
-        dist.all_reduce(tensor)
+            return int(value)
+        tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor, operation)
         return int(tensor)
+
+    def largest(self, value: int) -> int:
+        return self.total(value, dist.ReduceOp.MAX)
 
     def agree(self, value):
         """Rank 0's value, on every rank."""
@@ -51,6 +62,38 @@ class Ranks:
         if dist.is_initialized():
             dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_first(self, action: Callable, *args):
+        """What `action(*args)` returns on rank 0, on every rank. If it fails there, rank 0 says why and all end."""
+        result = error = None
+        if self.first:
+            try:
+                result = action(*args)
+            except (ValueError, OSError) as failed:
+                error = failed
+        if self.agree(error is not None):
+            raise error or SystemExit(1)
+        return self.agree(result)
+
+    def same_name(self, name: str) -> str:
+        """The name that the first attempt of this torchrun came with, however often it was restarted since."""
+        if self.store is None:
+            return name
+        if self.first:
+            name = self.store.compare_set("llava-run-name", "", name).decode()
+        return self.agree(name)
+
+    def hold_the_same(self, parameters: Iterable[torch.Tensor]) -> bool:
+        """Whether every rank holds the same bits."""
+        total = torch.zeros((), dtype=torch.int64, device=self.device)
+        for p in parameters:
+            bits = p.detach().reshape(-1).view({4: torch.int32, 2: torch.int16}[p.element_size()])
+            total = 31 * total + bits.sum(dtype=torch.int64)  # wraps around, which is as good
+        if not dist.is_initialized():
+            return True
+        ends = torch.stack([total, -total])
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        return bool(ends[0] == -ends[1])
 
 
 def autocast(device: torch.device, dtype: str):

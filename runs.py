@@ -1,73 +1,29 @@
 """A run's folder: its log, its checkpoints, and how the newest one is found.
 
-    out/NAME/run.json           what was run: stage, every flag, and once it is done "finished"
-    out/NAME/log.jsonl          one line per step, appended
-    out/NAME/loss.png           the same as a picture
-    out/NAME/checkpoint-000200  what trains, the optimizer, the step; safetensors and JSON only
-    out/NAME/{config.json,model.safetensors,tokenizer.json,...}   the finished model
-
-Whatever is published appears whole or not at all: it is written beside its place, flushed to the disk, then renamed.
+out/NAME/run.json           what was run: stage, every flag, and once it is done "finished"
+out/NAME/log.jsonl          one line per step, appended
+out/NAME/loss.png           the same as a picture
+out/NAME/checkpoint-000200  what trains, the optimizer, the step, a manifest; safetensors and JSON only
+out/NAME/latest             a link to the newest checkpoint
+out/NAME/lock               held by the process that writes here
+out/NAME/{config.json,model.safetensors,tokenizer.json,...}   the finished model
 """
 
+import fcntl
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+from files import publish, read_json, verify, write_json, write_manifest, write_tensors
 
 ROOT = Path("out")
-
-
-def publish(folder: Path, write: Callable[[Path], None]):
-    """Make `folder` appear whole: `write` fills a folder beside it, which is flushed and then takes the name."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed here
-    partial.mkdir()
-    write(partial)
-    for path in [*partial.iterdir(), partial]:
-        flush(path)
-    partial.rename(folder)
-    flush(folder.parent)
-
-
-def flush(path: Path):
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def write_json(path: Path, values: dict):
-    """Replace a JSON file in one step; a reader sees the old or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    flush(partial)
-    os.replace(partial, path)
-
-
-def refuse_duplicates(pairs: list) -> dict:
-    """For json.loads, as object_pairs_hook. Raises ValueError if an object names a key twice."""
-    result = dict(pairs)
-    if len(result) < len(pairs):  # Python would keep the last one: what was checked is not what is used
-        raise ValueError(f"key given twice among {[key for key, _ in pairs][:6]}")
-    return result
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises ValueError naming the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds a {type(values).__name__}, not an object")
-    return values
 
 
 def finished_runs(*stages: int, root: Path = ROOT) -> list[Path]:
@@ -92,31 +48,60 @@ def newest_run(*stages: int, part: str = "") -> Path:
     return runs[-1]
 
 
-class Run:
-    """One run's folder. Args: folder; values: what run.json records; resume: go on with what the folder holds."""
+# Flags that change nothing about what is learnt, but for the order of sums: they may differ when a run is resumed.
+MAY_CHANGE = ("out", "resume", "allow_changes", "device", "workers", "save_every", "keep", "cache_gb", "timeout")
+MAY_CHANGE += ("accumulate", "compile", "check_replicas", "max_skips")
+MAY_CHANGE += ("model", "vision", "llm")  # looked at once it is settled where the weights come from
 
-    def __init__(self, folder: Path, values: dict, resume: bool):
+
+class Run:
+    """One run's folder.
+
+    Args: folder; values: what run.json records; resume: go on with what the folder holds; allow_changes: even if it
+    was trained with other values. Raises ValueError naming what differs.
+    """
+
+    def __init__(self, folder: Path, values: dict, resume: bool, allow_changes: bool = False):
         self.folder, self.values = folder, values
         exists = (folder / "run.json").exists()
         if exists and not resume:
             raise ValueError(f"{folder} holds a run already: --resume goes on with it, another --out starts afresh")
         if resume and not exists:
             raise ValueError(f"{folder} holds no run to resume")
-        self.old = json.loads((folder / "run.json").read_text()) if exists else {}
+        self.old = read_json(folder / "run.json") if exists else {}
         self.finished = bool(self.old.get("finished"))
+        for key in sorted(self.old.keys() & values.keys() - set(MAY_CHANGE)):
+            self.refuse_change(key, values[key], allow_changes)
 
-    def start(self):
-        """Create the folder; on resume, forget log lines of steps that no checkpoint kept."""
+    def refuse_change(self, key: str, new, allowed: bool):
+        if new != self.old[key] and not allowed:
+            flag = key.replace("_", "-")
+            raise ValueError(
+                f"{self.folder} was trained with --{flag} {self.old[key]}, not {new}: "
+                "--allow-changes goes on with it all the same"
+            )
+
+    def open(self):
+        """Create the folder and keep every other run out of it, until this process ends in whichever way."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "run.json", self.values)
+        self.lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel's: none is left behind by a kill
+        except OSError:
+            raise ValueError(f"{self.folder}: another process is training into this folder") from None
         for path in self.folder.glob("checkpoint-*.partial"):  # of a process that was killed while it wrote
             shutil.rmtree(path)
-        last = self.checkpoints()[-1][0] if self.checkpoints() else 0
-        rows = [row for row in self.rows() if row["step"] <= last]
+
+    def start(self, step: int) -> int:
+        """Note what is run; on resume, forget the log lines after `step`. Returns how many steps in a row it skipped
+        up to then."""
+        write_json(self.folder / "run.json", self.values)
+        rows = [row for row in self.rows() if row["step"] <= step]
         kept = self.folder / "log.jsonl.partial"
         kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.replace(kept, self.folder / "log.jsonl")
         self.log = (self.folder / "log.jsonl").open("a")
+        return next((i for i, row in enumerate(reversed(rows)) if "skipped" not in row), len(rows))
 
     def rows(self) -> list[dict]:
         """The log's lines; one cut short by a kill is left out."""
@@ -132,50 +117,6 @@ class Run:
         self.log.write(json.dumps(row) + "\n")
         self.log.flush()
 
-    def checkpoints(self) -> list[tuple[int, Path]]:
-        """(step, folder) of every whole checkpoint, the newest last."""
-        paths = [path for path in self.folder.glob("checkpoint-*") if path.suffix != ".partial"]
-        return sorted((int(path.name.split("-")[1]), path) for path in paths)
-
-    def save_checkpoint(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
-        """Keep what a resume needs: everything that trains, and the optimizer. The one before is removed after."""
-        older = self.checkpoints()
-
-        def write(folder: Path):
-            trained = {name: p.data.contiguous() for name, p in model.named_parameters() if p.requires_grad}
-            save_file(trained, folder / "trained.safetensors")
-            state = {
-                f"{name}.{key}": value
-                for name, p in model.named_parameters()
-                for key, value in optimizer.state.get(p, {}).items()
-            }
-            save_file(state, folder / "optimizer.safetensors")
-
-        publish(self.folder / f"checkpoint-{step:06d}", write)
-        for _, path in older:
-            shutil.rmtree(path)
-
-    def load_checkpoint(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Restore the newest checkpoint into model and optimizer; returns its step, 0 if there is none."""
-        if not self.checkpoints():
-            return 0
-        step, folder = self.checkpoints()[-1]
-        trained, state = load_file(folder / "trained.safetensors"), load_file(folder / "optimizer.safetensors")
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if set(trained) != set(parameters):
-            differ = sorted(set(trained) ^ set(parameters))[:5]
-            raise ValueError(f"{folder}: other parameters train now than then: {', '.join(differ)}")
-        for name, p in parameters.items():
-            p.data.copy_(trained[name])
-            entries = {
-                key: state[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in state
-            }
-            on_device = optimizer.defaults["fused"]  # the fused kernel reads the step there, the plain one on the CPU
-            optimizer.state[p] = {
-                key: value if key == "step" and not on_device else value.to(p.device) for key, value in entries.items()
-            }
-        return step
-
     def finish(self, save: Callable[[Path], None], summary: dict):
         """Publish the finished model's files, then mark the run as finished, then drop the checkpoints."""
         shutil.rmtree(self.folder / "final", ignore_errors=True)  # of a process that was killed below
@@ -184,6 +125,105 @@ class Run:
             os.replace(path, self.folder / path.name)
         (self.folder / "final").rmdir()
         write_json(self.folder / "run.json", self.values | summary | {"finished": time.time()})
-        for _, path in self.checkpoints():
+        (self.folder / "latest").unlink(missing_ok=True)
+        (self.folder / "lock").unlink()
+        for path in self.checkpoints():
             shutil.rmtree(path)
         self.log.close()
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def checkpoints(self) -> list[Path]:
+        """Folders of the checkpoints, the newest last."""
+        return sorted(path for path in self.folder.glob("checkpoint-*") if not path.suffix)
+
+    def last_good(self) -> str:
+        """For messages: what to go on from."""
+        return f"the last good checkpoint is {self.checkpoints()[-1]}" if self.checkpoints() else "no checkpoint yet"
+
+    def newest_good(self) -> Path | None:
+        """The newest checkpoint that is as it was written; damaged ones are named, and put aside.
+
+        Raises ValueError if there are checkpoints, but all are damaged.
+        """
+        for path in reversed(self.checkpoints()):
+            try:
+                verify(path)
+                return path
+            except ValueError as error:
+                aside = path.with_suffix(".damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                print(f"{error}; put aside as {aside.name}", file=sys.stderr, flush=True)
+        if any(self.folder.glob("checkpoint-*.damaged")):
+            raise ValueError(f"{self.folder}: every checkpoint is damaged; another --out starts afresh")
+        return None
+
+    def save_checkpoint(self, step: int, files: dict[str, dict[str, torch.Tensor]], keep: int):
+        """Publish a checkpoint of these files' tensors, point `latest` at it, then drop all but the newest `keep`.
+
+        Raises ValueError with the bytes needed and free if it cannot be written; those before it are untouched then.
+        """
+        path = self.folder / f"checkpoint-{step:06d}"
+        needed = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+
+        def write(folder: Path):
+            for name, tensors in files.items():
+                write_tensors(folder / name, tensors)
+            write_json(folder / "state.json", {"step": step, "run": self.values})
+            write_manifest(folder)
+
+        try:
+            publish(path, write)
+            verify(path)
+            link = self.folder / "latest.partial"
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.name)
+            os.replace(link, self.folder / "latest")
+        except OSError as error:
+            shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
+            free = shutil.disk_usage(self.folder).free
+            why = f"{error.strerror} ({needed:,} bytes needed, {free:,} free)"
+            raise ValueError(f"step {step}: cannot write {path}: {why}; {self.last_good()}") from None
+        for older in self.checkpoints()[:-keep]:
+            shutil.rmtree(older)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a checkpoint holds
+
+
+def training_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors per file: everything that trains, and what the optimizer keeps of each. Nothing that stands still.
+
+    No random state is among them: the order of the data and the seed of every step follow from (seed, step, rank).
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state = {f"{name}.{key}": value for name, p in trained.items() for key, value in optimizer.state[p].items()}
+    return {"trained.safetensors": trained, "optimizer.safetensors": state}
+
+
+def restore(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Put a checkpoint into the model, and into the optimizer if there is one; returns the step it was made after.
+
+    Raises ValueError if other parameters train now than then.
+    """
+    trained = load_file(folder / "trained.safetensors")
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if set(trained) != set(parameters):
+        differ = sorted(set(trained) ^ set(parameters))[:5]
+        raise ValueError(f"{folder}: other parameters train now than then: {', '.join(differ)}")
+    for name, p in parameters.items():
+        if trained[name].shape != p.shape:
+            raise ValueError(f"{folder}: {name} is {list(trained[name].shape)} there, {list(p.shape)} here")
+        p.data.copy_(trained[name])
+    if optimizer is not None:
+        state = load_file(folder / "optimizer.safetensors")
+        on_device = optimizer.defaults["fused"]  # the fused kernel reads the step there, the plain one on the CPU
+        for name, p in parameters.items():
+            optimizer.state[p] = {
+                key: state[f"{name}.{key}"].to("cpu" if key == "step" and not on_device else p.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{name}.{key}" in state
+            }
+    return read_json(folder / "state.json")["step"]

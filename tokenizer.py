@@ -16,7 +16,7 @@ import regex
 import tiktoken
 
 from bpe import SPACE, ClipBPE, SentencePiece, clip_from_json, from_json, merges_of, read_clip, read_llama2c, read_model
-from runs import read_json
+from files import read_json
 
 # Words, single digits and runs of punctuation, each with the space before it; then what space is left.
 SPLIT = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -12,7 +12,9 @@ shapes.py. The batch size counts all ranks and micro-batches, so the result does
 """
 
 import argparse
+import faulthandler
 import math
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -32,6 +34,7 @@ import runs
 import shapes
 from clip import save_clip
 from data import CaptionPairs, Records, batches, collate, read_records
+from files import publish, verify
 from images import BadImage
 from llava import IGNORE, Llava
 from ranks import Ranks, autocast
@@ -69,6 +72,8 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--world", type=Path, help="folder that shapes.py wrote; default: one is drawn below out/")
     add("--out", type=Path, help="the run's folder; default: a new one below out/")
     add("--resume", action="store_true", help="go on with the run in --out from its newest checkpoint, exactly")
+    add("--allow-changes", action="store_true", help="with --resume: even if other flags are not as they were")
+    add("--init-from", type=Path, help="checkpoint whose weights to begin with, at step 0: OUT/latest of another run")
     add("--steps", type=int, help="optimizer steps; default by stage")
     add("--batch-size", type=int, help="samples per step, over all ranks and micro-batches; default by stage")
     add("--accumulate", type=int, default=1, help="micro-batches a step is cut into, to fit the memory")
@@ -101,6 +106,10 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cache-gb", type=float, default=4.0, help="memory for the features of a frozen tower; 0: compute each time")
     add("--workers", type=int, default=0, help="processes that load data; 0 loads in this one")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
+    add("--keep", type=int, default=2, help="checkpoints kept: the newest, and those to fall back on if it is damaged")
+    add("--max-skips", type=int, default=3, help="steps in a row that may be left out because a number is not finite")
+    add("--check-replicas", type=int, default=100, help="steps between checks that all ranks hold the same weights")
+    add("--timeout", type=float, default=1800, help="seconds without a step after which a process counts as hung")
     add("--seed", type=int, default=0, help="of the new weights and of the order of the data")
     add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     add(
@@ -114,12 +123,15 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     for key, value in STAGES[args.stage].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    for key in ("steps", "batch_size", "accumulate", "save_every", "questions"):
+    counts = ("steps", "batch_size", "accumulate", "save_every", "keep", "check_replicas", "questions")
+    for key in counts:
         if getattr(args, key) is not None and getattr(args, key) < 1:
             parser.error(f"--{key.replace('_', '-')} must be at least 1")
     unknown = set(args.train.split(",")) - {"vision", "projector", "llm"}
     if args.model and (args.vision or args.llm):
         parser.error("--model goes on from a LLaVA, --vision and --llm build a new one: name one or the other")
+    if args.stage == 0 and args.init_from:
+        parser.error("--init-from: only stages 1 and 2 go on from weights")
     if args.stage > 0 and unknown:
         parser.error(f"--train {', '.join(unknown)}: choose from vision, projector, llm")
     return args
@@ -163,27 +175,57 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> 
 def make_loader(dataset, args, ranks: Ranks, pad_id: int, start: int, group: int) -> DataLoader:
     """Micro-batches of every step from `start` on; the order is a pure function of (seed, step, rank)."""
     share = args.batch_size // ranks.world // args.accumulate
-    if share * ranks.world * args.accumulate != args.batch_size:
-        raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {ranks.world} ranks x {args.accumulate}")
     lengths = dataset.lengths() if isinstance(dataset, Records) else None
     steps = start, args.steps
     order = batches(len(dataset), args.batch_size, args.seed, *steps, ranks.rank, ranks.world, group, lengths)
     micro = [step[i * share : (i + 1) * share] for step in order for i in range(args.accumulate)]
     pinned = ranks.device.type == "cuda"
     collated = partial(collate, pad_id=pad_id)
-    return DataLoader(dataset, batch_sampler=micro, collate_fn=collated, num_workers=args.workers, pin_memory=pinned)
+    return DataLoader(
+        dataset,
+        batch_sampler=micro,
+        collate_fn=collated,
+        num_workers=args.workers,
+        pin_memory=pinned,
+        worker_init_fn=ignore_signals,
+    )
+
+
+class Stop:
+    """SIGINT (Ctrl-C) and SIGTERM ask for a checkpoint and an end after this step; a second one ends at once."""
+
+    def __enter__(self):
+        self.asked = 0
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number: int, frame):
+        self.asked = number
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker: int):
+    """A Ctrl-C in a terminal reaches the loading processes too; they end with the training, not before it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: int, save, group: int = 1):
     """Train `model`, whose forward(**batch) is the summed loss of a batch, and publish it in the run's folder.
 
     Args: save: writes the finished model into a folder. group: neighbours in the data that stay in one batch.
+    Raises ValueError if it cannot go on, naming the last good checkpoint; SystemExit when a signal ends it.
     """
     model.to(ranks.device)
     optimizer = make_optimizer(model, args, ranks)
-    start = run.load_checkpoint(model, optimizer)
-    if ranks.first:
-        run.start()
+    ranks.on_first(run.open)
+    checkpoint = ranks.on_first(run.newest_good)
+    start = runs.restore(checkpoint, model, optimizer) if checkpoint else 0
+    skipped = ranks.on_first(run.start, start)
     network = torch.compile(model) if args.compile else model
     if dist.is_initialized():
         unused = "vision" in args.train  # a rank without a picture leaves a training tower without gradients
@@ -193,30 +235,64 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
     bar = tqdm(
         range(start, args.steps), run.folder.name, args.steps, initial=start, disable=not ranks.first, unit="step"
     )
-    for step in bar:
-        begin = time.perf_counter()
-        micro = [next(loader) for _ in range(args.accumulate)]
-        waited = time.perf_counter() - begin
-        row = {"step": step + 1, **train_step(args, ranks, network, optimizer, micro, step)}
-        seconds = time.perf_counter() - begin
-        row |= {"tokens_per_s": round(row.pop("tokens") / seconds), "data_wait": round(waited / seconds, 3)}
-        if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-            raise ValueError(f"step {step + 1}: the loss is {row['loss']}; the last checkpoint in {run.folder} is good")
-        if ranks.first:
-            run.write_row(row)
-            bar.set_postfix(
-                {key: f"{row[key]:.4g}" for key in ("loss", "lr", "tokens_per_s", "data_wait")}, refresh=False
-            )
-            if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-                run.save_checkpoint(step + 1, model, optimizer)
-    if ranks.first:
-        rows = run.rows()
-        tail = [row["loss"] for row in rows[-max(1, len(rows) // 20) :]]
-        plots.loss_curve(run.folder / "loss.png", {run.folder.name: rows})
-        run.finish(save, {"loss": round(sum(tail) / len(tail), 4)})
-        ranks.say(f"{run.folder}: loss {sum(tail) / len(tail):.3f} over the last {len(tail)} steps")
-    if dist.is_initialized():
-        dist.barrier()
+    with Stop() as stop:
+        for step in bar:
+            faulthandler.dump_traceback_later(args.timeout, exit=True, file=sys.__stderr__)  # hung: say where, and end
+            row = {"step": step + 1, **measured_step(args, ranks, network, optimizer, loader, step)}
+            skipped = skipped + 1 if "skipped" in row else 0
+            if ranks.first:
+                run.write_row(row)
+                bar.set_postfix({key: row[key] for key in ("loss", "tokens_per_s", "data_wait")}, refresh=False)
+            if skipped > args.max_skips:
+                raise ValueError(f"step {step + 1}: {row['skipped']}, {skipped} steps in a row; {run.last_good()}")
+            if step + 1 == args.steps:
+                break
+            stopping = ranks.largest(stop.asked)
+            due = (step + 1) % args.save_every == 0 and not skipped  # what makes steps fail may be in the weights
+            if due or stopping:
+                check_weights(ranks, run, model, step + 1)
+                state = runs.training_state(model, optimizer)
+                ranks.on_first(run.save_checkpoint, step + 1, state, args.keep)
+            elif (step + 1) % args.check_replicas == 0:
+                check_weights(ranks, run, model, step + 1)
+            if stopping:
+                bar.close()
+                ranks.say(f"stopped after step {step + 1}; the same command with --out {run.folder} --resume goes on")
+                raise SystemExit(128 + stopping)
+    faulthandler.cancel_dump_traceback_later()
+    check_weights(ranks, run, model, args.steps)
+    ranks.on_first(finish, run, save)
+
+
+def check_weights(ranks: Ranks, run: runs.Run, model: nn.Module, step: int):
+    """Raises ValueError, on all ranks, if what trained is not finite, or not the same on every rank."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if ranks.largest(not all(bool(p.isfinite().all()) for p in trained)):
+        raise ValueError(f"step {step}: weights are not finite; {run.last_good()}")
+    if not ranks.hold_the_same(trained):
+        raise ValueError(f"step {step}: the ranks' weights differ; {run.last_good()}")
+
+
+def finish(run: runs.Run, save):
+    """Draw the losses and publish the finished model."""
+    rows = run.rows()
+    tail = [row["loss"] for row in rows[-max(1, len(rows) // 20) :] if row["loss"] is not None]
+    loss = sum(tail) / max(1, len(tail))
+    skipped = sum("skipped" in row for row in rows)
+    plots.loss_curve(run.folder / "loss.png", {run.folder.name: rows})
+    run.finish(save, {"loss": round(loss, 4), "skipped": skipped})
+    more = f"; {skipped} steps were skipped, see log.jsonl" if skipped else ""
+    print(f"{run.folder}: loss {loss:.3f} over the last {len(tail)} steps{more}", file=sys.stderr, flush=True)
+
+
+def measured_step(args, ranks: Ranks, network: nn.Module, optimizer, loader, step: int) -> dict:
+    """train_step on the next micro-batches, with the time it took and the share of it spent waiting for data."""
+    begin = time.perf_counter()
+    micro = [next(loader) for _ in range(args.accumulate)]
+    waited = time.perf_counter() - begin
+    row = train_step(args, ranks, network, optimizer, micro, step)
+    seconds = time.perf_counter() - begin
+    return row | {"tokens_per_s": round(row.pop("tokens") / seconds), "data_wait": round(waited / seconds, 3)}
 
 
 def train_step(args, ranks: Ranks, network: nn.Module, optimizer, micro: list[dict], step: int) -> dict:
@@ -226,6 +302,7 @@ def train_step(args, ranks: Ranks, network: nn.Module, optimizer, micro: list[di
         group["lr"] = rate * group["peak"]
     supervised = ranks.total(sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in micro))
     tokens = ranks.total(sum(batch["input_ids"].numel() for batch in micro))
+    torch.manual_seed((args.seed << 44) + (step << 16) + ranks.rank)  # chance does not depend on the steps before
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro):
         batch = {k: v.to(ranks.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
@@ -240,10 +317,17 @@ def train_step(args, ranks: Ranks, network: nn.Module, optimizer, micro: list[di
     if dist.is_initialized():
         dist.all_reduce(total)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
-    optimizer.step()
+    norm = float(nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf))
+    loss = float(total) / max(1, supervised)
+    # Both were summed over the ranks, so all of them decide alike.
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"loss": float(total) / max(1, supervised), "lr": rate * args.lr, "grad_norm": float(norm), "tokens": tokens}
+    row = {"loss": loss, "lr": rate * args.lr, "grad_norm": norm, "tokens": tokens}
+    if not finite:
+        row |= {"loss": None, "grad_norm": None, "skipped": f"the loss is {loss}, the gradient's norm {norm}"}
+    return row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +368,7 @@ def stage0(args, ranks: Ranks, folder: Path):
     tokenizer = train_bpe(texts + [form.user, form.assistant] * 2000, merges=600)
     for part, train in (("clip", train_clip), ("decoder", train_decoder)):
         if args.tower in ("both", part):
-            run = open_run(args, folder / part)
+            run = open_run(args, ranks, folder / part)
             if not run.finished:
                 torch.manual_seed(args.seed)
                 train(args, ranks, tokenizer, run)
@@ -299,7 +383,10 @@ def choose_sources(args, run: runs.Run):
     names = ("model", "vision", "llm")
     if run.old:
         for name in names:
-            setattr(args, name, run.old[name] and Path(run.old[name]))
+            if getattr(args, name):
+                run.refuse_change(name, str(getattr(args, name).resolve()), args.allow_changes)
+            else:
+                setattr(args, name, run.old[name] and Path(run.old[name]))
     elif args.vision or args.llm or (args.stage == 1 and not args.model):
         args.vision = args.vision or runs.newest_run(0, part="clip")
         args.llm = args.llm or runs.newest_run(0, part="decoder")
@@ -346,7 +433,7 @@ def precompute_features(args, ranks: Ranks, model: Llava, dataset: Records):
 
 def train_llava(args, ranks: Ranks, folder: Path):
     """Stages 1 and 2: they differ in what trains, on which data, in which template."""
-    run = open_run(args, folder)
+    run = open_run(args, ranks, folder)
     if run.finished:
         return
     choose_sources(args, run)
@@ -364,6 +451,9 @@ def train_llava(args, ranks: Ranks, folder: Path):
     if args.stage == 2 and args.template:
         model.config.template = args.template
     choose_trainable(model, args.train)
+    if args.init_from:
+        verify(args.init_from)
+        ranks.say(f"weights as after step {runs.restore(args.init_from, model)} of {args.init_from}")
     data, images = data_files(args, ranks, "captions" if args.stage == 1 else "instruct")
     template = args.template or ("plain" if args.stage == 1 else model.config.template)
     max_length = args.max_length or model.config.text_config.max_position_embeddings
@@ -394,32 +484,40 @@ def data_files(args, ranks: Ranks, kind: str) -> tuple[Path, Path]:
             raise ValueError(
                 f"{world} holds no world: name a folder that shapes.py wrote, or one that is not there yet"
             )
-        if ranks.first:
-            runs.publish(world, lambda folder: shapes.write_world(folder, 20_000, 0, 72, 2_000, shapes.TURNS))
-        ranks.agree(None)
+        draw = partial(shapes.write_world, n=20_000, seed=0, side=72, questions=2_000, turns=shapes.TURNS)
+        ranks.on_first(publish, world, draw)
     return world / f"{kind}.json", world
 
 
-def open_run(args, folder: Path) -> runs.Run:
+def open_run(args, ranks: Ranks, folder: Path) -> runs.Run:
+    """The run in `folder`: a new one, or one to go on with, as asked or because torchrun has restarted us."""
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    resume = args.resume and (
-        args.stage > 0 or (folder / "run.json").exists()
-    )  # stage 0 may not have begun its second tower
-    return runs.Run(folder, values, resume)
+    exists = (folder / "run.json").exists()
+    resume = args.resume and (exists or args.stage > 0)  # stage 0 may not have begun its second tower
+    return runs.Run(folder, values, resume or (exists and ranks.attempt > 0), args.allow_changes)
 
 
 def main():
     """Train one stage on every rank; what a user can mend ends in one line and status 1."""
     args = read_flags()
     try:
-        ranks = Ranks(args.device)
-        folder = args.out or runs.ROOT / f"stage{args.stage}-{datetime.now():%Y%m%d-%H%M%S}"
-        folder = Path(ranks.agree(str(folder)))
+        ranks = Ranks(args.device, args.timeout)
+        if args.batch_size % (ranks.world * args.accumulate):
+            cut = f"{ranks.world} ranks x {args.accumulate} micro-batches"
+            raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {cut}")
+        new = f"stage{args.stage}-{datetime.now():%Y%m%d-%H%M%S}"
+        folder = args.out or runs.ROOT / ranks.same_name(new)
         (stage0 if args.stage == 0 else train_llava)(args, ranks, folder)
         ranks.say(f"done: {folder}")
     except (ValueError, BadImage) as error:  # one line for what a user can mend; anything else keeps its traceback
         sys.exit(f"train.py: {error}")
+    except OSError as error:
+        sys.exit(f"train.py: {error.filename or 'a file'}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("train.py: interrupted; what was saved is whole", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     finally:
+        faulthandler.cancel_dump_traceback_later()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -28,8 +28,8 @@ from torch.overrides import TorchFunctionMode
 
 from clip import CLIPConfig, CLIPModel
 from configs import config_to_json, read_config, write_processor
+from files import publish, read_json, refuse_duplicates, write_json
 from llava import Llava, LlavaConfig, TextConfig
-from runs import publish, read_json, refuse_duplicates, write_json
 from templates import TEMPLATES
 from tokenizer import Tokenizer
 
