@@ -2,20 +2,17 @@
 
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import BATCH, STEPS
+from faults import kill_at
 from safetensors.torch import load_file, save_file
 
 import shapes
@@ -350,39 +347,6 @@ def test_replicas_stay_equal(ranks, name):
 # killed and resumed
 
 
-def stand_still(argv, function, path, calls, marker):
-    """Run train.py in this process up to the n-th call of a function (that is given that path), and stay there."""
-    torch.set_num_threads(1)
-    module, name = function.split(".")
-    original, number = getattr(sys.modules[module], name), count(1)
-
-    def still(*args, **kwargs):
-        if (not path or str(args[0]).endswith(path)) and next(number) == calls:
-            marker.touch()
-            time.sleep(600)
-        return original(*args, **kwargs)
-
-    setattr(sys.modules[module], name, still)
-    sys.argv = ["train.py", *argv]
-    train.main()
-
-
-def kill_at(argv, function, path, calls, marker):
-    """Let a process train up to that point, and kill it there with SIGKILL."""
-    context = multiprocessing.get_context("forkserver")  # torch is imported once for all of them
-    context.set_forkserver_preload(["train"])
-    target = (list(map(str, argv)), function, path, calls, marker)
-    process = context.Process(target=stand_still, args=target, daemon=True)
-    process.start()
-    end = time.monotonic() + 90
-    while not marker.exists():
-        assert process.is_alive() and time.monotonic() < end, f"call {calls} of {function} {path} never came"
-        time.sleep(0.02)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-
-
 # Run, function, the path it is given ("": any), which of those calls, and something that must lie there then.
 # Checkpoints come after steps 2 and 4.
 INSTANTS = {
@@ -402,7 +366,7 @@ INSTANTS = {
 def test_killed_and_resumed_is_bitwise_uninterrupted(tiny, command, tmp_path, instant):
     name, function, path, calls, left = INSTANTS[instant]
     argv = [*tiny.flags[name], "--keep", 1, "--out", tmp_path / "run"]
-    kill_at(argv, function, path, calls, tmp_path / "here")
+    kill_at(argv, (function, path, calls, tmp_path / "here"))
     folder, reference = tmp_path / "run" / (name if name in ("clip", "decoder") else ""), tiny.folders[name]
     assert (folder / left).exists()
     if ".partial" in left:  # make it as torn as can be
