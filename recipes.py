@@ -145,13 +145,13 @@ def steps_of(epochs: float, records: int, batch_size: int) -> int:
 
 def describe(args: Namespace) -> str:
     """The configuration as a table: each knob's value, and whether recipe or flag set it; what differs has a star."""
-    lines = [f"  {f'recipe {args.recipe}, stage {args.stage}':<30}value"]
+    lines = [f"  {f'recipe {args.recipe}, stage {args.stage}':<28}{'value':<24}from"]
     for key in [*KNOBS, *(flag for flag in args.flags if flag not in (*KNOBS, "recipe", "stage"))]:
         value, other = getattr(args, key), args.differs.get(key)
-        if value is None and not other:
-            continue
-        origin = f"recipe: {other['recipe']}" if other else "" if key in KNOBS else "flag"
-        lines.append(f"{'*' if other else ' '} {key:<30}{value!s:<24}{origin}".rstrip())
+        if value not in (None, "") or other:
+            origin = "epochs" if key == "steps" and args.epochs else "flag" if key in args.flags else "recipe"
+            origin += f"; recipe: {other['recipe']}" if other else ""
+            lines.append(f"{'*' if other else ' '} {key:<28}{value!s:<23} {origin}")
     return "\n".join(lines)
 
 
