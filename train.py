@@ -4,6 +4,7 @@
     python train.py --stage 1                          only the projector, on captions
     python train.py --stage 2                          projector and decoder, on dialogues
     python train.py --stage 2 --data my.json --images my_pictures
+    python train.py --recipe llava-1.5 --stage 2       every knob as LLaVA-1.5 had it
     torchrun --nproc_per_node=8 train.py --stage 2     the same on eight GPUs
 
 Each stage goes on from the newest finished run of the one before. Without --data it trains on the embedded world of
@@ -121,7 +122,7 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     for key in ("steps", "batch_size", "accumulate", "save_every", "questions"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             parser.error(f"--{key.replace('_', '-')} must be at least 1")
-    if args.epochs is not None and args.epochs <= 0:
+    if args.epochs is not None and not 0 < args.epochs < math.inf:
         parser.error("--epochs must be above 0")
     unknown = set(args.train.split(",")) - {"vision", "projector", "llm"}
     if args.model and (args.vision or args.llm):
