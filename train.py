@@ -237,8 +237,10 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
 
 
 def train_step(args, ranks: Ranks, network: nn.Module, optimizer, micro: list[dict], step: int) -> dict:
-    """One update from this rank's micro-batches. The loss is the mean over every supervised token of all ranks; with
-    --loss-mean micro-batch, the mean over micro-batches and ranks of each one's own mean, nought where none is."""
+    """One update from this rank's micro-batches. The loss is the mean over every supervised token of all ranks.
+
+    With --loss-mean micro-batch, it is the mean over all micro-batches of each one's own: 0 if nothing is supervised.
+    """
     rate = learning_rate(step, args.steps, 1.0, args.warmup)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["peak"]

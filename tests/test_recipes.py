@@ -4,12 +4,15 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import BATCH
-from test_train import flags, log_of, losses, refusal, same_weights
+from test_train import flags, log_of, losses, refusal, same_weights, weights
 
 import recipes
 import train
-from weights import load_model
+from llava import Llava
+from tokenizer import Tokenizer
+from weights import load_model, save_model
 
 # From the authors' papers and scripts, and for the world from train.py as it was before there were recipes.
 SHORT = {"warmup": 0.03, "weight_decay": 0.0, "beta2": 0.99, "clip_grad": 1.0, "loss_mean": "token"}
@@ -155,6 +158,22 @@ def test_both_stages_by_the_recipe(tiny, command, tmp_path, capsys):
         }
         assert f"recipe llava-1.5, stage {stage}" in said and f"1 epochs of {records} records" in said
     assert "* image_size" in said and "recipe: 336" in said
+
+
+def test_next_trains_all_of_a_model_with_tiles(tiny, command, tmp_path):
+    config = load_model(tiny.stage1).config
+    config.image_grid_pinpoints, config.image_mode = [(72, 144), (144, 72), (144, 144)], "anyres"
+    start, out = tmp_path / "start", tmp_path / "run"
+    start.mkdir()
+    save_model(Llava(config), start)
+    Tokenizer.load(tiny.stage1).save(start)
+    here = ["--image-size", 72, "--max-length", 1024, "--batch-size", 4, "--steps", 2, "--device", "cpu"]
+    here += ["--lr-vision", 1e-3, "--world", tiny.world]  # 2e-6 in two steps is less than a float32 may hold
+    command(train, "--recipe", "llava-next", "--stage", 2, "--model", start, *here, "--out", out)
+    before, after = weights(start), weights(out)
+    changed = {key.split(".")[0] for key in after if not torch.equal(before[key], after[key])}
+    assert changed == {"vision_tower", "multi_modal_projector", "language_model", "image_newline"}
+    assert load_model(out).config.image_mode == "anyres"
 
 
 def test_epochs_are_steps(tiny, command, tmp_path):
