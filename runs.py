@@ -51,7 +51,8 @@ def newest_run(*stages: int, part: str = "") -> Path:
 # Flags that change nothing about what is learnt, but for the order of sums: they may differ when a run is resumed.
 MAY_CHANGE = ("out", "resume", "allow_changes", "device", "workers", "save_every", "keep", "cache_gb", "timeout")
 MAY_CHANGE += ("accumulate", "compile", "check_replicas", "max_skips")
-MAY_CHANGE += ("model", "vision", "llm")  # looked at once it is settled where the weights come from
+MAY_CHANGE += ("model", "vision", "llm", "steps")  # looked at once they are settled
+MAY_CHANGE += ("flags", "differs")  # what they tell is told by the rest
 
 
 class Run:
@@ -70,7 +71,8 @@ class Run:
             raise ValueError(f"{folder} holds no run to resume")
         self.old = read_json(folder / "run.json") if exists else {}
         self.finished = bool(self.old.get("finished"))
-        for key in sorted(self.old.keys() & values.keys() - set(MAY_CHANGE)):
+        fixed = self.old.keys() & values.keys() - set(MAY_CHANGE)
+        for key in sorted(fixed, key=lambda key: (key != "recipe", key)):  # what sets the others comes first
             self.refuse_change(key, values[key], allow_changes)
 
     def refuse_change(self, key: str, new, allowed: bool):

@@ -4,6 +4,7 @@
     python train.py --stage 1                          only the projector, on captions
     python train.py --stage 2                          projector and decoder, on dialogues
     python train.py --stage 2 --data my.json --images my_pictures
+    python train.py --recipe llava-1.5 --stage 2       every knob as LLaVA-1.5 had it
     torchrun --nproc_per_node=8 train.py --stage 2     the same on eight GPUs
 
 Each stage goes on from the newest finished run of the one before. Without --data it trains on the embedded world of
@@ -30,6 +31,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import plots
+import recipes
 import runs
 import shapes
 from clip import save_clip
@@ -46,23 +48,18 @@ from weights import load_model, load_tokenizer, save_model
 # ---------------------------------------------------------------------------------------------------------------------
 # knobs
 
-# What each stage trains with unless a flag says otherwise: right for the embedded world, found by trial. Small batches
-# want small rates: with perfect features, 2.1 M tokens in batches of 16 end at loss 0.20 with 3e-4, 0.38 with 1e-3;
-# with real ones, 2,400 steps end at 0.116 with 6e-4, 0.131 with 3e-4.
-STAGES = {
-    0: {"steps": 1000, "batch_size": 64, "lr": 5e-4, "train": ""},
-    1: {"steps": 300, "batch_size": 16, "lr": 1e-3, "train": "projector"},
-    2: {"steps": 2000, "batch_size": 16, "lr": 5e-4, "train": "projector,llm"},
-}
-
 
 def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, what it leaves open filled in by stage; an unknown flag or value ends with status 2."""
+    """The command line, what it leaves open filled in by the recipe; an unknown flag or value ends with status 2."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        epilog=recipes.listing(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--stage", type=int, choices=STAGES, required=True, help="0 towers, 1 projector, 2 projector and decoder")
+    add("--stage", type=int, choices=(0, 1, 2), required=True, help="0 towers, 1 projector, 2 projector and decoder")
+    add("--recipe", choices=recipes.RECIPES, default="world", help="what sets every knob that no flag sets; see below")
     add("--tower", choices=("both", "clip", "decoder"), default="both", help="stage 0: which tower")
     add("--model", type=Path, help="LLaVA to go on from; default: the newest finished run of the stage before")
     add("--vision", type=Path, help="build a new LLaVA with this CLIP; default: the newest of stage 0")
@@ -74,21 +71,27 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on with the run in --out from its newest checkpoint, exactly")
     add("--allow-changes", action="store_true", help="with --resume: even if other flags are not as they were")
     add("--init-from", type=Path, help="checkpoint whose weights to begin with, at step 0: OUT/latest of another run")
-    add("--steps", type=int, help="optimizer steps; default by stage")
-    add("--batch-size", type=int, help="samples per step, over all ranks and micro-batches; default by stage")
+    add("--steps", type=int, help="optimizer steps")
+    add("--epochs", type=float, help="the same in passes over the data, part of a batch counted as one")
+    add("--batch-size", type=int, help="samples per step, over all ranks and micro-batches")
     add("--accumulate", type=int, default=1, help="micro-batches a step is cut into, to fit the memory")
-    add("--lr", type=float, help="peak learning rate; default by stage")
+    add("--lr", type=float, help="peak learning rate")
     add("--lr-projector", type=float, help="the projector's own, default --lr (LLaVA-1.5 with LoRA: a tenth)")
     add("--lr-vision", type=float, help="the vision tower's own, default --lr (LLaVA-NeXT: a tenth)")
-    add("--warmup", type=float, default=0.03, help="share of the steps in which the rate rises (LLaVA: 0.03)")
-    add("--weight-decay", type=float, default=0.0, help="on matrices only (LLaVA: none)")
-    add("--beta2", type=float, default=0.99, help="AdamW's; short runs want less than LLaVA's 0.999")
-    add("--clip-grad", type=float, default=1.0, help="largest gradient norm; 0 leaves it alone")
+    add("--warmup", type=float, help="share of the steps in which the rate rises")
+    add("--weight-decay", type=float, help="on matrices only")
+    add("--beta2", type=float, help="AdamW's; short runs want less than LLaVA's 0.999")
+    add("--clip-grad", type=float, help="largest gradient norm; 0 leaves it alone")
+    loss_mean = "every token weighs the same, or every micro-batch, as in transformers before 4.46"
+    add("--loss-mean", choices=("token", "micro-batch"), help=loss_mean)
     add("--train", help="what trains in stages 1 and 2: a comma-separated choice of vision, projector, llm")
     add("--template", choices=TEMPLATES, help="conversation template; default: plain in stage 1, then the decoder's")
-    add("--image-mode", choices=("square", "pad"), help="how pictures are made square; default: the model's")
+    image_mode = "how pictures are made square; default: the model's. Tiles (anyres) are part of a model's shape"
+    add("--image-mode", choices=("square", "pad", "anyres"), help=image_mode)
+    add("--image-size", type=int, help="side of the pictures the tower must be made for; default: any")
     add("--image-order", choices=("first", "either"), default="first", help="picture before its question, or by a coin")
-    add("--projector", choices=("mlp2x_gelu", "linear"), default="mlp2x_gelu", help="of a new LLaVA: 1.5's, or 1.0's")
+    projector = "of a new LLaVA: 1.5's (default) or 1.0's; an old one must have it"
+    add("--projector", choices=("mlp2x_gelu", "linear"), help=projector)
     add(
         "--whiten",
         action="store_true",
@@ -120,13 +123,17 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster; needs a C++ compiler")
     args = parser.parse_args(argv)
-    for key, value in STAGES[args.stage].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    args.flags = [key for key, value in vars(args).items() if value != parser.get_default(key)]
+    try:
+        recipes.fill(args)
+    except ValueError as error:
+        parser.error(str(error))
     counts = ("steps", "batch_size", "accumulate", "save_every", "keep", "check_replicas", "questions")
     for key in counts:
         if getattr(args, key) is not None and getattr(args, key) < 1:
             parser.error(f"--{key.replace('_', '-')} must be at least 1")
+    if args.epochs is not None and not 0 < args.epochs < math.inf:
+        parser.error("--epochs must be above 0")
     unknown = set(args.train.split(",")) - {"vision", "projector", "llm"}
     if args.model and (args.vision or args.llm):
         parser.error("--model goes on from a LLaVA, --vision and --llm build a new one: name one or the other")
@@ -147,6 +154,17 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     if step < rise:
         return peak * (step + 1) / rise
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def settle(args, ranks: Ranks, run: runs.Run, records: int):
+    """What only the data can say is how many steps make --epochs; then all is known, printed and kept in run.json."""
+    if args.epochs:
+        args.steps = recipes.steps_of(args.epochs, records, args.batch_size)
+        ranks.say(f"{args.epochs:g} epochs of {records:,} records: {args.steps:,} steps")
+    if run.old:
+        run.refuse_change("steps", args.steps, args.allow_changes)
+    run.values["steps"] = args.steps
+    ranks.say(recipes.describe(args))
 
 
 def make_optimizer(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> torch.optim.AdamW:
@@ -220,6 +238,7 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
     Args: save: writes the finished model into a folder. group: neighbours in the data that stay in one batch.
     Raises ValueError if it cannot go on, naming the last good checkpoint; SystemExit when a signal ends it.
     """
+    settle(args, ranks, run, len(dataset))
     model.to(ranks.device)
     optimizer = make_optimizer(model, args, ranks)
     ranks.on_first(run.open)
@@ -296,11 +315,18 @@ def measured_step(args, ranks: Ranks, network: nn.Module, optimizer, loader, ste
 
 
 def train_step(args, ranks: Ranks, network: nn.Module, optimizer, micro: list[dict], step: int) -> dict:
-    """One update from this rank's micro-batches. The loss is the mean over every supervised token of all ranks."""
+    """One update from this rank's micro-batches. The loss is the mean over every supervised token of all ranks.
+
+    With --loss-mean micro-batch, it is the mean over all micro-batches of each one's own: 0 if nothing is supervised.
+    """
     rate = learning_rate(step, args.steps, 1.0, args.warmup)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["peak"]
-    supervised = ranks.total(sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in micro))
+    counts = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in micro]
+    supervised = ranks.total(sum(counts))
+    weights = [1.0] * len(micro)
+    if args.loss_mean == "micro-batch":
+        weights = [supervised / (max(1, count) * len(micro) * ranks.world) for count in counts]
     tokens = ranks.total(sum(batch["input_ids"].numel() for batch in micro))
     torch.manual_seed((args.seed << 44) + (step << 16) + ranks.rank)  # chance does not depend on the steps before
     total = torch.zeros((), device=ranks.device)
@@ -310,7 +336,7 @@ def train_step(args, ranks: Ranks, network: nn.Module, optimizer, micro: list[di
         synced = nullcontext() if last or not dist.is_initialized() else network.no_sync()
         with synced:
             with autocast(ranks.device, args.dtype):
-                loss = network(**batch)
+                loss = network(**batch) * weights[i]
             # DDP averages over ranks; we want the sum over ranks divided by all supervised tokens.
             (loss * ranks.world / max(1, supervised)).backward()
         total += loss.detach()
@@ -438,15 +464,14 @@ def train_llava(args, ranks: Ranks, folder: Path):
         return
     choose_sources(args, run)
     if args.vision:
-        model, tokenizer = assemble(args.vision, args.llm, args.projector, args.seed)
+        model, tokenizer = assemble(args.vision, args.llm, args.projector or "mlp2x_gelu", args.seed)
     else:
         ranks.say(f"going on from {args.model}")
         model = load_model(args.model)
         tokenizer = load_tokenizer(args.model, model.config)
     if model.config.vision_config is None:
         raise ValueError(f"{args.model} is a decoder without a vision tower: build a LLaVA with --vision and --llm")
-    if args.image_mode and model.config.image_grid_pinpoints:
-        raise ValueError("--image-mode: this model takes its pictures in tiles (anyres), which is part of its shape")
+    recipes.check_model(args, model.config)
     model.config.image_mode = args.image_mode or model.config.image_mode
     if args.stage == 2 and args.template:
         model.config.template = args.template
@@ -455,7 +480,7 @@ def train_llava(args, ranks: Ranks, folder: Path):
         verify(args.init_from)
         ranks.say(f"weights as after step {runs.restore(args.init_from, model)} of {args.init_from}")
     data, images = data_files(args, ranks, "captions" if args.stage == 1 else "instruct")
-    template = args.template or ("plain" if args.stage == 1 else model.config.template)
+    template = args.template or model.config.template
     max_length = args.max_length or model.config.text_config.max_position_embeddings
     options = {"image_order": args.image_order, "seed": args.seed, "template": template, "questions": args.questions}
     dataset = Records(data, images, tokenizer, model.config, max_length, **options)

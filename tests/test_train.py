@@ -19,6 +19,7 @@ import shapes
 import towers
 import train
 from data import Records, batches, check_record, collate
+from llava import IGNORE
 from tokenizer import Tokenizer
 from weights import load_model
 
@@ -76,7 +77,7 @@ def test_learning_rate_of_the_worked_example():
     assert train.learning_rate(6 + 97, 200, 2e-5, warmup=0.03) == pytest.approx(1e-5)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 100, 5197])  # 5197: LLaVA-1.5's stage 2
+@pytest.mark.parametrize("steps", [1, 2, 7, 100, 5198])  # 5198: LLaVA-1.5's stage 2
 @pytest.mark.parametrize("warmup", [0.0, 0.03, 0.5])
 def test_learning_rate_rises_in_a_line_and_falls_to_zero(steps, warmup):
     rates = [train.learning_rate(step, steps, 1.0, warmup) for step in range(steps)]
@@ -199,7 +200,7 @@ def test_a_tower_that_trains_changes_up_to_its_last_used_block(tiny, command, tm
 # the same, however it is cut
 
 
-def gradients(model, args, micro):
+def gradients(model, args, micro, ranks=None):
     """What one step would hand to the optimizer, by name."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     result = {}
@@ -208,7 +209,7 @@ def gradients(model, args, micro):
         step=lambda: result.update({name: p.grad.clone() for name, p in named.items()}),
         zero_grad=lambda set_to_none: model.zero_grad(set_to_none),
     )
-    row = train.train_step(args, train.Ranks("cpu"), model, optimizer, micro, step=0)
+    row = train.train_step(args, ranks or train.Ranks("cpu"), model, optimizer, micro, step=0)
     return result, row
 
 
@@ -229,6 +230,53 @@ def test_a_batch_of_eight_is_eight_micro_batches_of_one(tiny, tmp_path, names):
     assert apart <= 1e-6 * math.sqrt(sum(g.square().sum().item() for g in whole.values()))
     assert cut_row["loss"] == pytest.approx(row["loss"], rel=1e-6)
     assert cut_row["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-6)
+
+
+def old_mean(model, micro):
+    """Transformers before 4.46: the mean over micro-batches of each one's mean over its supervised tokens."""
+    counts = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in micro]
+    return sum(model(**batch) / count for batch, count in zip(micro, counts) if count) / len(micro)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("silent", [False, True])
+def test_the_mean_of_micro_batches_is_that_of_old_transformers(tiny, tmp_path, world, silent):
+    records = json.loads((tiny.world / "instruct.json").read_text())[:BATCH]
+    records[5]["conversations"][1:] = [{"from": "gpt", "value": "7"}]
+    tokenizer, model = Tokenizer.load(tiny.stage1), load_model(tiny.stage1).train()
+    dataset = Records(write_records(tmp_path / "some.json", records), tiny.world, tokenizer, model.config, 1024)
+    micro = [collate([dataset[i], dataset[i + 1]], tokenizer.pad_id) for i in range(0, BATCH, 2)]
+    if silent:
+        micro[1]["labels"].fill_(IGNORE)
+    args = flags("--stage", 2, "--clip-grad", 0, "--loss-mean", "micro-batch")
+    train.choose_trainable(model, args.train)
+    loss = old_mean(model, micro)
+    loss.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    supervised = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in micro)
+    got = []
+    for rank in range(world):  # what DDP would average
+        ranks = SimpleNamespace(rank=0, world=world, device=torch.device("cpu"), total=lambda value: supervised)
+        got.append(gradients(model, args, micro[rank::world], ranks))
+    losses = [row["loss"] for _, row in got]
+    assert sum(losses) == pytest.approx(loss.item(), rel=1e-6)
+    apart = sum((sum(g[name] for g, _ in got) / world - wanted[name]).square().sum().item() for name in wanted)
+    assert math.sqrt(apart) <= 1e-6 * math.sqrt(sum(g.square().sum().item() for g in wanted.values()))
+    token = gradients(model, flags("--stage", 2, "--clip-grad", 0), micro)[1]["loss"]
+    assert abs(token / loss.item() - 1) > 1e-4  # so the two means are not the same by chance
+
+
+def test_no_supervised_token_at_all_is_nought(tiny):
+    tokenizer, model = Tokenizer.load(tiny.stage1), load_model(tiny.stage1).train()
+    dataset = Records(tiny.world / "instruct.json", tiny.world, tokenizer, model.config, 1024)
+    batch = collate([dataset[0]], tokenizer.pad_id)
+    batch["labels"].fill_(IGNORE)
+    for mean in ("token", "micro-batch"):
+        args = flags("--stage", 2, "--loss-mean", mean)
+        train.choose_trainable(model, args.train)
+        found, row = gradients(model, args, [batch, batch])
+        assert row["loss"] == row["grad_norm"] == 0 and not any(g.any() for g in found.values())
 
 
 def test_accumulated_runs_end_alike(tiny, command, tmp_path):
