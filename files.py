@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -104,10 +104,10 @@ def read_json(path: Path) -> dict:
 CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
 
 
-def write_tensors(path: Path | None, tensors: dict[str, torch.Tensor], gather: Callable = lambda tensor: tensor):
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], values: Iterator[torch.Tensor]):
     """A safetensors file, tensor by tensor, so that of a model spread over ranks only one is ever whole.
 
-    Args: gather: makes a tensor whole, on all ranks together; path: None on the ranks that only take part in that.
+    Args: tensors: whose shapes and types are written first; values: what they hold, in the same order.
     The format: the header's length (8 bytes, little-endian), the header (JSON), then the data end to end.
     """
     header, at = {}, 0
@@ -117,9 +117,7 @@ def write_tensors(path: Path | None, tensors: dict[str, torch.Tensor], gather: C
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path or os.devnull, "wb") as file:
+    with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            whole = gather(tensor)
-            if path is not None:
-                file.write(whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        for _, value in zip(tensors, values):
+            file.write(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -238,6 +238,7 @@ class Decoder(nn.Module):
         if config.gpt2:
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.recompute = False  # in training: keep only what goes into a layer, and run it again for the gradients
         self.norm = make_norm(config)
 
     def forward(
@@ -265,7 +266,10 @@ class Decoder(nn.Module):
         else:
             angles = rotary_angles(positions, self.config)
         for layer in self.layers:
-            x = layer(x, angles, mask, cache)
+            if self.recompute and self.training:
+                x = checkpoint(layer, x, angles, mask, cache, use_reentrant=False)
+            else:
+                x = layer(x, angles, mask, cache)
         if cache is not None:
             cache.used += new
         return self.norm(x)
@@ -341,7 +345,8 @@ class Llava(nn.Module):
 
     def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What the tower sees in N pictures (N, 3, S, S): (N, P, C) of the layer the config names, usually -2."""
-        return self.vision_tower(pixel_values.to(self.dtype), self.config.vision_feature_layer)
+        dtype = next(self.vision_tower.parameters()).dtype
+        return self.vision_tower(pixel_values.to(dtype), self.config.vision_feature_layer)
 
     def picture_tokens(self, vision_features: torch.Tensor, image_sizes: list[Size] | None) -> torch.Tensor:
         """Features (N, P, C) as the tokens (T, C) of all pictures in order; image_sizes only where there are tiles."""

@@ -96,8 +96,14 @@ class Ranks:
         return bool(ends[0] == -ends[1])
 
 
-def autocast(device: torch.device, dtype: str):
-    """bfloat16 arithmetic on float32 weights where the device has it; never float16, whose range loses gradients."""
+def arithmetic(device: torch.device, dtype: str) -> torch.dtype:
+    """What --dtype means here: bfloat16 where the device has it; never float16, whose range loses gradients."""
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    return getattr(torch, dtype)
+
+
+def autocast(device: torch.device, dtype: str):
+    """Arithmetic in bfloat16 on weights in float32, or all of it in float32."""
+    used = arithmetic(device, dtype)
+    return nullcontext() if used == torch.float32 else torch.autocast(device.type, used)

@@ -15,11 +15,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from files import publish, read_json, verify, write_json, write_manifest, write_tensors
 
@@ -50,7 +50,7 @@ def newest_run(*stages: int, part: str = "") -> Path:
 
 # Flags that change nothing about what is learnt, but for the order of sums: they may differ when a run is resumed.
 MAY_CHANGE = ("out", "resume", "allow_changes", "device", "workers", "save_every", "keep", "cache_gb", "timeout")
-MAY_CHANGE += ("accumulate", "compile", "check_replicas", "max_skips")
+MAY_CHANGE += ("accumulate", "compile", "check_replicas", "max_skips", "shard", "recompute")
 MAY_CHANGE += ("model", "vision", "llm", "steps")  # looked at once they are settled
 MAY_CHANGE += ("flags", "differs")  # what they tell is told by the rest
 
@@ -161,9 +161,10 @@ class Run:
             raise ValueError(f"{self.folder}: every checkpoint is damaged; another --out starts afresh")
         return None
 
-    def save_checkpoint(self, step: int, files: dict[str, dict[str, torch.Tensor]], keep: int):
+    def save_checkpoint(self, step: int, files: dict[str, dict], values: Iterator[torch.Tensor], keep: int):
         """Publish a checkpoint of these files' tensors, point `latest` at it, then drop all but the newest `keep`.
 
+        Args: files: tensors by file and name; values: what they hold, one after another.
         Raises ValueError with the bytes needed and free if it cannot be written; those before it are untouched then.
         """
         path = self.folder / f"checkpoint-{step:06d}"
@@ -171,7 +172,7 @@ class Run:
 
         def write(folder: Path):
             for name, tensors in files.items():
-                write_tensors(folder / name, tensors)
+                write_tensors(folder / name, tensors, values)
             write_json(folder / "state.json", {"step": step, "run": self.values})
             write_manifest(folder)
 
@@ -187,45 +188,7 @@ class Run:
             free = shutil.disk_usage(self.folder).free
             why = f"{error.strerror} ({needed:,} bytes needed, {free:,} free)"
             raise ValueError(f"step {step}: cannot write {path}: {why}; {self.last_good()}") from None
+        finally:
+            deque(values, maxlen=0)  # the other ranks take part in every one of them
         for older in self.checkpoints()[:-keep]:
             shutil.rmtree(older)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what a checkpoint holds
-
-
-def training_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
-    """Tensors per file: everything that trains, and what the optimizer keeps of each. Nothing that stands still.
-
-    No random state is among them: the order of the data and the seed of every step follow from (seed, step, rank).
-    """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    state = {f"{name}.{key}": value for name, p in trained.items() for key, value in optimizer.state[p].items()}
-    return {"trained.safetensors": trained, "optimizer.safetensors": state}
-
-
-def restore(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Put a checkpoint into the model, and into the optimizer if there is one; returns the step it was made after.
-
-    Raises ValueError if other parameters train now than then.
-    """
-    trained = load_file(folder / "trained.safetensors")
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if set(trained) != set(parameters):
-        differ = sorted(set(trained) ^ set(parameters))[:5]
-        raise ValueError(f"{folder}: other parameters train now than then: {', '.join(differ)}")
-    for name, p in parameters.items():
-        if trained[name].shape != p.shape:
-            raise ValueError(f"{folder}: {name} is {list(trained[name].shape)} there, {list(p.shape)} here")
-        p.data.copy_(trained[name])
-    if optimizer is not None:
-        state = load_file(folder / "optimizer.safetensors")
-        on_device = optimizer.defaults["fused"]  # the fused kernel reads the step there, the plain one on the CPU
-        for name, p in parameters.items():
-            optimizer.state[p] = {
-                key: state[f"{name}.{key}"].to("cpu" if key == "step" and not on_device else p.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{name}.{key}" in state
-            }
-    return read_json(folder / "state.json")["step"]

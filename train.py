@@ -18,7 +18,7 @@ import math
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from collections import deque
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -34,12 +33,13 @@ import plots
 import recipes
 import runs
 import shapes
+import sharding
 from clip import save_clip
 from data import CaptionPairs, Records, batches, collate, read_records
 from files import publish, verify
 from images import BadImage
 from llava import IGNORE, Llava
-from ranks import Ranks, autocast
+from ranks import Ranks, arithmetic, autocast
 from templates import TEMPLATES
 from tokenizer import Tokenizer, train_bpe
 from towers import SIZES, Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
@@ -121,6 +121,14 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="of the arithmetic; weights are float32",
     )
+    add("--shard", choices=sharding.MODES, default="ddp", help="what each rank holds: all, or a share; see sharding.py")
+    add("--recompute", action="store_true", help="keep a layer's input only, and run it again for its gradients")
+    add(
+        "--weights",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of what trains; bfloat16 takes half of the memory, optimizer included, and loses small updates",
+    )
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster; needs a C++ compiler")
     args = parser.parse_args(argv)
     args.flags = [key for key, value in vars(args).items() if value != parser.get_default(key)]
@@ -137,8 +145,8 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = set(args.train.split(",")) - {"vision", "projector", "llm"}
     if args.model and (args.vision or args.llm):
         parser.error("--model goes on from a LLaVA, --vision and --llm build a new one: name one or the other")
-    if args.stage == 0 and args.init_from:
-        parser.error("--init-from: only stages 1 and 2 go on from weights")
+    if args.stage == 0 and (args.init_from or args.shard == "fsdp"):
+        parser.error("--init-from and --shard fsdp are for stages 1 and 2")
     if args.stage > 0 and unknown:
         parser.error(f"--train {', '.join(unknown)}: choose from vision, projector, llm")
     return args
@@ -167,7 +175,7 @@ def settle(args, ranks: Ranks, run: runs.Run, records: int):
     ranks.say(recipes.describe(args))
 
 
-def make_optimizer(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> torch.optim.Optimizer:
     """AdamW over what trains: a group per component, each with its own rate, matrices with weight decay."""
     rates = {"vision_tower": args.lr_vision, "multi_modal_projector": args.lr_projector}
     groups = {}
@@ -187,7 +195,7 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> 
         ranks.say(f"{group['component']:<24}{count:>14,}{group['peak']:>10.1e}{group['weight_decay']:>8g}")
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     ranks.say(f"{'(frozen)':<24}{frozen:>14,}")
-    return torch.optim.AdamW(list(groups.values()), lr=args.lr, betas=(0.9, args.beta2), fused=True)
+    return sharding.make_adamw(list(groups.values()), args.shard, lr=args.lr, betas=(0.9, args.beta2))
 
 
 def make_loader(dataset, args, ranks: Ranks, pad_id: int, start: int, group: int) -> DataLoader:
@@ -239,16 +247,15 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
     Raises ValueError if it cannot go on, naming the last good checkpoint; SystemExit when a signal ends it.
     """
     settle(args, ranks, run, len(dataset))
-    model.to(ranks.device)
+    sharding.place(model, args.shard, ranks, arithmetic(ranks.device, args.dtype))
     optimizer = make_optimizer(model, args, ranks)
     ranks.on_first(run.open)
     checkpoint = ranks.on_first(run.newest_good)
-    start = runs.restore(checkpoint, model, optimizer) if checkpoint else 0
+    start = sharding.restore(checkpoint, model, optimizer) if checkpoint else 0
     skipped = ranks.on_first(run.start, start)
+    # A rank without a picture leaves a training tower without gradients.
     network = torch.compile(model) if args.compile else model
-    if dist.is_initialized():
-        unused = "vision" in args.train  # a rank without a picture leaves a training tower without gradients
-        network = DistributedDataParallel(network, find_unused_parameters=unused)
+    network = sharding.make_network(network, args.shard, some_unused="vision" in args.train)
     loader = iter(make_loader(dataset, args, ranks, pad_id, start, group))
     model.train()
     bar = tqdm(
@@ -269,26 +276,34 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
             stopping = ranks.largest(stop.asked)
             due = (step + 1) % args.save_every == 0 and not skipped  # what makes steps fail may be in the weights
             if due or stopping:
-                check_weights(ranks, run, model, step + 1)
-                state = runs.training_state(model, optimizer)
-                ranks.on_first(run.save_checkpoint, step + 1, state, args.keep)
+                save_checkpoint(args, ranks, run, model, optimizer, step + 1)
             elif (step + 1) % args.check_replicas == 0:
-                check_weights(ranks, run, model, step + 1)
+                check_weights(args, ranks, run, model, step + 1)
             if stopping:
                 bar.close()
                 ranks.say(f"stopped after step {step + 1}; the same command with --out {run.folder} --resume goes on")
                 raise SystemExit(128 + stopping)
     faulthandler.cancel_dump_traceback_later()
-    check_weights(ranks, run, model, args.steps)
-    ranks.on_first(finish, run, save)
+    check_weights(args, ranks, run, model, args.steps)
+    ranks.on_first(finish, run, partial(save, sharding.whole_weights(model, ranks)))
 
 
-def check_weights(ranks: Ranks, run: runs.Run, model: nn.Module, step: int):
+def save_checkpoint(args, ranks: Ranks, run: runs.Run, model: nn.Module, optimizer, step: int):
+    """All ranks hand over what they hold, rank 0 writes. Raises ValueError as check_weights and Run's own do."""
+    check_weights(args, ranks, run, model, step)
+    state = sharding.training_state(model, optimizer, ranks)
+    values = sharding.gathered(state, optimizer)
+    if not ranks.first:
+        deque(values, maxlen=0)
+    ranks.on_first(run.save_checkpoint, step, state, values, args.keep)
+
+
+def check_weights(args, ranks: Ranks, run: runs.Run, model: nn.Module, step: int):
     """Raises ValueError, on all ranks, if what trained is not finite, or not the same on every rank."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [sharding.own_slice(p) for p in sharding.trained_parameters(model).values()]
     if ranks.largest(not all(bool(p.isfinite().all()) for p in trained)):
         raise ValueError(f"step {step}: weights are not finite; {run.last_good()}")
-    if not ranks.hold_the_same(trained):
+    if args.shard != "fsdp" and not ranks.hold_the_same(trained):
         raise ValueError(f"step {step}: the ranks' weights differ; {run.last_good()}")
 
 
@@ -332,18 +347,17 @@ def train_step(args, ranks: Ranks, network: nn.Module, optimizer, micro: list[di
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro):
         batch = {k: v.to(ranks.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-        last = i == len(micro) - 1  # gradients cross the wire once per step, with the last micro-batch
-        synced = nullcontext() if last or not dist.is_initialized() else network.no_sync()
-        with synced:
+        with sharding.synced(network, last=i == len(micro) - 1):
             with autocast(ranks.device, args.dtype):
                 loss = network(**batch) * weights[i]
-            # DDP averages over ranks; we want the sum over ranks divided by all supervised tokens.
+            # Ranks' gradients are averaged; we want their sum, divided by all supervised tokens.
             (loss * ranks.world / max(1, supervised)).backward()
         total += loss.detach()
     if dist.is_initialized():
         dist.all_reduce(total)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf))
+    norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
+    norm = float(norm.full_tensor() if sharding.sliced(norm) else norm)
     loss = float(total) / max(1, supervised)
     # Both were summed over the ranks, so all of them decide alike.
     finite = math.isfinite(loss) and math.isfinite(norm)
@@ -366,7 +380,7 @@ def train_clip(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
     dataset = CaptionPairs(*data_files(args, ranks, "captions"), tokenizer, model.config, args.image_mode or "pad")
     whiten_patches(model, dataset)
 
-    def save(folder: Path):
+    def save(trained: dict, folder: Path):
         save_clip(model, folder)
         tokenizer.save(folder)
 
@@ -380,7 +394,7 @@ def train_decoder(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
     options = {"text_only": True, "questions": args.questions}
     dataset = Records(data, images, tokenizer, model.config, args.max_length or 1024, **options)
 
-    def save(folder: Path):
+    def save(trained: dict, folder: Path):
         save_model(model, folder)
         tokenizer.save(folder)
 
@@ -447,7 +461,7 @@ def precompute_features(args, ranks: Ranks, model: Llava, dataset: Records):
     gigabytes = len(pictures) * max(tiles) * vision.num_patches * vision.hidden_size * 4 / 1e9
     if "vision" in args.train or gigabytes > args.cache_gb or not pictures:
         return
-    model.to(ranks.device).eval()
+    model.vision_tower.to(ranks.device)
     for i in tqdm(range(0, len(pictures), 64), "features of the frozen tower", disable=not ranks.first, unit="batch"):
         part = {name: dataset.picture(name, index) for name, index in pictures[i : i + 64]}
         pixels = torch.cat([picture.pixels for picture in part.values()])
@@ -478,7 +492,7 @@ def train_llava(args, ranks: Ranks, folder: Path):
     choose_trainable(model, args.train)
     if args.init_from:
         verify(args.init_from)
-        ranks.say(f"weights as after step {runs.restore(args.init_from, model)} of {args.init_from}")
+        ranks.say(f"weights as after step {sharding.restore(args.init_from, model)} of {args.init_from}")
     data, images = data_files(args, ranks, "captions" if args.stage == 1 else "instruct")
     template = args.template or model.config.template
     max_length = args.max_length or model.config.text_config.max_position_embeddings
@@ -486,10 +500,14 @@ def train_llava(args, ranks: Ranks, folder: Path):
     dataset = Records(data, images, tokenizer, model.config, max_length, **options)
     if args.whiten and args.vision and dataset.pictures():
         whiten_projector(model, dataset)
+    # What stands still is kept as it came, for the finished model's files; in training it is as narrow as can be.
+    frozen = {name: p.data for name, p in model.named_parameters() if ranks.first and not p.requires_grad}
+    sharding.narrow(model, args.shard, getattr(torch, args.weights), arithmetic(ranks.device, args.dtype))
     precompute_features(args, ranks, model, dataset)
+    model.language_model.model.recompute = args.recompute
 
-    def save(folder: Path):
-        save_model(model, folder)
+    def save(trained: dict, folder: Path):
+        save_model(model, folder, frozen | trained)
         tokenizer.save(folder)
 
     fit(args, ranks, run, model, dataset, tokenizer.pad_id, save)

@@ -481,16 +481,19 @@ def grow_vocabulary(model: Llava, size: int):
 # writing
 
 
-def save_model(model: Llava, folder: str | Path):
+def save_model(model: Llava, folder: str | Path, weights: dict[str, torch.Tensor] | None = None):
     """Write config.json and model.safetensors (in shards, if large) as transformers' own classes load them.
 
     A LLaVA of the LLaMA family with the mlp2x_gelu projector is a LlavaForConditionalGeneration, a decoder alone a
     LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or GPT2LMHeadModel.
+
+    Args: weights: what its parameters are, by name, where the model itself holds them narrowed or in slices.
     """
     folder, config = Path(folder), model.config
-    state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    weights = model.state_dict() if weights is None else weights
+    state = {key: value.detach().contiguous() for key, value in weights.items()}
     if config.text_config.tie_word_embeddings:
-        del state[HEAD]  # the same tensor as the embedding; stored once
+        state.pop(HEAD, None)  # the same tensor as the embedding; stored once
     if config.vision_config is None:
         state = rename_back(state, gpt2("transformer.") if config.text_config.gpt2 else llama("model.", ""))
     write_shards(state, folder)

@@ -17,9 +17,11 @@ from torch import nn
 
 import files
 import runs
+import sharding
 import train
 
 REPOSITORY = Path(train.__file__).parent
+RANKS = train.Ranks("cpu")
 
 
 def trained_by(steps):
@@ -36,7 +38,7 @@ def trained_by(steps):
 
 def same(one, two):
     """Whether two pairs of model and optimizer hold the same bits."""
-    states = [runs.training_state(*pair) for pair in (one, two)]
+    states = [sharding.training_state(*pair, RANKS) for pair in (one, two)]
     assert [list(state) for state in states[0].values()] == [list(state) for state in states[1].values()]
     tensors = [[value for file in state.values() for value in file.values()] for state in states]
     return all(torch.equal(a, b) for a, b in zip(*tensors))
@@ -49,12 +51,18 @@ def opened(folder, resume=False):
     return run
 
 
+def save(run, step):
+    model, optimizer = trained_by(step)
+    state = sharding.training_state(model, optimizer, RANKS)
+    run.save_checkpoint(step, state, sharding.gathered(state, optimizer), keep=2)
+
+
 @pytest.fixture
 def two(tmp_path):
     """A run with checkpoints after steps 2 and 4."""
     run = opened(tmp_path / "run")
     for step in (2, 4):
-        run.save_checkpoint(step, runs.training_state(*trained_by(step)), keep=2)
+        save(run, step)
     return run
 
 
@@ -62,7 +70,7 @@ def newest(folder):
     """What a resume would find: (step, model and optimizer)."""
     path = runs.Run(folder, {"stage": 1}, resume=True).newest_good()
     pair = trained_by(0)
-    return runs.restore(path, *pair), pair
+    return sharding.restore(path, *pair), pair
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,14 +85,14 @@ def test_a_checkpoint_brings_back_every_bit(two):
 def test_our_files_are_those_safetensors_writes(tmp_path):
     tensors = {"a": torch.randn(3, 2), "b": torch.randn(()), "c": torch.randn(5, dtype=torch.bfloat16)}
     tensors |= {"d": torch.arange(6).view(2, 3).T, "e": torch.empty(0, 4), "f": torch.tensor([1, 255]).byte()}
-    files.write_tensors(tmp_path / "x.safetensors", tensors)
+    files.write_tensors(tmp_path / "x.safetensors", tensors, iter(tensors.values()))
     back = load_file(tmp_path / "x.safetensors")
     assert list(back) == list(tensors) and all(torch.equal(back[key], tensors[key]) for key in tensors)
     assert all(back[key].dtype == tensors[key].dtype for key in tensors)
 
 
 def test_the_newest_are_kept_and_latest_points_at_the_last(two):
-    two.save_checkpoint(6, runs.training_state(*trained_by(6)), keep=2)
+    save(two, 6)
     assert [path.name for path in two.checkpoints()] == ["checkpoint-000004", "checkpoint-000006"]
     assert (two.folder / "latest").resolve() == two.checkpoints()[-1].resolve()
 
@@ -157,10 +165,10 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_it_stays(two):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # as close to a full disk as one gets without a disk
     try:
         with pytest.raises(ValueError) as caught:
-            two.save_checkpoint(6, runs.training_state(*trained_by(6)), keep=2)
+            save(two, 6)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    needed = sum(tensor.nbytes for file in runs.training_state(*trained_by(6)).values() for tensor in file.values())
+    needed = sum(t.nbytes for file in sharding.training_state(*trained_by(6), RANKS).values() for t in file.values())
     line = str(caught.value)
     assert "checkpoint-000006" in line and "File too large" in line and f"{needed} bytes needed" in line
     assert "the last good checkpoint" in line and "checkpoint-000004" in line and len(line.splitlines()) == 1

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import BATCH, STEPS
-from faults import kill_at
+from faults import finish, kill_at
 from safetensors.torch import load_file, save_file
 
 import shapes
@@ -317,7 +317,8 @@ fit = train.fit
 
 def fit_and_keep(args, ranks, run, model, *rest, **more):
     fit(args, ranks, run, model, *rest, **more)
-    torch.save(model.state_dict(), f"{args.out}-rank{ranks.rank}.pt")
+    state = {name: tensor for name, tensor in model.state_dict().items() if args.shard != "fsdp"}
+    torch.save(state, f"{args.out}-rank{ranks.rank}.pt")
 
 train.fit = fit_and_keep
 for attempt, argv in enumerate(json.loads(open(sys.argv[1]).read())):
@@ -344,6 +345,9 @@ def ranks(tiny, command, tmp_path_factory):
         "clip": [*tiny.flags["clip"], *short],
         "stage2": [*tiny.flags["stage2"], *short],
         "accumulated": [*tiny.flags["stage2"], *short, "--accumulate", 2],
+        "zero1": [*tiny.flags["stage2"], *short, "--shard", "zero1", "--accumulate", 2],
+        "fsdp": [*tiny.flags["stage2"], *short, "--shard", "fsdp", "--accumulate", 2, "--recompute"],
+        "fsdp1": [*tiny.flags["stage1"], *short, "--shard", "fsdp"],
         "lopsided1": [*tiny.flags["stage1"], *short, "--data", lopsided["captions"], "--images", tiny.world],
         "lopsided2": [*tiny.flags["stage2"], *short, "--data", lopsided["dialogues"], "--images", tiny.world],
     }
@@ -369,7 +373,7 @@ def ranks(tiny, command, tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", ["stage2", "accumulated", "lopsided1", "lopsided2"])
+@pytest.mark.parametrize("name", ["stage2", "accumulated", "zero1", "fsdp", "fsdp1", "lopsided1", "lopsided2"])
 def test_two_ranks_end_where_one_does(ranks, name):
     one, two = weights(ranks / f"{name}-alone"), weights(ranks / name)
     assert all(torch.allclose(one[key], two[key], rtol=0, atol=1e-5) for key in one)
@@ -385,7 +389,7 @@ def test_two_ranks_lose_what_one_does(ranks, name):
     assert losses(folders[0]) == pytest.approx(losses(folders[1]), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["clip", "stage2", "accumulated", "lopsided1", "lopsided2", "lopsided_vision"])
+@pytest.mark.parametrize("name", ["clip", "stage2", "accumulated", "zero1", "lopsided1", "lopsided_vision"])
 def test_replicas_stay_equal(ranks, name):
     first, second = (torch.load(ranks / f"{name}-rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
@@ -429,6 +433,51 @@ def test_killed_and_resumed_is_bitwise_uninterrupted(tiny, command, tmp_path, in
         == json.loads((reference / "run.json").read_text())["loss"]
     )
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in reference.iterdir())
+
+
+@pytest.mark.parametrize("ranks, shard, then", [(2, "zero1", 1), (2, "fsdp", 1), (1, "ddp", 2)])
+def test_a_run_goes_on_with_other_ranks(tiny, tmp_path, ranks, shard, then):
+    argv = [*tiny.flags["stage2"], "--lr", 1e-4, "--out", tmp_path / "run"]
+    alone = [*tiny.flags["stage2"], "--lr", 1e-4, "--out", tmp_path / "alone"]
+    kill_at([*argv, "--shard", shard], ("train.train_step", "", 6, tmp_path / "here"), ranks)
+    assert (tmp_path / "run/checkpoint-000004/manifest.json").exists()
+    finish([*argv, "--resume", "--shard", "fsdp" if then == 2 else "ddp"], then)
+    finish(alone)
+    one, two = weights(tmp_path / "alone"), weights(tmp_path / "run")
+    assert all(torch.allclose(one[key], two[key], rtol=0, atol=1e-5) for key in one)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+
+
+def test_recomputed_activations_give_the_same_gradients(tiny):
+    args, tokenizer = flags("--stage", 2, "--train", "vision,projector,llm"), Tokenizer.load(tiny.stage1)
+    model = load_model(tiny.stage1).train()
+    train.choose_trainable(model, args.train)
+    dataset = Records(tiny.world / "instruct.json", tiny.world, tokenizer, model.config, 1024)
+    micro = [collate([dataset[i] for i in range(4)], tokenizer.pad_id)]
+    kept, _ = gradients(model, args, micro)
+    model.language_model.model.recompute = True
+    again, _ = gradients(model, args, micro)
+    assert kept.keys() == again.keys() and all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_in_bfloat16_what_stands_still_is_saved_as_it_came(tiny, command, tmp_path, stage):
+    argv = [*tiny.flags[stage], "--dtype", "bfloat16", "--out", tmp_path / "run"]
+    command(train, *argv)
+    narrow, wide = weights(tmp_path / "run"), weights(tiny.folders[stage])
+    same = {key for key in narrow if torch.equal(narrow[key], wide[key])}
+    trained = ("multi_modal_projector",) if stage == "stage1" else ("multi_modal_projector", "language_model")
+    assert same == {key for key in narrow if not key.startswith(trained)}
+    assert all(narrow[key].dtype == torch.float32 for key in narrow)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tiny.folders[stage]), rel=0.02)
+
+
+def test_states_of_bfloat16_when_asked(tiny, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.runs.Run, "finish", lambda *_: None)
+    argv = [*tiny.flags["stage2"], "--dtype", "bfloat16", "--weights", "bfloat16", "--out", tmp_path / "run"]
+    command(train, *argv)
+    kept = load_file(tmp_path / "run/latest/optimizer.safetensors")
+    assert {value.dtype for key, value in kept.items() if not key.endswith(".step")} == {torch.bfloat16}
 
 
 def test_a_finished_run_is_not_trained_again(tiny, command, tmp_path):

@@ -1,0 +1,174 @@
+"""What every rank holds of parameters, gradients and optimizer states: all of it, or a share.
+
+    ddp      everything on every rank; gradients are averaged (the default)
+    zero1    each rank keeps the optimizer's states of its share of the parameters (Rajbhandari et al. 2019, 1910.02054)
+    fsdp     each rank keeps a slice of everything, and a block is whole only while it is used (FSDP2)
+
+Bytes per parameter and rank, of 16 in float32 with AdamW (weights 4, gradients 4, states 8): 16, 8 + 8 / N, 16 / N.
+A checkpoint is the same whichever it was: whole tensors, so that any number of ranks goes on from it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from files import read_json
+from ranks import Ranks
+
+MODES = ("ddp", "zero1", "fsdp")
+STATES = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+
+
+def narrow(model: nn.Module, mode: str, trained: torch.dtype, frozen: torch.dtype):
+    """Give what trains one type and what stands still the other; in slices, where one block has one type, all one."""
+    for p in model.parameters():
+        p.data = p.data.to(trained if p.requires_grad or mode == "fsdp" else frozen)
+
+
+def place(model: nn.Module, mode: str, ranks: Ranks, dtype: torch.dtype):
+    """Move a model to the device, under fsdp in slices: decoder layers are gathered one by one, the rest for a step.
+
+    Args: dtype: of the arithmetic. Slices travel in it and are kept in float32, as autocast does with whole weights.
+    """
+    if mode != "fsdp" or not dist.is_initialized():
+        model.to(ranks.device)
+        return
+    from torch.distributed.device_mesh import init_device_mesh  # here and below: 2 seconds that few runs need
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    for part in [*model.language_model.model.layers, model]:
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+
+
+def make_network(model: nn.Module, mode: str, some_unused: bool) -> nn.Module:
+    """What is called in training, and averages gradients over the ranks. Alone, or under fsdp, the model itself."""
+    if not dist.is_initialized() or mode == "fsdp":
+        return model
+    return DistributedDataParallel(model, find_unused_parameters=some_unused)
+
+
+def make_adamw(groups: list[dict], mode: str, **options) -> torch.optim.Optimizer:
+    """Groups' own rates and decays go before the options. Fused: one kernel for all parameters of a group."""
+    if not dist.is_initialized() or mode != "zero1":
+        return torch.optim.AdamW(groups, fused=True, **options)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, fused=True, **options)
+
+
+@contextmanager
+def synced(network: nn.Module, last: bool):
+    """Gradients cross the wire once per step, with the last micro-batch."""
+    if isinstance(network, DistributedDataParallel):
+        with nullcontext() if last else network.no_sync():
+            yield
+    else:
+        if hasattr(network, "set_requires_gradient_sync"):
+            network.set_requires_gradient_sync(last)
+        yield
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def sliced(tensor: torch.Tensor) -> bool:
+    """Whether this rank holds a slice only (torch's DTensor)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def own_slice(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if sliced(tensor) else tensor
+
+
+def local(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """What updates this rank's parameters; under zero1 a part of the whole."""
+    return getattr(optimizer, "optim", optimizer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# there and back
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, dict]:
+    """Tensors per file of a checkpoint: everything that trains, and what the optimizer keeps of each.
+
+    Sharded ones are made whole by `gathered`. No random state is among them: the order of the data and the seed of
+    every step follow from (seed, step, rank).
+    """
+    trained, states = trained_parameters(model), {}
+    if ranks.largest(bool(local(optimizer).state)):  # there are none before the first step
+        for name, p in trained.items():
+            none = {"step": torch.zeros((), device=p.device)} | dict.fromkeys(STATES[1:], torch.zeros_like(p))
+            kept = local(optimizer).state.get(p) or none
+            states |= {f"{name}.{key}": kept[key].detach() for key in STATES}
+    return {"trained.safetensors": trained, "optimizer.safetensors": states}
+
+
+def gathered(state: dict[str, dict], optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """The tensors of `training_state` in order, whole on rank 0, one at a time; all ranks go through them together."""
+    for name, tensors in state.items():
+        for tensor in tensors.values():
+            if sliced(tensor):
+                tensor = tensor.full_tensor()
+            elif local(optimizer) is not optimizer and name.startswith("optimizer"):
+                tensor = tensor.clone()
+                dist.reduce(tensor, dst=0)  # all but the owner hold zeros
+            yield tensor.detach()
+
+
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Put a checkpoint into the model, and into the optimizer if there is one; returns the step it was made after.
+
+    Raises ValueError if other parameters train now than then.
+    """
+    whole, trained = load_file(folder / "trained.safetensors"), trained_parameters(model)
+    if set(whole) != set(trained):
+        differ = sorted(set(whole) ^ set(trained))[:5]
+        raise ValueError(f"{folder}: other parameters train now than then: {', '.join(differ)}")
+    for name, p in trained.items():
+        if whole[name].shape != p.shape:
+            raise ValueError(f"{folder}: {name} is {list(whole[name].shape)} there, {list(p.shape)} here")
+        p.data.copy_(like(whole[name], p))
+    if optimizer is not None:
+        restore_states(load_file(folder / "optimizer.safetensors"), trained, optimizer)
+    return read_json(folder / "state.json")["step"]
+
+
+def restore_states(whole: dict[str, torch.Tensor], trained: dict[str, nn.Parameter], optimizer):
+    """Each rank takes the states of the parameters it updates."""
+    own = {id(p) for group in local(optimizer).param_groups for p in group["params"]}
+    for name, p in trained.items():
+        if id(p) in own and f"{name}.step" in whole:
+            # the fused kernel reads the step where the parameter is
+            step = whole[f"{name}.step"].to(p.device)
+            local(optimizer).state[p] = {"step": step} | {key: like(whole[f"{name}.{key}"], p) for key in STATES[1:]}
+
+
+def like(whole: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """A whole tensor where the parameter is, or the slice of it that this rank has of the parameter."""
+    whole = whole.to(p.device)
+    if not sliced(p):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def whole_weights(model: nn.Module, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """What trained, whole and on the CPU of rank 0; nothing on the others."""
+    whole = {}
+    for name, p in trained_parameters(model).items():
+        tensor = p.full_tensor() if sliced(p) else p
+        if ranks.first:
+            whole[name] = tensor.detach().cpu()
+    return whole
