@@ -379,11 +379,9 @@ class Llava(nn.Module):
         if count:
             return x.masked_scatter(places[..., None], tokens.to(x.dtype))  # autocast may have narrowed them
         if self.training and self.config.vision_config is not None:
-            # A batch of text only must still touch the projector: DDP waits for its gradient on every rank.
-            width = self.config.vision_config.hidden_size
-            x = x + 0 * self.multi_modal_projector(x.new_zeros(1, width)).sum()
-            if self.config.image_grid_pinpoints:
-                x = x + 0 * self.image_newline
+            # A batch of text only must still touch all that pictures train: other ranks wait for its gradients.
+            seen = [p for name, p in self.named_parameters() if not name.startswith("language_model.")]
+            x = x + 0 * sum(p.flatten()[0] for p in seen if p.requires_grad)
         return x
 
     def forward(

@@ -48,11 +48,11 @@ def place(model: nn.Module, mode: str, ranks: Ranks, dtype: torch.dtype):
         fully_shard(part, mesh=mesh, mp_policy=policy)
 
 
-def make_network(model: nn.Module, mode: str, some_unused: bool) -> nn.Module:
+def make_network(model: nn.Module, mode: str) -> nn.Module:
     """What is called in training, and averages gradients over the ranks. Alone, or under fsdp, the model itself."""
     if not dist.is_initialized() or mode == "fsdp":
         return model
-    return DistributedDataParallel(model, find_unused_parameters=some_unused)
+    return DistributedDataParallel(model)
 
 
 def make_adamw(groups: list[dict], mode: str, **options) -> torch.optim.Optimizer:

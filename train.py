@@ -253,9 +253,7 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
     checkpoint = ranks.on_first(run.newest_good)
     start = sharding.restore(checkpoint, model, optimizer) if checkpoint else 0
     skipped = ranks.on_first(run.start, start)
-    # A rank without a picture leaves a training tower without gradients.
-    network = torch.compile(model) if args.compile else model
-    network = sharding.make_network(network, args.shard, some_unused="vision" in args.train)
+    network = sharding.make_network(torch.compile(model) if args.compile else model, args.shard)
     loader = iter(make_loader(dataset, args, ranks, pad_id, start, group))
     model.train()
     bar = tqdm(

@@ -352,6 +352,7 @@ def ranks(tiny, command, tmp_path_factory):
         "lopsided2": [*tiny.flags["stage2"], *short, "--data", lopsided["dialogues"], "--images", tiny.world],
     }
     commands["lopsided_vision"] = [*commands["lopsided2"], "--train", "vision,projector,llm"]
+    commands["lopsided_fsdp"] = [*commands["lopsided_vision"], "--shard", "fsdp"]
     for name, argv in commands.items():
         command(train, *argv, "--out", root / f"{name}-alone")
     (root / "rank.py").write_text(RANK)
@@ -380,7 +381,7 @@ def test_two_ranks_end_where_one_does(ranks, name):
     assert losses(ranks / name) == pytest.approx(losses(ranks / f"{name}-alone"), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["clip", "lopsided_vision"])
+@pytest.mark.parametrize("name", ["clip", "lopsided_vision", "lopsided_fsdp"])
 def test_two_ranks_lose_what_one_does(ranks, name):
     # Not the weights: CLIP's key biases have gradients of rounding only, which Adam blows up to whole steps.
     folders = [ranks / name / "clip", ranks / f"{name}-alone/clip"]
