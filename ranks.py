@@ -45,16 +45,21 @@ class Ranks:
         if self.first:
             print(text, file=sys.stderr, flush=True)
 
-    def total(self, value: int, operation=dist.ReduceOp.SUM) -> int:
-        """Sum over the ranks."""
+    def totals(self, *values: int, operation=dist.ReduceOp.SUM) -> list[int]:
+        """Each value's sum over the ranks."""
         if not dist.is_initialized():
-            return int(value)
-        tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
+            return [int(value) for value in values]
+        tensor = torch.tensor(values, dtype=torch.int64, device=self.device)
         dist.all_reduce(tensor, operation)
-        return int(tensor)
+        return tensor.tolist()
 
     def largest(self, value: int) -> int:
-        return self.total(value, dist.ReduceOp.MAX)
+        return self.totals(value, operation=dist.ReduceOp.MAX)[0]
+
+    def add_up(self, tensor: torch.Tensor):
+        """Put the sum over the ranks in the place of a tensor."""
+        if dist.is_initialized():
+            dist.all_reduce(tensor)
 
     def agree(self, value):
         """Rank 0's value, on every rank."""

@@ -29,6 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import meters
 import plots
 import recipes
 import runs
@@ -58,7 +59,8 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--stage", type=int, choices=(0, 1, 2), required=True, help="0 towers, 1 projector, 2 projector and decoder")
+    add("--stage", type=int, choices=(0, 1, 2), help="0 towers, 1 projector, 2 projector and decoder")
+    add("--plot", nargs="+", type=Path, metavar="RUN", help="draw the logs of these runs in one picture, and no more")
     add("--recipe", choices=recipes.RECIPES, default="world", help="what sets every knob that no flag sets; see below")
     add("--tower", choices=("both", "clip", "decoder"), default="both", help="stage 0: which tower")
     add("--model", type=Path, help="LLaVA to go on from; default: the newest finished run of the stage before")
@@ -113,6 +115,7 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-skips", type=int, default=3, help="steps in a row that may be left out because a number is not finite")
     add("--check-replicas", type=int, default=100, help="steps between checks that all ranks hold the same weights")
     add("--timeout", type=float, default=1800, help="seconds without a step after which a process counts as hung")
+    add("--board", nargs="+", choices=meters.BOARDS, default=[], help="show the log there too, if it is installed")
     add("--seed", type=int, default=0, help="of the new weights and of the order of the data")
     add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     add(
@@ -131,6 +134,10 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster; needs a C++ compiler")
     args = parser.parse_args(argv)
+    if args.plot:
+        return args
+    if args.stage is None:
+        parser.error("--stage says what to train: 0, 1 or 2")
     args.flags = [key for key, value in vars(args).items() if value != parser.get_default(key)]
     try:
         recipes.fill(args)
@@ -140,6 +147,8 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     for key in counts:
         if getattr(args, key) is not None and getattr(args, key) < 1:
             parser.error(f"--{key.replace('_', '-')} must be at least 1")
+    if missing := meters.missing_boards(args.board):
+        parser.error(f"--board {missing[0]}: it is not installed (pip install {missing[0]})")
     if args.epochs is not None and not 0 < args.epochs < math.inf:
         parser.error("--epochs must be above 0")
     unknown = set(args.train.split(",")) - {"vision", "projector", "llm"}
@@ -256,16 +265,18 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
     network = sharding.make_network(torch.compile(model) if args.compile else model, args.shard)
     loader = iter(make_loader(dataset, args, ranks, pad_id, start, group))
     model.train()
+    boards = meters.Boards(args.board if ranks.first else [], run.folder, run.values)
     bar = tqdm(
         range(start, args.steps), run.folder.name, args.steps, initial=start, disable=not ranks.first, unit="step"
     )
     with Stop() as stop:
         for step in bar:
             faulthandler.dump_traceback_later(args.timeout, exit=True, file=sys.__stderr__)  # hung: say where, and end
-            row = {"step": step + 1, **measured_step(args, ranks, network, optimizer, loader, step)}
+            row = {"step": step + 1, **measured_step(args, ranks, model, network, optimizer, loader, step)}
             skipped = skipped + 1 if "skipped" in row else 0
             if ranks.first:
                 run.write_row(row)
+                boards.write(row)
                 bar.set_postfix({key: row[key] for key in ("loss", "tokens_per_s", "data_wait")}, refresh=False)
             if skipped > args.max_skips:
                 raise ValueError(f"step {step + 1}: {row['skipped']}, {skipped} steps in a row; {run.last_good()}")
@@ -317,14 +328,22 @@ def finish(run: runs.Run, save):
     print(f"{run.folder}: loss {loss:.3f} over the last {len(tail)} steps{more}", file=sys.stderr, flush=True)
 
 
-def measured_step(args, ranks: Ranks, network: nn.Module, optimizer, loader, step: int) -> dict:
-    """train_step on the next micro-batches, with the time it took and the share of it spent waiting for data."""
+def measured_step(args, ranks: Ranks, model: nn.Module, network: nn.Module, optimizer, loader, step: int) -> dict:
+    """train_step on the next micro-batches, and what it cost. mfu: share of what this rank's GPU could do at most."""
     begin = time.perf_counter()
     micro = [next(loader) for _ in range(args.accumulate)]
     waited = time.perf_counter() - begin
+    lengths = torch.cat([meters.lengths_of(batch["labels"]) for batch in micro])
+    tiles = sum(len(batch["pixel_values"]) for batch in micro if batch["pixel_values"] is not None)
+    tokens, samples = ranks.totals(lengths.sum(), len(lengths))
     row = train_step(args, ranks, network, optimizer, micro, step)
     seconds = time.perf_counter() - begin
-    return row | {"tokens_per_s": round(row.pop("tokens") / seconds), "data_wait": round(waited / seconds, 3)}
+    row |= {"tokens_per_s": round(tokens / seconds), "samples_per_s": round(samples / seconds, 2)}
+    row |= {"data_wait": round(waited / seconds, 3), "memory_gb": round(meters.peak_memory(ranks.device) / 1e9, 3)}
+    if peak := meters.peak_of(ranks.device):
+        flops = meters.step_flops(model, int(lengths.sum()), float(lengths.float().mean()), tiles)
+        row["mfu"] = round(flops / seconds / peak, 4)
+    return row
 
 
 def train_step(args, ranks: Ranks, network: nn.Module, optimizer, micro: list[dict], step: int) -> dict:
@@ -336,11 +355,10 @@ def train_step(args, ranks: Ranks, network: nn.Module, optimizer, micro: list[di
     for group in optimizer.param_groups:
         group["lr"] = rate * group["peak"]
     counts = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in micro]
-    supervised = ranks.total(sum(counts))
+    (supervised,) = ranks.totals(sum(counts))
     weights = [1.0] * len(micro)
     if args.loss_mean == "micro-batch":
         weights = [supervised / (max(1, count) * len(micro) * ranks.world) for count in counts]
-    tokens = ranks.total(sum(batch["input_ids"].numel() for batch in micro))
     torch.manual_seed((args.seed << 44) + (step << 16) + ranks.rank)  # chance does not depend on the steps before
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro):
@@ -351,20 +369,24 @@ def train_step(args, ranks: Ranks, network: nn.Module, optimizer, micro: list[di
             # Ranks' gradients are averaged; we want their sum, divided by all supervised tokens.
             (loss * ranks.world / max(1, supervised)).backward()
         total += loss.detach()
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
-    norm = float(norm.full_tensor() if sharding.sliced(norm) else norm)
-    loss = float(total) / max(1, supervised)
-    # Both were summed over the ranks, so all of them decide alike.
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    if finite:
+    ranks.add_up(total)
+    return update(args, ranks, optimizer, float(total) / max(1, supervised), step) | {"supervised": supervised}
+
+
+def update(args, ranks: Ranks, optimizer, loss: float, step: int) -> dict:
+    """Move the weights, unless loss or gradient is not finite; both are sums over the ranks, so all decide alike."""
+    norms = meters.gradient_norms(optimizer)
+    norm = math.hypot(*norms.values())
+    row = {"loss": loss, "lr": learning_rate(step, args.steps, args.lr, args.warmup), "grad_norm": norm}
+    if math.isfinite(loss) and math.isfinite(norm):
+        meters.clip_gradients(optimizer, norm, args.clip_grad)
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    row = {"loss": loss, "lr": rate * args.lr, "grad_norm": norm, "tokens": tokens}
-    if not finite:
+        row["grad_norms"] = norms
+        if (step + 1) % meters.UPDATES_EVERY == 0:
+            row["update_norms"] = meters.update_norms(optimizer, ranks, args.shard)
+    else:
         row |= {"loss": None, "grad_norm": None, "skipped": f"the loss is {loss}, the gradient's norm {norm}"}
+    optimizer.zero_grad(set_to_none=True)
     return row
 
 
@@ -542,6 +564,9 @@ def main():
     """Train one stage on every rank; what a user can mend ends in one line and status 1."""
     args = read_flags()
     try:
+        if args.plot:
+            print(plots.compare(args.plot, runs.ROOT / "runs.png"))
+            return
         ranks = Ranks(args.device, args.timeout)
         if args.batch_size % (ranks.world * args.accumulate):
             cut = f"{ranks.world} ranks x {args.accumulate} micro-batches"

@@ -205,7 +205,7 @@ def gradients(model, args, micro, ranks=None):
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     result = {}
     optimizer = SimpleNamespace(
-        param_groups=[{"params": list(named.values()), "peak": 1.0}],
+        param_groups=[{"params": list(named.values()), "peak": 1.0, "component": "all"}],
         step=lambda: result.update({name: p.grad.clone() for name, p in named.items()}),
         zero_grad=lambda set_to_none: model.zero_grad(set_to_none),
     )
@@ -257,7 +257,9 @@ def test_the_mean_of_micro_batches_is_that_of_old_transformers(tiny, tmp_path, w
     supervised = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in micro)
     got = []
     for rank in range(world):  # what DDP would average
-        ranks = SimpleNamespace(rank=0, world=world, device=torch.device("cpu"), total=lambda value: supervised)
+        ranks = SimpleNamespace(
+            rank=0, world=world, device=torch.device("cpu"), totals=lambda *_: [supervised], add_up=lambda total: None
+        )
         got.append(gradients(model, args, micro[rank::world], ranks))
     losses = [row["loss"] for _, row in got]
     assert sum(losses) == pytest.approx(loss.item(), rel=1e-6)
@@ -523,8 +525,11 @@ def test_what_a_run_leaves(tiny, name):
     folder = tiny.folders[name]
     rows = log_of(folder)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert all(set(row) == {"step", "loss", "lr", "grad_norm", "tokens_per_s", "data_wait"} for row in rows)
+    keys = {"step", "loss", "lr", "grad_norm", "grad_norms", "supervised"}
+    keys |= {"tokens_per_s", "samples_per_s", "data_wait", "memory_gb"}
+    assert all(set(row) == keys for row in rows)
     assert all(row["grad_norm"] > 0 and row["tokens_per_s"] > 0 and 0 <= row["data_wait"] <= 1 for row in rows)
+    assert all(math.hypot(*row["grad_norms"].values()) == pytest.approx(row["grad_norm"]) for row in rows)
     values = json.loads((folder / "run.json").read_text())
     assert values["finished"] and values["stage"] == (int(name[-1]) if name[-1].isdigit() else 0)
     assert values["batch_size"] == BATCH
