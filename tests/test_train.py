@@ -23,7 +23,9 @@ import runs
 import shapes
 import towers
 import train
-from data import Records, batches, check_record, collate
+from data import Records, collate
+from mixture import Source, batches, epochs
+from records import check_record, read_records
 from tokenizer import Tokenizer
 from weights import load_model
 
@@ -62,6 +64,10 @@ def refusal(command, *argv):
 def write_records(path, records):
     path.write_text(json.dumps(records))
     return path
+
+
+def sources(path, images):
+    return [Source(read_records(path), images)]
 
 
 def blinded(record):
@@ -103,8 +109,10 @@ def whitened(tiny, monkeypatch):
     def call(gain):
         monkeypatch.setattr(towers, "PLACE_GAIN", gain)
         model = load_model(tiny.stage1)
-        images = Records(tiny.world / "captions.json", tiny.world, Tokenizer.load(tiny.stage1), model.config, 1024)
-        pictures = torch.cat([images.picture(name, index).pixels for name, index in images.pictures().items()])
+        images = Records(
+            sources(tiny.world / "captions.json", tiny.world), Tokenizer.load(tiny.stage1), model.config, 1024
+        )
+        pictures = torch.cat([picture.pixels for picture in images.load(images.pictures()).values()])
         layer = model.multi_modal_projector.linear_1
         with torch.no_grad():
             before = model.vision_features(pictures)
@@ -223,7 +231,8 @@ def test_a_batch_of_eight_is_eight_micro_batches_of_one(tiny, tmp_path, names):
     records[3] = blinded(records[3])  # its micro-batch holds no picture at all
     records[5]["conversations"][1:] = [{"from": "gpt", "value": "7"}]  # two supervised tokens among hundreds
     tokenizer, model = Tokenizer.load(tiny.stage1), load_model(tiny.stage1).train()
-    dataset = Records(write_records(tmp_path / "some.json", records), tiny.world, tokenizer, model.config, 1024)
+    mine = sources(write_records(tmp_path / "some.json", records), tiny.world)
+    dataset = Records(mine, tokenizer, model.config, 1024)
     samples = [dataset[i] for i in range(BATCH)]
     assert len({len(sample["ids"]) for sample in samples}) > 4  # ragged
     args = flags("--stage", 2, "--train", names, "--clip-grad", 0)
@@ -291,7 +300,7 @@ def ranks(tiny, command, tmp_path_factory):
     captions = json.loads((tiny.world / "captions.json").read_text())[: 3 * BATCH]
     dialogues = json.loads((tiny.world / "instruct.json").read_text())[: 3 * BATCH]
     # Three steps are one epoch, in which the second rank never sees a picture.
-    second = {i for step in batches(3 * BATCH, BATCH, 0, 0, 3, rank=1, world=2) for i in step}
+    second = {i for step in batches(epochs([3 * BATCH], [1.0], 0), BATCH, 0, 0, 3, rank=1, world=2) for i in step}
     lopsided = {
         name: write_records(root / f"{name}.json", [blinded(r) if i in second else r for i, r in enumerate(records)])
         for name, records in (("captions", captions), ("dialogues", dialogues))
@@ -532,8 +541,11 @@ def test_dialogues_can_be_cut_into_single_questions(tiny, command, tmp_path, mon
     for flags in ([], ["--questions", 1]):
         command(train, *tiny.flags[name], *flags, "--out", tmp_path / f"{len(flags)}")
     whole, cut = seen
-    texts = [m["value"] for _, record in cut.records for m in record["conversations"][1::2]]
-    assert texts == [m["value"] for _, record in whole.records for m in record["conversations"][1::2]]
+    texts, all_texts = (
+        [message["value"] for i in range(len(data)) for message in data.record(i)["conversations"][1::2]]
+        for data in (cut, whole)
+    )
+    assert texts == all_texts
     assert len(cut) == len(texts) >= len(whole) and (name == "stage1" or len(cut) > len(whole))
 
 
