@@ -114,6 +114,8 @@ class Samples(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         """Sample `index`; with `skips`, in place of a bad one the next good one, whoever asks and whenever."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         for number in chain(range(index, len(self)), range(index)):
             try:
                 sample = self.sample(number)

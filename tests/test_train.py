@@ -552,9 +552,8 @@ def test_dialogues_can_be_cut_into_single_questions(tiny, command, tmp_path, mon
 def test_pictures_start_from_the_folder_of_the_data(tiny, command, tmp_path):
     shutil.copytree(tiny.world / "train-0", tmp_path / "train-0")
     shutil.copy(tiny.world / "captions.json", tmp_path)
-    argv = [*tiny.flags["stage1"], "--data", tmp_path / "captions.json", "--steps", 1]
-    command(train, *argv, "--out", tmp_path / "run")
-    assert losses(tmp_path / "run") == losses(tiny.stage1)[:1]
+    command(train, *tiny.flags["stage1"], "--data", tmp_path / "captions.json", "--out", tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(tiny.stage1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
