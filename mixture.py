@@ -84,6 +84,16 @@ def as_number(text: str) -> float:
 Order = Callable[[int, int], np.ndarray]
 
 
+def check_mixing(weights: list[float], mixing: str, shares: str, group: int):
+    """Raise ValueError if these do not go together; arguments as of order_of."""
+    if group > 1 and (shares or mixing != "proportional"):
+        raise ValueError("CLIP learns from neighbours in a file: it takes --mixing proportional, and no --shares")
+    if shares and (mixing != "proportional" or set(weights) != {1.0}):
+        raise ValueError("--shares says how much of each file: leave the weights and --mixing out")
+    if shares and (named := read_shares(shares).shape[1]) != len(weights):
+        raise ValueError(f"--shares {shares} is for {named} files, --data names {len(weights)}")
+
+
 def order_of(
     sizes: list[int], weights: list[float], seed: int, total: int, mixing: str, shares: str, group: int
 ) -> Order:
@@ -91,16 +101,11 @@ def order_of(
 
     Args: mixing, shares: as on the command line. group: neighbours that stay together. Raises ValueError.
     """
+    check_mixing(weights, mixing, shares, group)
     if not shares and mixing == "proportional":
         return epochs(sizes, weights, seed, group)
-    if group > 1:
-        raise ValueError("CLIP learns from neighbours in a file: it takes --mixing proportional, and no --shares")
     if shares:
-        if mixing != "proportional" or set(weights) != {1.0}:
-            raise ValueError("--shares says how much of each file: leave the weights and --mixing out")
         path = read_shares(shares)
-        if path.shape[1] != len(sizes):
-            raise ValueError(f"--shares {shares} is for {path.shape[1]} files, --data names {len(sizes)}")
     else:
         path = np.array([[w * n ** (1 / read_mixing(mixing)) for w, n in zip(weights, sizes)]])
     return evenly(sizes, path / path.sum(1, keepdims=True), seed, total)

@@ -177,16 +177,18 @@ class Reader:
         while True:
             try:
                 value, end = decoder.raw_decode(self.text, self.at)
-                if end > len(self.text) - MARGIN and self.more():
-                    continue  # 12 may be the start of 12e3
-                return value, fault, end
-            except json.JSONDecodeError as error:
-                # What fails at the end of the chunk may be whole with the next one.
+                torn, problem = end > len(self.text) - MARGIN, None  # 12 may be the start of 12e3
+            except json.JSONDecodeError as error:  # what fails at the end of the chunk may be whole with the next one
                 torn = error.pos > len(self.text) - MARGIN or error.msg.startswith("Unterminated string")
-                if not (torn and self.more()):
-                    raise
+                problem = error
             except ValueError as error:  # NaN, a key given twice, 5,000 digits: this value is spoilt, not the file
                 decoder, fault = LENIENT, f"not JSON ({error})"
+                continue
+            if torn and self.more():
+                continue
+            if problem:
+                raise problem
+            return value, fault, end
 
 
 def scan(path: Path, file: BinaryIO, chunk: int) -> Iterator[tuple[object, str, tuple[int, int]]]:
@@ -235,7 +237,7 @@ def build_index(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, np.nda
                 except ValueError as error:
                     fault = str(error)
             if fault:
-                name = repr(record["id"]) if isinstance(record, dict) and "id" in record else ""
+                name = repr(record["id"])[:80] if isinstance(record, dict) and "id" in record else ""
                 faults.append([number, name, fault])
             shown = [] if fault else images_of(record)
             names.update(map(hash, shown))

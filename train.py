@@ -34,7 +34,7 @@ from clip import save_clip
 from data import CaptionPairs, Records, Samples, Skips, collate, name_skipped, picture_faults, refuse_bad
 from images import BadImage
 from llava import IGNORE, Llava
-from mixture import Source, as_number, batches, open_sources, order_of, read_mixing, read_shares
+from mixture import Source, as_number, batches, check_mixing, open_sources, order_of, read_mixing, read_shares
 from ranks import Ranks, autocast
 from templates import TEMPLATES
 from tokenizer import Tokenizer, train_bpe
@@ -426,6 +426,8 @@ def data_files(args, ranks: Ranks, kind: str) -> list[Source]:
         for source, faults in zip(sources, missing):
             source.faults |= faults
     refuse_bad(sources, args.skip_bad)
+    group = shapes.FAMILY if args.stage == 0 and args.tower != "decoder" else 1
+    check_mixing([source.weight for source in sources], args.mixing, args.shares, group)
     count = sum(len(source.usable()) for source in sources)
     if count < ranks.world:
         raise ValueError(f"--data: {count} records for {ranks.world} ranks")

@@ -109,6 +109,7 @@ def start(folder: Path, model: Path, workers: int, context: str | None, steps: i
             result["first_batch_s"] = time.perf_counter() - begin
     result["main"] = memory("self")
     result["workers"] = [memory(worker.pid) for worker in loader._workers] if workers else []
+    del loader  # ends its workers while there still is something to end them
     return result
 
 
@@ -130,8 +131,9 @@ def main():
     shutil.rmtree(args.out / "out", ignore_errors=True)
 
     def measure(name: str, *step) -> dict:
-        command = [sys.executable, __file__, "--model", args.model, "--out", args.out, "--step", *step]
-        done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
+        command = ["-W", "ignore", __file__, "--model", args.model, "--out", args.out, "--step", *step]
+        command = [sys.executable, *map(str, command)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
         print(f"\n{name}: {found['records']:,} records, {found['tokens']:,} tokens")
         for key in ("index_s", "lengths_s", "first_batch_s"):
