@@ -83,14 +83,11 @@ class Samples(Dataset):
     def __init__(self, sources: list[Source], numbers: list[np.ndarray], questions: int | None = None):
         self.sources, self.questions, self.skips = sources, questions, None
         if questions:
-            rounds = [source.file.rounds[part] for source, part in zip(sources, numbers)]
-            cuts = [-(-part // questions) for part in rounds]
+            cuts = [-(-source.file.rounds[part] // questions) for source, part in zip(sources, numbers)]
             numbers = [np.repeat(part, cut) for part, cut in zip(numbers, cuts)]
-            # 0, 1, 2 for a record in three pieces: how far each sample is from the first one of its record
             cuts = np.concatenate(cuts)
-            self.pieces = np.arange(cuts.sum(), dtype=np.int32) - np.repeat(np.cumsum(cuts) - cuts, cuts).astype(
-                np.int32
-            )
+            firsts = np.repeat(np.cumsum(cuts) - cuts, cuts)  # of each sample, the first one of its record
+            self.pieces = (np.arange(len(firsts)) - firsts).astype(np.int32)
         self.sizes = [len(part) for part in numbers]
         self.numbers, self.ends = np.concatenate(numbers), np.cumsum(self.sizes)
 
@@ -319,7 +316,8 @@ class Each(Dataset):
 def each(function: Callable, count: int, title: str) -> list:
     """function(0) to function(count - 1), by many processes where that is a lot, with a bar if it takes a second."""
     workers = min(os.cpu_count(), 32) if count >= BUSY else 0
-    loader = DataLoader(Each(function, count), batch_size=256, num_workers=workers, collate_fn=list)
+    rng = torch.Generator()  # or the loader would draw from that of the model's dropout
+    loader = DataLoader(Each(function, count), batch_size=256, num_workers=workers, collate_fn=list, generator=rng)
     found = []
     with tqdm(total=count, desc=title, unit="record", unit_scale=True, delay=1) as bar:
         for part in loader:
@@ -359,12 +357,13 @@ class CaptionPairs(Samples):
     """
 
     def __init__(self, sources: list[Source], tokenizer, config, image_mode: str):
-        numbers = [source.usable() for source in sources]
-        super().__init__(sources, [part[source.file.images[part] == 1] for source, part in zip(sources, numbers)])
+        usable = [(source, source.usable()) for source in sources]
+        seen = [(source, part[source.file.images[part] == 1]) for source, part in usable]
+        seen = [(source, part) for source, part in seen if len(part)]
+        if not seen:
+            raise DataError(f"{sources[0].file.path}: no record has a picture")
+        super().__init__(*map(list, zip(*seen)))
         self.tokenizer, self.config, self.image_mode = tokenizer, config, image_mode
-        for source, size in zip(sources, self.sizes):
-            if not size:
-                raise DataError(f"{source.file.path}: no record has a picture")
 
     def sample(self, index: int) -> dict:
         record = self.record(index)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -99,17 +100,16 @@ def start(folder: Path, model: Path, workers: int, context: str | None, steps: i
     total = 5197 * 128
     order = batches(order_of(dataset.sizes, [1.0], 0, total, "proportional", "", 1), 128, 0, 0, 5197, 0, 8, 1, lengths)
     loader = DataLoader(
-        dataset, batch_sampler=order, collate_fn=partial(collate, pad_id=0), num_workers=workers,
+        dataset, batch_sampler=islice(order, steps + 1), collate_fn=partial(collate, pad_id=0), num_workers=workers,
         multiprocessing_context=context,
     )  # fmt: skip
     loader = iter(loader)
-    for step in range(steps):
-        next(loader)
+    for step, _ in zip(range(steps), loader):  # and not to its end, where the workers are gone
         if step == 0:
             result["first_batch_s"] = time.perf_counter() - begin
     result["main"] = memory("self")
     result["workers"] = [memory(worker.pid) for worker in loader._workers] if workers else []
-    del loader  # ends its workers while there still is something to end them
+    list(loader)
     return result
 
 
@@ -131,9 +131,9 @@ def main():
     shutil.rmtree(args.out / "out", ignore_errors=True)
 
     def measure(name: str, *step) -> dict:
-        command = ["-W", "ignore", __file__, "--model", args.model, "--out", args.out, "--step", *step]
-        command = [sys.executable, *map(str, command)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        options = ["-W", "ignore"]  # torch warns of more workers than cores
+        command = [sys.executable, *options, __file__, "--model", args.model, "--out", args.out, "--step", *step]
+        done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
         print(f"\n{name}: {found['records']:,} records, {found['tokens']:,} tokens")
         for key in ("index_s", "lengths_s", "first_batch_s"):

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data
 import records
 import runs
 import train
-from clip import CLIPVisionConfig
+from clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from data import Records, collate
 from llava import LlavaConfig, TextConfig
 from mixture import GROUPED_STEPS, Source, batches, epochs, evenly, open_sources, order_of, read_shares, split_weight
@@ -251,6 +252,14 @@ def test_lengths_are_counted_once_for_a_tokenizer(tmp_path, kept, monkeypatch):
     assert not np.array_equal(Records(sources, other, CONFIG, 500).lengths(), lengths)
 
 
+def test_counting_draws_no_random_numbers(tmp_path):
+    """Or a start that finds the lengths kept would go on with other numbers than the one that counted them."""
+    sources = [Source(read_records(write(tmp_path / "a.json", told(9))), tmp_path)]
+    before = torch.get_rng_state()
+    Records(sources, TOKENIZER, CONFIG, 500).lengths()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_lengths_counted_by_many_processes_are_the_same(tmp_path, monkeypatch):
     sources = [Source(read_records(write(tmp_path / "a.json", told(600))), tmp_path)]
     dataset = Records(sources, TOKENIZER, CONFIG, 500)
@@ -428,6 +437,17 @@ def test_samples_of_many_files_come_from_the_right_one(tmp_path):
         assert reds[0] < reds[1] and len(dataset.pictures()) == 2
     shared = Records(open_sources([str(path) for path in paths], [tmp_path / "one"]), TOKENIZER, CONFIG, 500)
     assert len(shared.pictures()) == 1
+
+
+def test_clip_passes_over_files_without_pictures(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    sources = [
+        Source(read_records(write(tmp_path / f"{i}.json", part)), tmp_path)
+        for i, part in enumerate((told(3), seen("a.png", 2)))
+    ]
+    config = CLIPConfig(CONFIG.vision_config, CLIPTextConfig(max_position_embeddings=6))
+    pairs = data.CaptionPairs(sources, TOKENIZER, config, "pad")
+    assert pairs.sizes == [2] and pairs.sources == sources[1:] and len(pairs[1]["pixel_values"]) == 1
 
 
 def test_clip_keeps_neighbours_together_and_so_takes_no_shares():
