@@ -24,7 +24,18 @@ SPACE = "\u2581"  # ▁
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # the types of a piece
 
 
-class SentencePiece:
+class WordMemory:
+    """Remembers the ids of words. A codec that goes to another process (pickle) leaves what it remembers behind."""
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "encode_word"}
+
+    def __setstate__(self, state: dict):
+        vars(self).update(state)
+        self.encode_word = lru_cache(maxsize=1 << 16)(self.pieces)
+
+
+class SentencePiece(WordMemory):
     """Text to ids and back, as sentencepiece does it.
 
     Args: ids: piece -> id. scores: piece -> what joining two parts to it is worth. byte_ids: 256 ids, of every byte,
@@ -114,7 +125,7 @@ def join_long(parts: list[str | None], scores: dict[str, float]) -> list[str]:
     return [part for part in parts if part is not None]
 
 
-class ClipBPE:
+class ClipBPE(WordMemory):
     """The tokenizer of CLIP's text tower: lower case, and a mark at the end of every word instead of spaces.
 
     Args: ids: token -> id. scores: token -> what joining two parts to it is worth. Both are in `alphabet`, GPT-2's

@@ -1,128 +1,41 @@
-"""From LLaVA's JSON to batches, in an order that depends on nothing but its arguments.
+"""From LLaVA's JSON to batches: pictures, samples, and a look at both.
 
-A record is {"id", "image" (path, or list of paths, or absent), "conversations": [{"from": "human"|"gpt", "value"}]}.
-
-    python data.py --data a.json --images DIR --model DIR      print one record with what is trained on in colour
+python data.py show a.json --model DIR                print a record, what is trained on in colour
+python data.py check a.json b.json:2 --images DIR     everything that is wrong with a mixture; status 1 if anything is
 """
 
 import argparse
 import json
+import os
 import re
-from collections.abc import Iterator
+import sys
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import partial
+from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from anyres import Size, count_tokens, cut_tiles
 from clip import preprocess
-from files import refuse_duplicates
-from images import BadImage, open_image, pad_to_square, resolve_inside
+from configs import read_config
+from files import flush
+from images import BadImage, check_file, open_image, pad_to_square, resolve_inside, size_of
 from llava import IGNORE
-from templates import TEMPLATES, Turn, render
+from mixture import Source, open_sources
+from records import DataError, Fault, alone, cut_dialogue, images_of, read_records, turns_of
+from templates import TEMPLATES, render
 from tokenizer import Tokenizer
 
-MARKER = "<image>"  # stands for a picture in the human turns of a record that has one; everywhere else it is text
-
-
-class DataError(ValueError):
-    """A record that cannot be used; the message is one line: file, record, reason."""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# records
-
-
-def read_records(path: str | Path) -> list[dict]:
-    """LLaVA's JSON, checked record by record. Raises DataError naming the file, the record and the reason."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        records = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_duplicates)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
-    except RecursionError:
-        raise DataError(f"{path}: nested too deeply") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from None
-    if not isinstance(records, list) or not records:
-        raise DataError(f"{path}: must hold a list of records, and at least one")
-    for number, record in enumerate(records):
-        try:
-            check_record(record)
-        except ValueError as error:
-            name = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
-            raise DataError(f"{path}: record {number}{name}: {error}") from None
-    return records
-
-
-def refuse_constant(name: str):
-    raise ValueError(f"{name} is not a JSON value")
-
-
-def check_record(record: dict):
-    """Raise ValueError with the reason if a record is not LLaVA's JSON, or says something about pictures it has not."""
-    if not isinstance(record, dict):
-        raise ValueError(f"is a {type(record).__name__}, not an object")
-    for path in images_of(record):
-        if not isinstance(path, str) or not path:
-            raise ValueError(f"image {path!r} is not a path")
-    messages = record.get("conversations")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("no conversations")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-            raise ValueError(f"turn {i} has no text value")
-        role = ("human", "gpt")[i % 2]
-        if message.get("from") != role:
-            raise ValueError(
-                f"turn {i} is from {message.get('from')!r}, should be {role!r}: turns alternate, human first"
-            )
-        if any(0xD800 <= ord(char) <= 0xDFFF for char in message["value"]):
-            raise ValueError(f"turn {i} holds half a surrogate pair, which is not text")
-    if len(messages) % 2:
-        raise ValueError("the last question has no answer")
-    if record.get("template", "plain") not in list(TEMPLATES):
-        raise ValueError(f"template {record['template']!r} is none of {', '.join(TEMPLATES)}")
-    images = len(images_of(record))
-    markers = sum(message["value"].count(MARKER) for message in messages[::2])
-    if images and markers != images:
-        raise ValueError(f"{markers} {MARKER} markers for {images} pictures")
-
-
-def images_of(record: dict) -> list[str]:
-    image = record.get("image")
-    return [] if image is None else image if isinstance(image, list) else [image]
-
-
-def turns_of(record: dict, image_last: bool = False) -> list[Turn]:
-    """The dialogue of a record; its markers taken out of the questions, each picture put before (or after) its text."""
-    has_image = bool(images_of(record))
-    messages, turns = record["conversations"], []
-    for human, gpt in zip(messages[::2], messages[1::2]):
-        count = human["value"].count(MARKER) if has_image else 0
-        question = human["value"].replace(MARKER, "").strip() if count else human["value"]
-        turns.append(Turn(question, gpt["value"], count, image_last and count > 0))
-    return turns
-
-
-def cut_dialogue(record: dict, questions: int) -> list[dict]:
-    """Pieces of a dialogue, of at most so many questions each; a piece starts with all pictures shown up to then.
-
-    Later answers often follow from earlier ones, so a model may learn them without a look at the picture.
-    """
-    messages, images, pieces, shown = record["conversations"], images_of(record), [], 0
-    for start in range(0, len(messages), 2 * questions):
-        first, *rest = messages[start : start + 2 * questions]
-        again = MARKER * shown + "\n" if shown else ""
-        if images:
-            shown += sum(message["value"].count(MARKER) for message in [first, *rest][::2])
-        dialogue = [first | {"value": again + first["value"]}, *rest]
-        pieces.append(record | {"image": images[:shown], "conversations": dialogue})
-    return pieces
+# pictures
 
 
 @dataclass
@@ -157,23 +70,121 @@ def image_pixels(image: Image.Image, size: int, mode: str) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# samples and batches
+# samples
 
 
-class Records(Dataset):
-    """Training samples of one file: {"ids", "labels", "pixel_values" or "vision_features"}.
+class Samples(Dataset):
+    """What the records of some sources become, numbered through, each read and built when it is asked for.
 
-    Args: data, images: the JSON and the folder its paths start from. max_length: tokens, placeholders counted; a
-    longer dialogue loses its end, never a part of a picture. image_order "either" puts the first picture before or
-    after its question, by a coin that depends only on (seed, record): LLaVA-1.0's paper; the released code, and the
-    default, put it "first". text_only leaves the pictures out: what a decoder learns from before it can see.
-    questions: the most that a sample asks, longer dialogues are cut into several; None: dialogues stay whole.
+    Args: numbers: of each source, the records that are used. questions: the most that a sample asks, longer dialogues
+    are cut into several; None: dialogues stay whole. `skips`: set where bad samples may be replaced, see Skips.
+    """
+
+    def __init__(self, sources: list[Source], numbers: list[np.ndarray], questions: int | None = None):
+        self.sources, self.questions, self.skips = sources, questions, None
+        if questions:
+            cuts = [-(-source.file.rounds[part] // questions) for source, part in zip(sources, numbers)]
+            numbers = [np.repeat(part, cut) for part, cut in zip(numbers, cuts)]
+            cuts = np.concatenate(cuts)
+            firsts = np.repeat(np.cumsum(cuts) - cuts, cuts)  # of each sample, the first one of its record
+            self.pieces = (np.arange(len(firsts)) - firsts).astype(np.int32)
+        self.sizes = [len(part) for part in numbers]
+        self.numbers, self.ends = np.concatenate(numbers), np.cumsum(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def source(self, index: int) -> Source:
+        return self.sources[int(np.searchsorted(self.ends, index, side="right"))]
+
+    def record(self, index: int) -> dict:
+        """The record of a sample, or the piece of it that the sample is."""
+        record = self.source(index).file[self.numbers[index]]
+        return cut_dialogue(record, self.questions)[self.pieces[index]] if self.questions else record
+
+    def where(self, index: int) -> str:
+        return self.source(index).file.where(int(self.numbers[index]))
+
+    def sample(self, index: int) -> dict:
+        """{"ids", "labels", "pixel_values" or "vision_features"}; raises DataError, BadImage."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> dict:
+        """Sample `index`; with `skips`, in place of a bad one the next good one, whoever asks and whenever."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for number in chain(range(index, len(self)), range(index)):
+            try:
+                sample = self.sample(number)
+            except (DataError, BadImage) as error:
+                reason = " ".join(str(error).split())
+                if not self.skips:
+                    raise DataError(f"{self.where(number)}: {reason}") from None
+                self.skips.bad(number, Fault(self.where(number), reason))
+            else:
+                if self.skips:
+                    self.skips.state[number] |= Skips.DRAWN
+                return sample
+        raise DataError("no sample is good")
+
+
+class Skips:
+    """How much of the data may turn out bad while it is used; shared by the processes that load it for a rank.
+
+    Args: percent: of the samples that were drawn. count: of all samples. path: jsonl that names each once.
+    """
+
+    DRAWN, BAD = 1, 2
+
+    def __init__(self, percent: float, count: int, path: Path):
+        self.percent, self.path = percent, path
+        self.state = torch.zeros(count, dtype=torch.uint8).share_memory_()
+
+    def bad(self, index: int, fault: Fault):
+        """Note a bad sample. Raises DataError if that makes too many; the first hundreds are given some room."""
+        known = bool(self.state[index] & self.BAD)
+        self.state[index] |= self.DRAWN | self.BAD
+        if not known:
+            name_skipped(self.path, [fault])
+        drawn, bad = int((self.state > 0).sum()), int((self.state & self.BAD > 0).sum())
+        if bad > self.percent / 100 * max(drawn, min(1000, len(self.state))):
+            more = f"bad sample {bad} of {drawn} drawn, over the {self.percent:g} % of --skip-bad"
+            raise DataError(f"{fault.record}: {fault.reason} ({more}; {self.path} names all)")
+
+
+def name_skipped(path: Path, faults: list[Fault]):
+    """Add one line of JSON for each record that is left out, unless it is there from before a resume."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = set(path.read_text().splitlines()) if path.exists() else set()
+    lines = [json.dumps(fault._asdict()) for fault in faults]
+    with path.open("a") as file:
+        file.write("".join(line + "\n" for line in lines if line not in known))
+
+
+def refuse_bad(sources: list[Source], percent: float):
+    """Raise DataError if more than so many per cent of the records are bad, or all of one file."""
+    faults = [fault for source in sources for fault in source.faults.values()]
+    total = sum(len(source.file) for source in sources)
+    if len(faults) > percent / 100 * total:
+        more = f" ({len(faults):,} of {total:,} records are bad, over the {percent:g} % of --skip-bad)"
+        raise DataError(f"{faults[0].record}: {faults[0].reason}{more if percent else ''}")
+    for source in sources:
+        if len(source.faults) == len(source.file):
+            raise DataError(f"{source.file.path}: no record can be used")
+
+
+class Records(Samples):
+    """Training samples: {"ids", "labels", "pixel_values" or "vision_features"}.
+
+    Args: max_length: tokens, placeholders counted; a longer dialogue loses its end, never a part of a picture.
+    image_order "either" puts the first picture before or after its question, by a coin that depends only on (seed,
+    sample): LLaVA-1.0's paper; the released code, and the default, put it "first". text_only leaves the pictures out:
+    what a decoder learns from before it can see. template: of records that name none; default: the model's.
     """
 
     def __init__(
         self,
-        data,
-        images,
+        sources,
         tokenizer,
         config,
         max_length,
@@ -183,69 +194,136 @@ class Records(Dataset):
         template=None,
         questions=None,
     ):
-        self.data, self.images, self.tokenizer, self.config = data, images, tokenizer, config
+        super().__init__(sources, [source.usable() for source in sources], questions)
+        self.tokenizer, self.config = tokenizer, config
         self.max_length, self.image_order, self.seed, self.text_only = max_length, image_order, seed, text_only
         self.template = template or config.template
-        self.records = [  # numbered as in the file
-            (number, piece)
-            for number, record in enumerate(read_records(data))
-            for piece in (cut_dialogue(record, questions) if questions else [record])
-        ]
-        self.features: dict[str, Picture] = {}  # of a frozen tower, in the place of pixels (see train.py)
+        self.features: dict[tuple[str, str], Picture] = {}  # of a frozen tower, in the place of pixels (see train.py)
 
-    def __len__(self) -> int:
-        return len(self.records)
+    def names(self, index: int, record: dict) -> list[tuple[str, str]]:
+        """Folder and name of each picture that a sample shows."""
+        return [] if self.text_only else [(str(self.source(index).images), name) for name in images_of(record)]
 
-    def where(self, index: int) -> str:
-        number, record = self.records[index]
-        return f"{self.data}: record {number} (id {record.get('id')!r})"
-
-    def lengths(self) -> list[int]:
-        """About how long each sample is, in words and signs of punctuation: enough to put like with like."""
-        per_image = 0 if self.text_only or not self.config.vision_config else self.config.vision_config.num_patches
-        return [
-            sum(len(re.findall(r"\w+|[^\w\s]", message["value"])) for message in record["conversations"])
-            + per_image * len(images_of(record))
-            for _, record in self.records
-        ]
-
-    def pictures(self) -> dict[str, int]:
-        """Every picture of the file once, with the sample it is first seen in."""
-        found = {}
-        for index, (_, record) in enumerate(self.records):
-            for name in images_of(record):
-                found.setdefault(name, index)
-        return found
-
-    def picture(self, name: str, index: int) -> Picture:
-        """Picture `name` of sample `index`. Raises DataError naming the record."""
-        try:
-            return load_picture(self.images, name, self.config)
-        except BadImage as error:
-            raise DataError(f"{self.where(index)}: {error}") from None
-
-    def __getitem__(self, index: int) -> dict:
-        _, record = self.records[index]
-        names = [] if self.text_only else images_of(record)
-        if names and self.config.vision_config is None:
-            raise DataError(f"{self.where(index)}: has a picture, but the model has no vision tower")
-        image_last = self.image_order == "either" and np.random.default_rng([self.seed, index]).random() < 0.5
-        pictures = [self.features.get(name) or self.picture(name, index) for name in names]
-        tokens = [picture.tokens for picture in pictures]
-        template = record.get("template", self.template)
+    def render(self, record: dict, tokens: list[int], image_last: bool) -> tuple[list[int], list[int]]:
+        """Ids and labels, whole. Args: tokens: of each picture."""
         turns = turns_of(record, image_last)
         if self.text_only:
             turns = [replace(turn, images=0) for turn in turns]
-        ids, labels = render(turns, self.tokenizer, template, tokens)
+        return render(turns, self.tokenizer, record.get("template", self.template), tokens)
+
+    def sample(self, index: int) -> dict:
+        record = self.record(index)
+        names = self.names(index, record)
+        if names and self.config.vision_config is None:
+            raise DataError("has a picture, but the model has no vision tower")
+        image_last = self.image_order == "either" and np.random.default_rng([self.seed, index]).random() < 0.5
+        pictures = [self.features.get(name) or load_picture(*name, self.config) for name in names]
+        tokens = [picture.tokens for picture in pictures]
+        ids, labels = self.render(record, tokens, image_last)
         ids, labels = ids[: self.max_length], labels[: self.max_length]
         if ids.count(self.tokenizer.image_id) != sum(tokens) or labels.count(IGNORE) == len(labels):
-            raise DataError(
-                f"{self.where(index)}: its picture and question leave no room for an answer in {self.max_length} tokens"
-            )
+            raise DataError(f"its picture and question leave no room for an answer in {self.max_length} tokens")
         kind = "vision_features" if self.features else "pixel_values"
         tiles = [tile for picture in pictures for tile in picture.pixels]
         sizes = [picture.size for picture in pictures] if self.config.image_grid_pinpoints else []
         return {"ids": ids, "labels": labels, kind: tiles, "image_sizes": sizes}
+
+    def pictures(self, most: int | None = None) -> dict[tuple[str, str], int]:
+        """Every picture once (or the first so many), by folder and name, with the sample it is first seen in."""
+        found = {}
+        for index in range(len(self)):
+            if most and len(found) >= most:
+                break
+            for name in self.names(index, self.record(index)):
+                found.setdefault(name, index)
+        return found
+
+    def load(self, pictures: dict[tuple[str, str], int]) -> dict[tuple[str, str], Picture]:
+        """Some of `pictures()`, ready for the tower. One that is broken is left out where samples may be skipped."""
+        found = {}
+        for name, index in pictures.items():
+            try:
+                found[name] = load_picture(*name, self.config)
+            except BadImage as error:
+                if not self.skips:
+                    raise DataError(f"{self.where(index)}: {error}") from None
+        return found
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample as they come to the model, negative without a picture: (N,) int32.
+
+        Counted once and kept beside the index of each file; pictures count as where they come before their question.
+        """
+        parts = [self.lengths_of(source) for source in range(len(self.sources))]
+        return np.clip(np.concatenate(parts), -self.max_length, self.max_length)
+
+    def lengths_of(self, number: int) -> np.ndarray:
+        """The same of one source, not cut to max_length."""
+        source, first = self.sources[number], int(self.ends[number]) - self.sizes[number]
+
+        def measure() -> np.ndarray:
+            title = f"tokens of {source.file.path.name}"
+            return np.array(each(partial(self.length, first), self.sizes[number], title), np.int32)
+
+        if not source.file.folder:
+            return measure()
+        vision, pinpoints = self.config.vision_config, self.config.image_grid_pinpoints
+        pictures = [vision.num_patches, pinpoints, pinpoints and str(source.images.resolve())] if vision else None
+        what = [self.tokenizer.fingerprint(), self.template, self.questions, self.text_only, pictures]
+        key = sha256(repr([*what, sorted(source.faults)]).encode()).hexdigest()[:16]
+        path = source.file.folder / f"lengths-{key}.npy"
+        with alone(path.with_suffix(".lock")):
+            if not path.exists():
+                unfinished = path.with_suffix(".partial.npy")
+                np.save(unfinished, measure())
+                flush(unfinished)
+                os.replace(unfinished, path)
+        return np.load(path, mmap_mode="r")
+
+    def length(self, first: int, index: int) -> int:
+        """Tokens of sample `first` + `index`, negative without a picture."""
+        record = self.record(first + index)
+        tokens = [self.tokens_of(*name) for name in self.names(first + index, record)]
+        ids, _ = self.render(record, tokens, image_last=False)
+        return len(ids) if tokens else -len(ids)
+
+    def tokens_of(self, folder: str, name: str) -> int:
+        """Placeholders of a picture; of one in tiles, whose number goes with its shape, its header is read."""
+        vision, pinpoints = self.config.vision_config, self.config.image_grid_pinpoints
+        if not vision or not pinpoints:
+            return vision.num_patches if vision else 0
+        try:
+            sizes = [size_of(resolve_inside(folder, name))]
+        except BadImage:  # whoever draws it will say so
+            sizes = pinpoints
+        return max(count_tokens(size, pinpoints, vision.image_size, vision.patch_size) for size in sizes)
+
+
+BUSY = 20_000  # things to do from which on processes are started for it; they take a second to start
+
+
+class Each(Dataset):
+    def __init__(self, function: Callable, count: int):
+        self.function, self.count = function, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int):
+        return self.function(index)
+
+
+def each(function: Callable, count: int, title: str) -> list:
+    """function(0) to function(count - 1), by many processes where that is a lot, with a bar if it takes a second."""
+    workers = min(os.cpu_count(), 32) if count >= BUSY else 0
+    rng = torch.Generator()  # or the loader would draw from that of the model's dropout
+    loader = DataLoader(Each(function, count), batch_size=256, num_workers=workers, collate_fn=list, generator=rng)
+    found = []
+    with tqdm(total=count, desc=title, unit="record", unit_scale=True, delay=1) as bar:
+        for part in loader:
+            found += part
+            bar.update(len(part))
+    return found
 
 
 def collate(samples: list[dict], pad_id: int) -> dict:
@@ -272,93 +350,150 @@ def text_about(record: dict) -> str:
     return turns[0].answer if len(turns) == 1 else " ".join(f"{turn.question} {turn.answer}." for turn in turns)
 
 
-class CaptionPairs(Dataset):
+class CaptionPairs(Samples):
     """Pictures with a text each, for CLIP: of every record that has one picture.
 
     The text is cut to the text tower's length, between a begin and an end token.
     """
 
-    def __init__(self, data, images, tokenizer, config, image_mode: str):
-        self.data, self.images, self.tokenizer, self.config, self.image_mode = (
-            data,
-            images,
-            tokenizer,
-            config,
-            image_mode,
-        )
-        numbered = enumerate(read_records(data))
-        self.records = [(number, record) for number, record in numbered if len(images_of(record)) == 1]
-        if not self.records:
-            raise DataError(f"{data}: no record has a picture")
+    def __init__(self, sources: list[Source], tokenizer, config, image_mode: str):
+        usable = [(source, source.usable()) for source in sources]
+        seen = [(source, part[source.file.images[part] == 1]) for source, part in usable]
+        seen = [(source, part) for source, part in seen if len(part)]
+        if not seen:
+            raise DataError(f"{sources[0].file.path}: no record has a picture")
+        super().__init__(*map(list, zip(*seen)))
+        self.tokenizer, self.config, self.image_mode = tokenizer, config, image_mode
 
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> dict:
-        number, record = self.records[index]
+    def sample(self, index: int) -> dict:
+        record = self.record(index)
         room = self.config.text_config.max_position_embeddings - 2
         text = self.tokenizer.encode(text_about(record))[:room]
         ids = [self.tokenizer.bos_id, *text, self.tokenizer.eos_id]
-        side = self.config.vision_config.image_size
-        try:
-            pixels = image_pixels(open_image(resolve_inside(self.images, images_of(record)[0])), side, self.image_mode)
-        except BadImage as error:
-            raise DataError(f"{self.data}: record {number} (id {record.get('id')!r}): {error}") from None
+        path = resolve_inside(self.source(index).images, images_of(record)[0])
+        pixels = image_pixels(open_image(path), self.config.vision_config.image_size, self.image_mode)
         labels = [IGNORE] * (len(ids) - 1) + ids[-1:]  # one for each pair: what the loss is divided by
         return {"ids": ids, "labels": labels, "pixel_values": [pixels]}
 
 
-GROUPED_STEPS = 16  # steps whose records are sorted together: 7 % of the world's tokens are padding, not 29 %
+# ---------------------------------------------------------------------------------------------------------------------
+# what is wrong with it
 
 
-def batches(
-    count: int, batch_size: int, seed: int, start: int, stop: int, rank: int, world: int, group: int = 1, lengths=None
-) -> Iterator[list[int]]:
-    """This rank's indices for every step from `start` to `stop`: a pure function of its arguments.
-
-    Each epoch is a new permutation of `count` records; a batch may span two epochs, so none is ever short. Nothing has
-    to be replayed on resume. `batch_size` counts all ranks; `group` keeps that many neighbours in one batch. With
-    `lengths`, one per record, a batch holds records of like length, as with LLaVA's group_by_modality_length.
-    """
-
-    @lru_cache(2)
-    def epoch_order(epoch: int) -> np.ndarray:
-        groups = np.random.default_rng([seed, epoch]).permutation(-(-count // group))
-        order = (groups[:, None] * group + np.arange(group)).ravel()
-        return order[order < count]
-
-    def records_of(first: int, steps: int) -> list[int]:
-        positions = range(first * batch_size, (first + steps) * batch_size)
-        return [int(epoch_order(position // count)[position % count]) for position in positions]
-
-    @lru_cache(1)
-    def grouped(block: int) -> list[list[int]]:
-        """The batches of one block of steps, sorted within, shuffled among themselves."""
-        found = sorted(records_of(block * GROUPED_STEPS, GROUPED_STEPS), key=lambda record: lengths[record])
-        shuffled = np.random.default_rng([seed, block, 1]).permutation(GROUPED_STEPS)
-        return [found[i * batch_size : (i + 1) * batch_size] for i in shuffled]
-
-    for step in range(start, stop):
-        whole = grouped(step // GROUPED_STEPS)[step % GROUPED_STEPS] if lengths is not None else records_of(step, 1)
-        yield whole[rank::world] if group == 1 else whole[rank * batch_size // world : (rank + 1) * batch_size // world]
+def picture_faults(source: Source, decode: bool = False) -> dict[int, Fault]:
+    """The usable records whose pictures are not there (or, with decode, cannot be decoded), by number."""
+    numbers = source.usable()
+    numbers = numbers[source.file.images[numbers] > 0]
+    shown = each(partial(shown_by, source.file, numbers), len(numbers), f"pictures named in {source.file.path.name}")
+    names = list(dict.fromkeys(chain.from_iterable(shown)))
+    look = partial(picture_fault, source.images, names, decode)
+    reasons = dict(zip(names, each(look, len(names), f"pictures in {source.images}")))
+    found = {}
+    for number, own in zip(numbers.tolist(), shown):
+        if wrong := [reasons[name] for name in own if reasons[name]]:
+            found[number] = Fault(source.file.where(number), wrong[0])
+    return found
 
 
-def main():
-    """Print one record as the model reads it, what is trained on in green."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", required=True, help="LLaVA's JSON")
-    add("--model", required=True, help="folder with a tokenizer.json")
-    add("--record", type=int, default=0, help="which record to print")
-    add("--template", choices=TEMPLATES, default="vicuna_v1")
-    args = parser.parse_args()
+def shown_by(file, numbers: np.ndarray, i: int) -> list[str]:
+    return images_of(file[numbers[i]])
+
+
+def picture_fault(root: Path, names: list[str], decode: bool, i: int) -> str:
+    try:
+        path = resolve_inside(root, names[i])
+        open_image(path) if decode else check_file(path)
+    except BadImage as error:
+        return str(error)
+    return ""
+
+
+def kind_of(reason: str) -> str:
+    """A reason without what is particular to one record: its numbers, its names, the path of its picture."""
+    reason = re.sub(r"^/.*?: ", "picture: ", reason)
+    return re.sub(r"""'(\\.|[^'])*'|"(\\.|[^"])*"|\d+|/\S+""", "…", reason)
+
+
+def check(sources: list[Source], decode: bool) -> int:
+    """Print what is wrong with each source, by kind, with the first records of each; returns how many are bad."""
+    bad = 0
+    for source in sources:
+        source.faults |= picture_faults(source, decode)
+        images = source.file.images
+        print(f"{source.file.path}: {len(images):,} records, {int((images > 0).sum()):,} with pictures", end="")
+        print(f" ({source.file.pictures:,} different), weight {source.weight:g}; {len(source.faults):,} bad")
+        kinds = defaultdict(list)
+        for fault in source.faults.values():
+            kinds[kind_of(fault.reason)].append(fault)
+        for kind, faults in sorted(kinds.items(), key=lambda item: -len(item[1])):
+            print(f"  {len(faults):>9,}  {kind}")
+            for fault in faults[:3]:
+                print(f"             {fault.record}: {fault.reason}".encode(errors="backslashreplace").decode())
+        bad += len(source.faults)
+    return bad
+
+
+def print_lengths(lengths: np.ndarray, bars: int = 16):
+    """A histogram in text. Args: lengths: in tokens, negative without a picture."""
+    sizes, width = np.abs(lengths), 64
+    while width * bars <= sizes.max():
+        width *= 2
+    counts = np.bincount(sizes // width)
+    print(f"tokens: {sizes.sum():,} in all, {sizes.mean():.0f} a sample, {sizes.max():,} at most")
+    for i, count in enumerate(counts):
+        print(f"  {i * width:>7,} - {(i + 1) * width - 1:>7,}  {count:>9,}  {'#' * -(-40 * count // counts.max())}")
+
+
+def check_files(args: argparse.Namespace):
+    """`data.py check`: ends with status 1 if any record is bad."""
+    sources = open_sources(args.data, args.images)
+    bad, total = check(sources, args.decode), sum(len(source.file) for source in sources)
+    print(f"{bad:,} of {total:,} records are bad" if bad else f"all {total:,} records are good")
+    if args.model and bad < total:
+        config = read_config(args.model)
+        dataset = Records(sources, Tokenizer.load(args.model), config, sys.maxsize, template=args.template)
+        if config.vision_config is None and any(source.file.pictures for source in sources):
+            print("the model has no vision tower: its pictures are not counted in")
+        print_lengths(np.concatenate([dataset.lengths_of(i) for i in range(len(sources))]))
+    sys.exit(1 if bad else 0)
+
+
+def show(args: argparse.Namespace):
+    """`data.py show`: one record as the model reads it, what is trained on in green."""
     tokenizer = Tokenizer.load(args.model)
-    ids, labels = render(turns_of(read_records(args.data)[args.record]), tokenizer, args.template, features=1)
+    turns = turns_of(read_records(args.data)[args.record])
+    ids, labels = render(turns, tokenizer, args.template or "vicuna_v1", features=1)
     names = {i: name for name, i in tokenizer.specials.items()}
     for i, label in zip(ids, labels):
         text = names.get(i) or tokenizer.decode([i])
         print(f"\033[32m{text}\033[0m" if label != IGNORE else text, end="|")
     print()
+
+
+def main():
+    """Show a record, or check a mixture; what a user can mend ends in one line and status 1."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(required=True)
+    add = commands.add_parser("show", help="print one record with what is trained on in colour")
+    add.set_defaults(run=show)
+    add.add_argument("data", help="LLaVA's JSON")
+    add.add_argument("--model", required=True, help="folder with a tokenizer")
+    add.add_argument("--record", type=int, default=0, help="which record to print")
+    add.add_argument("--template", choices=TEMPLATES, help="default: vicuna_v1")
+    add = commands.add_parser("check", help="count what is wrong, by kind")
+    add.set_defaults(run=check_files)
+    add.add_argument("data", nargs="+", help="LLaVA's JSON, as in train.py --data")
+    add.add_argument("--images", nargs="+", help="folder the paths start from, or one for each file")
+    add.add_argument("--model", type=Path, help="folder of a model: also count tokens, with its tokenizer")
+    add.add_argument("--template", choices=TEMPLATES, help="for the tokens; default: the model's")
+    add.add_argument("--decode", action="store_true", help="decode every picture, not only look whether it is there")
+    args = parser.parse_args()
+    try:
+        args.run(args)
+    except (ValueError, IndexError) as error:
+        sys.exit(f"data.py: {error}")
 
 
 if __name__ == "__main__":

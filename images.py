@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 50_000_000  # a 50-megapixel photo is 150 MB decoded; what is larger is a bomb or a mistake
 MAX_SIDE = 16_384
@@ -50,9 +50,8 @@ def open_image(path: str | Path) -> Image.Image:
     is scaled to 8 bits; of an animation the first frame is taken; CMYK, grey and palette pictures are converted.
     """
     path = Path(path)
+    check_file(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device would block for ever
-            raise BadImage(f"{path}: not a regular file")
         # Pillow only warns of a bomb, and of broken metadata that does not matter.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             check_size(image.size, path)
@@ -60,13 +59,34 @@ def open_image(path: str | Path) -> Image.Image:
             return to_rgb(ImageOps.exif_transpose(image), path)
     except BadImage:
         raise
-    except FileNotFoundError:
-        raise BadImage(f"{path}: no such file") from None
     except UnidentifiedImageError:
         raise BadImage(f"{path}: not a picture that can be read") from None
     except Image.DecompressionBombError:
         raise BadImage(f"{path}: more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # Pillow's forty plugins raise whatever their parsers stumble over
+        raise BadImage(f"{path}: cannot be decoded ({error})") from None
+
+
+def check_file(path: Path):
+    """Raise BadImage if no file is there that a picture could be in."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device would block for ever
+            raise BadImage(f"{path}: not a regular file")
+    except FileNotFoundError:
+        raise BadImage(f"{path}: no such file") from None
+    except OSError as error:
+        raise BadImage(f"{path}: {error.strerror}") from None
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Height and width as open_image would give them, from the header alone. Raises BadImage."""
+    check_file(path)
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            # Only a photograph lies on its side; for the EXIF of a PNG, Pillow would decode all of it.
+            turned = image.format == "JPEG" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return image.size if turned else image.size[::-1]
+    except Exception as error:
         raise BadImage(f"{path}: cannot be decoded ({error})") from None
 
 

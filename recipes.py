@@ -151,7 +151,8 @@ def describe(args: Namespace) -> str:
         if value not in (None, "") or other:
             origin = "epochs" if key == "steps" and args.epochs else "flag" if key in args.flags else "recipe"
             origin += f"; recipe: {other['recipe']}" if other else ""
-            lines.append(f"{'*' if other else ' '} {key:<28}{value!s:<23} {origin}")
+            shown = " ".join(value) if isinstance(value, list) else value
+            lines.append(f"{'*' if other else ' '} {key:<28}{shown!s:<23} {origin}")
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ import json
 import unicodedata
 from collections import Counter
 from functools import lru_cache, partial
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 
@@ -83,6 +84,16 @@ class Tokenizer:
             raise ValueError("no token that ends a text")
         # Dialogues repeat their questions: with the cache, a batch of 64 is rendered in a tenth of the time.
         self._encode = lru_cache(maxsize=1 << 16)(lambda text, prefix: tuple(codec.encode(text, prefix)))
+
+    def __reduce__(self):
+        """For pickle: what is remembered of texts stays behind."""
+        return Tokenizer, (self.codec, self.specials, self.roles, self.legacy)
+
+    def fingerprint(self) -> str:
+        """A hash of everything that decides which ids a text gets."""
+        codec = {name: value for name, value in vars(self.codec).items() if isinstance(value, (dict, list, str, int))}
+        parts = [type(self.codec).__name__, codec, self.specials, self.roles, self.legacy]
+        return sha256(repr(parts).encode()).hexdigest()
 
     def role(self, name: str) -> int | None:
         return self.specials[self.roles[name]] if name in self.roles else None

@@ -36,10 +36,21 @@ import runs
 import shapes
 import sharding
 from clip import save_clip
-from data import CaptionPairs, Records, batches, collate, read_records
+from data import CaptionPairs, Records, Samples, Skips, collate, name_skipped, picture_faults, refuse_bad
 from files import publish, verify
 from images import BadImage
 from llava import IGNORE, Llava
+from mixture import (
+    Source,
+    as_number,
+    batches,
+    check_mixing,
+    counts_of,
+    open_sources,
+    order_of,
+    read_mixing,
+    read_shares,
+)
 from ranks import Ranks, arithmetic, autocast
 from templates import TEMPLATES
 from tokenizer import Tokenizer, train_bpe
@@ -66,8 +77,11 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", type=Path, help="LLaVA to go on from; default: the newest finished run of the stage before")
     add("--vision", type=Path, help="build a new LLaVA with this CLIP; default: the newest of stage 0")
     add("--llm", type=Path, help="build a new LLaVA with this decoder; default: the newest of stage 0")
-    add("--data", type=Path, help="LLaVA's JSON; default: the embedded world")
-    add("--images", type=Path, help="folder the paths in --data start from; default: the one --data is in")
+    add("--data", nargs="+", metavar="PATH[:WEIGHT]", help="LLaVA's JSON, many to mix; default: the embedded world")
+    add("--images", nargs="+", help="folder the paths in --data start from, or one for each; default: where it lies")
+    add("--mixing", default="proportional", help="of many files: proportional (epochs), equal, or a temperature")
+    add("--shares", default="", help="of many files, as 80/20; 80/20:20/80:4 goes from one to the other in 4 steps")
+    add("--skip-bad", type=percent, default=0.0, metavar="N%%", help="leave bad records out, up to so many; 0: none")
     add("--world", type=Path, help="folder that shapes.py wrote; default: one is drawn below out/")
     add("--out", type=Path, help="the run's folder; default: a new one below out/")
     add("--resume", action="store_true", help="go on with the run in --out from its newest checkpoint, exactly")
@@ -151,6 +165,12 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--board {missing[0]}: it is not installed (pip install {missing[0]})")
     if args.epochs is not None and not 0 < args.epochs < math.inf:
         parser.error("--epochs must be above 0")
+    try:
+        read_mixing(args.mixing)
+        if args.shares:
+            read_shares(args.shares)
+    except ValueError as error:
+        parser.error(str(error))
     unknown = set(args.train.split(",")) - {"vision", "projector", "llm"}
     if args.model and (args.vision or args.llm):
         parser.error("--model goes on from a LLaVA, --vision and --llm build a new one: name one or the other")
@@ -159,6 +179,13 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     if args.stage > 0 and unknown:
         parser.error(f"--train {', '.join(unknown)}: choose from vision, projector, llm")
     return args
+
+
+def percent(text: str) -> float:
+    value = as_number(text.removesuffix("%"))
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no percentage")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,13 +234,22 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> 
     return sharding.make_adamw(list(groups.values()), args.shard, lr=args.lr, betas=(0.9, args.beta2))
 
 
-def make_loader(dataset, args, ranks: Ranks, pad_id: int, start: int, group: int) -> DataLoader:
-    """Micro-batches of every step from `start` on; the order is a pure function of (seed, step, rank)."""
+def micro_batch(args, ranks: Ranks) -> int:
+    """Samples that a rank sees at a time. Raises ValueError if the batch cannot be cut so."""
     share = args.batch_size // ranks.world // args.accumulate
+    if share * ranks.world * args.accumulate != args.batch_size:
+        raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {ranks.world} ranks x {args.accumulate}")
+    return share
+
+
+def make_loader(dataset: Samples, args, ranks: Ranks, pad_id: int, start: int, group: int) -> DataLoader:
+    """Micro-batches of every step from `start` on; the order is a pure function of (seed, step, rank)."""
+    share, total = micro_batch(args, ranks), args.steps * args.batch_size
+    weights = [source.weight for source in dataset.sources]
+    order = order_of(dataset.sizes, weights, args.seed, total, args.mixing, args.shares, group)
     lengths = dataset.lengths() if isinstance(dataset, Records) else None
-    steps = start, args.steps
-    order = batches(len(dataset), args.batch_size, args.seed, *steps, ranks.rank, ranks.world, group, lengths)
-    micro = [step[i * share : (i + 1) * share] for step in order for i in range(args.accumulate)]
+    steps = batches(order, args.batch_size, args.seed, start, args.steps, ranks.rank, ranks.world, group, lengths)
+    micro = (step[i * share : (i + 1) * share] for step in steps for i in range(args.accumulate))
     pinned = ranks.device.type == "cuda"
     collated = partial(collate, pad_id=pad_id)
     return DataLoader(
@@ -255,7 +291,7 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
     Args: save: writes the finished model into a folder. group: neighbours in the data that stay in one batch.
     Raises ValueError if it cannot go on, naming the last good checkpoint; SystemExit when a signal ends it.
     """
-    settle(args, ranks, run, len(dataset))
+    settle(args, ranks, run, sum(counts_of(dataset.sizes, [source.weight for source in dataset.sources])))
     sharding.place(model, args.shard, ranks, arithmetic(ranks.device, args.dtype))
     optimizer = make_optimizer(model, args, ranks)
     ranks.on_first(run.open)
@@ -397,7 +433,8 @@ def update(args, ranks: Ranks, optimizer, loss: float, step: int) -> dict:
 def train_clip(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
     """The tower that sees: CLIP on the captions, scenes that differ in one fact kept in one batch."""
     model = new_clip(args.size, args.patch_size, tokenizer.vocab_size)
-    dataset = CaptionPairs(*data_files(args, ranks, "captions"), tokenizer, model.config, args.image_mode or "pad")
+    dataset = CaptionPairs(data_files(args, ranks, "captions"), tokenizer, model.config, args.image_mode or "pad")
+    allow_skips(args, ranks, run, dataset)
     whiten_patches(model, dataset)
 
     def save(trained: dict, folder: Path):
@@ -410,9 +447,9 @@ def train_clip(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
 def train_decoder(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
     """The tower that speaks: a decoder on records without their pictures."""
     model = new_decoder(args.size, tokenizer, args.template or "llava_hf")
-    data, images = data_files(args, ranks, "text")
     options = {"text_only": True, "questions": args.questions}
-    dataset = Records(data, images, tokenizer, model.config, args.max_length or 1024, **options)
+    dataset = Records(data_files(args, ranks, "text"), tokenizer, model.config, args.max_length or 1024, **options)
+    allow_skips(args, ranks, run, dataset)
 
     def save(trained: dict, folder: Path):
         save_model(model, folder)
@@ -423,7 +460,9 @@ def train_decoder(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
 
 def stage0(args, ranks: Ranks, folder: Path):
     """Both towers, one after the other, with a vocabulary learned from the text they are trained on."""
-    texts = [m["value"] for r in read_records(data_files(args, ranks, "text")[0])[:20_000] for m in r["conversations"]]
+    sources = data_files(args, ranks, "text")
+    records = (source.file[i] for source in sources for i in source.usable()[: 20_000 // len(sources)])
+    texts = [message["value"] for record in records for message in record["conversations"]]
     form = TEMPLATES[args.template or "llava_hf"]  # its roles stand in every dialogue, so they are to be words
     tokenizer = train_bpe(texts + [form.user, form.assistant] * 2000, merges=600)
     for part, train in (("clip", train_clip), ("decoder", train_decoder)):
@@ -476,14 +515,17 @@ def choose_trainable(model: Llava, train: str):
 @torch.no_grad()
 def precompute_features(args, ranks: Ranks, model: Llava, dataset: Records):
     """Let a frozen tower see every picture once, if all features fit into --cache-gb; else each time it comes up."""
-    vision, pictures = model.config.vision_config, list(dataset.pictures().items())
+    vision, count = model.config.vision_config, sum(source.file.pictures for source in dataset.sources)
     tiles = [1 + math.prod(size) // vision.image_size**2 for size in model.config.image_grid_pinpoints or [(0, 0)]]
-    gigabytes = len(pictures) * max(tiles) * vision.num_patches * vision.hidden_size * 4 / 1e9
-    if "vision" in args.train or gigabytes > args.cache_gb or not pictures:
+    gigabytes = count * max(tiles) * vision.num_patches * vision.hidden_size * 4 / 1e9
+    if "vision" in args.train or gigabytes > args.cache_gb or not count:
         return
+    pictures = list(dataset.pictures().items())
     model.vision_tower.to(ranks.device)
     for i in tqdm(range(0, len(pictures), 64), "features of the frozen tower", disable=not ranks.first, unit="batch"):
-        part = {name: dataset.picture(name, index) for name, index in pictures[i : i + 64]}
+        part = dataset.load(dict(pictures[i : i + 64]))
+        if not part:
+            continue
         pixels = torch.cat([picture.pixels for picture in part.values()])
         features = model.vision_features(pixels.to(ranks.device)).cpu()
         for picture, own in zip(part.values(), features.split([len(picture.pixels) for picture in part.values()])):
@@ -497,6 +539,7 @@ def train_llava(args, ranks: Ranks, folder: Path):
     if run.finished:
         return
     choose_sources(args, run)
+    sources = data_files(args, ranks, "captions" if args.stage == 1 else "instruct")
     if args.vision:
         model, tokenizer = assemble(args.vision, args.llm, args.projector or "mlp2x_gelu", args.seed)
     else:
@@ -513,12 +556,12 @@ def train_llava(args, ranks: Ranks, folder: Path):
     if args.init_from:
         verify(args.init_from)
         ranks.say(f"weights as after step {sharding.restore(args.init_from, model)} of {args.init_from}")
-    data, images = data_files(args, ranks, "captions" if args.stage == 1 else "instruct")
     template = args.template or model.config.template
     max_length = args.max_length or model.config.text_config.max_position_embeddings
     options = {"image_order": args.image_order, "seed": args.seed, "template": template, "questions": args.questions}
-    dataset = Records(data, images, tokenizer, model.config, max_length, **options)
-    if args.whiten and args.vision and dataset.pictures():
+    dataset = Records(sources, tokenizer, model.config, max_length, **options)
+    allow_skips(args, ranks, run, dataset)
+    if args.whiten and args.vision and dataset.pictures(1):
         whiten_projector(model, dataset)
     # What stands still is kept as it came, for the finished model's files; in training it is as narrow as can be.
     frozen = {name: p.data for name, p in model.named_parameters() if ranks.first and not p.requires_grad}
@@ -537,10 +580,27 @@ def train_llava(args, ranks: Ranks, folder: Path):
 # files
 
 
-def data_files(args, ranks: Ranks, kind: str) -> tuple[Path, Path]:
-    """The JSON to train on and the folder of its pictures; the embedded world's if none is named, drawn if need be."""
+def data_files(args, ranks: Ranks, kind: str) -> list[Source]:
+    """What to train on, checked; the embedded world's file of this kind if none is named, drawn if need be."""
     if args.data:
-        return args.data, args.images or args.data.parent
+        sources = open_sources(args.data, args.images)
+    else:
+        sources = open_sources([str(world_of(args, ranks) / f"{kind}.json")], None)
+    if args.skip_bad:  # one rank looks, so that all leave out the same
+        missing = ranks.agree([picture_faults(source) for source in sources] if ranks.first else None)
+        for source, faults in zip(sources, missing):
+            source.faults |= faults
+    refuse_bad(sources, args.skip_bad)
+    group = shapes.FAMILY if args.stage == 0 and args.tower != "decoder" else 1
+    check_mixing([source.weight for source in sources], args.mixing, args.shares, group)
+    count = sum(len(source.usable()) for source in sources)
+    if count < ranks.world:
+        raise ValueError(f"--data: {count} records for {ranks.world} ranks")
+    return sources
+
+
+def world_of(args, ranks: Ranks) -> Path:
+    """The folder of the embedded world, drawn if need be."""
     world = args.world or runs.ROOT / "world"
     if not (world / "instruct.json").exists():
         if world.exists():
@@ -549,7 +609,21 @@ def data_files(args, ranks: Ranks, kind: str) -> tuple[Path, Path]:
             )
         draw = partial(shapes.write_world, n=20_000, seed=0, side=72, questions=2_000, turns=shapes.TURNS)
         ranks.on_first(publish, world, draw)
-    return world / f"{kind}.json", world
+    return world
+
+
+def allow_skips(args, ranks: Ranks, run: runs.Run, dataset: Samples):
+    """With --skip-bad: name in the run's folder what is left out, and from here on replace what else is found bad."""
+    if args.skip_bad:
+        faults = [fault for source in dataset.sources for fault in source.faults.values()]
+        path = run.folder / "skipped.jsonl"
+        if ranks.first:
+            name_skipped(path, faults)
+            ranks.say(
+                f"--skip-bad: {len(faults):,} records are left out; {path} names them, and what else is found bad"
+            )
+        ranks.agree(None)
+        dataset.skips = Skips(args.skip_bad, len(dataset), path)
 
 
 def open_run(args, ranks: Ranks, folder: Path) -> runs.Run:
@@ -568,9 +642,7 @@ def main():
             print(plots.compare(args.plot, runs.ROOT / "runs.png"))
             return
         ranks = Ranks(args.device, args.timeout)
-        if args.batch_size % (ranks.world * args.accumulate):
-            cut = f"{ranks.world} ranks x {args.accumulate} micro-batches"
-            raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {cut}")
+        micro_batch(args, ranks)
         new = f"stage{args.stage}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = args.out or runs.ROOT / ranks.same_name(new)
         (stage0 if args.stage == 0 else train_llava)(args, ranks, folder)

@@ -11,18 +11,10 @@ import torch
 from PIL import Image
 
 from clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from data import (
-    GROUPED_STEPS,
-    CaptionPairs,
-    DataError,
-    Picture,
-    Records,
-    batches,
-    collate,
-    read_records,
-    turns_of,
-)
+from data import CaptionPairs, Picture, Records, collate
 from llava import IGNORE, LlavaConfig, TextConfig
+from mixture import GROUPED_STEPS, Source, batches, epochs
+from records import DataError, read_records, turns_of
 from templates import MARKUP, TEMPLATES, Turn, prompt_ids, render
 from tokenizer import train_bpe
 
@@ -222,8 +214,9 @@ def world(tmp_path):
 
     def records(content, config=CONFIG, max_length=500, **options):
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
-        (tmp_path / "world.json").write_bytes(content)
-        return Records(tmp_path / "world.json", tmp_path, TOKENIZER, config, max_length, **options)
+        if not records.file.exists() or records.file.read_bytes() != content:
+            records.file.write_bytes(content)
+        return Records([Source(read_records(records.file), tmp_path)], TOKENIZER, config, max_length, **options)
 
     records.file, records.folder = tmp_path / "world.json", tmp_path
     return records
@@ -267,7 +260,7 @@ def test_good_files_are_read(tmp_path):
     content += [record("👩‍👧 مرحبا", "x" * 1_000_000, id=3, extra=None)]
     for encoding in ("utf-8", "utf-8-sig"):  # Windows editors put a byte order mark in front
         path.write_text(json.dumps(content, ensure_ascii=False), encoding=encoding)
-        assert read_records(path) == content
+        assert list(read_records(path)) == content
 
 
 GOOD = json.dumps(record("hi", "yes"))
@@ -455,9 +448,11 @@ def test_pictures_come_in_the_order_of_the_record(world):
     reds = [picture[0].mean().item() for picture in sample["pixel_values"]]
     assert reds[1] < reds[2] < reds[0] and sample["pixel_values"][0].shape == (3, 4, 4)
     records = world([record("<image>", "a", image="b.png"), record("<image>", "b", image=["a.png"]), record("hi", "a")])
-    assert records.pictures() == {"b.png": 0, "a.png": 1}
+    folder = str(world.folder)
+    assert records.pictures() == {(folder, "b.png"): 0, (folder, "a.png"): 1}
+    assert records.pictures(1) == {(folder, "b.png"): 0}
     known = {"b.png": torch.ones(1, 4, 2), "a.png": torch.zeros(1, 4, 2)}  # of a frozen tower
-    records.features = {name: Picture(features, (4, 4), 4) for name, features in known.items()}
+    records.features = {(folder, name): Picture(features, (4, 4), 4) for name, features in known.items()}
     assert torch.equal(records[0]["vision_features"][0], torch.ones(4, 2)) and "pixel_values" not in records[0]
     assert records[2]["vision_features"] == []
 
@@ -486,14 +481,15 @@ def test_dialogues_are_cut_into_single_questions(world):
     reds = [[float(picture[0].mean()) for picture in single[i]["pixel_values"]] for i in range(7)]
     assert [len(pictures) for pictures in reds] == [0, 1, 2, 1, 1, 0, 0] and reds[2][0] == reds[1][0] < reds[2][1]
     assert pairs[0]["ids"] == render(turns_of(content[0])[:2], TOKENIZER, "vicuna_v1", 4)[0]
-    assert single.pictures() == {"a.png": 1, "b.png": 2, "c.png": 3} and single.where(4).endswith("record 1 (id 'x7')")
+    seen = {name: index for (_, name), index in single.pictures().items()}
+    assert seen == {"a.png": 1, "b.png": 2, "c.png": 3} and single.where(4).endswith("record 1 (id 'x7')")
     assert [sample["ids"] for sample in world(content, questions=3)] == [sample["ids"] for sample in whole]
 
 
 def captions(world, *content):
     world.file.write_text(json.dumps(content))
     config = CLIPConfig(VISION, CLIPTextConfig(max_position_embeddings=6))
-    return CaptionPairs(world.file, world.folder, TOKENIZER, config, "pad")
+    return CaptionPairs([Source(read_records(world.file), world.folder)], TOKENIZER, config, "pad")
 
 
 def test_caption_pairs(world):
@@ -553,7 +549,8 @@ def test_collate_without_pictures_and_with_features():
 
 def run(count, batch_size, seed=0, start=0, stop=30, world=1, group=1, lengths=None):
     """steps[s][r]: the indices of rank r at step s."""
-    ranks = [list(batches(count, batch_size, seed, start, stop, rank, world, group, lengths)) for rank in range(world)]
+    take = epochs([count], [1.0], seed, group)
+    ranks = [list(batches(take, batch_size, seed, start, stop, rank, world, group, lengths)) for rank in range(world)]
     return [list(step) for step in zip(*ranks, strict=True)]
 
 
@@ -569,7 +566,7 @@ def test_every_record_once_an_epoch(count, batch_size):
 
 
 def some_lengths(count):
-    return np.random.default_rng(3).integers(5, 200, count).tolist()
+    return np.random.default_rng(3).integers(5, 200, count)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -76,7 +76,9 @@ def test_update_norms_are_how_far_the_weights_moved(steps):
     norms = meters.update_norms(optimizer, RANKS, "ddp")
     for component in ("language_model", "multi_modal_projector"):
         moved = [
-            (p - before[name]).square().sum() for name, p in llava.named_parameters() if name.startswith(component)
+            (p.detach() - before[name]).square().sum()
+            for name, p in llava.named_parameters()
+            if name.startswith(component)
         ]
         assert norms[component] == pytest.approx(float(sum(moved).sqrt()), rel=1e-3)
 

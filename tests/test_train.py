@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 import shapes
 import towers
 import train
-from data import Records, batches, check_record, collate
+from data import Records, collate
 from llava import IGNORE
+from mixture import Source, batches, epochs
+from records import check_record, read_records
 from tokenizer import Tokenizer
 from weights import load_model
 
@@ -58,6 +60,10 @@ def refusal(command, *argv):
 def write_records(path, records):
     path.write_text(json.dumps(records))
     return path
+
+
+def sources(path, images):
+    return [Source(read_records(path), images)]
 
 
 def blinded(record):
@@ -99,8 +105,10 @@ def whitened(tiny, monkeypatch):
     def call(gain):
         monkeypatch.setattr(towers, "PLACE_GAIN", gain)
         model = load_model(tiny.stage1)
-        images = Records(tiny.world / "captions.json", tiny.world, Tokenizer.load(tiny.stage1), model.config, 1024)
-        pictures = torch.cat([images.picture(name, index).pixels for name, index in images.pictures().items()])
+        images = Records(
+            sources(tiny.world / "captions.json", tiny.world), Tokenizer.load(tiny.stage1), model.config, 1024
+        )
+        pictures = torch.cat([picture.pixels for picture in images.load(images.pictures()).values()])
         layer = model.multi_modal_projector.linear_1
         with torch.no_grad():
             before = model.vision_features(pictures)
@@ -219,7 +227,8 @@ def test_a_batch_of_eight_is_eight_micro_batches_of_one(tiny, tmp_path, names):
     records[3] = blinded(records[3])  # its micro-batch holds no picture at all
     records[5]["conversations"][1:] = [{"from": "gpt", "value": "7"}]  # two supervised tokens among hundreds
     tokenizer, model = Tokenizer.load(tiny.stage1), load_model(tiny.stage1).train()
-    dataset = Records(write_records(tmp_path / "some.json", records), tiny.world, tokenizer, model.config, 1024)
+    mine = sources(write_records(tmp_path / "some.json", records), tiny.world)
+    dataset = Records(mine, tokenizer, model.config, 1024)
     samples = [dataset[i] for i in range(BATCH)]
     assert len({len(sample["ids"]) for sample in samples}) > 4  # ragged
     args = flags("--stage", 2, "--train", names, "--clip-grad", 0)
@@ -244,7 +253,9 @@ def test_the_mean_of_micro_batches_is_that_of_old_transformers(tiny, tmp_path, w
     records = json.loads((tiny.world / "instruct.json").read_text())[:BATCH]
     records[5]["conversations"][1:] = [{"from": "gpt", "value": "7"}]
     tokenizer, model = Tokenizer.load(tiny.stage1), load_model(tiny.stage1).train()
-    dataset = Records(write_records(tmp_path / "some.json", records), tiny.world, tokenizer, model.config, 1024)
+    dataset = Records(
+        sources(write_records(tmp_path / "some.json", records), tiny.world), tokenizer, model.config, 1024
+    )
     micro = [collate([dataset[i], dataset[i + 1]], tokenizer.pad_id) for i in range(0, BATCH, 2)]
     if silent:
         micro[1]["labels"].fill_(IGNORE)
@@ -271,7 +282,7 @@ def test_the_mean_of_micro_batches_is_that_of_old_transformers(tiny, tmp_path, w
 
 def test_no_supervised_token_at_all_is_nought(tiny):
     tokenizer, model = Tokenizer.load(tiny.stage1), load_model(tiny.stage1).train()
-    dataset = Records(tiny.world / "instruct.json", tiny.world, tokenizer, model.config, 1024)
+    dataset = Records(sources(tiny.world / "instruct.json", tiny.world), tokenizer, model.config, 1024)
     batch = collate([dataset[0]], tokenizer.pad_id)
     batch["labels"].fill_(IGNORE)
     for mean in ("token", "micro-batch"):
@@ -337,7 +348,7 @@ def ranks(tiny, command, tmp_path_factory):
     captions = json.loads((tiny.world / "captions.json").read_text())[: 3 * BATCH]
     dialogues = json.loads((tiny.world / "instruct.json").read_text())[: 3 * BATCH]
     # Three steps are one epoch, in which the second rank never sees a picture.
-    second = {i for step in batches(3 * BATCH, BATCH, 0, 0, 3, rank=1, world=2) for i in step}
+    second = {i for step in batches(epochs([3 * BATCH], [1.0], 0), BATCH, 0, 0, 3, rank=1, world=2) for i in step}
     lopsided = {
         name: write_records(root / f"{name}.json", [blinded(r) if i in second else r for i, r in enumerate(records)])
         for name, records in (("captions", captions), ("dialogues", dialogues))
@@ -455,7 +466,7 @@ def test_recomputed_activations_give_the_same_gradients(tiny):
     args, tokenizer = flags("--stage", 2, "--train", "vision,projector,llm"), Tokenizer.load(tiny.stage1)
     model = load_model(tiny.stage1).train()
     train.choose_trainable(model, args.train)
-    dataset = Records(tiny.world / "instruct.json", tiny.world, tokenizer, model.config, 1024)
+    dataset = Records(sources(tiny.world / "instruct.json", tiny.world), tokenizer, model.config, 1024)
     micro = [collate([dataset[i] for i in range(4)], tokenizer.pad_id)]
     kept, _ = gradients(model, args, micro)
     model.language_model.model.recompute = True
@@ -574,17 +585,19 @@ def test_dialogues_can_be_cut_into_single_questions(tiny, command, tmp_path, mon
     for flags in ([], ["--questions", 1]):
         command(train, *tiny.flags[name], *flags, "--out", tmp_path / f"{len(flags)}")
     whole, cut = seen
-    texts = [m["value"] for _, record in cut.records for m in record["conversations"][1::2]]
-    assert texts == [m["value"] for _, record in whole.records for m in record["conversations"][1::2]]
+    texts, all_texts = (
+        [message["value"] for i in range(len(data)) for message in data.record(i)["conversations"][1::2]]
+        for data in (cut, whole)
+    )
+    assert texts == all_texts
     assert len(cut) == len(texts) >= len(whole) and (name == "stage1" or len(cut) > len(whole))
 
 
 def test_pictures_start_from_the_folder_of_the_data(tiny, command, tmp_path):
     shutil.copytree(tiny.world / "train-0", tmp_path / "train-0")
     shutil.copy(tiny.world / "captions.json", tmp_path)
-    argv = [*tiny.flags["stage1"], "--data", tmp_path / "captions.json", "--steps", 1]
-    command(train, *argv, "--out", tmp_path / "run")
-    assert losses(tmp_path / "run") == losses(tiny.stage1)[:1]
+    command(train, *tiny.flags["stage1"], "--data", tmp_path / "captions.json", "--out", tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(tiny.stage1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

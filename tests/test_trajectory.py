@@ -12,8 +12,10 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 import train
-from data import Records, batches, collate
+from data import Records, collate
 from llava import IGNORE
+from mixture import Source, batches, epochs
+from records import read_records
 from tokenizer import Tokenizer
 from towers import assemble
 from weights import load_model, save_model
@@ -61,9 +63,9 @@ def their_losses(folder, data, images, template, stage):
     optimizer = torch.optim.AdamW(trained, lr=RATES[stage], betas=BETAS, weight_decay=0.0, fused=False)
     schedule = LambdaLR(optimizer, rate_of)
     tokenizer, config = Tokenizer.load(folder), load_model(folder).config
-    dataset = Records(data, images, tokenizer, config, 1024, template=template)
-    losses = []
-    for step in batches(len(dataset), BATCH, 0, 0, STEPS, rank=0, world=1, lengths=dataset.lengths()):
+    dataset = Records([Source(read_records(data), images)], tokenizer, config, 1024, template=template)
+    losses, order = [], epochs(dataset.sizes, [1.0], 0)
+    for step in batches(order, BATCH, 0, 0, STEPS, rank=0, world=1, lengths=dataset.lengths()):
         samples, share, total = [dataset[i] for i in step], BATCH // ACCUMULATE, 0.0
         supervised = sum(label != IGNORE for sample in samples for label in sample["labels"][1:])
         for start in range(0, BATCH, share):
