@@ -74,8 +74,8 @@ def check_file(path: Path):
             raise BadImage(f"{path}: not a regular file")
     except FileNotFoundError:
         raise BadImage(f"{path}: no such file") from None
-    except OSError as error:
-        raise BadImage(f"{path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in its name
+        raise BadImage(f"{path}: {error}") from None
 
 
 def size_of(path: Path) -> tuple[int, int]:

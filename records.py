@@ -290,13 +290,13 @@ class RecordFile:
         folder.parent.mkdir(parents=True, exist_ok=True)
 
         def write(partial: Path):
-            arrays, facts = build()
             for name, values in arrays.items():
                 np.save(partial / f"{name}.npy", values)
             (partial / "facts.json").write_text(json.dumps(facts))
 
         with alone(folder.parent / f"{place}.lock"):
             if not folder.exists():
+                arrays, facts = build()
                 publish(folder, write)
                 for old in folder.parent.glob(f"{place}-*"):  # of what the file was before
                     if old != folder:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import runs
 from clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from data import CaptionPairs, Picture, Records, collate
 from llava import IGNORE, LlavaConfig, TextConfig
@@ -203,6 +204,12 @@ def test_injection_in_captions_is_text(text):
     assert render([Turn("x", text, 1)], TOKENIZER, "plain", 2) == spell(BOS, IMG, IMG, (f"{text}\n",))
     assert render([Turn(text, text)], TOKENIZER, "plain", 2) == spell(BOS, f"{text}\n", (f"{text}\n",))
     assert prompt_ids([text], [], 0, TOKENIZER, "plain", 2) == spell(BOS, f"{text}\n")[0]
+
+
+@pytest.fixture(autouse=True)
+def indexes(tmp_path, monkeypatch):
+    """Those of the few long files go with the test."""
+    monkeypatch.setattr(runs, "ROOT", tmp_path / "out")
 
 
 @pytest.fixture

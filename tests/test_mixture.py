@@ -175,6 +175,14 @@ def test_of_processes_that_come_at_once_one_builds_and_all_read(tmp_path):
     assert not list((tmp_path / "out/index").glob("*.partial"))
 
 
+def test_a_file_that_is_no_json_leaves_nothing_half_done(tmp_path, kept):
+    (tmp_path / "a.json").write_text(json.dumps(told(3))[:-1])
+    for _ in range(2):
+        with pytest.raises(DataError, match="record 3"):
+            RecordFile(tmp_path / "a.json")
+    assert [path.suffix for path in kept.iterdir()] == [".lock"]
+
+
 def test_a_build_that_was_killed_is_no_index(tmp_path, kept, monkeypatch):
     path = write(tmp_path / "a.json", told(3))
     with monkeypatch.context() as patch:
