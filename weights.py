@@ -13,6 +13,7 @@ import json
 import math
 import re
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,11 +31,13 @@ from clip import CLIPConfig, CLIPModel
 from configs import config_to_json, read_config, write_processor
 from files import publish, read_json, refuse_duplicates, write_json
 from llava import Llava, LlavaConfig, TextConfig
-from templates import TEMPLATES
+from templates import TEMPLATES, end_ids
 from tokenizer import Tokenizer
 
 SHARD_BYTES = 5_000_000_000  # of a file that is written; larger ones are unwieldy to copy
-FLOATS = ("F32", "F16", "BF16", "F64", "float32", "float16", "bfloat16", "float64")  # as safetensors and torch say
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}  # in safetensors
+FLOATS |= {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}  # in torch
+PICKLES = (".bin", ".pt", ".pth")
 HEADER_BYTES = 10_000_000  # of a file that is read: room for some hundred thousand tensors
 
 
@@ -56,6 +59,8 @@ def open_tensors(path: Path) -> dict[str, Lazy]:
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if path.is_file():
+        if path.suffix not in (".safetensors", *PICKLES):
+            raise ValueError(f"{path}: neither .safetensors nor {', '.join(PICKLES)}")
         return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     for stem, reader in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_pickle)):
         if (path / stem).exists():
@@ -101,7 +106,8 @@ def read_pickle(path: Path) -> dict[str, Lazy]:
         raise ValueError(f"{path}: reading a pickle needs torch 2.10, whose weights_only is mended; this is older")
     print(f"{path}: a pickle, read with weights_only=True; the same weights as safetensors are safer", file=sys.stderr)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are none, and are read whole
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a bad pickle may raise anything
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: not a file of tensors that torch.load(weights_only=True) takes ({reason})") from None
@@ -114,7 +120,7 @@ def read_pickle(path: Path) -> dict[str, Lazy]:
 
 
 def read_shards(index: Path, reader: Callable[[Path], dict[str, Lazy]]) -> dict[str, Lazy]:
-    """All tensors that an index distributes over files beside it. Raises ValueError if a file lacks one, or leaves."""
+    """All tensors that an index distributes over files beside it, each in the one file that the index names."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         raise ValueError(f"{index}: no weight_map from tensors to files")
@@ -124,10 +130,11 @@ def read_shards(index: Path, reader: Callable[[Path], dict[str, Lazy]]) -> dict[
             raise ValueError(f"{index}: {name!r} leads out of the folder")
         if not (index.parent / name).exists():
             raise ValueError(f"{index.parent / name}: missing, but {index.name} names it")
-        found |= reader(index.parent / name)
-    if found.keys() != where.keys():
-        differing = sorted(found.keys() ^ where.keys())
-        raise ValueError(f"{index}: {len(differing)} tensors are not where it says: {', '.join(differing[:5])}")
+        tensors = reader(index.parent / name)
+        if differing := sorted(tensors.keys() ^ {tensor for tensor, file in where.items() if file == name}):
+            some = ", ".join(differing[:5])
+            raise ValueError(f"{index}: {len(differing)} tensors of {name} are not where it says: {some}")
+        found |= tensors
     return found
 
 
@@ -304,7 +311,7 @@ def choose_layout(names: list[str], layouts: dict[str, Layout]) -> str:
 
 
 def fill(
-    model: nn.Module, tensors: dict[str, Lazy], layouts: dict[str, Layout], source: Path, extras=(), skip="", **to
+    model: nn.Module, tensors: dict[str, Lazy], layouts: dict[str, Layout], source: Path | str, extras=(), skip="", **to
 ):
     """Give every parameter of `model` its tensor from the file; all names and shapes are checked before any is read.
 
@@ -323,7 +330,7 @@ def fill(
             wrong.append(f"{name} not expected")
             continue
         if lazy.dtype not in FLOATS:
-            wrong.append(f"{name} is {lazy.dtype}, should be {', '.join(FLOATS[:4])}")
+            wrong.append(f"{name} is {lazy.dtype}, should be {', '.join(list(FLOATS)[:4])}")
         for ours, part in zip(found[0], found[1].split(torch.empty(lazy.shape, device="meta"))):
             if ours in sources:
                 wrong.append(f"{name} given twice")
@@ -335,11 +342,11 @@ def fill(
         raise ValueError(f"{source}: {len(wrong)} tensors differ: {'; '.join(wrong[:5])}{likely_cause(wrong)}")
     for name in dict.fromkeys(sources.values()):
         ours, change = match(name, layout)
-        tensor = tensors[name].read()
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{source}: {name} holds numbers that are not finite")
-        for target, part in zip(ours, change.split(tensor)):
-            place(model, target, part.to(copy=True, memory_format=torch.contiguous_format, **to))
+        for target, part in zip(ours, change.split(tensors[name].read())):
+            part = part.to(copy=True, memory_format=torch.contiguous_format, **to)
+            if not torch.isfinite(part).all():  # here, for what fits into the file's dtype may not fit into this one
+                raise ValueError(f"{source}: {name} holds numbers that are not finite in {to['dtype']}")
+            place(model, target, part)
 
 
 class WithoutNumbers(TorchFunctionMode):
@@ -362,10 +369,13 @@ def place(model: nn.Module, name: str, tensor: torch.Tensor):
 def likely_cause(wrong: list[str]) -> str:
     """What usually lies behind such differences; "" if nothing comes to mind."""
     missing = [line.split()[0] for line in wrong if line.endswith(" missing")]
-    if missing and all("vision_tower" in name for name in missing):
-        return ". It has no vision tower: name CLIP's folder with --vision"
-    if missing == ["language_model.lm_head.weight"]:
+    parts = {name.split(".")[0] for name in missing}
+    if missing == [HEAD]:
         return ". If head and embedding are one tensor, its config.json lacks tie_word_embeddings"
+    if parts == {"vision_tower"}:
+        return ". It has no vision tower: name CLIP's folder with --vision"
+    if EMBEDDING in missing and parts <= {"vision_tower", "language_model"} and len(missing) == len(wrong):
+        return ". It has no decoder: name the decoder's folder with --llm" + ", CLIP's with --vision" * (len(parts) - 1)
     if len(wrong) > 5 and not missing:
         return ". The config.json belongs to a smaller model, or to a part of this one"
     return ""
@@ -392,11 +402,32 @@ def load_model(
     by tensor, so the peak is the weights and the largest tensor. Raises ValueError, in one line, naming the file and
     the first differing tensors.
     """
-    folder = Path(folder)
-    config, tensors = open_model(folder)
+    config, tensors = open_model(Path(folder))
+    return build(config, tensors, Path(folder), device, dtype, vision, llm)
+
+
+def load_both(folder: str | Path, device: str, dtype: torch.dtype) -> tuple[Llava, Tokenizer]:
+    """A model and its tokenizer, which is read first: if it is missing, nobody waits for the weights to hear of it."""
+    config, tensors = open_model(Path(folder))
+    tokenizer = load_tokenizer(folder, config)
+    return build(config, tensors, Path(folder), device, dtype), tokenizer
+
+
+def build(
+    config: LlavaConfig,
+    tensors: dict[str, Lazy],
+    folder: Path,
+    device: str,
+    dtype: torch.dtype | None,
+    vision: Path | None = None,
+    llm: Path | None = None,
+) -> Llava:
+    """The model of what open_model found; for the arguments see load_model."""
+    if vision is not None and config.vision_config is None:
+        raise ValueError(f"{folder}: a decoder alone; --vision and --llm of train.py make a LLaVA of it")
     if llm is not None:
-        tensors = open_tensors(llm) | tensors
-    dtype = dtype or next(iter(tensors.values())).read().dtype
+        tensors = join_decoder(tensors, folder, llm)
+    dtype = dtype or usual_dtype(tensors)
     with torch.device("meta"), WithoutNumbers():
         model = Llava(config)
     tied = config.text_config.tie_word_embeddings
@@ -404,11 +435,29 @@ def load_model(
     if vision is not None:
         load_tower(model, vision, device, dtype)
     skip = "" if vision is None else "vision_tower."
-    fill(model, tensors, LLAVA_LAYOUTS, folder, extras, skip, device=device, dtype=dtype)
+    source = folder if llm is None else f"{folder} with {llm}"
+    fill(model, tensors, LLAVA_LAYOUTS, source, extras, skip, device=device, dtype=dtype)
     if tied:
         model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
-        check_head(tensors, folder)
+        check_head(tensors, source)
     return model.eval()
+
+
+def join_decoder(tensors: dict[str, Lazy], folder: Path, llm: Path) -> dict[str, Lazy]:
+    """The tensors of a projector, and those of its decoder. Raises ValueError if there is a decoder already."""
+    layout = LLAVA_LAYOUTS[choose_layout(list(tensors), LLAVA_LAYOUTS)]
+    if any(ours.startswith("language_model.") for name in tensors for ours in (match(name, layout) or [()])[0]):
+        raise ValueError(f"{folder}: has a decoder; --llm is for what has none")
+    return open_tensors(llm) | tensors
+
+
+def usual_dtype(tensors: dict[str, Lazy]) -> torch.dtype:
+    """What most of the parameters are in; of tables that a file holds besides, the dtype says nothing."""
+    layout, sizes = LLAVA_LAYOUTS[choose_layout(list(tensors), LLAVA_LAYOUTS)], Counter()
+    for name, lazy in tensors.items():
+        if lazy.dtype in FLOATS and match(name, layout):
+            sizes[FLOATS[lazy.dtype]] += math.prod(lazy.shape)
+    return max(sizes, key=sizes.get, default=torch.float32)
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -421,6 +470,16 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
     return getattr(torch, name)
 
 
+def choose_device(name: str | None) -> str:
+    """What to run on: the named device, or a GPU where there is one. Raises ValueError on one that is not there."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name != "cpu" and name not in gpus and not (name == "cuda" and gpus):
+        raise ValueError(f"--device {name}: here are {', '.join(['cpu', *gpus])}")
+    return name
+
+
 def open_model(folder: Path) -> tuple[LlavaConfig, dict[str, Lazy]]:
     """A model's description and its tensors, none of them read yet."""
     if llama2c := find_llama2c(folder):
@@ -428,7 +487,7 @@ def open_model(folder: Path) -> tuple[LlavaConfig, dict[str, Lazy]]:
     return read_config(folder), open_tensors(folder)
 
 
-def check_head(tensors: dict[str, Lazy], source: Path):
+def check_head(tensors: dict[str, Lazy], source: Path | str):
     """A file may hold the head of a tied model once more, but not another one. Raises ValueError."""
     layout = LLAVA_LAYOUTS[choose_layout(list(tensors), LLAVA_LAYOUTS)]
     found = {match(name, layout)[0][0]: lazy for name, lazy in tensors.items() if match(name, layout)}
@@ -451,12 +510,29 @@ def load_clip(folder: str | Path) -> CLIPModel:
 
 
 def load_tokenizer(folder: str | Path, config: LlavaConfig) -> Tokenizer:
-    """The folder's tokenizer, the picture's token known to it under the id that the config gives it."""
+    """The folder's tokenizer, and what each of it and the config has to know of the other.
+
+    The picture's token gets the id that the config gives it, and is <image> from now on, whatever it was called; and
+    what ends an answer in the config's template ends it. Raises ValueError where they contradict each other.
+    """
     tokenizer = Tokenizer.load(folder)
+    index, names = config.image_token_index, {i: name for name, i in tokenizer.specials.items()}
     if config.vision_config is not None:
-        names = {i: name for name, i in tokenizer.specials.items()}
-        name = names.get(config.image_token_index, "<image>")
-        tokenizer.specials[name], tokenizer.roles["image"] = config.image_token_index, name
+        if index <= tokenizer.codec.highest_id and index not in names:
+            raise ValueError(f"{folder}: image_token_index of config.json, {index}, is an ordinary token")
+        name = names.get(index, "<image>")
+        if name in [tokenizer.roles.get(role) for role in ("bos", "eos", "pad")]:
+            raise ValueError(f"{folder}: image_token_index of config.json, {index}, is the token {name}")
+        if tokenizer.specials.get("<image>", index) != index:
+            raise ValueError(f"{folder}: <image> is {tokenizer.specials['<image>']}, but config.json says {index}")
+        tokenizer.specials.pop(name, None)
+        tokenizer.specials["<image>"], tokenizer.roles["image"] = index, "<image>"
+    roles = [tokenizer.roles.get(role) for role in ("image", "pad")]  # may be added, or are never looked up
+    used = [i for name, i in tokenizer.specials.items() if name not in roles]
+    if max(tokenizer.codec.highest_id, *used) >= config.text_config.vocab_size:
+        rows = config.text_config.vocab_size
+        raise ValueError(f"{folder}: its tokenizer has ids up to {tokenizer.vocab_size - 1}, its embedding {rows} rows")
+    config.eos_token_ids = sorted({*config.eos_token_ids, *end_ids(config.template, tokenizer)})
     return tokenizer
 
 
@@ -537,8 +613,11 @@ def write_shards(state: dict[str, torch.Tensor], folder: Path):
 
 
 def find_llama2c(folder: Path) -> Path | None:
-    """The model of a folder that holds nothing but llama2.c's .bin files."""
-    if folder.is_file() or (folder / "config.json").exists() or not folder.exists():
+    """The model of a folder that holds nothing but llama2.c's .bin files; or such a file, whose width is below 2^16."""
+    if folder.is_file():
+        with folder.open("rb") as file:
+            return folder if folder.suffix == ".bin" and file.read(4)[2:] == b"\0\0" else None
+    if (folder / "config.json").exists() or not folder.exists():
         return None
     found = [path for path in sorted(folder.glob("*.bin")) if not path.name.startswith("tok")]
     return found[0] if len(found) == 1 else None
@@ -628,10 +707,11 @@ def convert(source: Path, target: Path, vision: Path | None, llm: Path | None, t
     """Any model as a folder of ours, in its own dtype."""
     if target.exists():
         raise ValueError(f"{target}: exists already")
-    model = load_model(source, dtype=None, vision=vision, llm=llm)
-    model.config.template = template or model.config.template
-    tokenizer = load_tokenizer(llm or source, model.config)
-    if model.config.vision_config is not None:
+    config, tensors = open_model(source)
+    config.template = template or config.template
+    tokenizer = load_tokenizer(llm or source, config)
+    model = build(config, tensors, source, "cpu", None, vision, llm)
+    if config.vision_config is not None:
         grow_vocabulary(model, tokenizer.vocab_size)
 
     def write(folder: Path):
@@ -661,7 +741,7 @@ def main():
             inspect(args.folder)
         else:
             convert(args.source, args.target, args.vision, args.llm, args.template)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"weights.py: {error}")
 
 
