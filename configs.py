@@ -82,7 +82,7 @@ def rope_of(values: dict) -> dict:
             raise ValueError(f"config.json: {key} of the RoPE scaling {kind!r} is {rope.get(key)!r:.99}")
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         raise ValueError("config.json: low_freq_factor of the RoPE scaling is not below high_freq_factor")
-    theta = rope.get("rope_theta") or values.get("rope_theta") or TextConfig.rope_theta  # as in transformers 5
+    theta = rope.get("rope_theta", values.get("rope_theta", TextConfig.rope_theta))  # this order is transformers 5's
     return {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope | {"rope_type": kind}}
 
 
@@ -133,8 +133,8 @@ def check(config: LlavaConfig):
                 tiled != (config.image_mode == "anyres")
             ),
         }
-    for complaint, holds in wrong.items():
-        if holds:
+    for complaint, is_so in wrong.items():
+        if is_so:
             raise ValueError(f"config.json: {complaint}")
     if vision is not None:
         check_pinpoints(config)
@@ -168,7 +168,8 @@ def read_llava_config(values: dict, folder: Path) -> LlavaConfig:
         guesses |= {"image_mode": "anyres", "image_grid_pinpoints": PINPOINTS}
     if values["text_config"].get("pad_token_id") != -1:
         guesses["pad_token_id"] = values["text_config"].get("pad_token_id")
-    return LlavaConfig(**known(LlavaConfig, guesses | values) | {"text_config": text, "vision_config": vision})
+    told = known(LlavaConfig, guesses) | known(LlavaConfig, values)  # a key of null says nothing
+    return LlavaConfig(**told | {"text_config": text, "vision_config": vision})
 
 
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of LLaVA-1.6, (height, width)
@@ -243,6 +244,9 @@ CLIP_L |= {"patch_size": 14, "image_size": 336, "projection_dim": 768}
 TOWERS = {"clip-vit-large-patch14-336": CLIP_L, "clip-vit-large-patch14": CLIP_L | {"image_size": 224}}
 
 
+FAMILIES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+
+
 def read_original_config(values: dict, folder: Path) -> LlavaConfig:
     """A config.json of the LLaVA authors' code: a LLaMA config with the picture's part in mm_* keys."""
     name = str(values["mm_vision_tower"]).rstrip("/").split("/")[-1]
@@ -251,7 +255,10 @@ def read_original_config(values: dict, folder: Path) -> LlavaConfig:
             f"config.json: the shape of the vision tower {name!r} is not known, only of {', '.join(TOWERS)}"
         )
     refuse_unbuilt(values, BUILT["authors'"])
-    family = {"llava_mistral": "mistral", "llava_qwen": "qwen2"}.get(values.get("model_type"), "llama")
+    kind = values.get("model_type", "llava")
+    if kind not in FAMILIES:
+        raise ValueError(f"config.json: model_type {kind!r} is none of {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
     text = read_text_config(values | {"model_type": family})
     ratio, pinpoints = values.get("image_aspect_ratio"), None
     if ratio == "anyres":

@@ -237,6 +237,20 @@ def test_a_folder_without_a_model_is_named(command, tmp_path):
     assert str(tmp_path / "config.json") in caught.value.code and len(caught.value.code.splitlines()) == 1
 
 
+@pytest.mark.parametrize("device", ["foo", "meta", "cuda:99", "CUDA"])
+def test_a_device_that_is_not_there_is_named(command, tiny, device):
+    with pytest.raises(SystemExit) as caught:
+        command(sample, "--model", tiny.stage2, "--prompt", "Hello", "--device", device)
+    assert f"--device {device}" in caught.value.code and len(caught.value.code.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flag", ["--temperature=nan", "--temperature=inf", "--seed=-1", f"--seed={2**64}"])
+def test_a_number_that_is_none_is_named(command, tiny, capsys, flag):
+    with pytest.raises(SystemExit) as caught:
+        command(sample, "--model", tiny.stage2, "--prompt", "Hello", flag)
+    assert caught.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("flag", ["--temperature=-1", "--top-p=0", "--top-p=1.1", "--top-k=-1", "--max-new-tokens=0"])
 def test_a_wrong_flag_is_named(command, tiny, capsys, flag):
     with pytest.raises(SystemExit) as caught:
