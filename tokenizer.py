@@ -53,7 +53,7 @@ class ByteLevel:
 
     def encode(self, text: str, prefix: bool = True) -> list[int]:
         text = unicodedata.normalize("NFC", text) if self.nfc else text
-        if not set(self.lacking) & set(text.encode()):
+        if not (self.lacking and set(self.lacking) & set(text.encode())):
             return self.encoding.encode_ordinary(text)
         words = (word.encode().translate(None, self.lacking) for word in regex.findall(self.split, text))
         return [i for word in words if word for i in self.encoding._encode_single_piece(word)]

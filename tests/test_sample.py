@@ -237,6 +237,15 @@ def test_a_folder_without_a_model_is_named(command, tmp_path):
     assert str(tmp_path / "config.json") in caught.value.code and len(caught.value.code.splitlines()) == 1
 
 
+def test_a_missing_tokenizer_is_named_before_the_weights_are_read(command, tiny, tmp_path):
+    data = (tiny.stage2 / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:-4] + b"\xff" * 4)  # a NaN, for which they would be refused
+    (tmp_path / "config.json").write_bytes((tiny.stage2 / "config.json").read_bytes())
+    with pytest.raises(SystemExit) as caught:
+        command(sample, "--model", tmp_path, "--prompt", "Hello")
+    assert "tokenizer.json" in caught.value.code and len(caught.value.code.splitlines()) == 1
+
+
 @pytest.mark.parametrize("device", ["foo", "meta", "cuda:99", "CUDA"])
 def test_a_device_that_is_not_there_is_named(command, tiny, device):
     with pytest.raises(SystemExit) as caught:

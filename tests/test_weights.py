@@ -282,6 +282,8 @@ def test_a_projector_alone_and_the_decoder_it_belongs_to(tiny, tmp_path, monkeyp
     save_file({key: value.clone() for key, value in tower.items()}, clip / "model.safetensors")
     command(weights, "inspect", source)
     assert "authors'" in capfd.readouterr().out
+    with pytest.raises(ValueError, match=r"--llm.*--vision"):
+        load_model(source)
     again = load_model(source, vision=clip, llm=tmp_path / "llm").state_dict()
     assert all(torch.equal(value, again[key]) for key, value in ours.state_dict().items())
 
@@ -816,7 +818,9 @@ def test_a_processor_that_transformers_5_wrote(tiny, tmp_path):
     (tmp_path / "preprocessor_config.json").unlink()
     processor.save_pretrained(tmp_path)
     assert not (tmp_path / "preprocessor_config.json").exists()
-    change_json(tmp_path / "config.json", image_mode=None)
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["image_mode"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
     assert read_config(tmp_path).image_mode == "pad"
 
 
@@ -839,7 +843,7 @@ def test_the_template_of_a_llava_of_its_authors(kind, chat, template, tmp_path, 
 
 
 @pytest.mark.parametrize("key, value", [("mm_vision_select_layer", [-2, -5]), ("mm_vision_select_layer", -99),
-    ("mm_vision_select_layer", True), ("model_type", "llava_mpt"), ("mm_use_im_start_end", True)])  # fmt: skip
+    ("mm_vision_select_layer", True), ("model_type", "llava_mpt"), ("mm_use_im_start_end", True), ("mm_vision_select_feature", "cls_patch")])  # fmt: skip
 def test_what_is_not_built_of_the_authors_is_refused(key, value, tmp_path, monkeypatch):
     config = authors_config(make("llama_gqa").config, "mlp2x_gelu", monkeypatch) | {key: value}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -859,6 +863,14 @@ def test_what_ends_an_answer_in_the_template_ends_it(tiny, tmp_path):
     tokenizer.save(tmp_path)
     model, tokenizer = weights.load_both(tmp_path, "cpu", torch.float32)
     assert model.config.eos_token_ids == sorted([tokenizer.eos_id, end])
+
+
+@pytest.mark.parametrize("values", [[1], {"num_hidden_layers": 1.5}, {"num_hidden_layers": 10**9}, {"patch_size": 0}])
+def test_a_clip_that_cannot_be(values, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": values}))
+    with pytest.raises(ValueError) as caught:
+        configs.read_vision_config(tmp_path)
+    assert str(tmp_path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
 @pytest.fixture
