@@ -19,12 +19,11 @@ from templates import TEMPLATES
 # What transformers' config classes fill in when a config.json leaves a field out.
 DEFAULTS = {
     "llama": {},
-    "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
-    | {"sliding_window": 4096},
-    "qwen2": {"vocab_size": 151_936, "intermediate_size": 22016, "max_position_embeddings": 32768}
-    | {"sliding_window": 4096},
+    "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131_072},
+    "qwen2": {"vocab_size": 151_936, "intermediate_size": 22016, "max_position_embeddings": 32768},
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
 }
+DEFAULTS["mistral"]["sliding_window"] = DEFAULTS["qwen2"]["sliding_window"] = 4096
 BUILT = {  # keys that change what a model computes, and the one value of each that is built
     "llama": {"hidden_act": "silu", "mlp_bias": False},
     "mistral": {"hidden_act": "silu"},

@@ -41,7 +41,7 @@ def known(cls, values: dict) -> dict:
 
 
 def refuse_unbuilt(values: dict, built: dict):
-    """Raises ValueError where a config.json asks for another value than the only one that is built; null asks nothing."""
+    """Raises ValueError where a config.json asks for another value than the one that is built; null asks nothing."""
     for key, only in built.items():
         if values.get(key) not in (None, only):
             raise ValueError(f"config.json: {key} is {values[key]!r:.99}, and only {only!r} is built")

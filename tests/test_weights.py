@@ -843,7 +843,8 @@ def test_the_template_of_a_llava_of_its_authors(kind, chat, template, tmp_path, 
 
 
 @pytest.mark.parametrize("key, value", [("mm_vision_select_layer", [-2, -5]), ("mm_vision_select_layer", -99),
-    ("mm_vision_select_layer", True), ("model_type", "llava_mpt"), ("mm_use_im_start_end", True), ("mm_vision_select_feature", "cls_patch")])  # fmt: skip
+    ("mm_vision_select_layer", True), ("model_type", "llava_mpt"), ("mm_use_im_start_end", True),
+    ("mm_vision_select_feature", "cls_patch")])  # fmt: skip
 def test_what_is_not_built_of_the_authors_is_refused(key, value, tmp_path, monkeypatch):
     config = authors_config(make("llama_gqa").config, "mlp2x_gelu", monkeypatch) | {key: value}
     (tmp_path / "config.json").write_text(json.dumps(config))
