@@ -9,7 +9,7 @@ of Hugging Face's CLIPModel files, its spelling of `pre_layrnorm` included.
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +20,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from schema import known
+
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)  # of CLIP's training pictures, RGB in 0..1
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
-
-
-def known(cls, values: dict) -> dict:
-    """The entries of a config.json that the dataclass `cls` has; files carry many more, which do not concern us."""
-    names = {f.name for f in fields(cls)}
-    return {key: value for key, value in values.items() if key in names and value is not None}
 
 
 @dataclass
@@ -48,6 +44,10 @@ class CLIPVisionConfig:
     def __post_init__(self):
         if self.hidden_act != "quick_gelu":  # the exact GELU is up to 0.0203 away in every activation
             raise ValueError(f"hidden_act {self.hidden_act!r}: this is OpenAI's CLIP, whose activation is quick_gelu")
+        if self.model_type != "clip_vision_model":
+            raise ValueError(f"the vision tower is {self.model_type!r:.99}, not a clip_vision_model")
+        if self.hidden_size % self.num_attention_heads or self.patch_size > self.image_size:
+            raise ValueError("the vision tower's heads do not divide its width, or its patches exceed the picture")
 
     @property
     def num_patches(self) -> int:

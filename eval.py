@@ -21,10 +21,11 @@ import runs
 from data import DataError, load_picture
 from images import BadImage
 from llava import Llava, generate
+from ranks import choose_device
 from shapes import COLOURS, SHAPES
 from templates import prompt_ids, stop_text
 from tokenizer import Tokenizer
-from weights import DTYPES, choose_dtype, load_model, load_tokenizer
+from weights import DTYPES, choose_dtype, load_both
 
 # ---------------------------------------------------------------------------------------------------------------------
 # questions and answers
@@ -198,9 +199,8 @@ def main():
         folder = args.model or runs.newest_run(1, 2)
         out = args.out or folder / ("answers-blank.jsonl" if args.blank else "answers.jsonl")
         questions = read_lines(args.questions)[: args.limit]
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_model(folder, device, choose_dtype(args.dtype, device))
-        tokenizer = load_tokenizer(folder, model.config)
+        device = choose_device(args.device)
+        model, tokenizer = load_both(folder, device, choose_dtype(args.dtype, device))
         images, name = args.images or args.questions.parent, folder.name + ("-blank" if args.blank else "")
         rows = evaluate(
             model, tokenizer, questions, images, out, args.batch_size, args.max_new_tokens, args.blank, name

@@ -48,6 +48,8 @@ class TextConfig:
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads or (self.head_dim % 2 and not self.gpt2):
+            raise ValueError("num_key_value_heads does not divide num_attention_heads, or head_dim is odd")
 
     @property
     def gpt2(self) -> bool:

@@ -21,7 +21,7 @@ class Ranks:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         local = int(os.environ.get("LOCAL_RANK", 0))
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = choose_device(device)
         self.device = torch.device(f"cuda:{local}" if device == "cuda" else device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -99,6 +99,16 @@ class Ranks:
         ends = torch.stack([total, -total])
         dist.all_reduce(ends, dist.ReduceOp.MAX)
         return bool(ends[0] == -ends[1])
+
+
+def choose_device(name: str | None) -> str:
+    """What to run on: the named device, or a GPU where there is one. Raises ValueError on one that is not there."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name != "cpu" and name not in gpus and not (name == "cuda" and gpus):
+        raise ValueError(f"--device {name}: here are {', '.join(['cpu', *gpus])}")
+    return name
 
 
 def arithmetic(device: torch.device, dtype: str) -> torch.dtype:

@@ -9,6 +9,7 @@ On a terminal, without --prompt, it is a conversation. Standard output holds the
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -20,9 +21,10 @@ import runs
 from data import prepare_picture
 from images import BadImage, open_image
 from llava import Llava, generate
+from ranks import choose_device
 from templates import prompt_ids, stop_text
 from tokenizer import Tokenizer
-from weights import DTYPES, choose_dtype, load_model, load_tokenizer
+from weights import DTYPES, choose_dtype, load_both
 
 DESCRIBE = "Describe the picture."
 
@@ -83,8 +85,10 @@ def read_flags() -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
     add("--json", action="store_true", help="print one line of JSON: text, ids, prompt_ids, stop, tokens_per_s")
     args = parser.parse_args()
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_new_tokens < 1:
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_new_tokens < 1:
         parser.error("--temperature must be >= 0, --top-p in (0, 1], --top-k >= 0, --max-new-tokens >= 1")
+    if not 0 <= args.seed < 2**63:
+        parser.error("--seed must be in [0, 2^63)")
     return args
 
 
@@ -116,9 +120,8 @@ def main():
     args = read_flags()
     try:
         folder = args.model or runs.newest_run(1, 2)
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_model(folder, device, choose_dtype(args.dtype, device))
-        tokenizer = load_tokenizer(folder, model.config)
+        device = choose_device(args.device)
+        model, tokenizer = load_both(folder, device, choose_dtype(args.dtype, device))
         generator = torch.Generator(device).manual_seed(args.seed)
         sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
         chat = Chat(model, tokenizer, args.image, max_new_tokens=args.max_new_tokens, **sampling)

@@ -6,9 +6,11 @@ no special token, those are inserted by id, so nobody can type one.
 
 import base64
 import json
+import struct
 import unicodedata
+import zlib
 from collections import Counter
-from functools import lru_cache, partial
+from functools import lru_cache
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +24,8 @@ from files import read_json
 # Words, single digits and runs of punctuation, each with the space before it; then what space is left.
 SPLIT = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPLIT_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT-2's once every digit is cut off, as SmolLM2 has it: spaces before a digit end a piece, as where the text ends.
+SPLIT_DIGITS = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 SPLIT_LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -37,15 +41,23 @@ ROLES = {  # which names stand for what, in files that do not say
 
 class ByteLevel:
     """Byte-level BPE, on tiktoken. Args: ranks: bytes of each token -> id, in order of merging. split: the pattern
-    that cuts text into words before merging. nfc: put accents and letters together first, as Qwen2 does."""
+    that cuts text into words before merging. nfc: put accents and letters together first, as Qwen2 does.
+
+    Bytes without an id, of which SmolLM2 has some, are left out of the text, as Hugging Face's tokenizers does.
+    """
 
     def __init__(self, ranks: dict[bytes, int], split: str, nfc: bool = False):
         self.ranks, self.split, self.nfc = ranks, split, nfc
+        self.lacking = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
         self.encoding = tiktoken.Encoding("llava", pat_str=split, mergeable_ranks=ranks, special_tokens={})
         self.words, self.highest_id = set(ranks.values()), max(ranks.values())
 
     def encode(self, text: str, prefix: bool = True) -> list[int]:
-        return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        if not (self.lacking and set(self.lacking) & set(text.encode())):
+            return self.encoding.encode_ordinary(text)
+        words = (word.encode().translate(None, self.lacking) for word in regex.findall(self.split, text))
+        return [i for word in words if word for i in self.encoding._encode_single_piece(word)]
 
     def decode(self, ids: list[int]) -> str:
         return self.encoding.decode([i for i in ids if i in self.words])  # a vocabulary may have rows without a token
@@ -149,62 +161,83 @@ class Tokenizer:
         """Read a folder's tokenizer: tokenizer.json (byte-level BPE, LLaMA's or CLIP's), tokenizer.model
         (SentencePiece, or LLaMA-3's for tiktoken), llama2.c's tok*.bin or OpenAI's *.txt.gz. Raises ValueError."""
         folder = Path(folder)
-        path = folder / "tokenizer_config.json"
-        settings = read_json(path) if path.exists() else {}
-        if not (folder / "tokenizer.json").exists():
-            if (folder / "tokenizer.model").exists():
-                return cls.of_model(folder / "tokenizer.model", settings)
-            for pattern, read in (
-                ("tok*.bin", read_llama2c),
-                ("*.txt.gz", partial(read_clip, alphabet=byte_alphabet())),
-            ):
-                if found := sorted(folder.glob(pattern)):
-                    codec, specials = read(found[0])
-                    return cls(codec, specials, roles_of(specials, settings))
-        path = folder / "tokenizer.json"
+        added, named, legacy = read_settings(folder / "tokenizer_config.json")
+        names = ("tokenizer.json", "tokenizer.model", "tok*.bin", "*.txt.gz")
+        path = next((path for name in names for path in sorted(folder.glob(name))), folder / names[0])
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            codec, specials, bos = parse(content)
-            roles = roles_of(specials, settings) | ({"bos": bos} if bos else {})
-            if not bos:
-                roles.pop("bos", None)
+            if path.suffix == ".json":
+                codec, specials, bos = parse(json.loads(path.read_text(encoding="utf-8")))
+                roles = roles_of(specials, named | {"bos": bos}) if bos else roles_of(specials, named)
+                if not bos:  # nothing stands in front of a text, whatever tokens there are
+                    roles.pop("bos", None)
+            else:
+                codec, specials = read_vocabulary(path, legacy)
+                specials |= added if path.suffix == ".model" else {}
+                roles = roles_of(specials, named)
             return cls(codec, specials, roles, legacy=not getattr(codec, "unless_spaced", False))
         except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}") from None
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, regex.error) as error:
+            raise ValueError(f"{path}: {error.strerror or error}") from None
+        except CORRUPT as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{path}: neither byte-level BPE nor LLaMA's ({reason})") from None
-
-    @classmethod
-    def of_model(cls, path: Path, settings: dict) -> "Tokenizer":
-        """A `tokenizer.model`: of LLaMA-3, lines of a base64 token and its rank; of everyone else, SentencePiece."""
-        if not path.read_bytes()[:64].split(b"\n")[0].endswith(b" 0"):
-            legacy = settings.get("legacy", True)
-            codec, specials = read_model(path, unless_spaced=not legacy)
-            added = settings.get("added_tokens_decoder") or {}
-            specials |= {token["content"]: int(i) for i, token in added.items()}
-            return cls(codec, specials, roles_of(specials, settings), legacy)
-        lines = [line.split() for line in path.read_bytes().splitlines() if line]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        specials = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIALS)}
-        return cls(ByteLevel(ranks, SPLIT_LLAMA3), specials, roles_of(specials, settings))
+            raise ValueError(f"{path}: not a tokenizer that is built ({reason})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files
 
+MOST_IDS = 1 << 24  # far beyond any vocabulary: an id above is a broken file, not a reason to reserve memory
+CORRUPT = (EOFError, ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what broken files raise
+CORRUPT += (struct.error, zlib.error, regex.error)
+EVERY_KIND = "".join(map(chr, range(0x250))) + "\u2028\u3000猫が👩‍👩‍👧\u0301\ufeff"  # of character
 RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(251)]
 LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:4], "<|start_header_id|>", "<|end_header_id|>"]
 LLAMA3_SPECIALS += [RESERVED[4], "<|eot_id|>", *RESERVED[5:]]  # in the order of Meta's code: ids 128,000 to 128,255
 
 
-def roles_of(specials: dict[str, int], settings: dict) -> dict[str, str]:
+def read_settings(path: Path) -> tuple[dict[str, int], dict[str, str], bool]:
+    """Of a tokenizer_config.json: ids of added tokens, the names that roles have, and "legacy". Raises ValueError."""
+    settings = read_json(path) if path.exists() else {}
+    try:
+        added = {token["content"]: int(i) for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+        named = {role: token for role in ROLES if (token := settings.get(f"{role}_token"))}
+        named = {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
+        check_ids(added)
+        check_ids(dict.fromkeys(named.values(), 0))
+    except CORRUPT as error:
+        raise ValueError(f"{path}: its added_tokens_decoder or a *_token is not one ({error!r})") from None
+    return added, named, bool(settings.get("legacy", True))
+
+
+def check_ids(vocabulary: dict[str, int]):
+    """Raises ValueError on a name that is no text or an id that is none."""
+    for name, i in vocabulary.items():
+        if type(name) is not str or type(i) is not int or not 0 <= i < MOST_IDS:
+            raise ValueError(f"the id of {name!r} is {i!r}")
+
+
+def read_vocabulary(path: Path, legacy: bool) -> tuple[ByteLevel | SentencePiece | ClipBPE, dict[str, int]]:
+    """Codec and specials of a file that is no JSON. Raises any of CORRUPT."""
+    if path.suffix == ".gz":
+        return read_clip(path, byte_alphabet())
+    if path.suffix == ".bin":
+        return read_llama2c(path)
+    if not path.read_bytes()[:64].split(b"\n")[0].endswith(b" 0"):
+        return read_model(path, unless_spaced=not legacy)
+    lines = [line.split() for line in path.read_bytes().splitlines()]  # LLaMA-3's: a base64 token and its rank
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    if list(ranks.values()) != list(range(len(lines))) or len(lines) < 256:  # its special tokens are counted from there
+        raise ValueError("tokens are given twice, or missing")
+    codec = ByteLevel(ranks, SPLIT_LLAMA3)
+    if codec.lacking:
+        raise ValueError("a byte has no id")
+    return codec, {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIALS)}
+
+
+def roles_of(specials: dict[str, int], named: dict[str, str]) -> dict[str, str]:
     """Which special token is "bos", "eos", "pad", "image": as the settings say, or else the first of ROLES there is."""
     roles = {}
     for role, usual in ROLES.items():
-        named = settings.get(f"{role}_token")
-        named = named.get("content") if isinstance(named, dict) else named
-        found = [name for name in (named, *usual) if name in specials]
+        found = [name for name in (named.get(role), *usual) if name in specials]
         if found:
             roles[role] = found[0]
     return {"pad": roles["eos"]} | roles if "eos" in roles else roles
@@ -257,27 +290,41 @@ def parse(content: dict) -> tuple[ByteLevel | SentencePiece | ClipBPE, dict[str,
 
     Raises any of a dozen errors if it is something else.
     """
-    specials = {token["content"]: token["id"] for token in content["added_tokens"]}
+    specials, model = {token["content"]: token["id"] for token in content["added_tokens"]}, content["model"]
+    check_ids(model["vocab"] | specials)
+    if model.get("type", "BPE") != "BPE" or model.get("dropout") or model.get("continuing_subword_prefix"):
+        raise ValueError("its model is not plain BPE")
     first = [
         step["single"][0].get("SpecialToken", {}).get("id", "")
         for step in steps_of(content.get("post_processor"), "processors")
         if step["type"] == "TemplateProcessing"
     ]
-    if content["model"].get("byte_fallback"):
-        return from_json(content["model"], specials, spaces_of(content)), specials, (first or [""])[0]
-    if content["model"].get("end_of_word_suffix") == "</w>":
-        return clip_from_json(content["model"], specials, byte_alphabet()), specials, (first or [""])[0]
+    if model.get("byte_fallback"):
+        return from_json(model, specials, spaces_of(content)), specials, (first or [""])[0]
+    if model.get("end_of_word_suffix") == "</w>":
+        return clip_from_json(model, specials, byte_alphabet()), specials, (first or [""])[0]
     normaliser = [step["type"] for step in steps_of(content.get("normalizer"), "normalizers")]
     if normaliser not in ([], ["NFC"]):
         raise ValueError(f"its normalizer is {', '.join(normaliser)}")
     split = split_of(steps_of(content["pre_tokenizer"], "pretokenizers"))
     to_byte = {char: byte for byte, char in byte_alphabet().items()}
-    vocabulary = {text: i for text, i in content["model"]["vocab"].items() if text not in specials}
+    vocabulary = {text: i for text, i in model["vocab"].items() if text not in specials}
     ranks = {bytes(to_byte[char] for char in text): i for text, i in vocabulary.items()}
     ids = [*ranks.values(), *specials.values()]
-    if len(set(ids)) < len(ids) or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise ValueError("an id is given twice, or a byte has none")
-    return ByteLevel(ranks, split, nfc=normaliser == ["NFC"]), specials, (first or [""])[0]
+    codec = ByteLevel(ranks, split, nfc=normaliser == ["NFC"])
+    if len(set(ids)) < len(ids) or (codec.lacking and model.get("unk_token")) or model.get("end_of_word_suffix"):
+        raise ValueError("an id is given twice, what has none gets <unk>, or words end in a mark")
+    check_merges(model, vocabulary)
+    return codec, specials, (first or [""])[0]
+
+
+def check_merges(model: dict, vocabulary: dict[str, int]):
+    """We join what gives the lowest id. Raises ValueError if the file's list of merges says otherwise."""
+    merges = ("".join(merge) if isinstance(merge, list) else merge.replace(" ", "") for merge in model["merges"])
+    joined = [vocabulary[text] for text in merges]
+    alone = {i for text, i in vocabulary.items() if len(text) > 1} - set(joined)
+    if joined != sorted(joined) or (alone and not model.get("ignore_merges")):
+        raise ValueError("its merges are not in the order of the ids, or leave tokens out")
 
 
 def spaces_of(content: dict) -> bool:
@@ -301,12 +348,21 @@ def steps_of(part: dict | None, name: str) -> list[dict]:
 
 def split_of(steps: list[dict]) -> str:
     """The pattern that cuts text into words. Raises ValueError if it is cut in another way."""
-    patterns = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]
-    patterns += [SPLIT_GPT2 for step in steps if step["type"] == "ByteLevel" and step.get("use_regex", True)]
-    if len(patterns) != 1 or steps[-1]["type"] != "ByteLevel" or steps[-1].get("add_prefix_space"):
-        raise ValueError(f"text is cut by {', '.join(step['type'] for step in steps)}")
-    regex.compile(patterns[0])
-    return patterns[0]
+    *cuts, last = steps
+    kinds, pattern = [step["type"] for step in cuts], None
+    if last["type"] == "ByteLevel" and not last.get("add_prefix_space"):
+        if not last.get("use_regex", True):
+            if kinds == ["Split"] and cuts[0]["behavior"] == "Isolated" and not cuts[0]["invert"]:
+                pattern = cuts[0]["pattern"]["Regex"]
+        elif not kinds:
+            pattern = SPLIT_GPT2
+        elif kinds == ["Digits"] and cuts[0]["individual_digits"]:
+            pattern = SPLIT_DIGITS
+    if pattern is None:
+        raise ValueError(f"text is cut by {json.dumps(steps)[:300]}")
+    if regex.sub(pattern, "", EVERY_KIND):  # tiktoken would drop it
+        raise ValueError(f"the pattern {pattern!r} leaves text out")
+    return pattern
 
 
 def byte_alphabet() -> dict[int, str]:

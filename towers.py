@@ -12,9 +12,8 @@ from clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, clip_l
 from configs import read_vision_config
 from data import CaptionPairs, Records
 from llava import IGNORE, Llava, LlavaConfig, TextConfig
-from templates import end_ids
 from tokenizer import Tokenizer
-from weights import grow_vocabulary, load_model, load_tower
+from weights import grow_vocabulary, load_both, load_tower
 
 # Towers that a laptop trains from nothing; pretrained ones bring their own shape.
 SIZES = {
@@ -112,14 +111,12 @@ def assemble(vision: Path, llm: Path, projector: str, seed: int) -> tuple[Llava,
     Its template is the decoder's own, and of a decoder that was never taught one, LLaVA-1.5's. The vocabulary gets a
     token for the picture if it has none, and grows in steps of 64, as in transformers' converter.
     """
-    decoder, tokenizer = load_model(llm), Tokenizer.load(llm)
+    decoder, tokenizer = load_both(llm, "cpu", torch.float32)
     config = decoder.config
     config.vision_config, config.projector_type = read_vision_config(vision), projector
     config.template = "vicuna_v1" if config.template == "raw" else config.template
-    tokenizer.roles["image"] = tokenizer.roles.get("image", "<image>")
-    config.image_token_index = tokenizer.add_special(tokenizer.roles["image"])
+    tokenizer.roles["image"], config.image_token_index = "<image>", tokenizer.add_special("<image>")
     config.pad_token_id = tokenizer.pad_id
-    config.eos_token_ids = sorted({*config.eos_token_ids, *end_ids(config.template, tokenizer)})
     grow_vocabulary(decoder, tokenizer.vocab_size)
     torch.manual_seed(seed)
     model = Llava(config)

@@ -52,10 +52,10 @@ from mixture import (
     read_shares,
 )
 from ranks import Ranks, arithmetic, autocast
-from templates import TEMPLATES
+from templates import TEMPLATES, end_ids
 from tokenizer import Tokenizer, train_bpe
 from towers import SIZES, Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
-from weights import load_model, load_tokenizer, save_model
+from weights import load_both, save_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # knobs
@@ -544,14 +544,14 @@ def train_llava(args, ranks: Ranks, folder: Path):
         model, tokenizer = assemble(args.vision, args.llm, args.projector or "mlp2x_gelu", args.seed)
     else:
         ranks.say(f"going on from {args.model}")
-        model = load_model(args.model)
-        tokenizer = load_tokenizer(args.model, model.config)
+        model, tokenizer = load_both(args.model, "cpu", torch.float32)
     if model.config.vision_config is None:
         raise ValueError(f"{args.model} is a decoder without a vision tower: build a LLaVA with --vision and --llm")
     recipes.check_model(args, model.config)
     model.config.image_mode = args.image_mode or model.config.image_mode
     if args.stage == 2 and args.template:
         model.config.template = args.template
+        model.config.eos_token_ids = sorted({*model.config.eos_token_ids, *end_ids(args.template, tokenizer)})
     choose_trainable(model, args.train)
     if args.init_from:
         verify(args.init_from)

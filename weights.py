@@ -11,12 +11,11 @@ filled, every shape fits and every number is finite; or nothing is loaded, and o
 import argparse
 import json
 import math
-import re
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +28,27 @@ from torch.overrides import TorchFunctionMode
 from clip import CLIPConfig, CLIPModel
 from configs import config_to_json, read_config, write_processor
 from files import publish, read_json, refuse_duplicates, write_json
+from layouts import (
+    CLIP_LAYOUTS,
+    EXTRAS,
+    LLAVA_LAYOUTS,
+    REST_OF_CLIP,
+    Layout,
+    choose_layout,
+    gpt2,
+    is_extra,
+    llama,
+    match,
+    pattern_of,
+)
 from llava import Llava, LlavaConfig, TextConfig
-from templates import TEMPLATES
+from templates import TEMPLATES, end_ids
 from tokenizer import Tokenizer
 
 SHARD_BYTES = 5_000_000_000  # of a file that is written; larger ones are unwieldy to copy
-FLOATS = ("F32", "F16", "BF16", "F64", "float32", "float16", "bfloat16", "float64")  # as safetensors and torch say
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}  # in safetensors
+FLOATS |= {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}  # in torch
+PICKLES = (".bin", ".pt", ".pth")
 HEADER_BYTES = 10_000_000  # of a file that is read: room for some hundred thousand tensors
 
 
@@ -56,6 +70,8 @@ def open_tensors(path: Path) -> dict[str, Lazy]:
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if path.is_file():
+        if path.suffix not in (".safetensors", *PICKLES):
+            raise ValueError(f"{path}: neither .safetensors nor {', '.join(PICKLES)}")
         return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     for stem, reader in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_pickle)):
         if (path / stem).exists():
@@ -101,7 +117,8 @@ def read_pickle(path: Path) -> dict[str, Lazy]:
         raise ValueError(f"{path}: reading a pickle needs torch 2.10, whose weights_only is mended; this is older")
     print(f"{path}: a pickle, read with weights_only=True; the same weights as safetensors are safer", file=sys.stderr)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are none, and are read whole
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a bad pickle may raise anything
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: not a file of tensors that torch.load(weights_only=True) takes ({reason})") from None
@@ -114,7 +131,7 @@ def read_pickle(path: Path) -> dict[str, Lazy]:
 
 
 def read_shards(index: Path, reader: Callable[[Path], dict[str, Lazy]]) -> dict[str, Lazy]:
-    """All tensors that an index distributes over files beside it. Raises ValueError if a file lacks one, or leaves."""
+    """All tensors that an index distributes over files beside it, each in the one file that the index names."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         raise ValueError(f"{index}: no weight_map from tensors to files")
@@ -124,179 +141,12 @@ def read_shards(index: Path, reader: Callable[[Path], dict[str, Lazy]]) -> dict[
             raise ValueError(f"{index}: {name!r} leads out of the folder")
         if not (index.parent / name).exists():
             raise ValueError(f"{index.parent / name}: missing, but {index.name} names it")
-        found |= reader(index.parent / name)
-    if found.keys() != where.keys():
-        differing = sorted(found.keys() ^ where.keys())
-        raise ValueError(f"{index}: {len(differing)} tensors are not where it says: {', '.join(differing[:5])}")
+        tensors = reader(index.parent / name)
+        if differing := sorted(tensors.keys() ^ {tensor for tensor, file in where.items() if file == name}):
+            some = ", ".join(differing[:5])
+            raise ValueError(f"{index}: {len(differing)} tensors of {name} are not where it says: {some}")
+        found |= tensors
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# layouts: what a tensor is called in the file, and what it is called here
-
-
-@dataclass(frozen=True)
-class Change:
-    """How one tensor of a file becomes one or several of ours, and back."""
-
-    split: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-    join: Callable[[tuple[torch.Tensor, ...]], torch.Tensor]
-
-
-SAME = Change(lambda t: (t,), lambda parts: parts[0])
-TRANSPOSED = Change(lambda t: (t.T,), lambda parts: parts[0].T)
-THIRDS = Change(lambda t: t.chunk(3), torch.cat)  # q, k and v one below the other
-THIRDS_TRANSPOSED = Change(lambda t: t.T.chunk(3), lambda parts: torch.cat(parts).T)
-
-# Rows of: their name, ours, what is done. {n} is a number, {p} weight or bias, {rest} anything.
-Layout = list[tuple[str, tuple[str, ...], Change]]
-WILDCARDS = {"{n}": r"(?P<n>\d+)", "{p}": r"(?P<p>weight|bias)", "{rest}": r"(?P<rest>.+)"}
-
-
-def rename(pairs: dict[str, str]) -> Layout:
-    return [(theirs, (ours,), SAME) for theirs, ours in pairs.items()]
-
-
-def llama(body: str, head: str) -> Layout:
-    """LLaMA, Vicuna, Mistral, Qwen2, and a GPT-2 of ours: `body` and `head` are what stands before their names."""
-    inner = ("embed_tokens.weight", "embed_positions.weight", "layers.{rest}", "norm.{p}")
-    pairs = {body + name: f"language_model.model.{name}" for name in inner}
-    return rename(pairs | {f"{head}lm_head.weight": "language_model.lm_head.weight"})
-
-
-def tower(prefix: str, ours: str = "vision_tower.vision_model.") -> Layout:
-    inner = ("embeddings.{rest}", "pre_layrnorm.{p}", "encoder.{rest}", "post_layernorm.{p}")
-    return rename({prefix + name: ours + name for name in inner})
-
-
-def projector(prefix: str) -> Layout:
-    return rename({f"{prefix}linear_1.{{p}}": FIRST, f"{prefix}linear_2.{{p}}": SECOND})
-
-
-FIRST, SECOND = "multi_modal_projector.linear_1.{p}", "multi_modal_projector.linear_2.{p}"
-ATTENTION = tuple(f"self_attn.{part}_proj.{{p}}" for part in "qkv")
-
-
-def gpt2(prefix: str) -> Layout:
-    """GPT-2 keeps its matrices as (in, out), and q, k and v in one."""
-    body = "language_model.model."
-    layer = body + "layers.{n}."
-    qkv = tuple(layer + name for name in ATTENTION)
-    weights = {"attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
-    outer = {"wte.weight": "embed_tokens.weight", "wpe.weight": "embed_positions.weight", "ln_f.{p}": "norm.{p}"}
-    norms = {"ln_1.{p}": "input_layernorm.{p}", "ln_2.{p}": "post_attention_layernorm.{p}"}
-    return [
-        *rename({prefix + theirs: body + ours for theirs, ours in outer.items()}),
-        *rename({f"{prefix}h.{{n}}.{theirs}": layer + ours for theirs, ours in norms.items()}),
-        *rename({f"{prefix}h.{{n}}.{theirs}.bias": f"{layer}{ours}.bias" for theirs, ours in weights.items()}),
-        *((f"{prefix}h.{{n}}.{a}.weight", (f"{layer}{b}.weight",), TRANSPOSED) for a, b in weights.items()),
-        (f"{prefix}h.{{n}}.attn.c_attn.weight", tuple(n.replace("{p}", "weight") for n in qkv), THIRDS_TRANSPOSED),
-        (f"{prefix}h.{{n}}.attn.c_attn.bias", tuple(n.replace("{p}", "bias") for n in qkv), THIRDS),
-        *rename({"lm_head.weight": "language_model.lm_head.weight"}),
-    ]
-
-
-def openai_transformer(theirs: str, ours: str) -> Layout:
-    block, layer = theirs + "transformer.resblocks.{n}.", ours + "encoder.layers.{n}."
-    names = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2"}
-    names |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-    qkv = tuple(layer + name for name in ATTENTION)
-    return [
-        *rename({f"{block}{a}.{{p}}": f"{layer}{b}.{{p}}" for a, b in names.items()}),
-        (f"{block}attn.in_proj_{{p}}", qkv, THIRDS),
-    ]
-
-
-OPENAI_CLIP: Layout = [
-    *rename({
-        "visual.class_embedding": "vision_model.embeddings.class_embedding",
-        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-        "visual.ln_pre.{p}": "vision_model.pre_layrnorm.{p}",
-        "visual.ln_post.{p}": "vision_model.post_layernorm.{p}",
-        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-        "positional_embedding": "text_model.embeddings.position_embedding.weight",
-        "ln_final.{p}": "text_model.final_layer_norm.{p}",
-        "logit_scale": "logit_scale",
-    }),
-    *openai_transformer("visual.", "vision_model."),
-    *openai_transformer("", "text_model."),
-    ("visual.proj", ("visual_projection.weight",), TRANSPOSED),
-    ("text_projection", ("text_projection.weight",), TRANSPOSED),
-]  # fmt: skip
-
-LLAVA_LAYOUTS: dict[str, Layout] = {
-    "LLaMA family": llama("model.", ""),
-    "GPT-2": gpt2(""),
-    "GPT-2, as saved by transformers": gpt2("transformer."),
-    "LLaVA, transformers 4 (llava-hf)": [
-        *llama("language_model.model.", "language_model."),
-        *projector("multi_modal_projector."),
-        *tower("vision_tower.vision_model."),
-        *rename({"image_newline": "image_newline"}),
-    ],
-    "LLaVA, transformers 5": [
-        *llama("language_model.model.", "language_model."),
-        *projector("multi_modal_projector."),
-        *tower("vision_tower."),
-        *rename({"image_newline": "image_newline"}),
-    ],
-    "LLaVA, transformers 4.52 in memory": [
-        *llama("model.language_model.", ""),
-        *projector("model.multi_modal_projector."),
-        *tower("model.vision_tower.vision_model."),
-        *rename({"model.image_newline": "image_newline"}),
-    ],
-    "LLaVA, transformers 5 in memory": [
-        *llama("model.language_model.", ""),
-        *projector("model.multi_modal_projector."),
-        *tower("model.vision_tower."),
-        *rename({"model.image_newline": "image_newline"}),
-    ],
-    "LLaVA, its authors'": [
-        *llama("model.", ""),
-        *rename({"model.mm_projector.{p}": FIRST, "model.mm_projector.0.{p}": FIRST}),
-        *rename({"model.mm_projector.2.{p}": SECOND, "model.image_newline": "image_newline"}),
-        *tower("model.vision_tower.vision_tower.vision_model."),
-    ],
-}
-REST_OF_CLIP = ("text_model.{rest}", "text_projection.weight", "visual_projection.weight", "logit_scale")
-CLIP_LAYOUTS = {
-    "CLIP": rename({name: name for name in ("vision_model.{rest}", *REST_OF_CLIP)}),
-    "CLIP's vision tower, transformers 5": tower("", "vision_model."),
-    "CLIP, OpenAI's names": OPENAI_CLIP,
-}
-EXTRAS = ("{rest}rotary_emb.inv_freq", "{rest}position_ids")  # computed, not learnt
-EXTRAS += ("input_resolution", "context_length", "vocab_size")  # of OpenAI's files
-EXTRAS += (
-    "h.{n}.attn.bias",
-    "h.{n}.attn.masked_bias",
-    "transformer.h.{n}.attn.bias",
-    "transformer.h.{n}.attn.masked_bias",
-)
-
-
-@lru_cache
-def pattern_of(template: str) -> re.Pattern:
-    return re.compile("".join(WILDCARDS.get(part, re.escape(part)) for part in re.split(r"(\{\w+\})", template)))
-
-
-def match(name: str, layout: Layout) -> tuple[tuple[str, ...], Change] | None:
-    """Our names of the tensor `name` under this layout, and what is done to it; None if it has no place."""
-    for theirs, ours, change in layout:
-        if found := pattern_of(theirs).fullmatch(name):
-            return tuple(name.format(**found.groupdict()) for name in ours), change
-    return None
-
-
-def is_extra(name: str, extras: tuple[str, ...]) -> bool:
-    return any(pattern_of(extra).fullmatch(name) for extra in extras)
-
-
-def choose_layout(names: list[str], layouts: dict[str, Layout]) -> str:
-    """The layout that knows most of these names; the first of equals."""
-    names = names[:: 1 + len(names) // 500]  # enough to tell, however many names a file may claim
-    return max(layouts, key=lambda layout: sum(match(name, layouts[layout]) is not None for name in names))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,7 +154,7 @@ def choose_layout(names: list[str], layouts: dict[str, Layout]) -> str:
 
 
 def fill(
-    model: nn.Module, tensors: dict[str, Lazy], layouts: dict[str, Layout], source: Path, extras=(), skip="", **to
+    model: nn.Module, tensors: dict[str, Lazy], layouts: dict[str, Layout], source: Path | str, extras=(), skip="", **to
 ):
     """Give every parameter of `model` its tensor from the file; all names and shapes are checked before any is read.
 
@@ -323,7 +173,7 @@ def fill(
             wrong.append(f"{name} not expected")
             continue
         if lazy.dtype not in FLOATS:
-            wrong.append(f"{name} is {lazy.dtype}, should be {', '.join(FLOATS[:4])}")
+            wrong.append(f"{name} is {lazy.dtype}, should be {', '.join(list(FLOATS)[:4])}")
         for ours, part in zip(found[0], found[1].split(torch.empty(lazy.shape, device="meta"))):
             if ours in sources:
                 wrong.append(f"{name} given twice")
@@ -335,11 +185,11 @@ def fill(
         raise ValueError(f"{source}: {len(wrong)} tensors differ: {'; '.join(wrong[:5])}{likely_cause(wrong)}")
     for name in dict.fromkeys(sources.values()):
         ours, change = match(name, layout)
-        tensor = tensors[name].read()
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{source}: {name} holds numbers that are not finite")
-        for target, part in zip(ours, change.split(tensor)):
-            place(model, target, part.to(copy=True, memory_format=torch.contiguous_format, **to))
+        for target, part in zip(ours, change.split(tensors[name].read())):
+            part = part.to(copy=True, memory_format=torch.contiguous_format, **to)
+            if not torch.isfinite(part).all():  # here, for what fits into the file's dtype may not fit into this one
+                raise ValueError(f"{source}: {name} holds numbers that are not finite in {to['dtype']}")
+            place(model, target, part)
 
 
 class WithoutNumbers(TorchFunctionMode):
@@ -362,10 +212,13 @@ def place(model: nn.Module, name: str, tensor: torch.Tensor):
 def likely_cause(wrong: list[str]) -> str:
     """What usually lies behind such differences; "" if nothing comes to mind."""
     missing = [line.split()[0] for line in wrong if line.endswith(" missing")]
-    if missing and all("vision_tower" in name for name in missing):
-        return ". It has no vision tower: name CLIP's folder with --vision"
-    if missing == ["language_model.lm_head.weight"]:
+    parts = {name.split(".")[0] for name in missing}
+    if missing == [HEAD]:
         return ". If head and embedding are one tensor, its config.json lacks tie_word_embeddings"
+    if parts == {"vision_tower"}:
+        return ". It has no vision tower: name CLIP's folder with --vision"
+    if EMBEDDING in missing and parts <= {"vision_tower", "language_model"} and len(missing) == len(wrong):
+        return ". It has no decoder: name the decoder's folder with --llm" + ", CLIP's with --vision" * (len(parts) - 1)
     if len(wrong) > 5 and not missing:
         return ". The config.json belongs to a smaller model, or to a part of this one"
     return ""
@@ -392,11 +245,32 @@ def load_model(
     by tensor, so the peak is the weights and the largest tensor. Raises ValueError, in one line, naming the file and
     the first differing tensors.
     """
-    folder = Path(folder)
-    config, tensors = open_model(folder)
+    config, tensors = open_model(Path(folder))
+    return build(config, tensors, Path(folder), device, dtype, vision, llm)
+
+
+def load_both(folder: str | Path, device: str, dtype: torch.dtype) -> tuple[Llava, Tokenizer]:
+    """A model and its tokenizer, which is read first: if it is missing, nobody waits for the weights to hear of it."""
+    config, tensors = open_model(Path(folder))
+    tokenizer = load_tokenizer(folder, config)
+    return build(config, tensors, Path(folder), device, dtype), tokenizer
+
+
+def build(
+    config: LlavaConfig,
+    tensors: dict[str, Lazy],
+    folder: Path,
+    device: str,
+    dtype: torch.dtype | None,
+    vision: Path | None = None,
+    llm: Path | None = None,
+) -> Llava:
+    """The model of what open_model found; for the arguments see load_model."""
+    if vision is not None and config.vision_config is None:
+        raise ValueError(f"{folder}: a decoder alone; --vision and --llm of train.py make a LLaVA of it")
     if llm is not None:
-        tensors = open_tensors(llm) | tensors
-    dtype = dtype or next(iter(tensors.values())).read().dtype
+        tensors = join_decoder(tensors, folder, llm)
+    dtype = dtype or usual_dtype(tensors)
     with torch.device("meta"), WithoutNumbers():
         model = Llava(config)
     tied = config.text_config.tie_word_embeddings
@@ -404,11 +278,33 @@ def load_model(
     if vision is not None:
         load_tower(model, vision, device, dtype)
     skip = "" if vision is None else "vision_tower."
-    fill(model, tensors, LLAVA_LAYOUTS, folder, extras, skip, device=device, dtype=dtype)
+    source = folder if llm is None else f"{folder} with {llm}"
+    fill(model, tensors, LLAVA_LAYOUTS, source, extras, skip, device=device, dtype=dtype)
     if tied:
         model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
-        check_head(tensors, folder)
+        check_head(tensors, source)
     return model.eval()
+
+
+def placed(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
+    """The tensors of a file that have a place in a LLaVA, under our names; q, k and v in one under that of q."""
+    layout = LLAVA_LAYOUTS[choose_layout(list(tensors), LLAVA_LAYOUTS)]
+    return {found[0][0]: lazy for name, lazy in tensors.items() if (found := match(name, layout))}
+
+
+def join_decoder(tensors: dict[str, Lazy], folder: Path, llm: Path) -> dict[str, Lazy]:
+    """The tensors of a projector, and those of its decoder. Raises ValueError if there is a decoder already."""
+    if any(name.startswith("language_model.") for name in placed(tensors)):
+        raise ValueError(f"{folder}: has a decoder; --llm is for what has none")
+    return open_tensors(llm) | tensors
+
+
+def usual_dtype(tensors: dict[str, Lazy]) -> torch.dtype:
+    """What most of the parameters are in; of tables that a file holds besides, the dtype says nothing."""
+    sizes = Counter()
+    for lazy in placed(tensors).values():
+        sizes[FLOATS.get(lazy.dtype, torch.float32)] += math.prod(lazy.shape)  # others are refused by fill
+    return max(sizes, key=sizes.get, default=torch.float32)
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -428,10 +324,9 @@ def open_model(folder: Path) -> tuple[LlavaConfig, dict[str, Lazy]]:
     return read_config(folder), open_tensors(folder)
 
 
-def check_head(tensors: dict[str, Lazy], source: Path):
+def check_head(tensors: dict[str, Lazy], source: Path | str):
     """A file may hold the head of a tied model once more, but not another one. Raises ValueError."""
-    layout = LLAVA_LAYOUTS[choose_layout(list(tensors), LLAVA_LAYOUTS)]
-    found = {match(name, layout)[0][0]: lazy for name, lazy in tensors.items() if match(name, layout)}
+    found = placed(tensors)
     if HEAD in found and not torch.equal(found[HEAD].read(), found[EMBEDDING].read()):
         raise ValueError(f"{source}: config.json ties head and embedding, but the file holds two different ones")
 
@@ -451,12 +346,29 @@ def load_clip(folder: str | Path) -> CLIPModel:
 
 
 def load_tokenizer(folder: str | Path, config: LlavaConfig) -> Tokenizer:
-    """The folder's tokenizer, the picture's token known to it under the id that the config gives it."""
+    """The folder's tokenizer, and what each of it and the config has to know of the other.
+
+    The picture's token gets the id that the config gives it, and is <image> from now on, whatever it was called; and
+    what ends an answer in the config's template ends it. Raises ValueError where they contradict each other.
+    """
     tokenizer = Tokenizer.load(folder)
+    index, names = config.image_token_index, {i: name for name, i in tokenizer.specials.items()}
     if config.vision_config is not None:
-        names = {i: name for name, i in tokenizer.specials.items()}
-        name = names.get(config.image_token_index, "<image>")
-        tokenizer.specials[name], tokenizer.roles["image"] = config.image_token_index, name
+        if index <= tokenizer.codec.highest_id and index not in names:
+            raise ValueError(f"{folder}: image_token_index of config.json, {index}, is an ordinary token")
+        name = names.get(index, "<image>")
+        if name in [tokenizer.roles.get(role) for role in ("bos", "eos", "pad")]:
+            raise ValueError(f"{folder}: image_token_index of config.json, {index}, is the token {name}")
+        if tokenizer.specials.get("<image>", index) != index:
+            raise ValueError(f"{folder}: <image> is {tokenizer.specials['<image>']}, but config.json says {index}")
+        tokenizer.specials.pop(name, None)
+        tokenizer.specials["<image>"], tokenizer.roles["image"] = index, "<image>"
+    roles = [tokenizer.roles.get(role) for role in ("image", "pad")]  # may be added, or are never looked up
+    used = [i for name, i in tokenizer.specials.items() if name not in roles]
+    if max(tokenizer.codec.highest_id, *used) >= config.text_config.vocab_size:
+        rows = config.text_config.vocab_size
+        raise ValueError(f"{folder}: its tokenizer has ids up to {tokenizer.vocab_size - 1}, its embedding {rows} rows")
+    config.eos_token_ids = sorted({*config.eos_token_ids, *end_ids(config.template, tokenizer)})
     return tokenizer
 
 
@@ -540,8 +452,11 @@ def write_shards(state: dict[str, torch.Tensor], folder: Path):
 
 
 def find_llama2c(folder: Path) -> Path | None:
-    """The model of a folder that holds nothing but llama2.c's .bin files."""
-    if folder.is_file() or (folder / "config.json").exists() or not folder.exists():
+    """The model of a folder that holds nothing but llama2.c's .bin files; or such a file, whose width is below 2^16."""
+    if folder.is_file():
+        with folder.open("rb") as file:
+            return folder if folder.suffix == ".bin" and file.read(4)[2:] == b"\0\0" else None
+    if (folder / "config.json").exists() or not folder.exists():
         return None
     found = [path for path in sorted(folder.glob("*.bin")) if not path.name.startswith("tok")]
     return found[0] if len(found) == 1 else None
@@ -631,10 +546,11 @@ def convert(source: Path, target: Path, vision: Path | None, llm: Path | None, t
     """Any model as a folder of ours, in its own dtype."""
     if target.exists():
         raise ValueError(f"{target}: exists already")
-    model = load_model(source, dtype=None, vision=vision, llm=llm)
-    model.config.template = template or model.config.template
-    tokenizer = load_tokenizer(llm or source, model.config)
-    if model.config.vision_config is not None:
+    config, tensors = open_model(source)
+    config.template = template or config.template
+    tokenizer = load_tokenizer(llm or source, config)
+    model = build(config, tensors, source, "cpu", None, vision, llm)
+    if config.vision_config is not None:
         grow_vocabulary(model, tokenizer.vocab_size)
 
     def write(folder: Path):
@@ -664,7 +580,7 @@ def main():
             inspect(args.folder)
         else:
             convert(args.source, args.target, args.vision, args.llm, args.template)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"weights.py: {error}")
 
 

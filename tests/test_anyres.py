@@ -14,6 +14,7 @@ from clip import CLIPVisionConfig
 from configs import read_config
 from data import Records, collate, prepare_picture
 from llava import Llava, LlavaConfig, TextConfig, generate
+from mixture import open_sources
 from templates import prompt_ids
 from tokenizer import train_bpe
 from weights import load_model, save_model
@@ -131,7 +132,7 @@ def test_a_batch_of_pictures_of_different_sizes(tmp_path):
         records.append({"id": str(i), "image": f"{i}.png", "conversations": turn})
     (tmp_path / "r.json").write_text(json.dumps(records))
     tokenizer.encode = lambda text, prefix=True: [1 + ord(char) % 80 for char in text]  # within the tiny vocabulary
-    dataset = Records(tmp_path / "r.json", tmp_path, tokenizer, model.config, 256, template="raw")
+    dataset = Records(open_sources([str(tmp_path / "r.json")], None), tokenizer, model.config, 256, template="raw")
     tokenizer.specials["<s>"], tokenizer.specials["</s>"] = 95, 96
     samples = [dataset[i] for i in range(4)]
     with torch.no_grad():

@@ -8,7 +8,7 @@ import torch
 
 import eval as evaluation
 import shapes
-from data import DataError
+from records import DataError
 from tokenizer import Tokenizer
 from weights import load_model
 

@@ -24,6 +24,7 @@ from llava import LlavaConfig, TextConfig
 from mixture import GROUPED_STEPS, Source, batches, epochs, evenly, open_sources, order_of, read_shares, split_weight
 from records import DataError, RecordFile, read_records
 from tokenizer import Tokenizer, train_bpe
+from weights import load_model
 
 TOKENIZER = train_bpe(["USER: What is this? ASSISTANT: a cat on a mat."] * 3, 50)
 CONFIG = LlavaConfig(TextConfig(), CLIPVisionConfig(image_size=4, patch_size=2), template="llava_hf")
@@ -527,7 +528,7 @@ def test_check_shows_the_lengths_with_the_pictures_in_them(mine, tiny, command, 
     dataset = Records(
         open_sources([str(mine.good)], [mine.pictures]),
         Tokenizer.load(tiny.stage1),
-        train.load_model(tiny.stage1).config,
+        load_model(tiny.stage1).config,
         999,
     )
     assert f"tokens: {np.abs(dataset.lengths()).sum():,} in all" in "\n".join(lines)
@@ -566,7 +567,7 @@ def test_bad_input_ends_in_one_line_before_any_work(kind, stage, mine, tiny, com
     if stage == "clip" and kind.startswith("shares"):
         says = "neighbours"
     (mine.folder / "noise.json").write_text("<html>")
-    monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(train, "load_both", lambda *_: pytest.fail("the model is loaded"))
     monkeypatch.setattr(train, "new_decoder", lambda *_: pytest.fail("the model is made"))
     monkeypatch.setattr(train, "train_bpe", lambda *_, **__: pytest.fail("the vocabulary is learnt"))
     argv = ["--images", mine.pictures, *argv] if "--images" not in argv else argv

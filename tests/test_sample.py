@@ -9,6 +9,7 @@ import pytest
 
 import sample
 from data import Records
+from mixture import open_sources
 from tokenizer import Tokenizer
 from weights import load_model
 
@@ -130,7 +131,8 @@ def test_the_prompt_is_what_training_showed(ask, tiny, record, picture, llava):
     model, tokenizer = llava
     question = record["conversations"][0]["value"].removeprefix("<image>\n")
     prompt = json.loads(ask("--image", picture, "--prompt", question, "--json", length=1))["prompt_ids"]
-    trained = Records(tiny.world / "instruct.json", tiny.world, tokenizer, model.config, 1024)[0]["ids"]
+    sources = open_sources([str(tiny.world / "instruct.json")], None)
+    trained = Records(sources, tokenizer, model.config, 1024)[0]["ids"]
     assert prompt == trained[: len(prompt)]
     assert prompt.count(tokenizer.image_id) == model.config.vision_config.num_patches == 9
 
@@ -235,6 +237,29 @@ def test_a_folder_without_a_model_is_named(command, tmp_path):
     with pytest.raises(SystemExit) as caught:
         command(sample, "--model", tmp_path, "--prompt", "Hello")
     assert str(tmp_path / "config.json") in caught.value.code and len(caught.value.code.splitlines()) == 1
+
+
+def test_a_missing_tokenizer_is_named_before_the_weights_are_read(command, tiny, tmp_path):
+    data = (tiny.stage2 / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:-4] + b"\xff" * 4)  # a NaN, for which they would be refused
+    (tmp_path / "config.json").write_bytes((tiny.stage2 / "config.json").read_bytes())
+    with pytest.raises(SystemExit) as caught:
+        command(sample, "--model", tmp_path, "--prompt", "Hello")
+    assert "tokenizer.json" in caught.value.code and len(caught.value.code.splitlines()) == 1
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "cuda:99", "CUDA"])
+def test_a_device_that_is_not_there_is_named(command, tiny, device):
+    with pytest.raises(SystemExit) as caught:
+        command(sample, "--model", tiny.stage2, "--prompt", "Hello", "--device", device)
+    assert f"--device {device}" in caught.value.code and len(caught.value.code.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flag", ["--temperature=nan", "--temperature=inf", "--seed=-1", f"--seed={2**64}"])
+def test_a_number_that_is_none_is_named(command, tiny, capsys, flag):
+    with pytest.raises(SystemExit) as caught:
+        command(sample, "--model", tiny.stage2, "--prompt", "Hello", flag)
+    assert caught.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("flag", ["--temperature=-1", "--top-p=0", "--top-p=1.1", "--top-k=-1", "--max-new-tokens=0"])

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import shapes
-from data import read_records
+from records import read_records
 
 SCENES = 2000
 # Written out again, so that a slip in shapes.py's own tables is seen: (row, column) of every phrase for a place.
@@ -414,6 +414,6 @@ def test_written_scenes_match_their_pictures(world):
 def test_a_larger_world_begins_with_the_smaller_one(world):
     # Nothing depends on how many are made, so a run can be given more pictures and keep those it has.
     records = [shapes.records_of(4, index, 5) for index in range(20)]
-    assert [captioned for captioned, _, _ in records][:12] == read_records(world / "captions.json")
+    assert [captioned for captioned, _, _ in records][:12] == list(read_records(world / "captions.json"))
     instructions = [instructed for _, several, _ in records[:12] for instructed in several]
-    assert instructions == read_records(world / "instruct.json")
+    assert instructions == list(read_records(world / "instruct.json"))

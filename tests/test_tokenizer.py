@@ -1,5 +1,7 @@
 """The vocabulary: learnt by hand-checked merges, reversible on any text, and the same in Hugging Face's libraries."""
 
+import base64
+import gzip
 import json
 import random
 
@@ -194,6 +196,39 @@ def test_runs_of_one_letter(text, tmp_path):
         assert theirs.encode(word, add_special_tokens=False).ids == tokenizer.encode(word)
 
 
+def trained_by_tokenizers(alphabet):
+    """A vocabulary as SmolLM2's is made: every digit cut off first, then GPT-2's pattern."""
+    tokenizers = pytest.importorskip("tokenizers")
+    cut, theirs = tokenizers.pre_tokenizers, tokenizers.Tokenizer(tokenizers.models.BPE())
+    digits = cut.Digits(individual_digits=True)
+    theirs.pre_tokenizer = cut.Sequence([digits, cut.ByteLevel(add_prefix_space=False, use_regex=True)])
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    texts = [*SENTENCES, "in 2024\n\n    10 20  3.14 it's 5 's"] * 3
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=names, initial_alphabet=alphabet, show_progress=False
+    )
+    theirs.train_from_iterator(texts, trainer)
+    return theirs
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_digits_cut_first_and_bytes_without_an_id(whole, tmp_path):
+    """Both are SmolLM2's; what is saved cuts the same way. A byte without an id leaves the text, as in tokenizers."""
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = trained_by_tokenizers(tokenizers.pre_tokenizers.ByteLevel.alphabet() if whole else [])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.load(tmp_path)
+    assert (len(ours.codec.lacking) == 0) == whole
+    (tmp_path / "saved").mkdir()
+    ours.save(tmp_path / "saved")
+    again = tokenizers.Tokenizer.from_file(str(tmp_path / "saved/tokenizer.json"))
+    for text in ["in 2024", "a  7 cats", "x = 10\n    20 30", "5's 's5", "½²", *strings(1000)]:
+        ids = theirs.encode(text).ids
+        assert ours.encode(text) == ids == again.encode(text).ids, text
+    assert Tokenizer.load(tmp_path / "saved").codec.split == ours.codec.split
+
+
 @pytest.fixture
 def broken(folder, tmp_path):
     """A function that writes the good file with some keys replaced and returns load's complaint, checked for form."""
@@ -221,6 +256,15 @@ def test_load_names_the_missing_file(tmp_path):
     assert str(tmp_path / "tokenizer.json") in str(caught.value)
 
 
+def cut_by(change):
+    step = {"type": "Split", "pattern": {"Regex": r"\s+|\S+"}, "behavior": "Isolated", "invert": False}
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [step | change, BYTES]}}
+
+
+def special(change):
+    return {"added_tokens": [{"id": 259, "content": "</s>"} | change]}
+
+
 SPLIT_STEP, BYTES = {"type": "Split", "pattern": {"Regex": "."}}, {"type": "ByteLevel", "use_regex": False}
 REFUSED = {
     "empty": b"",
@@ -234,6 +278,25 @@ REFUSED = {
     "two patterns": lambda content: {
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT_STEP] * 2 + [BYTES]}
     },
+    "words cut out": lambda content: cut_by({"behavior": "Removed"}),
+    "words cut elsewhere": lambda content: cut_by({"invert": True}),
+    "words left out": lambda content: cut_by({"pattern": {"Regex": "a+"}}),
+    "runs of digits": lambda content: {
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits", "individual_digits": False}, BYTES | {"use_regex": True}],
+        }
+    },
+    "dropout": lambda content: {"model": content["model"] | {"dropout": 0.5}},
+    "WordPiece": lambda content: {"model": content["model"] | {"type": "WordPiece"}},
+    "no merges": lambda content: {"model": content["model"] | {"merges": [], "ignore_merges": False}},
+    "merges in another order": lambda content: {
+        "model": content["model"] | {"merges": content["model"]["merges"][::-1]}
+    },
+    "an id below 0": lambda content: special({"id": -1}),
+    "an id of 10^12": lambda content: special({"id": 10**12}),
+    "an id in quotes": lambda content: special({"id": "5"}),
+    "half an id": lambda content: {"model": content["model"] | {"vocab": content["model"]["vocab"] | {"a": 5.5}}},
     "lower case": lambda content: {"normalizer": {"type": "Lowercase"}},
 }
 
@@ -261,3 +324,56 @@ CRASHES = {
 @pytest.mark.parametrize("kind", CRASHES)
 def test_load_refuses_wrong_kinds_in_one_line(kind, broken):
     broken(CRASHES[kind])
+
+
+SETTINGS = {
+    "a token without a name": {"added_tokens_decoder": {"300": {}}},
+    "a list of tokens": {"added_tokens_decoder": [1]},
+    "an id that is none": {"added_tokens_decoder": {"x": {"content": "<image>"}}},
+    "an id below 0": {"added_tokens_decoder": {"-7": {"content": "<image>"}}},
+    "a list for a name": {"bos_token": ["x"]},
+    "a number for a name": {"eos_token": {"content": 5}},
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_broken_settings_are_refused_in_one_line(kind, tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(SETTINGS[kind]))
+    with pytest.raises(ValueError) as caught:
+        Tokenizer.load(tmp_path)
+    assert "tokenizer_config.json" in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def ranks_of(ids):
+    """LLaMA-3's kind of file: every byte, then two letters, each with the id given."""
+    tokens = [bytes([byte]) for byte in range(256)] + [b"ab", b"cd"]
+    return b"\n".join(base64.b64encode(token) + b" %d" % i for token, i in zip(tokens, ids)) + b"\n"
+
+
+FILES = {
+    "a rank twice": ("tokenizer.model", ranks_of([*range(257), 256])),
+    "a rank left out": ("tokenizer.model", ranks_of([*range(257), 258])),
+    "a byte left out": ("tokenizer.model", ranks_of(range(258)).replace(b"ag== ", b"YWE= ")),
+    "a few bytes only": ("tokenizer.model", ranks_of(range(100))),
+    "no rank": ("tokenizer.model", ranks_of(range(258)) + b"foo\n"),
+    "not base64": ("tokenizer.model", ranks_of(range(258)) + b"!!! 258\n"),
+    "four bytes": ("tok512.bin", b"xxxx"),
+    "no bytes": ("tok512.bin", b""),
+    "no gzip": ("bpe.txt.gz", b"x"),
+    "half a gzip": ("bpe.txt.gz", gzip.compress(b"title\n" + bytes(range(256)) * 9)[:-30]),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_other_broken_files_are_refused_in_one_line(kind, tmp_path):
+    name, data = FILES[kind]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError) as caught:
+        Tokenizer.load(tmp_path)
+    assert str(tmp_path / name) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_a_whole_file_of_ranks(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(ranks_of(range(258)))
+    assert Tokenizer.load(tmp_path).encode("abcd.") == [256, 257, 46]

@@ -36,6 +36,7 @@ from data import image_pixels
 from images import open_image
 from llava import Llava, LlavaConfig, TextConfig, generate
 from templates import prompt_ids
+from tokenizer import Tokenizer
 from weights import load_clip, load_model, save_model
 
 DATA = Path(os.environ.get("LLAVA_DATA", Path(__file__).parent.parent / "../shared/data")).resolve()
@@ -281,6 +282,8 @@ def test_a_projector_alone_and_the_decoder_it_belongs_to(tiny, tmp_path, monkeyp
     save_file({key: value.clone() for key, value in tower.items()}, clip / "model.safetensors")
     command(weights, "inspect", source)
     assert "authors'" in capfd.readouterr().out
+    with pytest.raises(ValueError, match=r"--llm.*--vision"):
+        load_model(source)
     again = load_model(source, vision=clip, llm=tmp_path / "llm").state_dict()
     assert all(torch.equal(value, again[key]) for key, value in ours.state_dict().items())
 
@@ -626,6 +629,361 @@ def test_pickles_are_read_without_running_them(tmp_path, capfd):
     with pytest.raises(ValueError, match=r"pytorch_model\.bin"):
         load_model(tmp_path)
     assert not (tmp_path / "pwned").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# descriptions that lie, or mean another model
+
+
+def change_json(path, **changes):
+    values = json.loads(path.read_text())
+    for key, value in changes.items():
+        part = values
+        *outer, key = key.split("__")
+        for name in outer:
+            part = part[name]
+        part[key] = value
+    path.write_text(json.dumps(values))
+
+
+LINEAR, LLAMA_3 = {"rope_type": "linear"}, {"rope_type": "llama3", "factor": 2.0}
+WRONG_FIELDS = [
+    *(("num_hidden_layers", value) for value in (10**9, -1, 0, 2.0, True, "2")),
+    *(("vocab_size", value) for value in (10**12, -5, 96.0)),
+    *(("hidden_size", value) for value in (0, "32", [32])),
+    *(("num_attention_heads", value) for value in (0, -4)),
+    *(("num_key_value_heads", value) for value in (3, 8)),
+    *(("head_dim", value) for value in (7, -8)),
+    *(("max_position_embeddings", value) for value in (10**15, -1, 64.5, "128")),
+    *(("rms_norm_eps", value) for value in ("1e-5", -1, [1], float("nan"))),
+    *(("tie_word_embeddings", value) for value in ("false", 1)),
+    *(("template", value) for value in ("nope", ["vicuna_v1"])),
+    *(("eos_token_ids", value) for value in (5, [None], ["2"], [True], [-1])),
+    *(("pad_token_id", value) for value in (10**9, -2, "0")),
+    *(("rope_parameters", value) for value in ([1], LINEAR, LINEAR | {"factor": 0}, LINEAR | {"factor": "2"}, LLAMA_3)),
+    *(("rope_parameters", {"rope_type": "default", "rope_theta": theta}) for theta in (-5, "x", 0)),
+    ("rope_parameters", {"rope_type": ["a"]}),
+    *(("model_type", value) for value in (["a"], 5)),
+]
+WRONG_OF_A_LLAVA = [
+    *(("vision_feature_layer", value) for value in (True, [-2], 5, -6, 1.0)),
+    *(("image_token_index", value) for value in (-200, 10**9, 1.5, "x")),
+    *(("projector_type", value) for value in ("nope", ["linear"])),
+    *(("image_mode", value) for value in ("nope", "anyres")),
+    *(("image_grid_pinpoints", value) for value in (5, [5], [[8, 16]])),
+    *(("text_config", value) for value in ([], "x", None)),
+    *(("vision_config", value) for value in ([], "a", {})),
+    *(("vision_config__num_hidden_layers", value) for value in (10**9, 1.5)),
+    *(("vision_config__patch_size", value) for value in (0, 9)),
+    *(("vision_config__image_size", value) for value in (-8, [8, 8], 10**9)),
+    *(("vision_config__num_attention_heads", value) for value in (5, 0)),
+    *(("vision_config__layer_norm_eps", value) for value in ("x", -1)),
+    ("vision_config__model_type", "siglip_vision_model"),
+    ("multimodal_projector_bias", False),
+    ("image_token_id", 5),
+]
+
+
+@pytest.mark.parametrize("blind, key, value", [
+    *((True, *wrong) for wrong in WRONG_FIELDS), *((False, *wrong) for wrong in WRONG_OF_A_LLAVA)
+])  # fmt: skip
+def test_a_field_that_cannot_be(blind, key, value, tmp_path):
+    save_model(make("llama", blind=blind), tmp_path)
+    change_json(tmp_path / "config.json", **{key: value})
+    with pytest.raises(ValueError) as caught:
+        load_model(tmp_path)
+    assert str(tmp_path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_a_billion_layers_are_refused_at_once(tmp_path, command):
+    save_model(make("llama"), tmp_path)
+    change_json(tmp_path / "config.json", text_config__num_hidden_layers=10**9)
+    with pytest.raises(SystemExit) as caught:
+        command(weights, "inspect", tmp_path)
+    assert "num_hidden_layers is 1000000000" in caught.value.code
+
+
+def test_a_padding_token_of_minus_one_is_none(tmp_path):
+    for blind in (True, False):
+        save_model(make("llama", blind=blind, pad_token_id=3), tmp_path)
+        changes = {"pad_token_id": -1} if blind else {"pad_token_id": -1, "text_config__pad_token_id": -1}
+        change_json(tmp_path / "config.json", **changes)
+        assert read_config(tmp_path).pad_token_id == 0
+
+
+OTHER_MODELS = [  # keys that transformers heeds and we have not built
+    ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+    ("gpt2", "scale_attn_weights", False),
+    ("gpt2", "tie_word_embeddings", False),
+    ("llama", "mlp_bias", True),
+]
+
+
+@pytest.mark.parametrize("kind, key, value", OTHER_MODELS)
+def test_another_model_of_the_family_is_refused(kind, key, value, tmp_path):
+    save_model(make(kind, blind=True), tmp_path)
+    change_json(tmp_path / "config.json", **{key: value})
+    with pytest.raises(ValueError, match=key):
+        load_model(tmp_path)
+
+
+def test_a_key_that_only_llama_heeds(tmp_path):
+    for kind in ("mistral", "qwen2"):
+        save_model(make(kind, blind=True), tmp_path)
+        change_json(tmp_path / "config.json", attention_bias=True)
+        load_model(tmp_path)
+
+
+WINDOWS = [  # what stands in the file -> how long a text may be
+    ("mistral", {"sliding_window": None}, 131_072),
+    ("mistral", {"sliding_window": 8}, 8),
+    ("mistral", {"sliding_window": 8, "use_sliding_window": False}, 8),
+    ("mistral", {}, 4096),
+    ("qwen2", {"sliding_window": 8}, 32768),
+    ("qwen2", {"sliding_window": 8, "use_sliding_window": True}, 8),
+    ("qwen2", {"use_sliding_window": True}, 4096),
+    ("llama", {"sliding_window": 8, "use_sliding_window": True}, 2048),
+]
+
+
+@pytest.mark.parametrize("kind, values, length", WINDOWS)
+def test_how_far_a_window_reaches(kind, values, length):
+    text = configs.read_text_config(values | {"model_type": kind})
+    assert text.max_position_embeddings == length
+
+
+@pytest.mark.parametrize("blind", [True, False])
+def test_a_mistral_of_ours_has_no_window(blind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    save_model(make("mistral", blind), tmp_path)
+    assert transformers.AutoConfig.from_pretrained(tmp_path).get_text_config().sliding_window is None
+
+
+def test_the_base_of_rope_is_the_one_that_transformers_takes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs_of("llama").save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", rope_theta=777.0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        close(logits_of(load_model(tmp_path), random_ids(1, 17)), theirs(random_ids(1, 17)).logits)
+
+
+def test_a_llava_that_says_once_that_it_is_tied(tmp_path):
+    ours = make("llama_tied")
+    save_model(ours, tmp_path)
+    change_json(tmp_path / "config.json", text_config__tie_word_embeddings=False)
+    again = load_model(tmp_path)
+    assert torch.equal(again.language_model.lm_head.weight, ours.language_model.model.embed_tokens.weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what stands beside the weights
+
+
+def processed(side=8, **changes):
+    return configs.preprocessing(side) | changes
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_preprocessing_that_is_not_clips_is_refused(file, tmp_path):
+    save_model(make("llama"), tmp_path)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (tmp_path / name).unlink()
+    change_json(tmp_path / "config.json", image_mode=None)
+
+    def read(**values):
+        content = {"image_processor": values} if file == "processor_config.json" else values
+        (tmp_path / file).write_text(json.dumps(content))
+        return read_config(tmp_path).image_mode
+
+    assert read(**processed()) == read(**processed(size=8, crop_size=8)) == read() == "square"
+    assert read(**processed(do_pad=True)) == "pad"
+    wrong = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2, "do_center_crop": False, "size": 9}
+    wrong |= {"crop_size": {"height": 9, "width": 9}, "do_normalize": False, "rescale_factor": 1 / 127.5}
+    for key, value in wrong.items():
+        with pytest.raises(ValueError, match=f"{key}.*only"):
+            read(**processed(**{key: value}))
+    with pytest.raises(ValueError, match="image_mean"):
+        read(**processed(image_mean="red"))
+
+
+def test_a_processor_that_transformers_5_wrote(tiny, tmp_path):
+    """Its image processor stands within processor_config.json, and there is no other file of it."""
+    transformers = pytest.importorskip("transformers")
+    model = load_model(tiny.stage2)
+    model.config.image_mode = "pad"
+    save_model(model, tmp_path)
+    weights.load_tokenizer(tiny.stage2, model.config).save(tmp_path)
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path, backend="pil")
+    (tmp_path / "preprocessor_config.json").unlink()
+    processor.save_pretrained(tmp_path)
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["image_mode"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert read_config(tmp_path).image_mode == "pad"
+
+
+AUTHORS = [  # model_type, what their chat template looks like, our name of it
+    ("llava_llama", "", "vicuna_v1"),
+    ("llava_mistral", "", "mistral_instruct"),
+    ("llava_qwen", "", "qwen_1_5"),
+    ("llava_llama", CHAT_TEMPLATES["llava_llama_3"], "llava_llama_3"),
+    ("llava_llama", CHAT_TEMPLATES["chatml"], "chatml"),
+    ("llava_llama", CHAT_TEMPLATES["llava_llama_2"], "llava_llama_2"),
+]
+
+
+@pytest.mark.parametrize("kind, chat, template", AUTHORS)
+def test_the_template_of_a_llava_of_its_authors(kind, chat, template, tmp_path, monkeypatch):
+    config = authors_config(make("llama_gqa").config, "mlp2x_gelu", monkeypatch) | {"model_type": kind}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": chat}))
+    assert read_config(tmp_path).template == template
+
+
+@pytest.mark.parametrize("key, value", [("mm_vision_select_layer", [-2, -5]), ("mm_vision_select_layer", -99),
+    ("mm_vision_select_layer", True), ("model_type", "llava_mpt"), ("mm_use_im_start_end", True),
+    ("mm_vision_select_feature", "cls_patch")])  # fmt: skip
+def test_what_is_not_built_of_the_authors_is_refused(key, value, tmp_path, monkeypatch):
+    config = authors_config(make("llama_gqa").config, "mlp2x_gelu", monkeypatch) | {key: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as caught:
+        read_config(tmp_path)
+    assert str(tmp_path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_what_ends_an_answer_in_the_template_ends_it(tiny, tmp_path):
+    """A decoder whose config.json names the end of a text only, as LLaMA-3's does."""
+    tokenizer = Tokenizer.load(tiny.decoder)
+    end = tokenizer.add_special("<|eot_id|>")
+    model = load_model(tiny.decoder)
+    weights.grow_vocabulary(model, tokenizer.vocab_size)
+    model.config.template, model.config.eos_token_ids = "llava_llama_3", [tokenizer.eos_id]
+    save_model(model, tmp_path)
+    tokenizer.save(tmp_path)
+    model, tokenizer = weights.load_both(tmp_path, "cpu", torch.float32)
+    assert model.config.eos_token_ids == sorted([tokenizer.eos_id, end])
+
+
+@pytest.mark.parametrize("values", [[1], {"num_hidden_layers": 1.5}, {"num_hidden_layers": 10**9}, {"patch_size": 0}])
+def test_a_clip_that_cannot_be(values, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": values}))
+    with pytest.raises(ValueError) as caught:
+        configs.read_vision_config(tmp_path)
+    assert str(tmp_path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+@pytest.fixture
+def pictured(tiny, tmp_path):
+    """A LLaVA's folder, and a function that changes its tokenizer and the index of its image token and loads both."""
+
+    def load(change, index=None):
+        tokenizer, config = Tokenizer.load(tiny.stage2), read_config(tiny.stage2)
+        change(tokenizer)
+        tokenizer.save(tmp_path)
+        config.image_token_index = config.image_token_index if index is None else index
+        return weights.load_tokenizer(tmp_path, config)
+
+    return load
+
+
+def called(name):
+    """Give the image token another name."""
+
+    def change(tokenizer):
+        tokenizer.specials[name] = tokenizer.specials.pop("<image>")
+        del tokenizer.roles["image"]
+
+    return change
+
+
+def test_the_image_token_is_called_image(pictured):
+    tokenizer = pictured(called("<|reserved_250|>"))
+    assert tokenizer.roles["image"] == "<image>" and "<|reserved_250|>" not in tokenizer.specials
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "another", "the end", "too few rows"])
+def test_a_tokenizer_and_a_config_that_contradict_each_other(kind, pictured, tmp_path):
+    index, change = {
+        "ordinary": (5, lambda tokenizer: None),
+        "another": (999, lambda tokenizer: tokenizer.add_special("<more>")),
+        "the end": (None, called("<pictures>")),
+        "too few rows": (None, lambda tokenizer: tokenizer.specials.update({"<more>": 5000})),
+    }[kind]
+    if kind == "the end":
+        index = pictured(lambda tokenizer: None).eos_id
+    with pytest.raises(ValueError) as caught:
+        pictured(change, index)
+    assert str(tmp_path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_dtype_of_most_parameters(tmp_path):
+    """Tables that old files hold besides, and one tensor of another dtype that comes first, do not decide."""
+    save_model(make("llama", blind=True).half(), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state |= {"a.rotary_emb.inv_freq": torch.ones(4), "a.position_ids": torch.arange(5)}
+    state["model.norm.weight"] = state["model.norm.weight"].float()
+    save_file(state, tmp_path / "model.safetensors")
+    assert load_model(tmp_path, dtype=None).dtype == torch.float16
+
+
+def test_numbers_that_overflow_the_dtype_are_refused(tmp_path):
+    save_model(make("llama"), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["language_model.lm_head.weight"][0, 0] = 1e5
+    save_file(state, tmp_path / "model.safetensors")
+    load_model(tmp_path)
+    with pytest.raises(ValueError, match=r"not finite in torch\.float16"):
+        load_model(tmp_path, dtype=torch.float16)
+
+
+def test_a_tensor_in_two_shards_is_refused(sharded):
+    """The file that the index does not name would win, by its place in the alphabet."""
+    index = json.loads((sharded.folder / "model.safetensors.index.json").read_text())["weight_map"]
+    files = sorted(set(index.values()))
+    name = next(name for name, file in index.items() if file == files[0])
+    last = sharded.folder / files[-1]
+    save_file(load_file(last) | {name: load_file(sharded.folder / files[0])[name] + 1}, last)
+    assert name in sharded(lambda index: None)
+
+
+def test_pickles_from_before_torch_1_6(tmp_path):
+    save_model(make("llama"), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    load_model(tmp_path)
+
+
+@here
+def test_inspect_of_files(tmp_path, command, capsys):
+    command(weights, "inspect", STORIES / "stories260K.bin")
+    assert "260,032" in capsys.readouterr().out
+    (tmp_path / "README.md").write_text("hello")
+    with pytest.raises(SystemExit) as caught:
+        command(weights, "inspect", tmp_path / "README.md")
+    assert "neither .safetensors nor" in caught.value.code and not capsys.readouterr().err
+
+
+def test_convert_refuses_in_one_line(tiny, tmp_path, command):
+    """A decoder with --vision; a whole model with --llm; a place that is none; a tokenizer that is missing."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    save_model(load_model(tiny.decoder), bare)
+    (tmp_path / "file").write_text("")
+    cases = {
+        ("--vision", tiny.clip, tiny.decoder, tmp_path / "a"): "a decoder alone",
+        ("--llm", tiny.decoder, tiny.stage2, tmp_path / "a"): "has a decoder",
+        (tiny.decoder, tmp_path / "file/a"): "file",
+        (bare, tmp_path / "a"): "tokenizer.json",
+    }
+    (bare / "model.safetensors").write_bytes((bare / "model.safetensors").read_bytes()[:-4] + b"\xff" * 4)  # a NaN
+    for argv, word in cases.items():
+        with pytest.raises(SystemExit) as caught:
+            command(weights, "convert", *argv)
+        assert word in caught.value.code and len(caught.value.code.splitlines()) == 1
+    assert not (tmp_path / "a").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
