@@ -55,6 +55,11 @@ MAY_CHANGE += ("model", "vision", "llm", "steps")  # looked at once they are set
 MAY_CHANGE += ("flags", "differs")  # what they tell is told by the rest
 
 
+def step_of(path: Path) -> int:
+    """The step a checkpoint was made after."""
+    return int(path.name.split("-")[1])
+
+
 class Run:
     """One run's folder.
 
@@ -91,19 +96,28 @@ class Run:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel's: none is left behind by a kill
         except OSError:
             raise ValueError(f"{self.folder}: another process is training into this folder") from None
-        for path in self.folder.glob("checkpoint-*.partial"):  # of a process that was killed while it wrote
+        for path in [
+            *self.folder.glob("checkpoint-*.partial"),
+            *self.folder.glob("best-*.partial"),
+        ]:  # of a process that was killed while it wrote
             shutil.rmtree(path)
 
-    def start(self, step: int) -> int:
-        """Note what is run; on resume, forget the log lines after `step`. Returns how many steps in a row it skipped
-        up to then."""
+    def start(self, step: int) -> tuple[int, list[float]]:
+        """Note what is run; on resume, forget what came after `step`.
+
+        Returns how many steps in a row were skipped up to then, and every loss on held-out data.
+        """
         write_json(self.folder / "run.json", self.values)
         rows = [row for row in self.rows() if row["step"] <= step]
         kept = self.folder / "log.jsonl.partial"
         kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.replace(kept, self.folder / "log.jsonl")
         self.log = (self.folder / "log.jsonl").open("a")
-        return next((i for i, row in enumerate(reversed(rows)) if "skipped" not in row), len(rows))
+        for path in self.checkpoints("best"):
+            if step_of(path) > step:
+                shutil.rmtree(path)
+        skipped = next((i for i, row in enumerate(reversed(rows)) if "skipped" not in row), len(rows))
+        return skipped, [row["val_loss"] for row in rows if "val_loss" in row]
 
     def rows(self) -> list[dict]:
         """The log's lines; one cut short by a kill is left out."""
@@ -129,15 +143,15 @@ class Run:
         write_json(self.folder / "run.json", self.values | summary | {"finished": time.time()})
         (self.folder / "latest").unlink(missing_ok=True)
         (self.folder / "lock").unlink()
-        for path in self.checkpoints():
+        for path in [*self.checkpoints(), *self.checkpoints("best")]:
             shutil.rmtree(path)
         self.log.close()
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def checkpoints(self) -> list[Path]:
-        """Folders of the checkpoints, the newest last."""
-        return sorted(path for path in self.folder.glob("checkpoint-*") if not path.suffix)
+    def checkpoints(self, kind: str = "checkpoint") -> list[Path]:
+        """Folders of the checkpoints, or of the "best" by a held-out loss, the newest last."""
+        return sorted(path for path in self.folder.glob(f"{kind}-*") if not path.suffix)
 
     def last_good(self) -> str:
         """For messages: what to go on from."""
@@ -161,13 +175,14 @@ class Run:
             raise ValueError(f"{self.folder}: every checkpoint is damaged; another --out starts afresh")
         return None
 
-    def save_checkpoint(self, step: int, files: dict[str, dict], values: Iterator[torch.Tensor], keep: int):
-        """Publish a checkpoint of these files' tensors, point `latest` at it, then drop all but the newest `keep`.
+    def save_checkpoint(self, step: int, files: dict[str, dict], values: Iterator[torch.Tensor], keep: int, kind: str):
+        """Publish a checkpoint of these files' tensors, then drop all but the newest `keep` of its kind.
 
-        Args: files: tensors by file and name; values: what they hold, one after another.
+        Args: files: tensors by file and name; values: what they hold, one after another; kind: "checkpoint", which
+        `latest` then points at, or "best".
         Raises ValueError with the bytes needed and free if it cannot be written; those before it are untouched then.
         """
-        path = self.folder / f"checkpoint-{step:06d}"
+        path = self.folder / f"{kind}-{step:06d}"
         needed = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
 
         def write(folder: Path):
@@ -179,10 +194,11 @@ class Run:
         try:
             publish(path, write)
             verify(path)
-            link = self.folder / "latest.partial"
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.name)
-            os.replace(link, self.folder / "latest")
+            if kind == "checkpoint":
+                link = self.folder / "latest.partial"
+                link.unlink(missing_ok=True)
+                link.symlink_to(path.name)
+                os.replace(link, self.folder / "latest")
         except OSError as error:
             shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
             free = shutil.disk_usage(self.folder).free
@@ -190,5 +206,5 @@ class Run:
             raise ValueError(f"step {step}: cannot write {path}: {why}; {self.last_good()}") from None
         finally:
             deque(values, maxlen=0)  # the other ranks take part in every one of them
-        for older in self.checkpoints()[:-keep]:
+        for older in self.checkpoints(kind)[:-keep]:
             shutil.rmtree(older)

@@ -52,7 +52,7 @@ def make_network(model: nn.Module, mode: str) -> nn.Module:
     """What is called in training, and averages gradients over the ranks. Alone, or under fsdp, the model itself."""
     if not dist.is_initialized() or mode == "fsdp":
         return model
-    return DistributedDataParallel(model)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)  # or gradients would be held twice
 
 
 def make_adamw(groups: list[dict], mode: str, **options) -> torch.optim.Optimizer:

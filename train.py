@@ -29,6 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import memory
 import meters
 import plots
 import recipes
@@ -38,155 +39,22 @@ import sharding
 from clip import save_clip
 from data import CaptionPairs, Records, Samples, Skips, collate, name_skipped, picture_faults, refuse_bad
 from files import publish, verify
+from flags import read_flags
 from images import BadImage
 from llava import IGNORE, Llava
 from mixture import (
     Source,
-    as_number,
     batches,
     check_mixing,
     counts_of,
     open_sources,
     order_of,
-    read_mixing,
-    read_shares,
 )
 from ranks import Ranks, arithmetic, autocast
 from templates import TEMPLATES, end_ids
 from tokenizer import Tokenizer, train_bpe
-from towers import SIZES, Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
+from towers import Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
 from weights import load_both, save_model
-
-# ---------------------------------------------------------------------------------------------------------------------
-# knobs
-
-
-def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, what it leaves open filled in by the recipe; an unknown flag or value ends with status 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=recipes.listing(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--stage", type=int, choices=(0, 1, 2), help="0 towers, 1 projector, 2 projector and decoder")
-    add("--plot", nargs="+", type=Path, metavar="RUN", help="draw the logs of these runs in one picture, and no more")
-    add("--recipe", choices=recipes.RECIPES, default="world", help="what sets every knob that no flag sets; see below")
-    add("--tower", choices=("both", "clip", "decoder"), default="both", help="stage 0: which tower")
-    add("--model", type=Path, help="LLaVA to go on from; default: the newest finished run of the stage before")
-    add("--vision", type=Path, help="build a new LLaVA with this CLIP; default: the newest of stage 0")
-    add("--llm", type=Path, help="build a new LLaVA with this decoder; default: the newest of stage 0")
-    add("--data", nargs="+", metavar="PATH[:WEIGHT]", help="LLaVA's JSON, many to mix; default: the embedded world")
-    add("--images", nargs="+", help="folder the paths in --data start from, or one for each; default: where it lies")
-    add("--mixing", default="proportional", help="of many files: proportional (epochs), equal, or a temperature")
-    add("--shares", default="", help="of many files, as 80/20; 80/20:20/80:4 goes from one to the other in 4 steps")
-    add("--skip-bad", type=percent, default=0.0, metavar="N%%", help="leave bad records out, up to so many; 0: none")
-    add("--world", type=Path, help="folder that shapes.py wrote; default: one is drawn below out/")
-    add("--out", type=Path, help="the run's folder; default: a new one below out/")
-    add("--resume", action="store_true", help="go on with the run in --out from its newest checkpoint, exactly")
-    add("--allow-changes", action="store_true", help="with --resume: even if other flags are not as they were")
-    add("--init-from", type=Path, help="checkpoint whose weights to begin with, at step 0: OUT/latest of another run")
-    add("--steps", type=int, help="optimizer steps")
-    add("--epochs", type=float, help="the same in passes over the data, part of a batch counted as one")
-    add("--batch-size", type=int, help="samples per step, over all ranks and micro-batches")
-    add("--accumulate", type=int, default=1, help="micro-batches a step is cut into, to fit the memory")
-    add("--lr", type=float, help="peak learning rate")
-    add("--lr-projector", type=float, help="the projector's own, default --lr (LLaVA-1.5 with LoRA: a tenth)")
-    add("--lr-vision", type=float, help="the vision tower's own, default --lr (LLaVA-NeXT: a tenth)")
-    add("--warmup", type=float, help="share of the steps in which the rate rises")
-    add("--weight-decay", type=float, help="on matrices only")
-    add("--beta2", type=float, help="AdamW's; short runs want less than LLaVA's 0.999")
-    add("--clip-grad", type=float, help="largest gradient norm; 0 leaves it alone")
-    loss_mean = "every token weighs the same, or every micro-batch, as in transformers before 4.46"
-    add("--loss-mean", choices=("token", "micro-batch"), help=loss_mean)
-    add("--train", help="what trains in stages 1 and 2: a comma-separated choice of vision, projector, llm")
-    add("--template", choices=TEMPLATES, help="conversation template; default: plain in stage 1, then the decoder's")
-    image_mode = "how pictures are made square; default: the model's. Tiles (anyres) are part of a model's shape"
-    add("--image-mode", choices=("square", "pad", "anyres"), help=image_mode)
-    add("--image-size", type=int, help="side of the pictures the tower must be made for; default: any")
-    add("--image-order", choices=("first", "either"), default="first", help="picture before its question, or by a coin")
-    projector = "of a new LLaVA: 1.5's (default) or 1.0's; an old one must have it"
-    add("--projector", choices=("mlp2x_gelu", "linear"), help=projector)
-    add(
-        "--whiten",
-        action="store_true",
-        help="start a new projector from features whose ranges are evened out",
-    )
-    add("--size", choices=SIZES, default="small", help="stage 0: shape of the new towers")
-    add(
-        "--patch-size",
-        type=int,
-        default=24,
-        help="stage 0: side of a patch; pictures are 72 pixels, the world's cells 24",
-    )
-    add("--questions", type=int, help="most questions in a sample: longer dialogues are cut; default: none is")
-    add("--max-length", type=int, help="tokens of a sample, picture counted; default: the decoder's context")
-    add("--cache-gb", type=float, default=4.0, help="memory for the features of a frozen tower; 0: compute each time")
-    add("--workers", type=int, default=0, help="processes that load data; 0 loads in this one")
-    add("--save-every", type=int, default=200, help="steps between checkpoints")
-    add("--keep", type=int, default=2, help="checkpoints kept: the newest, and those to fall back on if it is damaged")
-    add("--max-skips", type=int, default=3, help="steps in a row that may be left out because a number is not finite")
-    add("--check-replicas", type=int, default=100, help="steps between checks that all ranks hold the same weights")
-    add("--timeout", type=float, default=1800, help="seconds without a step after which a process counts as hung")
-    add("--board", nargs="+", choices=meters.BOARDS, default=[], help="show the log there too, if it is installed")
-    add("--seed", type=int, default=0, help="of the new weights and of the order of the data")
-    add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of the arithmetic; weights are float32",
-    )
-    add("--shard", choices=sharding.MODES, default="ddp", help="what each rank holds: all, or a share; see sharding.py")
-    add("--recompute", action="store_true", help="keep a layer's input only, and run it again for its gradients")
-    add(
-        "--weights",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of what trains; bfloat16 takes half of the memory, optimizer included, and loses small updates",
-    )
-    add("--compile", action="store_true", help="torch.compile: slow to start, then faster; needs a C++ compiler")
-    args = parser.parse_args(argv)
-    if args.plot:
-        return args
-    if args.stage is None:
-        parser.error("--stage says what to train: 0, 1 or 2")
-    args.flags = [key for key, value in vars(args).items() if value != parser.get_default(key)]
-    try:
-        recipes.fill(args)
-    except ValueError as error:
-        parser.error(str(error))
-    counts = ("steps", "batch_size", "accumulate", "save_every", "keep", "check_replicas", "questions")
-    for key in counts:
-        if getattr(args, key) is not None and getattr(args, key) < 1:
-            parser.error(f"--{key.replace('_', '-')} must be at least 1")
-    if missing := meters.missing_boards(args.board):
-        parser.error(f"--board {missing[0]}: it is not installed (pip install {missing[0]})")
-    if args.epochs is not None and not 0 < args.epochs < math.inf:
-        parser.error("--epochs must be above 0")
-    try:
-        read_mixing(args.mixing)
-        if args.shares:
-            read_shares(args.shares)
-    except ValueError as error:
-        parser.error(str(error))
-    unknown = set(args.train.split(",")) - {"vision", "projector", "llm"}
-    if args.model and (args.vision or args.llm):
-        parser.error("--model goes on from a LLaVA, --vision and --llm build a new one: name one or the other")
-    if args.stage == 0 and (args.init_from or args.shard == "fsdp"):
-        parser.error("--init-from and --shard fsdp are for stages 1 and 2")
-    if args.stage > 0 and unknown:
-        parser.error(f"--train {', '.join(unknown)}: choose from vision, projector, llm")
-    return args
-
-
-def percent(text: str) -> float:
-    value = as_number(text.removesuffix("%"))
-    if not 0 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is no percentage")
-    return value
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
@@ -285,19 +153,26 @@ def ignore_signals(worker: int):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: int, save, group: int = 1):
+def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: int, save, group: int = 1, held_out=None):
     """Train `model`, whose forward(**batch) is the summed loss of a batch, and publish it in the run's folder.
 
     Args: save: writes the finished model into a folder. group: neighbours in the data that stay in one batch.
+    held_out: a dataset whose loss is watched, or None.
     Raises ValueError if it cannot go on, naming the last good checkpoint; SystemExit when a signal ends it.
     """
     settle(args, ranks, run, sum(counts_of(dataset.sizes, [source.weight for source in dataset.sources])))
-    sharding.place(model, args.shard, ranks, arithmetic(ranks.device, args.dtype))
+    dtype = arithmetic(ranks.device, args.dtype)
+    longest = int(abs(dataset.lengths()).max()) if isinstance(dataset, Records) else 0
+    shape = micro_batch(args, ranks), longest
+    needed = memory.estimate(model, args.shard, ranks.world, dtype, *shape, args.recompute)
+    ranks.say(f"{needed}; there are {memory.free_bytes(ranks.device) / 1e9:.3g}")
+    memory.refuse(needed, memory.free_bytes(ranks.device))
+    sharding.place(model, args.shard, ranks, dtype)
     optimizer = make_optimizer(model, args, ranks)
     ranks.on_first(run.open)
     checkpoint = ranks.on_first(run.newest_good)
     start = sharding.restore(checkpoint, model, optimizer) if checkpoint else 0
-    skipped = ranks.on_first(run.start, start)
+    skipped, watched = ranks.on_first(run.start, start)
     network = sharding.make_network(torch.compile(model) if args.compile else model, args.shard)
     loader = iter(make_loader(dataset, args, ranks, pad_id, start, group))
     model.train()
@@ -310,17 +185,24 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
             faulthandler.dump_traceback_later(args.timeout, exit=True, file=sys.__stderr__)  # hung: say where, and end
             row = {"step": step + 1, **measured_step(args, ranks, model, network, optimizer, loader, step)}
             skipped = skipped + 1 if "skipped" in row else 0
+            looking = held_out and (step + 1) % args.val_every == 0
+            if looking:
+                row["val_loss"] = held_out_loss(args, ranks, model, held_out, pad_id)
+                watched.append(row["val_loss"])
             if ranks.first:
                 run.write_row(row)
                 boards.write(row)
                 bar.set_postfix({key: row[key] for key in ("loss", "tokens_per_s", "data_wait")}, refresh=False)
             if skipped > args.max_skips:
                 raise ValueError(f"step {step + 1}: {row['skipped']}, {skipped} steps in a row; {run.last_good()}")
-            if step + 1 == args.steps:
+            better = looking and args.patience and row["val_loss"] == min(watched)
+            if better:
+                save_checkpoint(args, ranks, run, model, optimizer, step + 1, "best")
+            if step + 1 == args.steps or (looking and out_of_patience(watched, args.patience)):
                 break
             stopping = ranks.largest(stop.asked)
             due = (step + 1) % args.save_every == 0 and not skipped  # what makes steps fail may be in the weights
-            if due or stopping:
+            if due or stopping or better:  # a resume before the best one would have to find it again
                 save_checkpoint(args, ranks, run, model, optimizer, step + 1)
             elif (step + 1) % args.check_replicas == 0:
                 check_weights(args, ranks, run, model, step + 1)
@@ -329,18 +211,50 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
                 ranks.say(f"stopped after step {step + 1}; the same command with --out {run.folder} --resume goes on")
                 raise SystemExit(128 + stopping)
     faulthandler.cancel_dump_traceback_later()
+    if best := ranks.on_first(run.checkpoints, "best"):
+        ranks.say(f"{best[-1].name} had the smallest loss on held-out data, {min(watched):.4f}: it is kept")
+        sharding.restore(best[-1], model)
     check_weights(args, ranks, run, model, args.steps)
     ranks.on_first(finish, run, partial(save, sharding.whole_weights(model, ranks)))
 
 
-def save_checkpoint(args, ranks: Ranks, run: runs.Run, model: nn.Module, optimizer, step: int):
+def out_of_patience(losses: list[float], patience: int | None) -> bool:
+    """Whether none of the last `patience` losses is below all before them."""
+    return bool(patience) and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+
+
+@torch.no_grad()
+def held_out_loss(args, ranks: Ranks, model: nn.Module, dataset, pad_id: int) -> float:
+    """Mean loss per supervised token of a dataset, a part of it on each rank."""
+    model.eval()
+    share, sums = micro_batch(args, ranks), torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    for first in range(ranks.rank * share, len(dataset) + ranks.rank * share, share * ranks.world):
+        # Slices of the weights are gathered by all ranks together, so one that has nothing left takes part with any.
+        samples = [dataset[i] for i in range(first, min(first + share, len(dataset)))]
+        batch = to_device(collate(samples or [dataset[0]], pad_id), ranks.device)
+        with autocast(ranks.device, args.dtype):
+            loss = model(**batch)
+        if samples:
+            sums += torch.stack([loss.double(), (batch["labels"][:, 1:] != IGNORE).sum().double()])
+    ranks.add_up(sums)
+    if args.shard == "fsdp" and dist.is_initialized():
+        model.reshard()  # after a forward pass alone it stays whole
+    model.train()
+    return float(sums[0] / sums[1])
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {key: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for key, v in batch.items()}
+
+
+def save_checkpoint(args, ranks: Ranks, run: runs.Run, model: nn.Module, optimizer, step: int, kind="checkpoint"):
     """All ranks hand over what they hold, rank 0 writes. Raises ValueError as check_weights and Run's own do."""
     check_weights(args, ranks, run, model, step)
     state = sharding.training_state(model, optimizer, ranks)
     values = sharding.gathered(state, optimizer)
     if not ranks.first:
         deque(values, maxlen=0)
-    ranks.on_first(run.save_checkpoint, step, state, values, args.keep)
+    ranks.on_first(run.save_checkpoint, step, state, values, 1 if kind == "best" else args.keep, kind)
 
 
 def check_weights(args, ranks: Ranks, run: runs.Run, model: nn.Module, step: int):
@@ -398,7 +312,7 @@ def train_step(args, ranks: Ranks, network: nn.Module, optimizer, micro: list[di
     torch.manual_seed((args.seed << 44) + (step << 16) + ranks.rank)  # chance does not depend on the steps before
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro):
-        batch = {k: v.to(ranks.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+        batch = to_device(batch, ranks.device)
         with sharding.synced(network, last=i == len(micro) - 1):
             with autocast(ranks.device, args.dtype):
                 loss = network(**batch) * weights[i]
@@ -540,6 +454,7 @@ def train_llava(args, ranks: Ranks, folder: Path):
         return
     choose_sources(args, run)
     sources = data_files(args, ranks, "captions" if args.stage == 1 else "instruct")
+    watched = val_files(args)
     if args.vision:
         model, tokenizer = assemble(args.vision, args.llm, args.projector or "mlp2x_gelu", args.seed)
     else:
@@ -561,19 +476,21 @@ def train_llava(args, ranks: Ranks, folder: Path):
     options = {"image_order": args.image_order, "seed": args.seed, "template": template, "questions": args.questions}
     dataset = Records(sources, tokenizer, model.config, max_length, **options)
     allow_skips(args, ranks, run, dataset)
+    held_out = Records(watched, tokenizer, model.config, max_length, **options) if watched else None
     if args.whiten and args.vision and dataset.pictures(1):
         whiten_projector(model, dataset)
     # What stands still is kept as it came, for the finished model's files; in training it is as narrow as can be.
     frozen = {name: p.data for name, p in model.named_parameters() if ranks.first and not p.requires_grad}
     sharding.narrow(model, args.shard, getattr(torch, args.weights), arithmetic(ranks.device, args.dtype))
-    precompute_features(args, ranks, model, dataset)
+    for records in (dataset, held_out) if held_out else (dataset,):
+        precompute_features(args, ranks, model, records)
     model.language_model.model.recompute = args.recompute
 
     def save(trained: dict, folder: Path):
         save_model(model, folder, frozen | trained)
         tokenizer.save(folder)
 
-    fit(args, ranks, run, model, dataset, tokenizer.pad_id, save)
+    fit(args, ranks, run, model, dataset, tokenizer.pad_id, save, held_out=held_out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -596,6 +513,13 @@ def data_files(args, ranks: Ranks, kind: str) -> list[Source]:
     count = sum(len(source.usable()) for source in sources)
     if count < ranks.world:
         raise ValueError(f"--data: {count} records for {ranks.world} ranks")
+    return sources
+
+
+def val_files(args) -> list[Source]:
+    """The held-out data, if any; every record of it must be good."""
+    sources = open_sources(args.val or [], args.val_images)
+    refuse_bad(sources, 0)
     return sources
 
 
@@ -636,7 +560,7 @@ def open_run(args, ranks: Ranks, folder: Path) -> runs.Run:
 
 def main():
     """Train one stage on every rank; what a user can mend ends in one line and status 1."""
-    args = read_flags()
+    args = read_flags(__doc__)
     try:
         if args.plot:
             print(plots.compare(args.plot, runs.ROOT / "runs.png"))

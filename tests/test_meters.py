@@ -67,7 +67,7 @@ def test_lengths_leave_out_the_padding():
 @pytest.mark.parametrize("steps", [1, 7])
 def test_update_norms_are_how_far_the_weights_moved(steps):
     torch.manual_seed(0)
-    llava, args = model(), train.read_flags(["--stage", "2", "--lr", "1e-3", "--steps", "20"])
+    llava, args = model(), train.read_flags("", ["--stage", "2", "--lr", "1e-3", "--steps", "20"])
     train.choose_trainable(llava, args.train)
     optimizer = train.make_optimizer(llava, args, RANKS)
     for step in range(steps):

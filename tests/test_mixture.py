@@ -585,16 +585,16 @@ def test_bad_input_ends_in_one_line_before_any_work(kind, stage, mine, tiny, com
 ])  # fmt: skip
 def test_flags_that_are_none(argv, says, command, capsys):
     if says is None:
-        assert train.read_flags(["--stage", "2", *argv]).shares == "80"
+        assert train.read_flags("", ["--stage", "2", *argv]).shares == "80"
         return
     with pytest.raises(SystemExit) as caught:
-        train.read_flags(["--stage", "2", *argv])
+        train.read_flags("", ["--stage", "2", *argv])
     assert caught.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_more_ranks_than_records(mine, tiny, command):
     args = train.read_flags(
-        ["--stage", "2", "--data", str(mine.good), "--images", str(mine.pictures), "--batch-size", "8"]
+        "", ["--stage", "2", "--data", str(mine.good), "--images", str(mine.pictures), "--batch-size", "8"]
     )
     ranks = SimpleNamespace(world=32, first=True, agree=lambda value: value)
     with pytest.raises(ValueError, match="20 records for 32 ranks"):

@@ -29,7 +29,7 @@ REPOSITORY = Path(train.__file__).parent
 
 
 def flags(*argv):
-    return train.read_flags([str(value) for value in argv])
+    return train.read_flags("", [str(value) for value in argv])
 
 
 def log_of(folder):
@@ -317,6 +317,57 @@ def test_twice_is_the_same(tiny, command, tmp_path, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# held-out data
+
+
+def watching(tiny, tmp_path, *more):
+    records = json.loads((tiny.world / "instruct.json").read_text())[-5:]
+    records[2] = blinded(records[2])
+    mine = write_records(tmp_path / "watched.json", records)
+    return [*tiny.flags["stage2"], "--val", mine, "--val-images", tiny.world, "--val-every", 2, *more]
+
+
+def test_the_loss_on_held_out_data_is_that_of_the_finished_model(tiny, command, tmp_path):
+    command(train, *watching(tiny, tmp_path), "--out", tmp_path / "run")
+    rows = log_of(tmp_path / "run")
+    assert [row["step"] for row in rows if "val_loss" in row] == [2, 4, 6]
+    assert losses(tmp_path / "run") == losses(tiny.stage2)  # looking changes nothing
+    model, tokenizer = load_model(tmp_path / "run").eval(), Tokenizer.load(tmp_path / "run")
+    dataset = Records(sources(tmp_path / "watched.json", tiny.world), tokenizer, model.config, 1024)
+    batches = [collate([sample], tokenizer.pad_id) for sample in (dataset[i] for i in range(5))]
+    with torch.no_grad():
+        total = sum(float(model(**batch)) for batch in batches)
+    count = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+    assert rows[-1]["val_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("killed", [None, 5, 8])
+def test_patience_ends_a_run_and_keeps_the_best(tiny, command, tmp_path, monkeypatch, killed):
+    """Losses of 3, 2, 1, 2, 3 on held-out data: the third look is the best. Uninterrupted, or on either side of it."""
+    kept, step = {}, train.train_step
+
+    def look(args, ranks, model, *_):
+        done = len((args.out / "log.jsonl").read_text().splitlines()) + 1
+        kept[done] = {name: p.detach().clone() for name, p in model.named_parameters()}
+        return 1.0 + abs(3 - done // 2)
+
+    monkeypatch.setattr(train, "held_out_loss", look)
+    argv = [*watching(tiny, tmp_path, "--patience", 2), "--steps", 20, "--save-every", 3, "--out", tmp_path / "run"]
+    if killed:
+        monkeypatch.setattr(train, "train_step", lambda *args: 1 / 0 if args[-1] == killed else step(*args))
+        with pytest.raises(ZeroDivisionError):
+            command(train, *argv)
+        monkeypatch.setattr(train, "train_step", step)
+        argv.append("--resume")
+    command(train, *argv)
+    assert [row["val_loss"] for row in log_of(tmp_path / "run") if "val_loss" in row] == [3, 2, 1, 2, 3]
+    finished = weights(tmp_path / "run")
+    trained = [name for name in finished if name in kept[6] and not torch.equal(kept[6][name], kept[10][name])]
+    assert len(trained) > 10 and all(torch.equal(finished[name], kept[6][name]) for name in trained)
+    assert not list((tmp_path / "run").glob("best-*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # two ranks
 
 # A start of torchrun costs seconds, so one start runs every command, each with a corner of the store of its own.
@@ -354,12 +405,13 @@ def ranks(tiny, command, tmp_path_factory):
         for name, records in (("captions", captions), ("dialogues", dialogues))
     }
     short = ["--steps", 3, "--lr", 1e-4]  # as above: a small rate, for the sake of gradients that are all rounding
+    watch = ["--val", write_records(root / "watch.json", captions[:5]), "--val-images", tiny.world, "--val-every", 2]
     commands = {
         "clip": [*tiny.flags["clip"], *short],
         "stage2": [*tiny.flags["stage2"], *short],
         "accumulated": [*tiny.flags["stage2"], *short, "--accumulate", 2],
-        "zero1": [*tiny.flags["stage2"], *short, "--shard", "zero1", "--accumulate", 2],
-        "fsdp": [*tiny.flags["stage2"], *short, "--shard", "fsdp", "--accumulate", 2, "--recompute"],
+        "zero1": [*tiny.flags["stage2"], *short, *watch, "--shard", "zero1", "--accumulate", 2],
+        "fsdp": [*tiny.flags["stage2"], *short, *watch, "--shard", "fsdp", "--accumulate", 2, "--recompute"],
         "fsdp1": [*tiny.flags["stage1"], *short, "--shard", "fsdp"],
         "lopsided1": [*tiny.flags["stage1"], *short, "--data", lopsided["captions"], "--images", tiny.world],
         "lopsided2": [*tiny.flags["stage2"], *short, "--data", lopsided["dialogues"], "--images", tiny.world],
@@ -392,6 +444,8 @@ def test_two_ranks_end_where_one_does(ranks, name):
     one, two = weights(ranks / f"{name}-alone"), weights(ranks / name)
     assert all(torch.allclose(one[key], two[key], rtol=0, atol=1e-5) for key in one)
     assert losses(ranks / name) == pytest.approx(losses(ranks / f"{name}-alone"), rel=1e-5)
+    both = [[row["val_loss"] for row in log_of(ranks / run) if "val_loss" in row] for run in (name, f"{name}-alone")]
+    assert both[0] == pytest.approx(both[1], rel=1e-5) and len(both[0]) == (name in ("zero1", "fsdp"))
 
 
 @pytest.mark.parametrize("name", ["clip", "lopsided_vision", "lopsided_fsdp"])
