@@ -1,7 +1,7 @@
 """Kill, stop and restart training runs until there is a figure for it, and print the figures as a table.
 
     python tests/faults.py                       all of it but the soak: about half an hour on two cores
-    python tests/faults.py --only kills          steps, kills, restarts or stops
+    python tests/faults.py --only kills          steps, kills, nodes, restarts or stops
     python tests/faults.py --only soak           train, kill, resume for --minutes 30
 
 Every trial ends with the hash of the finished weights against that of a run nobody touched. Not a part of
@@ -66,14 +66,17 @@ def train_here(argv: list, environment: dict, fault: tuple | None):
     train.main()
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def start(argv: list, ranks: int = 1, fault: tuple | None = None) -> list[multiprocessing.Process]:
     """One process per rank; with a `fault`, (function, path, calls, marker), rank 0 stands still there."""
     context = multiprocessing.get_context("forkserver")  # torch is imported once for all of them
     context.set_forkserver_preload(["train"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
+    processes, port = [], free_port()
     for rank in range(ranks):
         group = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {key: str(value) for key, value in group.items()} if ranks > 1 else {}
@@ -277,6 +280,20 @@ def stops(bench: Bench, trials: int):
     yield f"one of two ranks stopped (SIGSTOP), `--timeout {limit}`", told
 
 
+def nodes(bench: Bench):
+    """Two agents that find each other, as on two machines."""
+    argv, folder = bench.new("stage 2")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d"]
+    launch += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=two"]
+    command = list(map(str, [*launch, REPOSITORY / "train.py", *argv]))
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    agents = [subprocess.Popen(command, env=environment, **silent) for _ in range(2)]
+    good = [agent.wait(180) for agent in agents] == [0, 0] and weights_hash(folder) == bench.untouched_by_two
+    told = "the same bits as two ranks of one" if good else "DIFFER"
+    yield "two agents of torchrun (`--nnodes 2`), one rank each", told
+
+
 def soak(bench: Bench, minutes: float):
     """Train, kill, resume; memory and open files of the training process, as slopes over its life."""
     rng, samples, kills = random.Random(2), [], 0
@@ -314,7 +331,7 @@ def usage(pid: int) -> tuple[int, int]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("steps", "kills", "restarts", "stops", "soak"))
+    parser.add_argument("--only", choices=("steps", "kills", "nodes", "restarts", "stops", "soak"))
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--restarts", type=int, default=50)
     parser.add_argument("--stops", type=int, default=4)
@@ -325,6 +342,7 @@ def main():
         trials = {
             "steps": lambda: every_step(bench),
             "kills": lambda: random_kills(bench, args.kills),
+            "nodes": lambda: nodes(bench),
             "restarts": lambda: restarts(bench, args.restarts),
             "stops": lambda: stops(bench, args.stops),
             "soak": lambda: soak(bench, args.minutes),
