@@ -42,14 +42,7 @@ from files import publish, verify
 from flags import read_flags
 from images import BadImage
 from llava import IGNORE, Llava
-from mixture import (
-    Source,
-    batches,
-    check_mixing,
-    counts_of,
-    open_sources,
-    order_of,
-)
+from mixture import Source, batches, check_mixing, counts_of, open_sources, order_of
 from ranks import Ranks, arithmetic, autocast
 from templates import TEMPLATES, end_ids
 from tokenizer import Tokenizer, train_bpe
@@ -161,18 +154,10 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
     Raises ValueError if it cannot go on, naming the last good checkpoint; SystemExit when a signal ends it.
     """
     settle(args, ranks, run, sum(counts_of(dataset.sizes, [source.weight for source in dataset.sources])))
-    dtype = arithmetic(ranks.device, args.dtype)
-    longest = int(abs(dataset.lengths()).max()) if isinstance(dataset, Records) else 0
-    shape = micro_batch(args, ranks), longest
-    needed = memory.estimate(model, args.shard, ranks.world, dtype, *shape, args.recompute)
-    ranks.say(f"{needed}; there are {memory.free_bytes(ranks.device) / 1e9:.3g}")
-    memory.refuse(needed, memory.free_bytes(ranks.device))
-    sharding.place(model, args.shard, ranks, dtype)
+    check_memory(args, ranks, model, dataset)
+    sharding.place(model, args.shard, ranks, arithmetic(ranks.device, args.dtype))
     optimizer = make_optimizer(model, args, ranks)
-    ranks.on_first(run.open)
-    checkpoint = ranks.on_first(run.newest_good)
-    start = sharding.restore(checkpoint, model, optimizer) if checkpoint else 0
-    skipped, watched = ranks.on_first(run.start, start)
+    start, skipped, watched = go_on(ranks, run, model, optimizer)
     network = sharding.make_network(torch.compile(model) if args.compile else model, args.shard)
     loader = iter(make_loader(dataset, args, ranks, pad_id, start, group))
     model.train()
@@ -216,6 +201,24 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
         sharding.restore(best[-1], model)
     check_weights(args, ranks, run, model, args.steps)
     ranks.on_first(finish, run, partial(save, sharding.whole_weights(model, ranks)))
+
+
+def check_memory(args, ranks: Ranks, model: nn.Module, dataset):
+    """Say what a rank will hold. Raises ValueError if that cannot fit."""
+    longest = int(abs(dataset.lengths()).max()) if isinstance(dataset, Records) else 0
+    shape, dtype = (micro_batch(args, ranks), longest), arithmetic(ranks.device, args.dtype)
+    needed = memory.estimate(model, args.shard, ranks.world, dtype, *shape, args.recompute)
+    free = memory.free_bytes(ranks.device)
+    ranks.say(f"{needed}; there are {free / 1e9:.3g}")
+    memory.refuse(needed, free)
+
+
+def go_on(ranks: Ranks, run: runs.Run, model: nn.Module, optimizer) -> tuple[int, int, list[float]]:
+    """Take the run's folder, and what its newest checkpoint holds: its step, and what `Run.start` returns."""
+    ranks.on_first(run.open)
+    checkpoint = ranks.on_first(run.newest_good)
+    start = sharding.restore(checkpoint, model, optimizer) if checkpoint else 0
+    return start, *ranks.on_first(run.start, start)
 
 
 def out_of_patience(losses: list[float], patience: int | None) -> bool:
