@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from schema import known
 
@@ -169,6 +170,7 @@ class CLIPVisionTransformer(nn.Module):
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = CLIPEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.recompute = False  # for a tower that trains: keep a block's input only, run it again for the gradients
 
     def hidden_state(self, pixel_values: torch.Tensor, layer: int = -1) -> torch.Tensor:
         """Hidden state `layer` in Hugging Face's count: 0 is the pre-LN output, i + 1 the output of block i.
@@ -182,7 +184,10 @@ class CLIPVisionTransformer(nn.Module):
         blocks = layer if layer >= 0 else len(self.encoder.layers) + 1 + layer
         x = self.pre_layrnorm(self.embeddings(pixel_values))
         for block in self.encoder.layers[:blocks]:
-            x = block(x, causal=False)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, False, use_reentrant=False)
+            else:
+                x = block(x, causal=False)
         return x
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,11 @@ def activations(model: Llava, dtype: torch.dtype, rows: int, length: int, recomp
         trains = sum(next(layer.parameters()).requires_grad for layer in tower.encoder.layers)
         if trains:
             constant, each = kept_by(tower.encoder.layers[0], vision.hidden_size, dtype, lambda x: (False,))
-            total += trains * (constant + rows * (vision.num_patches + 1) * each)
+            patches = rows * (vision.num_patches + 1)
+            if recompute:
+                total += patches * (trains * vision.hidden_size * 4 + each) + constant
+            else:
+                total += trains * (constant + patches * each)
     return int(total)
 
 

@@ -488,6 +488,7 @@ def train_llava(args, ranks: Ranks, folder: Path):
     for records in (dataset, held_out) if held_out else (dataset,):
         precompute_features(args, ranks, model, records)
     model.language_model.model.recompute = args.recompute
+    model.vision_tower.vision_model.recompute = args.recompute and "vision" in args.train
 
     def save(trained: dict, folder: Path):
         save_model(model, folder, frozen | trained)

@@ -370,19 +370,35 @@ def test_patience_ends_a_run_and_keeps_the_best(tiny, command, tmp_path, monkeyp
 # ---------------------------------------------------------------------------------------------------------------------
 # two ranks
 
-# A start of torchrun costs seconds, so one start runs every command, each with a corner of the store of its own.
+# A start of torchrun costs seconds, so one start runs every command, each with a corner of the store of its own. Kept
+# of each: the first step's gradients, whole, and what every rank holds in the end. Of "poisoned", the last rank's
+# second loss is not a number.
 RANK = """
 import json, os, sys
 import torch
 import train
 
 torch.set_num_threads(1)
-fit = train.fit
+fit, clip, forward = train.fit, train.meters.clip_gradients, train.Llava.forward
 
 def fit_and_keep(args, ranks, run, model, *rest, **more):
+    first, passes = [], []
+
+    def clip_and_keep(optimizer, norm, most):
+        if not first:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            first.extend(g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for g in gradients)
+        clip(optimizer, norm, most)
+
+    def forward_or_poison(*args, **batch):
+        passes.append(1)
+        poison = "poisoned" in run.folder.name and ranks.rank == ranks.world - 1 and len(passes) == 2
+        return forward(*args, **batch) * (float("nan") if poison else 1)
+
+    train.meters.clip_gradients, train.Llava.forward = clip_and_keep, forward_or_poison
     fit(args, ranks, run, model, *rest, **more)
     state = {name: tensor for name, tensor in model.state_dict().items() if args.shard != "fsdp"}
-    torch.save(state, f"{args.out}-rank{ranks.rank}.pt")
+    torch.save({"state": state, "gradients": first}, f"{args.out}-rank{ranks.rank}.pt")
 
 train.fit = fit_and_keep
 for attempt, argv in enumerate(json.loads(open(sys.argv[1]).read())):
@@ -392,17 +408,33 @@ for attempt, argv in enumerate(json.loads(open(sys.argv[1]).read())):
 """
 
 
+def run_all(root, commands, suffix, *launch):
+    """Let one process, or torchrun's, go through all of the commands."""
+    lines = [[str(value) for value in [*argv, "--out", root / (name + suffix)]] for name, argv in commands.items()]
+    (root / "commands.json").write_text(json.dumps(lines))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, *launch, root / "rank.py", root / "commands.json"]
+    with (root / "output.txt").open("w") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        try:
+            status = process.wait(timeout=180)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun hands it on to its ranks
+            process.wait()
+            status = "hangs"
+    assert status == 0, (root / "output.txt").read_text()[-3000:]
+
+
 @pytest.fixture(scope="module")
-def ranks(tiny, command, tmp_path_factory):
+def ranks(tiny, tmp_path_factory):
     """A folder with every command's run on one rank (NAME-alone) and on two (NAME), and what each rank then held."""
     root = tmp_path_factory.mktemp("ranks")
     captions = json.loads((tiny.world / "captions.json").read_text())[: 3 * BATCH]
     dialogues = json.loads((tiny.world / "instruct.json").read_text())[: 3 * BATCH]
-    # Three steps are one epoch, in which the second rank never sees a picture.
-    second = {i for step in batches(epochs([3 * BATCH], [1.0], 0), BATCH, 0, 0, 3, rank=1, world=2) for i in step}
+    # Three steps are one epoch: one batch of text, one of pictures, and one with a single picture, that one rank gets.
     lopsided = {
-        name: write_records(root / f"{name}.json", [blinded(r) if i in second else r for i, r in enumerate(records)])
-        for name, records in (("captions", captions), ("dialogues", dialogues))
+        name: write_records(root / f"{name}.json", [blinded(r) if i < 2 * BATCH - 1 else r for i, r in enumerate(part)])
+        for name, part in (("captions", captions), ("dialogues", dialogues))
     }
     short = ["--steps", 3, "--lr", 1e-4]  # as above: a small rate, for the sake of gradients that are all rounding
     watch = ["--val", write_records(root / "watch.json", captions[:5]), "--val-images", tiny.world, "--val-every", 2]
@@ -410,6 +442,7 @@ def ranks(tiny, command, tmp_path_factory):
         "clip": [*tiny.flags["clip"], *short],
         "stage2": [*tiny.flags["stage2"], *short],
         "accumulated": [*tiny.flags["stage2"], *short, "--accumulate", 2],
+        "poisoned": [*tiny.flags["stage2"], *short],
         "zero1": [*tiny.flags["stage2"], *short, *watch, "--shard", "zero1", "--accumulate", 2],
         "fsdp": [*tiny.flags["stage2"], *short, *watch, "--shard", "fsdp", "--accumulate", 2, "--recompute"],
         "fsdp1": [*tiny.flags["stage1"], *short, "--shard", "fsdp"],
@@ -418,25 +451,51 @@ def ranks(tiny, command, tmp_path_factory):
     }
     commands["lopsided_vision"] = [*commands["lopsided2"], "--train", "vision,projector,llm"]
     commands["lopsided_fsdp"] = [*commands["lopsided_vision"], "--shard", "fsdp"]
-    for name, argv in commands.items():
-        command(train, *argv, "--out", root / f"{name}-alone")
     (root / "rank.py").write_text(RANK)
-    lines = [[str(value) for value in [*argv, "--out", root / name]] for name, argv in commands.items()]
-    (root / "commands.json").write_text(json.dumps(lines))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    with (root / "torchrun.txt").open("w") as output:
-        process = subprocess.Popen(
-            [*torchrun, root / "rank.py", root / "commands.json"], env=environment, stdout=output, stderr=output
-        )
-        try:
-            status = process.wait(timeout=180)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun hands it on to its ranks
-            process.wait()
-            status = "hangs"
-    assert status == 0, (root / "torchrun.txt").read_text()[-3000:]
+    run_all(root, commands, "-alone")
+    run_all(root, commands, "", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     return root
+
+
+SHARED = [
+    "stage2",
+    "accumulated",
+    "zero1",
+    "fsdp",
+    "fsdp1",
+    "lopsided1",
+    "lopsided2",
+    "lopsided_vision",
+    "lopsided_fsdp",
+]
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_gradients_are_the_same_however_the_work_is_shared(ranks, name):
+    alone = torch.load(ranks / f"{name}-alone-rank0.pt", weights_only=True)["gradients"]
+    shared = torch.load(ranks / f"{name}-rank0.pt", weights_only=True)["gradients"]
+    apart = math.sqrt(sum((a - b).square().sum().item() for a, b in zip(alone, shared, strict=True)))
+    assert apart <= 1e-6 * math.sqrt(sum(g.square().sum().item() for g in alone))
+
+
+def test_a_batch_in_which_one_rank_sees_a_picture_is_among_them(ranks, tiny):
+    config, tokenizer = load_model(tiny.stage1).config, Tokenizer.load(tiny.stage1)
+    dataset = Records(sources(ranks / "dialogues.json", tiny.world), tokenizer, config, 1024)
+    order = epochs(dataset.sizes, [1.0], 0)
+    seen = [
+        [len(dataset.names(i, dataset.record(i))) for i in step]
+        for rank in (0, 1)
+        for step in batches(order, BATCH, 0, 0, 3, rank=rank, world=2, lengths=dataset.lengths())
+    ]
+    pictures = sorted(zip(map(sum, seen[:3]), map(sum, seen[3:])))
+    assert pictures == [(0, 0), (0, 1), (4, 4)]
+
+
+def test_a_loss_that_is_no_number_on_one_rank_is_left_out_by_all(ranks):
+    for name in ("poisoned", "poisoned-alone"):
+        assert [row["step"] for row in log_of(ranks / name) if "skipped" in row] == [2]
+    one, two = weights(ranks / "poisoned-alone"), weights(ranks / "poisoned")
+    assert all(torch.allclose(one[key], two[key], rtol=0, atol=1e-5) for key in one)
 
 
 @pytest.mark.parametrize("name", ["stage2", "accumulated", "zero1", "fsdp", "fsdp1", "lopsided1", "lopsided2"])
@@ -457,9 +516,9 @@ def test_two_ranks_lose_what_one_does(ranks, name):
     assert losses(folders[0]) == pytest.approx(losses(folders[1]), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["clip", "stage2", "accumulated", "zero1", "lopsided1", "lopsided_vision"])
+@pytest.mark.parametrize("name", ["clip", "stage2", "accumulated", "poisoned", "zero1", "lopsided1", "lopsided_vision"])
 def test_replicas_stay_equal(ranks, name):
-    first, second = (torch.load(ranks / f"{name}-rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = (torch.load(ranks / f"{name}-rank{rank}.pt", weights_only=True)["state"] for rank in (0, 1))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -523,7 +582,7 @@ def test_recomputed_activations_give_the_same_gradients(tiny):
     dataset = Records(sources(tiny.world / "instruct.json", tiny.world), tokenizer, model.config, 1024)
     micro = [collate([dataset[i] for i in range(4)], tokenizer.pad_id)]
     kept, _ = gradients(model, args, micro)
-    model.language_model.model.recompute = True
+    model.language_model.model.recompute = model.vision_tower.vision_model.recompute = True
     again, _ = gradients(model, args, micro)
     assert kept.keys() == again.keys() and all(torch.equal(kept[name], again[name]) for name in kept)
 
