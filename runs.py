@@ -94,12 +94,9 @@ class Run:
         self.lock = (self.folder / "lock").open("w")
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel's: none is left behind by a kill
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise ValueError(f"{self.folder}: another process is training into this folder") from None
-        for path in [
-            *self.folder.glob("checkpoint-*.partial"),
-            *self.folder.glob("best-*.partial"),
-        ]:  # of a process that was killed while it wrote
+        for path in self.folder.glob("*-*.partial"):  # of a process that was killed while it wrote
             shutil.rmtree(path)
 
     def start(self, step: int) -> tuple[int, list[float]]:
@@ -151,7 +148,7 @@ class Run:
 
     def checkpoints(self, kind: str = "checkpoint") -> list[Path]:
         """Folders of the checkpoints, or of the "best" by a held-out loss, the newest last."""
-        return sorted(path for path in self.folder.glob(f"{kind}-*") if not path.suffix)
+        return sorted((path for path in self.folder.glob(f"{kind}-*") if not path.suffix), key=step_of)
 
     def last_good(self) -> str:
         """For messages: what to go on from."""

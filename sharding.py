@@ -108,21 +108,26 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ra
     trained, states = trained_parameters(model), {}
     if ranks.largest(bool(local(optimizer).state)):  # there are none before the first step
         for name, p in trained.items():
-            none = {"step": torch.zeros((), device=p.device)} | dict.fromkeys(STATES[1:], torch.zeros_like(p))
-            kept = local(optimizer).state.get(p) or none
+            kept = local(optimizer).state.get(p) or elsewhere(p)
             states |= {f"{name}.{key}": kept[key].detach() for key in STATES}
     return {"trained.safetensors": trained, "optimizer.safetensors": states}
 
 
-def gathered(state: dict[str, dict], optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+def elsewhere(p: nn.Parameter) -> dict[str, torch.Tensor]:
+    """Shapes and types, and no memory, of the states that another rank keeps."""
+    with torch.device("meta"):
+        return {"step": torch.empty(())} | {key: torch.empty(p.shape, dtype=p.dtype) for key in STATES[1:]}
+
+
+def gathered(state: dict[str, dict], optimizer: torch.optim.Optimizer, ranks: Ranks) -> Iterator[torch.Tensor]:
     """The tensors of `training_state` in order, whole on rank 0, one at a time; all ranks go through them together."""
     for name, tensors in state.items():
         for tensor in tensors.values():
             if sliced(tensor):
                 tensor = tensor.full_tensor()
             elif local(optimizer) is not optimizer and name.startswith("optimizer"):
-                tensor = tensor.clone()
-                dist.reduce(tensor, dst=0)  # all but the owner hold zeros
+                tensor = torch.zeros_like(tensor, device=ranks.device) if tensor.is_meta else tensor.clone()
+                dist.reduce(tensor, dst=0)  # of zeros, but for the owner's
             yield tensor.detach()
 
 

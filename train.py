@@ -254,7 +254,7 @@ def save_checkpoint(args, ranks: Ranks, run: runs.Run, model: nn.Module, optimiz
     """All ranks hand over what they hold, rank 0 writes. Raises ValueError as check_weights and Run's own do."""
     check_weights(args, ranks, run, model, step)
     state = sharding.training_state(model, optimizer, ranks)
-    values = sharding.gathered(state, optimizer)
+    values = sharding.gathered(state, optimizer, ranks)
     if not ranks.first:
         deque(values, maxlen=0)
     ranks.on_first(run.save_checkpoint, step, state, values, 1 if kind == "best" else args.keep, kind)

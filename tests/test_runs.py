@@ -54,7 +54,7 @@ def opened(folder, resume=False):
 def save(run, step):
     model, optimizer = trained_by(step)
     state = sharding.training_state(model, optimizer, RANKS)
-    run.save_checkpoint(step, state, sharding.gathered(state, optimizer), 2, "checkpoint")
+    run.save_checkpoint(step, state, sharding.gathered(state, optimizer, RANKS), 2, "checkpoint")
 
 
 @pytest.fixture
