@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import meters
@@ -20,7 +21,50 @@ def read_flags(description: str, argv: list[str] | None = None) -> argparse.Name
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    for knobs in (add_models_knobs, add_data_knobs, add_learning_knobs, add_run_knobs, add_machine_knobs):
+        knobs(parser.add_argument)
+    args = parser.parse_args(argv)
+    if args.plot:
+        return args
+    if args.stage is None:
+        parser.error("--stage says what to train: 0, 1 or 2")
+    args.flags = [key for key, value in vars(args).items() if value != parser.get_default(key)]
+    try:
+        recipes.fill(args)
+        check(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def check(args: argparse.Namespace):
+    """Raise ValueError on the first value, or pair of values, that makes no sense."""
+    counts = ("steps", "batch_size", "accumulate", "save_every", "keep", "check_replicas", "questions", "val_every")
+    for key in (*counts, "patience"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
+    if args.max_skips < 0 or not args.timeout > 0:
+        raise ValueError("--max-skips must be at least 0, --timeout above 0")
+    if args.epochs is not None and not 0 < args.epochs < math.inf:
+        raise ValueError("--epochs must be above 0")
+    if missing := meters.missing_boards(args.board):
+        raise ValueError(f"--board {missing[0]}: it is not installed (pip install {missing[0]})")
+    read_mixing(args.mixing)
+    if args.shares:
+        read_shares(args.shares)
+    if args.model and (args.vision or args.llm):
+        raise ValueError("--model goes on from a LLaVA, --vision and --llm build a new one: name one or the other")
+    if args.patience and not args.val:
+        raise ValueError("--patience needs --val to watch")
+    if args.stage == 0 and (args.val or args.init_from or args.shard == "fsdp"):
+        raise ValueError("--val, --init-from and --shard fsdp are for stages 1 and 2")
+    unknown = set(args.train.split(",")) - {"vision", "projector", "llm"}
+    if args.stage > 0 and unknown:
+        raise ValueError(f"--train {', '.join(unknown)}: choose from vision, projector, llm")
+
+
+def add_models_knobs(add: Callable):
+    """What is trained, and where its weights come from."""
     add("--stage", type=int, choices=(0, 1, 2), help="0 towers, 1 projector, 2 projector and decoder")
     add("--plot", nargs="+", type=Path, metavar="RUN", help="draw the logs of these runs in one picture, and no more")
     add("--recipe", choices=recipes.RECIPES, default="world", help="what sets every knob that no flag sets; see below")
@@ -28,16 +72,20 @@ def read_flags(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--model", type=Path, help="LLaVA to go on from; default: the newest finished run of the stage before")
     add("--vision", type=Path, help="build a new LLaVA with this CLIP; default: the newest of stage 0")
     add("--llm", type=Path, help="build a new LLaVA with this decoder; default: the newest of stage 0")
+
+
+def add_data_knobs(add: Callable):
+    """What it is trained on."""
     add("--data", nargs="+", metavar="PATH[:WEIGHT]", help="LLaVA's JSON, many to mix; default: the embedded world")
     add("--images", nargs="+", help="folder the paths in --data start from, or one for each; default: where it lies")
     add("--mixing", default="proportional", help="of many files: proportional (epochs), equal, or a temperature")
     add("--shares", default="", help="of many files, as 80/20; 80/20:20/80:4 goes from one to the other in 4 steps")
     add("--skip-bad", type=percent, default=0.0, metavar="N%%", help="leave bad records out, up to so many; 0: none")
     add("--world", type=Path, help="folder that shapes.py wrote; default: one is drawn below out/")
-    add("--out", type=Path, help="the run's folder; default: a new one below out/")
-    add("--resume", action="store_true", help="go on with the run in --out from its newest checkpoint, exactly")
-    add("--allow-changes", action="store_true", help="with --resume: even if other flags are not as they were")
-    add("--init-from", type=Path, help="checkpoint whose weights to begin with, at step 0: OUT/latest of another run")
+
+
+def add_learning_knobs(add: Callable):
+    """How it learns; what is None here, the recipe sets."""
     add("--steps", type=int, help="optimizer steps")
     add("--epochs", type=float, help="the same in passes over the data, part of a batch counted as one")
     add("--batch-size", type=int, help="samples per step, over all ranks and micro-batches")
@@ -75,6 +123,14 @@ def read_flags(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--max-length", type=int, help="tokens of a sample, picture counted; default: the decoder's context")
     add("--cache-gb", type=float, default=4.0, help="memory for the features of a frozen tower; 0: compute each time")
     add("--workers", type=int, default=0, help="processes that load data; 0 loads in this one")
+
+
+def add_run_knobs(add: Callable):
+    """Where it goes, how it is watched, what it survives."""
+    add("--out", type=Path, help="the run's folder; default: a new one below out/")
+    add("--resume", action="store_true", help="go on with the run in --out from its newest checkpoint, exactly")
+    add("--allow-changes", action="store_true", help="with --resume: even if other flags are not as they were")
+    add("--init-from", type=Path, help="checkpoint whose weights to begin with, at step 0: OUT/latest of another run")
     add("--val", nargs="+", metavar="PATH[:WEIGHT]", help="held-out data like --data, whose loss is watched")
     add("--val-images", nargs="+", help="the same for its pictures; default: where it lies")
     add("--val-every", type=int, default=200, help="steps between looks at it")
@@ -86,12 +142,16 @@ def read_flags(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--timeout", type=float, default=1800, help="seconds without a step after which a process counts as hung")
     add("--board", nargs="+", choices=meters.BOARDS, default=[], help="show the log there too, if it is installed")
     add("--seed", type=int, default=0, help="of the new weights and of the order of the data")
+
+
+def add_machine_knobs(add: Callable):
+    """What it runs on, and how the memory is shared."""
     add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of the arithmetic; weights are float32",
+        help="of the arithmetic, and of weights that stand still",
     )
     add("--shard", choices=sharding.MODES, default="ddp", help="what each rank holds: all, or a share; see sharding.py")
     add("--recompute", action="store_true", help="keep a layer's input only, and run it again for its gradients")
@@ -102,43 +162,6 @@ def read_flags(description: str, argv: list[str] | None = None) -> argparse.Name
         help="of what trains; bfloat16 takes half of the memory, optimizer included, and loses small updates",
     )
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster; needs a C++ compiler")
-    args = parser.parse_args(argv)
-    if args.plot:
-        return args
-    if args.stage is None:
-        parser.error("--stage says what to train: 0, 1 or 2")
-    args.flags = [key for key, value in vars(args).items() if value != parser.get_default(key)]
-    try:
-        recipes.fill(args)
-    except ValueError as error:
-        parser.error(str(error))
-    counts = ("steps", "batch_size", "accumulate", "save_every", "keep", "check_replicas", "questions")
-    counts += ("val_every", "patience")
-    for key in counts:
-        if getattr(args, key) is not None and getattr(args, key) < 1:
-            parser.error(f"--{key.replace('_', '-')} must be at least 1")
-    if missing := meters.missing_boards(args.board):
-        parser.error(f"--board {missing[0]}: it is not installed (pip install {missing[0]})")
-    if args.epochs is not None and not 0 < args.epochs < math.inf:
-        parser.error("--epochs must be above 0")
-    try:
-        read_mixing(args.mixing)
-        if args.shares:
-            read_shares(args.shares)
-    except ValueError as error:
-        parser.error(str(error))
-    unknown = set(args.train.split(",")) - {"vision", "projector", "llm"}
-    if args.model and (args.vision or args.llm):
-        parser.error("--model goes on from a LLaVA, --vision and --llm build a new one: name one or the other")
-    if args.patience and not args.val:
-        parser.error("--patience needs --val to watch")
-    if args.stage == 0 and args.val:
-        parser.error("--val is for stages 1 and 2")
-    if args.stage == 0 and (args.init_from or args.shard == "fsdp"):
-        parser.error("--init-from and --shard fsdp are for stages 1 and 2")
-    if args.stage > 0 and unknown:
-        parser.error(f"--train {', '.join(unknown)}: choose from vision, projector, llm")
-    return args
 
 
 def percent(text: str) -> float:
