@@ -172,6 +172,10 @@ class CLIPVisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.recompute = False  # for a tower that trains: keep a block's input only, run it again for the gradients
 
+    def blocks(self, layer: int) -> nn.ModuleList:
+        """What hidden state `layer` is made by: the first so many blocks."""
+        return self.encoder.layers[: layer if layer >= 0 else len(self.encoder.layers) + 1 + layer]
+
     def hidden_state(self, pixel_values: torch.Tensor, layer: int = -1) -> torch.Tensor:
         """Hidden state `layer` in Hugging Face's count: 0 is the pre-LN output, i + 1 the output of block i.
 
@@ -181,9 +185,8 @@ class CLIPVisionTransformer(nn.Module):
         side = self.config.image_size
         if pixel_values.shape[-2:] != (side, side):
             raise ValueError(f"pictures are {tuple(pixel_values.shape[-2:])}, this tower takes {side}x{side}")
-        blocks = layer if layer >= 0 else len(self.encoder.layers) + 1 + layer
         x = self.pre_layrnorm(self.embeddings(pixel_values))
-        for block in self.encoder.layers[:blocks]:
+        for block in self.blocks(layer):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, False, use_reentrant=False)
             else:

@@ -100,10 +100,8 @@ def saved_bytes(module: nn.Module, *inputs) -> int:
         return tensor
 
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = module(*inputs)
-    total = sum(size for size, _ in saved.values())
-    del result
-    return total
+        module(*inputs)
+    return sum(size for size, _ in saved.values())
 
 
 def free_bytes(device: torch.device) -> int:

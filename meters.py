@@ -11,7 +11,7 @@ from llava import IGNORE, Llava
 from ranks import Ranks
 from sharding import local, own_slice, sliced
 
-# Dense bfloat16 FLOP per second from NVIDIA's data sheets, by what torch calls the device.
+# Dense bfloat16 FLOP per second from NVIDIA's data sheets, by words of what torch calls the device.
 PEAKS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
@@ -28,8 +28,13 @@ PEAKS = {
 
 def peak_of(device: torch.device) -> float | None:
     """What the device could do at most, None if it is not in the table."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for key, peak in PEAKS.items() if key in name), None)
+    return peak_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_named(name: str) -> float | None:
+    """The same by name: the first entry of PEAKS all of whose words it has; an A1000 is no A100."""
+    words = set(name.replace("-", " ").split())
+    return next((peak for key, peak in PEAKS.items() if words.issuperset(key.split())), None)
 
 
 def step_flops(model: nn.Module, tokens: int, length: float, tiles: int) -> float:
@@ -50,10 +55,11 @@ def step_flops(model: nn.Module, tokens: int, length: float, tiles: int) -> floa
     passes = 3 if next(decoder.parameters()).requires_grad else 2
     flops = passes * (2 * matrices + attention) * tokens
     if tiles:
-        vision, tower = model.config.vision_config, model.vision_tower
-        patches, trains = tiles * (vision.num_patches + 1), any(p.requires_grad for p in tower.parameters())
-        per_patch = 2 * sum(p.numel() for p in tower.parameters())
-        per_patch += 4 * vision.num_hidden_layers * vision.hidden_size * (vision.num_patches + 1)
+        vision, tower = model.config.vision_config, model.vision_tower.vision_model
+        blocks = tower.blocks(model.config.vision_feature_layer)  # those after it never run
+        patches, trains = tiles * (vision.num_patches + 1), any(p.requires_grad for p in blocks.parameters())
+        per_patch = 2 * sum(p.numel() for part in (tower.embeddings, blocks) for p in part.parameters())
+        per_patch += 4 * len(blocks) * vision.hidden_size * (vision.num_patches + 1)
         flops += (3 if trains else 1) * per_patch * patches
     return flops
 

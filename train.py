@@ -424,9 +424,8 @@ def choose_trainable(model: Llava, train: str):
         tower = model.vision_tower.vision_model
         tower.requires_grad_(True)
         tower.post_layernorm.requires_grad_(False)
-        layer = model.config.vision_feature_layer
-        used = layer if layer >= 0 else len(tower.encoder.layers) + 1 + layer
-        tower.encoder.layers[used:].requires_grad_(False)
+        tower.encoder.layers.requires_grad_(False)
+        tower.blocks(model.config.vision_feature_layer).requires_grad_(True)
 
 
 @torch.no_grad()

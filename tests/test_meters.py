@@ -23,7 +23,7 @@ def model():
     text = TextConfig(vocab_size=97, hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4)
     shape = {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
     vision = CLIPVisionConfig(image_size=56, patch_size=14, projection_dim=48, **shape)
-    return Llava(LlavaConfig(text, vision, image_token_index=96, vision_feature_layer=-1)).train()
+    return Llava(LlavaConfig(text, vision, image_token_index=96, vision_feature_layer=-2)).train()
 
 
 def batch_of(length, rows=2, patches=16):
