@@ -90,12 +90,12 @@ class Ranks:
 
     def hold_the_same(self, parameters: Iterable[torch.Tensor]) -> bool:
         """Whether every rank holds the same bits."""
+        if not dist.is_initialized():
+            return True
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for p in parameters:
             bits = p.detach().reshape(-1).view({4: torch.int32, 2: torch.int16}[p.element_size()])
             total = 31 * total + bits.sum(dtype=torch.int64)  # wraps around, which is as good
-        if not dist.is_initialized():
-            return True
         ends = torch.stack([total, -total])
         dist.all_reduce(ends, dist.ReduceOp.MAX)
         return bool(ends[0] == -ends[1])

@@ -19,7 +19,7 @@ import regex
 import tiktoken
 
 from bpe import SPACE, ClipBPE, SentencePiece, clip_from_json, from_json, merges_of, read_clip, read_llama2c, read_model
-from files import read_json
+from files import read_json, write_json
 
 # Words, single digits and runs of punctuation, each with the space before it; then what space is left.
 SPLIT = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -241,10 +241,6 @@ def roles_of(specials: dict[str, int], named: dict[str, str]) -> dict[str, str]:
         if found:
             roles[role] = found[0]
     return {"pad": roles["eos"]} | roles if "eos" in roles else roles
-
-
-def write_json(path: Path, content: dict):
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def byte_level_json(tokenizer: Tokenizer) -> dict:
