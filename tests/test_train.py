@@ -372,7 +372,7 @@ def test_patience_ends_a_run_and_keeps_the_best(tiny, command, tmp_path, monkeyp
 
 # A start of torchrun costs seconds, so one start runs every command, each with a corner of the store of its own. Kept
 # of each: the first step's gradients, whole, and what every rank holds in the end. Of "poisoned", the last rank's
-# second loss is not a number.
+# second loss is not a number; of "diverged", one of its weights is off by a bit from then on.
 RANK = """
 import json, os, sys
 import torch
@@ -392,7 +392,11 @@ def fit_and_keep(args, ranks, run, model, *rest, **more):
 
     def forward_or_poison(*args, **batch):
         passes.append(1)
-        poison = "poisoned" in run.folder.name and ranks.rank == ranks.world - 1 and len(passes) == 2
+        now = ranks.rank == ranks.world - 1 and len(passes) == 2
+        poison = "poisoned" in run.folder.name and now
+        if "diverged" in run.folder.name and now:
+            p = next(model.multi_modal_projector.parameters()).data.view(-1)
+            p[0] = p[0].nextafter(p[0] + 1)
         return forward(*args, **batch) * (float("nan") if poison else 1)
 
     train.meters.clip_gradients, train.Llava.forward = clip_and_keep, forward_or_poison
@@ -404,7 +408,12 @@ train.fit = fit_and_keep
 for attempt, argv in enumerate(json.loads(open(sys.argv[1]).read())):
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
     sys.argv = ["train.py", *argv]
-    train.main()
+    try:
+        train.main()
+    except SystemExit as end:
+        if "diverged" not in argv[-1]:
+            raise
+        open(f"{argv[-1]}-rank{os.environ['RANK']}.txt", "w").write(end.code)
 """
 
 
@@ -453,6 +462,7 @@ def ranks(tiny, tmp_path_factory):
     commands["lopsided_fsdp"] = [*commands["lopsided_vision"], "--shard", "fsdp"]
     (root / "rank.py").write_text(RANK)
     run_all(root, commands, "-alone")
+    commands["diverged"] = [*commands["stage2"], "--check-replicas", 2, "--save-every", 1]
     run_all(root, commands, "", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     return root
 
@@ -489,6 +499,13 @@ def test_a_batch_in_which_one_rank_sees_a_picture_is_among_them(ranks, tiny):
     ]
     pictures = sorted(zip(map(sum, seen[:3]), map(sum, seen[3:])))
     assert pictures == [(0, 0), (0, 1), (4, 4)]
+
+
+def test_a_bit_that_differs_between_ranks_ends_both(ranks):
+    for rank in (0, 1):
+        line = (ranks / f"diverged-rank{rank}.txt").read_text()
+        assert "step 2: the ranks' weights differ" in line and "checkpoint-000001" in line
+    assert [path.name for path in (ranks / "diverged").glob("checkpoint-*")] == ["checkpoint-000001"]
 
 
 def test_a_loss_that_is_no_number_on_one_rank_is_left_out_by_all(ranks):
