@@ -462,7 +462,7 @@ def show(args: argparse.Namespace):
     """`data.py show`: one record as the model reads it, what is trained on in green."""
     tokenizer = Tokenizer.load(args.model)
     turns = turns_of(read_records(args.data)[args.record])
-    ids, labels = render(turns, tokenizer, args.template or "vicuna_v1", features=1)
+    ids, labels = render(turns, tokenizer, args.template or read_config(args.model).template, features=1)
     names = {i: name for name, i in tokenizer.specials.items()}
     for i, label in zip(ids, labels):
         text = names.get(i) or tokenizer.decode([i])
@@ -479,9 +479,9 @@ def main():
     add = commands.add_parser("show", help="print one record with what is trained on in colour")
     add.set_defaults(run=show)
     add.add_argument("data", help="LLaVA's JSON")
-    add.add_argument("--model", required=True, help="folder with a tokenizer")
+    add.add_argument("--model", type=Path, required=True, help="folder of a model")
     add.add_argument("--record", type=int, default=0, help="which record to print")
-    add.add_argument("--template", choices=TEMPLATES, help="default: vicuna_v1")
+    add.add_argument("--template", choices=TEMPLATES, help="default: the model's")
     add = commands.add_parser("check", help="count what is wrong, by kind")
     add.set_defaults(run=check_files)
     add.add_argument("data", nargs="+", help="LLaVA's JSON, as in train.py --data")
