@@ -16,6 +16,7 @@ from ptb import ptb_words
 Words = list[str]
 Measured = tuple[float, list[float]]
 N = 4  # the longest n-gram
+MISSING = "<missing>"  # a word that no caption has: ptb_words never gives one
 
 
 def ngrams(words: Words, n: int) -> Counter:
@@ -162,9 +163,14 @@ def meteor(jar: Path, candidates: list[Words], references: list[list[Words]]) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def caption_scores(candidates: list[str], references: list[list[str]], cut=ptb_words) -> dict[str, float]:
-    """Every measure of captions as they were written, under coco-caption's names. Args: cut: into words."""
-    words, others = [cut(text) for text in candidates], [[cut(text) for text in group] for group in references]
+def caption_scores(candidates: list[str | None], references: list[list[str]], cut=ptb_words) -> dict[str, float]:
+    """Every measure of captions as they were written, under coco-caption's names. Args: cut: into words.
+
+    A missing caption (None) counts as one as long as its first reference, with every word wrong: left out, or empty,
+    it could raise BLEU.
+    """
+    others = [[cut(text) for text in group] for group in references]
+    words = [[MISSING] * len(group[0]) if text is None else cut(text) for text, group in zip(candidates, others)]
     scores = {f"Bleu_{n}": score for n, (score, _) in enumerate(bleu(words, others), 1)}
     if jar := meteor_tool():
         scores["METEOR"] = meteor(jar, words, others)[0]

@@ -10,34 +10,20 @@ import binascii
 import csv
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import grader
 import scores
 from images import resolve_inside
 from metrics import LETTERS
-from predictions import entries, load, want
+from predictions import Item, entries, listed, load, question_of, tabbed, want
 from records import DataError
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 CAPTION = "Provide a one-sentence caption for the provided image."
 UNSURE = "When the provided information is insufficient, respond with 'Unanswerable'.\n" + SHORT
-
-
-@dataclass
-class Item:
-    """One question. truth: what the task's scorer wants, None where the files have none; groups: kind to name, what
-    scores are told apart by; keys: what a predictions file may call it besides its id; data: its picture, in base64."""
-
-    id: int | str
-    text: str
-    image: str | None = None
-    truth: object = None
-    groups: dict[str, str] = field(default_factory=dict)
-    keys: tuple[str, ...] = ()
-    data: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,12 +53,6 @@ def llava_items(path: Path, rows: list[dict]) -> list[Item]:
 
 def is_llava(content: object) -> bool:
     return isinstance(content, list) and bool(content) and isinstance(content[0], dict) and "text" in content[0]
-
-
-def listed(content: object, key: str) -> list:
-    """The list under a key of a JSON object, or none."""
-    found = content.get(key) if isinstance(content, dict) else None
-    return found if isinstance(found, list) else []
 
 
 def refuse(paths: list[Path], what: str):
@@ -171,13 +151,6 @@ def read_textvqa(paths: list[Path]) -> list[Item]:
     return asked
 
 
-def question_of(prompt: str) -> str:
-    """The question in a prompt, without what LLaVA's lists put around it, in lower case."""
-    lines = prompt.split("\n")
-    line = lines[1] if lines[0].startswith("Reference OCR token:") and len(lines) > 1 else lines[0]
-    return line.replace("Please answer yes or no.", "").strip().lower()
-
-
 def read_vizwiz(paths: list[Path]) -> list[Item]:
     """VizWiz's list of {"image", "question", "answers"}; a question is known by its picture. Or LLaVA's list."""
     items = []
@@ -244,19 +217,10 @@ def read_mme(paths: list[Path]) -> list[Item]:
     return items
 
 
-def tabbed(path: Path, columns: int) -> list[list[str]]:
-    """Lines of a text file, cut at tabs. Raises DataError naming a line with fewer columns."""
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    for number, row in enumerate(rows, 1):
-        if len(row) < columns:
-            raise DataError(f"{path}: line {number}: {len(row)} columns, needs {columns}")
-    return rows
-
-
 def mme_items(subtask: str, path: Path, rows: list[list[str]]) -> list[Item]:
     items = []
-    for number, (picture, question, answer, *_) in enumerate(rows, 1):
-        name, truth = Path(picture).name, answer.strip().lower()
+    for number, (picture, question, answer) in enumerate(rows, 1):
+        name, truth = Path(picture).name, answer.split("\t")[0].strip().lower()  # results have a fourth column
         if truth not in ("yes", "no"):
             raise DataError(f"{path}: line {number}: answer {answer!r} is neither yes nor no")
         image = picture if "/" in picture else f"{subtask}/{picture}"
@@ -428,8 +392,8 @@ TASKS = {
     "mme": Task(read_mme, scores.mme),
     "mmbench": Task(read_mmbench, scores.mmbench, LETTER, 1024),
     "seed": Task(read_seed, scores.seed, LETTER),
-    "mmvet": Task(grader.read_mmvet, grader.score_mmvet, "", 1024),
-    "llavabench": Task(grader.read_llavabench, grader.score_llavabench, "", 1024),
+    "mmvet": Task(grader.read_mmvet, grader.need_grades, "", 1024),
+    "llavabench": Task(grader.read_llavabench, grader.need_grades, "", 1024),
     "coco": Task(read_captions, scores.captions, CAPTION),
     "textcaps": Task(read_captions, scores.captions, CAPTION),
     "docvqa": Task(read_docvqa, scores.docvqa),
