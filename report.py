@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 import plots
-from eval import table
+from probes import table
 from shapes import FAMILIES, font_of
 
 STAGES = ("stage0/clip", "stage0/decoder", "stage1", "stage2")
