@@ -1,176 +1,237 @@
-"""Answer a file of questions with a model and score the answers by family.
+"""Answer the questions of a benchmark with a model, and score answers as the official scorers do.
 
-    python eval.py --questions out/world/questions.jsonl --images out/world
-    python eval.py --model DIR --questions Q.jsonl --images DIR --out answers.jsonl
+    python eval.py --questions out/world/questions.jsonl --images out/world               our own questions, by family
+    python eval.py --model DIR --task pope --questions coco_pope_*.json --images val2014 --out RUN
+    python eval.py --score pope --predictions RUN/answers.jsonl --references coco_pope_*.json
+    python eval.py --task probes                                                          where a model goes wrong
 
-A question is {"question_id", "image" (optional), "text", "answer" (optional), "category" (optional)}, one a line;
-every answer is written in LLaVA's format as soon as it is there, so a run that was stopped goes on where it was.
+Our own questions are {"question_id", "image" (optional), "text", "answer" (optional), "category" (optional)}, one a
+line; the files of every benchmark are read as they are published, see tasks.py. Answers are in LLaVA's format. A run
+that was stopped goes on where it was; torchrun spreads it over GPUs.
 """
 
 import argparse
-import json
-import re
 import sys
-from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
+import answering
+import grader
+import probes
 import runs
-from data import DataError, load_picture
+from answering import Cost
+from files import to_json, write_json
 from images import BadImage
-from llava import Llava, generate
-from ranks import choose_device
-from shapes import COLOURS, SHAPES
-from templates import prompt_ids, stop_text
-from tokenizer import Tokenizer
+from llava import LlavaConfig
+from predictions import Item, load, read_predictions, shown
+from ranks import Ranks
+from records import SURROGATE, DataError
+from submissions import write_submission
+from tasks import TASKS, prompt_of, read_items, unpack_pictures
+from templates import TEMPLATES
 from weights import DTYPES, choose_dtype, load_both
 
 # ---------------------------------------------------------------------------------------------------------------------
-# questions and answers
+# what is asked
+
+
+@dataclass
+class Plan:
+    """questions: {"question_id", "text", "image", ...}; files: what they come from; settings: for the manifest; finish:
+    what is done with the rows of answers."""
+
+    questions: list[dict]
+    files: list[Path]
+    images: Path
+    out: Path
+    settings: dict
+    finish: Callable[[list[dict]], None]
+
+    @property
+    def manifest(self) -> Path:
+        return beside(self.out, "manifest.json")
+
+
+def beside(out: Path, name: str) -> Path:
+    """A file that goes with answers: in a run's folder by that name, elsewhere by the name of the answers too."""
+    return out.with_name(name if out.name == "answers.jsonl" and not (out.parent / "config.json").exists() else f"{out.stem}-{name}")
 
 
 def read_lines(path: Path) -> list[dict]:
-    """A jsonl file. Raises DataError naming file, line and reason."""
-    rows, seen = [], set()
-    try:
-        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")  # not at U+2028, as splitlines does
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {error}") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}: line {number}: not JSON ({error})") from None
+    """Our own questions. Raises DataError naming file, line and reason."""
+    content, seen = load(path), set()
+    for number, row in enumerate(content if isinstance(content, list) else [content], 1):
         if not isinstance(row, dict) or not isinstance(row.get("question_id"), (int, str)):
             raise DataError(f"{path}: line {number}: needs a question_id, a number or a string")
         kinds = {"text": str, "image": (str, type(None)), "answer": str, "category": str}
         for key, kind in kinds.items():
             if not isinstance(row.get(key, None if key == "text" else ""), kind):
                 raise DataError(f"{path}: line {number}: {key} is not text")
+        if SURROGATE.search(row["text"]):
+            raise DataError(f"{path}: line {number}: text holds half a surrogate pair")
         if row["question_id"] in seen:
             raise DataError(f"{path}: line {number}: question_id {row['question_id']!r} comes twice")
         seen.add(row["question_id"])
-        rows.append(row)
-    return rows
+    return content
 
 
-def answered(path: Path) -> list[dict]:
-    """The answers a stopped run left; a last line cut short is dropped from the file, to be answered again."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    try:
-        rows = [json.loads(line) for line in whole.splitlines()]
-        complete = all(row.keys() >= {"question_id", "prompt", "text", "model_id", "metadata"} for row in rows)
-    except (ValueError, AttributeError):
-        complete = False
-    if not complete:
-        raise DataError(f"{path} holds something else than answers: remove it, or name another --out")
-    path.write_bytes(whole)
-    return rows
+def plan_lines(args: argparse.Namespace, folder: Path) -> Plan:
+    """Our own questions, from one file, scored by category."""
+    if len(args.questions) > 1:
+        raise DataError("--questions: several files need a --task that says what they are")
+    (path,) = args.questions
+    out = args.out or folder / ("answers-blank.jsonl" if args.blank else "answers.jsonl")
+    return Plan(read_lines(path)[: args.limit], [path], args.images or path.parent, out, {}, partial(show_families, out))
 
 
-def answer_batch(
-    model: Llava, tokenizer: Tokenizer, questions: list[dict], images: Path, blank: bool, max_new_tokens: int
-) -> list[str]:
-    """Greedy answers to a batch of questions, each the same as if it had been asked alone.
-
-    blank: replace every picture by the mean colour; what can still be answered, the language alone gave away.
-    """
-    config, pictures, prompts = model.config, [], []
-    for question in questions:
-        shown = []
-        if question.get("image"):
-            if config.vision_config is None:
-                raise DataError(f"question {question['question_id']} has a picture, but the model has no vision tower")
-            try:
-                shown = [load_picture(images, question["image"], config)]
-            except BadImage as error:
-                raise DataError(f"question {question['question_id']}: {error}") from None
-        tokens = [picture.tokens for picture in shown]
-        prompts.append(prompt_ids([question["text"]], [], len(shown), tokenizer, config.template, tokens))
-        pictures += shown
-    features, sizes = None, [picture.size for picture in pictures]
-    if pictures:
-        pixels = torch.cat([picture.pixels for picture in pictures]) * (not blank)
-        with torch.inference_mode():
-            features = model.vision_features(pixels.to(model.device))
-    ids = [[] for _ in questions]
-    for step in generate(model, prompts, features, sizes, max_new_tokens=max_new_tokens):
-        for row, token in zip(ids, step):
-            if token is not None:
-                row.append(token)
-    texts, end = [tokenizer.decode(row).lstrip() for row in ids], stop_text(config.template)
-    return [(text.split(end)[0] if end else text).strip() for text in texts]
+def describe(question: dict, answer: str) -> dict:
+    """An answer's metadata: the category of its question and, where the truth is known, its score."""
+    metadata = {"category": question.get("category", "all")}
+    if "answer" in question and "probe" not in question:
+        metadata["score"] = probes.score(metadata["category"], answer, question["answer"])
+    return metadata
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# scores
+def show_families(out: Path, rows: list[dict]):
+    rows = [row for row in rows if "score" in row["metadata"]]
+    for category, accuracy in (probes.table(rows) if rows else {}).items():
+        print(f"{category:<14}{accuracy:6.1f} %")
+    print(f"{len(rows)} scored answers in {out}")
 
 
-def normalised(text: str) -> str:
-    return re.sub(r"[^\w ]", "", text.lower()).strip()
+def plan_task(args: argparse.Namespace, folder: Path) -> Plan:
+    """A benchmark's questions, in a run's folder of their own."""
+    task, items = TASKS[args.task], read_items(args.task, args.questions)[: args.limit]
+    run = args.out or folder / args.task
+    suffix = task.suffix if args.suffix is None else args.suffix
+    images = args.images or (args.questions[0] if args.questions[0].is_dir() else args.questions[0].parent)
+    if any(item.data for item in items):
+        images = run / "pictures"
+        unpack_pictures(items, images)
+    questions = [
+        {"question_id": item.id, "text": prompt_of(item, suffix), "image": item.image, **item.groups} for item in items
+    ]
+    settings = {"suffix": suffix}
+    return Plan(questions, args.questions, images, run / "answers.jsonl", settings, partial(finish_task, args, items, run))
 
 
-def score(category: str, answer: str, truth: str) -> float:
-    """1 or 0 for an exact match, case and punctuation aside; of a description, the F1 of the things it names."""
-    return things_f1(answer, truth) if category == "description" else float(normalised(answer) == normalised(truth))
+def finish_task(args: argparse.Namespace, items: list[Item], run: Path, rows: list[dict]):
+    """Score a task's answers where the truth is known; write what its server takes, if that is asked for."""
+    answers = [row["text"] for row in rows]
+    print(f"{len(rows)} answers in {run / 'answers.jsonl'}")
+    if args.submission:
+        write_submission(args.task, items, answers, args.submission)
+    if args.task in grader.REQUESTS:
+        print("a language model grades these: see --score and --grader")
+    elif all(item.truth is None for item in items):
+        print("the files hold no answers to compare with: --submission writes what the server takes")
+    else:
+        show_scores(TASKS[args.task].score(items, answers), run / "scores.json")
 
 
-def things_f1(answer: str, truth: str) -> float:
-    """F1 over the named things. A shape is right if size, colour, kind and place are; a sign if text and place are."""
-    named, wanted = mentions(answer), mentions(truth)
-    right = sum(min(named.count(thing), wanted.count(thing)) for thing in set(wanted))
-    return 2 * right / (len(named) + len(wanted)) if right else 0.0
+def plan_probes(args: argparse.Namespace, folder: Path, config: LlavaConfig) -> Plan:
+    """The probes, whose pictures are as large as the model sees them."""
+    if config.vision_config is None:
+        raise DataError(f"{folder}: a decoder alone sees no pictures to be probed with")
+    run, side = args.out or folder / "probes", config.vision_config.image_size
+    questions = probes.make_probes(run / "pictures", side, args.limit or 100)
 
+    def finish(rows: list[dict]):
+        found = probes.results(questions, [row["text"] for row in rows])
+        write_json(run / "probes.json", found)
+        (run / "probes.md").write_text(probes.markdown(found, side))
+        probes.draw_bars(found, run / "probes.png")
+        print(probes.markdown(found, side) + f"\n{run}/probes.md")
 
-def mentions(text: str) -> list[str]:
-    """Every thing a description of the embedded world names, with what is said about it up to the next one."""
-    thing = rf"(?:\w+ (?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})|sign that says \w+)"
-    return re.findall(rf"{thing} (?:in|at|on) the (?:top left|top right|bottom left|bottom right|\w+)", text.lower())
-
-
-def table(rows: list[dict]) -> dict[str, float]:
-    """Accuracy in per cent by category, and overall (the mean over questions)."""
-    scores = defaultdict(list)
-    for row in rows:
-        scores[row["metadata"]["category"]].append(row["metadata"]["score"])
-    result = {name: 100 * sum(values) / len(values) for name, values in sorted(scores.items())}
-    everything = [value for values in scores.values() for value in values]
-    return {"overall": 100 * sum(everything) / len(everything)} | result
+    return Plan(questions, [], run / "pictures", run / "answers.jsonl", {}, finish)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# answering
 
 
-def evaluate(
-    model, tokenizer, questions, images, out: Path, batch_size: int, max_new_tokens: int, blank: bool, name: str
-):
-    """Answer what is not answered yet, longest questions together; returns all rows in the order of the questions."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    done = {row["question_id"]: row for row in answered(out)}
-    asked = {question["question_id"]: question["text"] for question in questions}
-    if any(asked.get(key) != row["prompt"] or row["model_id"] != name for key, row in done.items()):
-        raise DataError(f"{out} holds answers to other questions, or another model's: remove it, or name another --out")
-    open_ones = sorted((q for q in questions if q["question_id"] not in done), key=lambda q: len(q["text"]))
-    with out.open("a", encoding="utf-8") as file, tqdm(total=len(questions), initial=len(done), unit="answer") as bar:
-        for i in range(0, len(open_ones), batch_size):
-            batch = open_ones[i : i + batch_size]
-            answers = answer_batch(model, tokenizer, batch, images, blank, max_new_tokens)
-            for question, answer in zip(batch, answers):
-                metadata = {"category": question.get("category", "all")}
-                if "answer" in question:
-                    metadata["score"] = score(metadata["category"], answer, question["answer"])
-                row = {"question_id": question["question_id"], "prompt": question["text"], "text": answer}
-                done[question["question_id"]] = row | {"answer_id": f"{name}-{question['question_id']}"}
-                done[question["question_id"]] |= {"model_id": name, "metadata": metadata}
-                file.write(json.dumps(done[question["question_id"]], ensure_ascii=False) + "\n")
-            file.flush()
-            bar.update(len(batch))
-    return [done[question["question_id"]] for question in questions]
+def choose_image_mode(args: argparse.Namespace, config: LlavaConfig):
+    """Benchmarks are answered with padded pictures, as LLaVA-1.5's figures were, whatever a converted checkpoint says;
+    tiles are part of a model, and stay. Raises DataError."""
+    mode = args.image_mode or ("pad" if args.task in TASKS else config.image_mode)
+    if config.vision_config is None or (config.image_grid_pinpoints and args.image_mode is None):
+        return
+    if config.image_grid_pinpoints:
+        raise DataError(f"--image-mode {mode}: this model sees pictures in tiles")
+    if mode != config.image_mode:
+        print(f"pictures are made square by {mode!r}, the model's own way is {config.image_mode!r}", file=sys.stderr)
+    config.image_mode = mode
+
+
+def run(args: argparse.Namespace):
+    """Answer what is not answered yet, on all ranks, then score on the first."""
+    folder = args.model or runs.newest_run(1, 2)
+    ranks = Ranks(args.device)
+    device = str(ranks.device)
+    model, tokenizer = load_both(folder, device, choose_dtype(args.dtype, device))
+    choose_image_mode(args, model.config)
+    if args.task == "probes":
+        plan = ranks.on_first(plan_probes, args, folder, model.config)
+    else:
+        plan = ranks.on_first(plan_task if args.task else plan_lines, args, folder)
+    if args.blank:
+        plan.questions = [question | {"blank": True} for question in plan.questions]
+    longest = args.max_new_tokens or (TASKS[args.task].max_new_tokens if args.task in TASKS else 128)
+    settings = plan.settings | {"task": args.task, "limit": args.limit, "blank": args.blank}
+    settings |= {"batch_size": args.batch_size, "max_new_tokens": longest}
+    form, first = TEMPLATES[model.config.template], plan.questions[0]
+    picture = "<image>\n" if first.get("image") else ""
+    settings["prompt"] = f"{form.first}{picture}{first['text']}{form.assistant}"
+    answering.check_pictures(plan.questions, plan.images)
+    manifest = answering.manifest_of([folder], plan.files, model, settings)
+    ranks.on_first(answering.check_manifest, plan.manifest, manifest, plan.out)
+    cost = Cost()
+    ask = partial(answering.answer_batch, model, tokenizer, images=plan.images, max_new_tokens=longest, cost=cost)
+    name = folder.name + ("-blank" if args.blank else "")
+    rows = answering.answer_all(plan.questions, plan.out, args.batch_size, name, ask, describe, ranks)
+    if ranks.first:
+        answering.show_cost(cost, beside(plan.out, "cost.json"), device)
+        plan.finish(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scoring
+
+
+def score_file(args: argparse.Namespace):
+    """Score a file of answers, wherever it was made; with --grader, have it graded first."""
+    items = read_items(args.score, args.references)
+    answers = read_predictions(args.predictions, items)
+    for what, rows in (("no answer, which counts as wrong", [i for i, a in zip(items, answers) if a is None]),
+                       ("an empty answer", [i for i, a in zip(items, answers) if a is not None and not a.strip()])):  # fmt: skip
+        if rows:
+            print(f"{len(rows):,} of {len(items):,} questions have {what} (first: {shown(rows[0].id)})", file=sys.stderr)
+    if args.submission:
+        write_submission(args.score, items, answers, args.submission)
+    if args.score in grader.REQUESTS and args.grades:
+        lines = grader.requests(args.score, items, answers, grader.read_rule(args.rule), args.grader_model)
+        if args.grader:
+            grader.grade(lines, args.grades, partial(grader.ask, args.grader))
+        grades = grader.graded(items, lines, args.grades, args.score)
+        if absent := [key for key, value in grades.items() if value is None]:
+            print(f"{len(absent):,} answers have no grade that can be read (first: {shown(absent[0])})", file=sys.stderr)
+        score = grader.score_mmvet if args.score == "mmvet" else grader.score_llavabench
+        show_scores(score(items, grades))
+    elif not args.submission:
+        show_scores(TASKS[args.score].score(items, answers))
+
+
+def show_scores(figures: dict[str, float], path: Path | None = None):
+    """A line for each figure; and all of them in a file."""
+    for name, value in figures.items():
+        print(f"{name} {value:.4f}")
+    if path:
+        path.write_text(to_json(figures))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def read_flags() -> argparse.Namespace:
@@ -180,37 +241,46 @@ def read_flags() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", type=Path, help="folder of a model; default: the newest finished run below out/")
-    add("--questions", type=Path, required=True, help="jsonl of questions")
+    add("--task", choices=[*TASKS, "probes"], help="the benchmark; default: our own questions")
+    add("--questions", type=Path, nargs="+", help="our jsonl of questions, or the benchmark's files, truth included")
     add("--images", type=Path, help="folder of the pictures; default: the one --questions is in")
-    add("--out", type=Path, help="jsonl of answers; default: answers.jsonl in the model's folder")
+    add("--out", type=Path, help="folder of a task's run; default: by the task's name in the model's folder. Of our own "
+        "questions the jsonl of answers; default: answers.jsonl there")  # fmt: skip
     add("--batch-size", type=int, default=64, help="questions answered at one time")
-    add("--max-new-tokens", type=int, default=128, help="longest answer (LLaVA: 128)")
-    add("--limit", type=int, help="only the first questions of the file")
+    add("--max-new-tokens", type=int, help="longest answer; default: LLaVA's, 128 or 1024 by task")
+    add("--limit", type=int, help="only the first questions; of the probes, scenes per condition (100)")
+    add("--suffix", help="what questions end with; default: LLaVA-1.5's for the task")
+    add("--image-mode", choices=("pad", "square"), help="how pictures are made square; default: pad for benchmarks")
     add("--blank", action="store_true", help="show mean-coloured pictures: what the language alone gives away")
     add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
-    return parser.parse_args()
+    add("--submission", type=Path, metavar="FILE", help="also write what the benchmark's server takes")
+    add("--score", choices=TASKS, help="score a file of answers made elsewhere")
+    add("--predictions", type=Path, help="it: LLaVA's jsonl, the server's list, COCO results, or MME's folder")
+    add("--references", type=Path, nargs="+", help="the benchmark's files that hold the truth")
+    add("--grades", type=Path, help="MM-Vet, LLaVA-Bench: the file of a language model's grades")
+    add("--grader", metavar="URL", help="ask for those that are missing: an OpenAI-compatible address, http://HOST/v1")
+    add("--grader-model", default="gpt-4-0613", help="the model it is asked for")
+    add("--rule", type=Path, help="the official prompt: rule.json of LLaVA-Bench, or MM-Vet's in a text file")
+    args = parser.parse_args()
+    if args.score and not (args.predictions and args.references):
+        parser.error("--score needs --predictions and --references")
+    if not args.score and args.task != "probes" and not args.questions:
+        parser.error("the following arguments are required: --questions")
+    if args.grader and not args.grades:
+        parser.error("--grader needs --grades, the file that keeps what it says")
+    if args.batch_size < 1 or (args.limit or 1) < 1 or (args.max_new_tokens or 1) < 1:
+        parser.error("--batch-size, --limit and --max-new-tokens must be above 0")
+    return args
 
 
 def main():
-    """Answer what is not answered yet, then score; bad input ends in one line and status 1, the answers kept."""
+    """Answer and score, or only score; bad input ends in one line and status 1, the answers kept."""
     args = read_flags()
     try:
-        folder = args.model or runs.newest_run(1, 2)
-        out = args.out or folder / ("answers-blank.jsonl" if args.blank else "answers.jsonl")
-        questions = read_lines(args.questions)[: args.limit]
-        device = choose_device(args.device)
-        model, tokenizer = load_both(folder, device, choose_dtype(args.dtype, device))
-        images, name = args.images or args.questions.parent, folder.name + ("-blank" if args.blank else "")
-        rows = evaluate(
-            model, tokenizer, questions, images, out, args.batch_size, args.max_new_tokens, args.blank, name
-        )
-        rows = [row for row in rows if "score" in row["metadata"]]
-        for category, accuracy in (table(rows) if rows else {}).items():
-            print(f"{category:<14}{accuracy:6.1f} %")
-        print(f"{len(rows)} scored answers in {out}")
-    except (ValueError, BadImage) as error:
-        sys.exit(f"eval.py: {error}")
+        score_file(args) if args.score else run(args)
+    except (ValueError, BadImage, OSError) as error:
+        sys.exit(f"eval.py: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

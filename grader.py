@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from predictions import Item, entries, load, shown, want
+from predictions import Item, entries, is_llava, llava_items, load, shown, want
 from records import DataError
 
 CORRECTNESS = """You grade answers to questions about a picture. Below are a question, the true answer and a given \
@@ -44,6 +44,9 @@ def read_mmvet(paths: list[Path]) -> list[Item]:
     items = []
     for path in paths:
         content = load(path)
+        if is_llava(content):
+            items += llava_items(path, content)
+            continue
         if not isinstance(content, dict):
             raise DataError(f"{path}: is not mm-vet.json, an object of questions by id")
         for key, row in content.items():

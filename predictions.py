@@ -175,3 +175,18 @@ def question_of(prompt: str) -> str:
     lines = prompt.split("\n")
     line = lines[1] if lines[0].startswith("Reference OCR token:") and len(lines) > 1 else lines[0]
     return line.replace("Please answer yes or no.", "").strip().lower()
+
+
+def llava_items(path: Path, rows: list[dict]) -> list[Item]:
+    """LLaVA's list of questions, which holds no truth (but may hold an answer and a category, as ours does)."""
+    items = []
+    for where, row in entries(path, rows):
+        groups = {"category": row["category"]} if isinstance(row.get("category"), str) else {}
+        image = want(row, "image", (str, type(None)), where)
+        question = Item(want(row, "question_id", (int, str), where), want(row, "text", str, where), image, groups=groups)
+        items.append(question)
+    return items
+
+
+def is_llava(content: object) -> bool:
+    return isinstance(content, list) and bool(content) and isinstance(content[0], dict) and "text" in content[0]

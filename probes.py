@@ -246,7 +246,8 @@ def results(rows: list[dict], answers: list[str]) -> dict[str, dict[str, dict[st
         if probe == "existence":
             said, labels = [yes_no_llava(answer) for _, answer in pairs], [row["answer"] for row, _ in pairs]
             measured = existence(said, labels)
-            values |= {name: measured[name] for name in ("precision", "recall", "f1", "yes ratio")}
+            wanted = ("precision", "recall", "f1", "yes ratio") if "yes" in labels else ("yes ratio",)
+            values |= {name: measured[name] for name in wanted}
         if probe == "counting":
             numbers = [(int(form), int(row["answer"])) for row, a in pairs if (form := normalised(a)).isdecimal()]
             off = [abs(said - truth) for said, truth in numbers]
@@ -273,10 +274,16 @@ def markdown(found: dict, side: int) -> str:
         lines += [f"## {probe.capitalize()}", "", f"| {BY[probe]} | {' | '.join(columns)} |"]
         lines.append("|---|" + "---:|" * len(columns))
         for name, values in conditions.items():
-            cells = [f"{v:g}" if isinstance(v, int) else f"{v:.2f}" if c == "mean error" else f"{v:.1f}" for c, v in values.items()]
+            cells = [shown(column, values.get(column)) for column in columns]
             lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join([*lines, "![probes](probes.png)", ""])
+
+
+def shown(column: str, value: float | None) -> str:
+    if value is None or isinstance(value, int):
+        return "" if value is None else str(value)
+    return f"{value:.2f}" if column == "mean error" else f"{value:.1f}"
 
 
 def draw_bars(found: dict, path: Path):

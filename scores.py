@@ -183,12 +183,15 @@ def mme(items: list, answers: list[str | None]) -> dict[str, float]:
 
 def scienceqa(items: list, answers: list[str | None]) -> dict[str, float]:
     """ScienceQA's accuracy, over all and over those with a picture (SQA-I of LLaVA's tables)."""
-    values = each(lambda answer, truth: science_letter(answer) == truth[0], items, answers)
+    values = each(lambda answer, truth: science_letter(answer) == truth, items, answers)
     return {"accuracy": mean(values)} | by_group(items, values)
 
 
 def mmbench(items: list, answers: list[str | None]) -> dict[str, float]:
     """MMBench: vanilla (each question once) and circular (right only with its options in every order)."""
+    for item in items:
+        if not item.truth[0]:
+            raise DataError(f"question {item.id}: the table holds no answer (--submission writes for the server)")
     values = each(lambda answer, truth: option_letter(answer, truth[1]) == truth[0], items, answers)
     groups = defaultdict(list)
     for item, value in zip(items, values):

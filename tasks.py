@@ -17,8 +17,8 @@ import grader
 import scores
 from images import resolve_inside
 from metrics import LETTERS
-from predictions import Item, entries, listed, load, question_of, tabbed, want
-from records import DataError
+from predictions import Item, entries, is_llava, listed, llava_items, load, question_of, shown, tabbed, want
+from records import SURROGATE, DataError
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -38,21 +38,6 @@ class Task:
 
 def prompt_of(item: Item, suffix: str) -> str:
     return item.text if not suffix or item.text.rstrip().endswith(suffix) else f"{item.text}\n{suffix}".lstrip("\n")
-
-
-def llava_items(path: Path, rows: list[dict]) -> list[Item]:
-    """LLaVA's list of questions, which holds no truth (but may hold an answer and a category, as ours does)."""
-    items = []
-    for where, row in entries(path, rows):
-        groups = {"category": row["category"]} if isinstance(row.get("category"), str) else {}
-        image = want(row, "image", (str, type(None)), where)
-        question = Item(want(row, "question_id", (int, str), where), want(row, "text", str, where), image, groups=groups)
-        items.append(question)
-    return items
-
-
-def is_llava(content: object) -> bool:
-    return isinstance(content, list) and bool(content) and isinstance(content[0], dict) and "text" in content[0]
 
 
 def refuse(paths: list[Path], what: str):
@@ -240,10 +225,12 @@ def with_options(question: str, options: dict[str, str]) -> str:
 
 def read_scienceqa(paths: list[Path]) -> list[Item]:
     """problems.json and pid_splits.json (its test split), in LLaVA's CQM form: context, question, options."""
-    problems, split = {}, None
+    problems, split, asked = {}, None, []
     for path in paths:
         content = load(path)
-        if isinstance(content, dict) and "test" in content:
+        if isinstance(content, list):
+            asked += entries(path, content)
+        elif isinstance(content, dict) and "test" in content:
             split = [str(key) for key in content["test"]]
         elif isinstance(content, dict):
             problems |= {key: (f"{path}: question {key}", row) for key, row in content.items()}
@@ -259,7 +246,21 @@ def read_scienceqa(paths: list[Path]) -> list[Item]:
         text = f"Context: {row.get('hint') or 'N/A'}\nQuestion: {want(row, 'question', str, where)}\nOptions: {options}"
         image = f"{key}/{row['image']}" if row.get("image") else None
         groups = {"picture": "image" if image else "no image"}
-        items.append(Item(key, text, image, (LETTERS[answer], len(choices)), groups))
+        items.append(Item(key, text, image, LETTERS[answer], groups))
+    return cqm_items(asked, items) if asked else items
+
+
+def cqm_items(asked: list[tuple[str, dict]], known: list[Item]) -> list[Item]:
+    """LLaVA's llava_test_CQM-A.json, with the truth of the problems, if they are there too."""
+    truths, items = {item.id: item for item in known}, []
+    for where, row in asked:
+        key, talk = str(want(row, "id", (int, str), where)), want(row, "conversations", list, where)
+        if known and key not in truths:
+            raise DataError(f"{where}: is not in problems.json")
+        text = str(talk[0].get("value") if talk and isinstance(talk[0], dict) else "").replace("<image>", "").strip()
+        item = Item(key, text, row.get("image"), groups={"picture": "image" if row.get("image") else "no image"})
+        item.truth = truths[key].truth if known else None
+        items.append(item)
     return items
 
 
@@ -280,7 +281,8 @@ def read_mmbench(paths: list[Path]) -> list[Item]:
             question = row["question"] if hint.lower() in ("", "nan", "none") else f"{hint}\n{row['question']}"
             item = Item(int(row["index"]), with_options(question, options), f"{row['index']}.jpg")
             item.data = pictures.get(row.get("image"), row.get("image") or "")  # some tables name the row that has it
-            item.truth = (row["answer"], options) if row.get("answer", "").lower() not in ("", "nan") else None
+            answer = row.get("answer") or ""
+            item.truth = ("" if answer.lower() == "nan" else answer, options)
             item.groups = {kind: row[kind] for kind in ("l2-category", "category") if row.get(kind)}
             items.append(item)
     return items
@@ -402,3 +404,17 @@ TASKS = {
     "pathvqa": Task(read_medical, scores.medical, ""),
     "slake": Task(read_medical, scores.medical, ""),
 }
+
+
+def read_items(task: str, paths: list[Path]) -> list[Item]:
+    """The questions of a task. Raises DataError if there are none, two with one id, or one that is not text."""
+    items, seen = TASKS[task].read(paths), set()
+    if not items:
+        refuse(paths, f"no questions of {task}")
+    for item in items:
+        if str(item.id) in seen:
+            refuse(paths, f"question {shown(item.id)} comes twice")
+        if SURROGATE.search(item.text):
+            refuse(paths, f"question {shown(item.id)} holds half a surrogate pair, which is not text")
+        seen.add(str(item.id))
+    return items
