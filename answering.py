@@ -238,8 +238,10 @@ def publish(questions: list[dict], out: Path) -> list[dict]:
 MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "*.model", "tokenizer*.json", "vocab*")
 
 
-def hashes(paths: list[Path]) -> dict[str, str]:
-    return {path.name: fingerprint(path)["sha256"] for path in sorted(set(paths))}
+def hashes(paths: list[Path]) -> list[str]:
+    """SHA-256 and name of every file, of a folder those of its text files."""
+    files = [file for path in paths for file in (sorted(path.rglob("*.txt")) if path.is_dir() else [path])]
+    return [f"{fingerprint(file)['sha256']} {file.name}" for file in files]
 
 
 def manifest_of(folders: list[Path], files: list[Path], model: Llava, settings: dict) -> dict:
@@ -251,7 +253,7 @@ def manifest_of(folders: list[Path], files: list[Path], model: Llava, settings: 
     code = sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
     device = model.device
     return settings | {
-        "model": {folder.name: hashes([p for name in MODEL_FILES for p in folder.glob(name)]) for folder in folders},
+        "model": {folder.name: hashes(sorted({p for name in MODEL_FILES for p in folder.glob(name)})) for folder in folders},
         "questions": hashes(files),
         "template": template,
         "template_sha256": sha256(repr(TEMPLATES[template]).encode()).hexdigest(),
@@ -269,8 +271,9 @@ def manifest_of(folders: list[Path], files: list[Path], model: Llava, settings: 
     }
 
 
-def check_manifest(path: Path, values: dict, out: Path):
-    """Keep the manifest beside the answers. Raises DataError if there are some that were made in another way."""
+def keep_manifest(path: Path, out: Path, folders: list[Path], files: list[Path], model: Llava, settings: dict):
+    """Write the manifest beside the answers. Raises DataError if there are some that were made in another way."""
+    values = manifest_of(folders, files, model, settings)
     started = out.exists() or bool(parts(out))
     if started and path.exists():
         old = read_json(path)

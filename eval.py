@@ -12,8 +12,7 @@ that was stopped goes on where it was; torchrun spreads it over GPUs.
 
 import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -39,15 +38,15 @@ from weights import DTYPES, choose_dtype, load_both
 
 @dataclass
 class Plan:
-    """questions: {"question_id", "text", "image", ...}; files: what they come from; settings: for the manifest; finish:
-    what is done with the rows of answers."""
+    """questions: {"question_id", "text", "image", ...}; files: what they come from; suffix: what the manifest says they end
+    with; items: of a benchmark, the same questions with their truth."""
 
     questions: list[dict]
     files: list[Path]
     images: Path
     out: Path
-    settings: dict
-    finish: Callable[[list[dict]], None]
+    suffix: str = ""
+    items: list[Item] = field(default_factory=list)
 
     @property
     def manifest(self) -> Path:
@@ -83,7 +82,7 @@ def plan_lines(args: argparse.Namespace, folder: Path) -> Plan:
         raise DataError("--questions: several files need a --task that says what they are")
     (path,) = args.questions
     out = args.out or folder / ("answers-blank.jsonl" if args.blank else "answers.jsonl")
-    return Plan(read_lines(path)[: args.limit], [path], args.images or path.parent, out, {}, partial(show_families, out))
+    return Plan(read_lines(path)[: args.limit], [path], args.images or path.parent, out)
 
 
 def describe(question: dict, answer: str) -> dict:
@@ -94,7 +93,7 @@ def describe(question: dict, answer: str) -> dict:
     return metadata
 
 
-def show_families(out: Path, rows: list[dict]):
+def show_families(rows: list[dict], out: Path):
     rows = [row for row in rows if "score" in row["metadata"]]
     for category, accuracy in (probes.table(rows) if rows else {}).items():
         print(f"{category:<14}{accuracy:6.1f} %")
@@ -113,14 +112,13 @@ def plan_task(args: argparse.Namespace, folder: Path) -> Plan:
     questions = [
         {"question_id": item.id, "text": prompt_of(item, suffix), "image": item.image, **item.groups} for item in items
     ]
-    settings = {"suffix": suffix}
-    return Plan(questions, args.questions, images, run / "answers.jsonl", settings, partial(finish_task, args, items, run))
+    return Plan(questions, args.questions, images, run / "answers.jsonl", suffix, items)
 
 
-def finish_task(args: argparse.Namespace, items: list[Item], run: Path, rows: list[dict]):
+def finish_task(args: argparse.Namespace, items: list[Item], rows: list[dict], out: Path):
     """Score a task's answers where the truth is known; write what its server takes, if that is asked for."""
     answers = [row["text"] for row in rows]
-    print(f"{len(rows)} answers in {run / 'answers.jsonl'}")
+    print(f"{len(rows)} answers in {out}")
     if args.submission:
         write_submission(args.task, items, answers, args.submission)
     if args.task in grader.REQUESTS:
@@ -128,7 +126,7 @@ def finish_task(args: argparse.Namespace, items: list[Item], run: Path, rows: li
     elif all(item.truth is None for item in items):
         print("the files hold no answers to compare with: --submission writes what the server takes")
     else:
-        show_scores(TASKS[args.task].score(items, answers), run / "scores.json")
+        show_scores(TASKS[args.task].score(items, answers), beside(out, "scores.json"))
 
 
 def plan_probes(args: argparse.Namespace, folder: Path, config: LlavaConfig) -> Plan:
@@ -137,15 +135,15 @@ def plan_probes(args: argparse.Namespace, folder: Path, config: LlavaConfig) -> 
         raise DataError(f"{folder}: a decoder alone sees no pictures to be probed with")
     run, side = args.out or folder / "probes", config.vision_config.image_size
     questions = probes.make_probes(run / "pictures", side, args.limit or 100)
+    return Plan(questions, [], run / "pictures", run / "answers.jsonl")
 
-    def finish(rows: list[dict]):
-        found = probes.results(questions, [row["text"] for row in rows])
-        write_json(run / "probes.json", found)
-        (run / "probes.md").write_text(probes.markdown(found, side))
-        probes.draw_bars(found, run / "probes.png")
-        print(probes.markdown(found, side) + f"\n{run}/probes.md")
 
-    return Plan(questions, [], run / "pictures", run / "answers.jsonl", {}, finish)
+def finish_probes(plan: Plan, rows: list[dict], side: int):
+    run, found = plan.out.parent, probes.results(plan.questions, [row["text"] for row in rows])
+    write_json(run / "probes.json", found)
+    (run / "probes.md").write_text(probes.markdown(found, side))
+    probes.draw_bars(found, run / "probes.png")
+    print(probes.markdown(found, side) + f"\n{run}/probes.md")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,21 +177,25 @@ def run(args: argparse.Namespace):
     if args.blank:
         plan.questions = [question | {"blank": True} for question in plan.questions]
     longest = args.max_new_tokens or (TASKS[args.task].max_new_tokens if args.task in TASKS else 128)
-    settings = plan.settings | {"task": args.task, "limit": args.limit, "blank": args.blank}
+    settings = {"task": args.task, "suffix": plan.suffix, "limit": args.limit, "blank": args.blank}
     settings |= {"batch_size": args.batch_size, "max_new_tokens": longest}
     form, first = TEMPLATES[model.config.template], plan.questions[0]
     picture = "<image>\n" if first.get("image") else ""
     settings["prompt"] = f"{form.first}{picture}{first['text']}{form.assistant}"
-    answering.check_pictures(plan.questions, plan.images)
-    manifest = answering.manifest_of([folder], plan.files, model, settings)
-    ranks.on_first(answering.check_manifest, plan.manifest, manifest, plan.out)
+    ranks.on_first(answering.check_pictures, plan.questions, plan.images)
+    ranks.on_first(answering.keep_manifest, plan.manifest, plan.out, [folder], plan.files, model, settings)
     cost = Cost()
     ask = partial(answering.answer_batch, model, tokenizer, images=plan.images, max_new_tokens=longest, cost=cost)
     name = folder.name + ("-blank" if args.blank else "")
     rows = answering.answer_all(plan.questions, plan.out, args.batch_size, name, ask, describe, ranks)
     if ranks.first:
         answering.show_cost(cost, beside(plan.out, "cost.json"), device)
-        plan.finish(rows)
+        if args.task == "probes":
+            finish_probes(plan, rows, model.config.vision_config.image_size)
+        elif args.task:
+            finish_task(args, plan.items, rows, plan.out)
+        else:
+            show_families(rows, plan.out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

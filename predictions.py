@@ -21,7 +21,8 @@ LONGEST = 100_000  # characters; a longer answer is a broken file
 @dataclass
 class Item:
     """One question. truth: what the task's scorer wants, None where the files have none; groups: kind to name, what
-    scores are told apart by; keys: what a predictions file may call it besides its id; data: its picture, in base64."""
+    scores are told apart by; keys: what a predictions file may call it besides its id; data: its picture, in base64;
+    options: what there is to choose from, by letter."""
 
     id: int | str
     text: str
@@ -30,6 +31,7 @@ class Item:
     groups: dict[str, str] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
     data: str = ""
+    options: dict[str, str] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -251,7 +251,7 @@ def results(rows: list[dict], answers: list[str]) -> dict[str, dict[str, dict[st
         if probe == "counting":
             numbers = [(int(form), int(row["answer"])) for row, a in pairs if (form := normalised(a)).isdecimal()]
             off = [abs(said - truth) for said, truth in numbers]
-            values |= {"numbers": len(numbers), "mean error": sum(off) / len(off) if off else float("nan")}
+            values |= {"numbers": len(numbers), "mean error": sum(off) / len(off) if off else None}
         found[probe][condition] = values
     heights = sorted(found["reading"], key=lambda name: int(name.split()[0]))
     return found | {"reading": {name: found["reading"][name] for name in heights}}

@@ -189,9 +189,6 @@ def scienceqa(items: list, answers: list[str | None]) -> dict[str, float]:
 
 def mmbench(items: list, answers: list[str | None]) -> dict[str, float]:
     """MMBench: vanilla (each question once) and circular (right only with its options in every order)."""
-    for item in items:
-        if not item.truth[0]:
-            raise DataError(f"question {item.id}: the table holds no answer (--submission writes for the server)")
     values = each(lambda answer, truth: option_letter(answer, truth[1]) == truth[0], items, answers)
     groups = defaultdict(list)
     for item, value in zip(items, values):
@@ -219,6 +216,7 @@ def seed(items: list, answers: list[str | None]) -> dict[str, float]:
 
 def captions(items: list, answers: list[str | None]) -> dict[str, float]:
     """BLEU, METEOR (if its tool is there), ROUGE-L and CIDEr-D over all pictures of the references."""
+    each(lambda *_: 0, items, answers)
     return caption_scores(answers, [item.truth for item in items])
 
 

@@ -56,7 +56,7 @@ def mmbench(items: list[Item], answers: Answers) -> list[list[object]]:
     """Rows of the table that MMBench's server takes as .xlsx: index, question, A to D, prediction, answer."""
     rows = [["index", "question", *"ABCD", "prediction", "answer"]]
     for item, said in zip(items, answers):
-        answer, options = item.truth
+        answer, options = item.truth[0] if item.truth else "", item.options
         question = item.text.split(f"\n{LETTERS[0]}. ")[0]
         rows.append([int(item.id), question, *(options.get(letter, "") for letter in "ABCD"), said or "", answer])
     return rows

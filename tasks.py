@@ -282,7 +282,8 @@ def read_mmbench(paths: list[Path]) -> list[Item]:
             item = Item(int(row["index"]), with_options(question, options), f"{row['index']}.jpg")
             item.data = pictures.get(row.get("image"), row.get("image") or "")  # some tables name the row that has it
             answer = row.get("answer") or ""
-            item.truth = ("" if answer.lower() == "nan" else answer, options)
+            item.truth = (answer, options) if answer.lower() not in ("", "nan") else None
+            item.options = options
             item.groups = {kind: row[kind] for kind in ("l2-category", "category") if row.get(kind)}
             items.append(item)
     return items
@@ -334,6 +335,8 @@ def read_captions(paths: list[Path]) -> list[Item]:
             text = want(row, "caption" if "caption" in row else "caption_str", str, where)
             item = items.setdefault(key, Item(key, "", names.get(key) or f"{key}.jpg", []))
             item.truth.append(text)
+        if not items:  # of a test set, pictures alone
+            items |= {key: Item(key, "", name) for key, name in names.items()}
     return list(items.values())
 
 
