@@ -2,8 +2,8 @@
 
 How VQA models answered before they generated text, and still a cheap head on top of a frozen tower: each question has a
 soft target for every class, min(n / 3, 1) of its ten people, and the loss is binary cross-entropy, since several
-answers may be right (Teney et al. 2017, arXiv 1708.02711, section 3.6; bottom-up-attention-vqa keeps the 3,129 answers
-given at least 9 times). A generated answer can be any text; a class outside the K is lost from the start: `ceiling`
+answers may be right (Teney et al. 2017, arXiv 1708.02711, who keep the 3,129 answers
+given more than 8 times). A generated answer can be any text; a class outside the K is lost from the start: `ceiling`
 says how much.
 """
 
