@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from files import refuse_duplicates
-from records import DataError, refuse_constant
+from records import DataError
 
 IDS = ("question_id", "questionId", "image_id", "qid", "index", "id", "image")  # the first that a row has is its id
 TEXTS = ("text", "prediction", "caption", "answer")  # and its answer
@@ -39,9 +39,9 @@ class Item:
 
 
 def parse(text: str) -> object:
-    """Strict JSON: no NaN, no key given twice. Raises ValueError."""
+    """JSON in which no key is given twice. (NaN is a number that no reader of ours takes for an answer.) Raises ValueError."""
     try:
-        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_duplicates)
+        return json.loads(text, object_pairs_hook=refuse_duplicates)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
