@@ -9,7 +9,7 @@ import base64
 import binascii
 import csv
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,16 @@ class Task:
 
 def prompt_of(item: Item, suffix: str) -> str:
     return item.text if not suffix or item.text.rstrip().endswith(suffix) else f"{item.text}\n{suffix}".lstrip("\n")
+
+
+def by_id(path: Path, content: object) -> Iterator[tuple[str, str, dict]]:
+    """Key, how messages name it, and object of every entry of a JSON object. Raises DataError on anything else."""
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: holds a {type(content).__name__} where an object of questions by id should be")
+    for key, row in content.items():
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: question {shown(key)}: is a {type(row).__name__}, not an object")
+        yield key, f"{path}: question {shown(key)}", row
 
 
 def refuse(paths: list[Path], what: str):
@@ -87,9 +97,8 @@ def read_gqa(paths: list[Path]) -> list[Item]:
         if is_llava(content):
             items |= {item.id: item for item in llava_items(path, content)}
             continue
-        for key, row in content.items() if isinstance(content, dict) else ():
-            where = f"{path}: question {key}"
-            if isinstance(row, dict) and "valid" in row:
+        for key, where, row in by_id(path, content):
+            if "valid" in row:
                 choices[key] = {kind: set(want(row, kind, list, where)) for kind in ("valid", "plausible")}
                 continue
             items[key] = Item(key, want(row, "question", str, where), want(row, "imageId", str, where) + ".jpg")
@@ -165,7 +174,7 @@ def read_pope(paths: list[Path]) -> list[Item]:
     asked, items = [], []
     for path in paths:
         content, split = load(path), path.stem.removeprefix("coco_pope_")
-        if any(isinstance(row, dict) and "label" not in row for row in content):
+        if is_llava(content) and "label" not in content[0]:
             asked += llava_items(path, content)
             continue
         for where, row in entries(path, content):
@@ -231,9 +240,9 @@ def read_scienceqa(paths: list[Path]) -> list[Item]:
         if isinstance(content, list):
             asked += entries(path, content)
         elif isinstance(content, dict) and "test" in content:
-            split = [str(key) for key in content["test"]]
+            split = [str(key) for key in want(content, "test", list, str(path))]
         elif isinstance(content, dict):
-            problems |= {key: (f"{path}: question {key}", row) for key, row in content.items()}
+            problems |= {key: (where, row) for key, where, row in by_id(path, content)}
     items = []
     for key in split if split is not None else problems:
         if key not in problems:
@@ -269,12 +278,15 @@ def read_mmbench(paths: list[Path]) -> list[Item]:
     csv.field_size_limit(sys.maxsize)
     items = []
     for path in paths:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t"))
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file, delimiter="\t"))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{path}: {error}") from None
         pictures = {row.get("index"): row.get("image") or "" for row in rows}
         for number, row in enumerate(rows, 2):
             where = f"{path}: line {number}"
-            if None in row.values() or not str(row.get("index")).isdigit() or "question" not in row:
+            if None in row.values() or not str(row.get("index")).isdecimal() or "question" not in row:
                 raise DataError(f"{where}: needs a numeric index, a question, options A, B, ... and as many columns")
             options = {letter: row[letter] for letter in LETTERS if row.get(letter, "").lower() not in ("", "nan")}
             hint = row.get("hint", "")
@@ -305,15 +317,16 @@ def read_seed(paths: list[Path]) -> list[Item]:
     items = []
     for path in paths:
         content = load(path)
-        names = {number: name for name, number in content.get("question_type", {}).items()} if content else {}
+        kinds = content.get("question_type") if isinstance(content, dict) else None
+        names = {str(number): name for name, number in kinds.items()} if isinstance(kinds, dict) else {}
         for where, row in entries(path, listed(content, "questions")):
             key, kind = want(row, "question_id", (int, str), where), want(row, "data_type", str, where)
             options = {letter: want(row, f"choice_{letter.lower()}", str, where) for letter in "ABCD"}
             image = f"SEED-Bench-image/{row.get('data_id')}"
             if kind == "video":
                 image = f"SEED-Bench-video-image/{key}.png"
-            number = row.get("question_type_id")
-            groups = {"kind": kind, "type": str(names.get(number, number))}
+            number = str(row.get("question_type_id"))
+            groups = {"kind": kind, "type": names.get(number, number)}
             text = with_options(want(row, "question", str, where), options)
             items.append(Item(key, text, image, want(row, "answer", str, where), groups))
     return items
@@ -373,7 +386,9 @@ def read_medical(paths: list[Path]) -> list[Item]:
                 continue
             if talk := row.get("conversations"):
                 key, image = want(row, "id", (int, str), where), row.get("image")
-                question, answer = (str(turn.get("value")) for turn in talk[:2])
+                if not isinstance(talk, list) or not all(isinstance(turn, dict) for turn in talk) or len(talk) < 2:
+                    raise DataError(f"{where}: conversations are not a question and an answer")
+                question, answer = (want(turn, "value", str, where) for turn in talk[:2])
             else:
                 key = want(row, "qid", (int, str), where)
                 image = row.get("image_name") or row.get("img_name")
