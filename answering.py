@@ -212,7 +212,7 @@ def open_part(out: Path, rank: int):
     path = out.with_name(f"{out.name}.part-{rank}")
     file = path.open("ab")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lockf would let go as soon as the file is read beside it
     except OSError:
         raise DataError(f"{out}: another process is answering into it") from None
     file.truncate(len(whole_lines(path)))

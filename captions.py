@@ -140,7 +140,7 @@ def meteor(jar: Path, candidates: list[Words], references: list[list[Words]]) ->
     Raises ValueError if the tool answers anything else than numbers.
     """
     command = ["java", "-Xmx2G", "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"]
-    tool = subprocess.Popen(command, cwd=jar.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    tool = subprocess.Popen(command, cwd=jar.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
 
     def ask(line: str) -> str:
         tool.stdin.write(line + "\n")

@@ -13,24 +13,27 @@ import io
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
+import answering  # noqa: E402
 import benchmarks  # noqa: E402
 import captions  # noqa: E402
 import eval as evaluation  # noqa: E402
 from ptb import ptb_words  # noqa: E402
+from weights import load_both  # noqa: E402
 
 DATA = Path(os.environ.get("LLAVA_DATA", REPOSITORY / "../shared/data")).resolve()
 
@@ -355,7 +358,7 @@ def environment(args) -> dict:
 def try_kills(args, count: int, ranks: int = 1) -> list[tuple[str, str]]:
     """Kill at random instants until it is done, and compare all files with those of a run nobody touched."""
     rng, folder = random.Random(4), Path(tempfile.mkdtemp())
-    flags = ("--limit", 240, "--batch-size", 8)
+    flags = ("--limit", 160, "--batch-size", 8)
 
     def start(out: Path):
         line = command(args, out, *flags)
@@ -384,21 +387,19 @@ def try_kills(args, count: int, ranks: int = 1) -> list[tuple[str, str]]:
 
 
 def try_batches(args, count: int) -> list[tuple[str, str]]:
-    """Wall time of answering alone, and in batches of 64; the model's start is not counted."""
-    folder, seconds, texts = Path(tempfile.mkdtemp()), {}, {}
-    for size in (1, 64):
-        out = folder / f"{size}.jsonl"
-        result = subprocess.run(command(args, out, "--limit", count, "--batch-size", size), cwd=REPOSITORY, env=environment(args), capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        texts[size] = [json.loads(line)["text"] for line in out.read_text().splitlines()]
-        bar = re.findall(r"\[(\d+):(\d+)<", result.stderr)[-1]
-        seconds[size] = 60 * int(bar[0]) + int(bar[1])
-        cost = json.loads((folder / f"{size}-cost.json").read_text())
-        seconds[size] = count / cost["questions"] * cost["seconds"]
+    """Wall time of answering alone, and in batches of 64, pictures and all; the model is loaded before."""
+    torch.set_num_threads(1)
+    model, tokenizer = load_both(args.model, "cpu", torch.float32)
+    questions, seconds, texts = evaluation.read_lines(args.world / "questions.jsonl")[:count], {}, {}
+    ask = partial(answering.answer_batch, model, tokenizer, images=args.world, max_new_tokens=128, cost=answering.Cost())
+    with tempfile.TemporaryDirectory() as folder:
+        for size in (64, 1):
+            begin = time.perf_counter()
+            rows = answering.answer_all(questions, Path(folder) / f"{size}.jsonl", size, "model", ask, evaluation.describe)
+            seconds[size], texts[size] = time.perf_counter() - begin, [row["text"] for row in rows]
     same = sum(a == b for a, b in zip(texts[1], texts[64]))
-    shutil.rmtree(folder)
     ratio = f"{seconds[1]:.1f} s alone, {seconds[64]:.1f} s in batches of 64: {seconds[1] / seconds[64]:.1f} times faster"
-    return [(f"{count:,} questions, one core", f"{ratio}; {same:,} answers alike")]
+    return [(f"{len(questions):,} questions, one core", f"{ratio}; {same:,} answers alike")]
 
 
 def main():

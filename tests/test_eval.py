@@ -1,6 +1,7 @@
 """Scoring: points by hand, and answers that are the same whatever stopped the run or stood beside them."""
 
 import json
+import multiprocessing
 import random
 
 import pytest
@@ -247,6 +248,8 @@ def test_blank_and_seen_answers_go_to_different_files(tiny, command, monkeypatch
     command(evaluation, *argv)
     command(evaluation, *argv, "--blank")
     assert outs == [tiny.stage2 / "answers.jsonl", tiny.stage2 / "answers-blank.jsonl"]
+    for out in outs:
+        out.with_name(f"{out.stem}-manifest.json").unlink()
 
 
 def test_questions_without_a_picture_are_answered(tiny, llava):
@@ -403,16 +406,15 @@ def test_stopped_anywhere_on_any_number_of_ranks_the_file_is_the_same(tmp_path, 
 
 
 def test_two_processes_do_not_answer_into_one_file(tmp_path, answers, questions):
-    import multiprocessing
-
-    ready, done = multiprocessing.Event(), multiprocessing.Event()
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
 
     def hold():
         with answering.open_part(tmp_path / "a.jsonl", 0):
             ready.set()
             done.wait(20)
 
-    other = multiprocessing.get_context("fork").Process(target=hold)
+    other = context.Process(target=hold)
     other.start()
     ready.wait(20)
     with pytest.raises(DataError, match="another process"):
