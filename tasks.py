@@ -310,6 +310,7 @@ def unpack_pictures(items: list[Item], folder: Path):
                 path.write_bytes(base64.b64decode(item.data, validate=True))
             except binascii.Error as error:
                 raise DataError(f"question {item.id}: its picture is not base64 ({error})") from None
+        item.data = ""
 
 
 def read_seed(paths: list[Path]) -> list[Item]:
