@@ -81,7 +81,8 @@ def bleu(candidates: list[Words], references: list[list[Words]]) -> list[Measure
                 most |= ngrams(other, n)
             right.append(sum((ngrams(words, n) & most).values()))
         rows.append((len(words), length, right, [max(0, len(words) - n) for n in range(N)]))
-    total = [sum(row[i] for row in rows) for i in (0, 1)] + [[sum(c) for c in zip(*(r[i] for r in rows))] for i in (2, 3)]
+    total = [sum(row[0] for row in rows), sum(row[1] for row in rows)]
+    total += [[sum(column) for column in zip(*(row[i] for row in rows))] for i in (2, 3)]
     corpus, each = bleu_of(*total), [bleu_of(*row) for row in rows]
     return [(corpus[n], [scores[n] for scores in each]) for n in range(N)]
 
@@ -148,7 +149,8 @@ def meteor(jar: Path, candidates: list[Words], references: list[list[Words]]) ->
         return tool.stdout.readline().strip()
 
     try:
-        clean = [[" ".join(words).replace("|||", "") for words in [hyp, *refs]] for hyp, refs in zip(candidates, references)]
+        groups = ([hyp, *refs] for hyp, refs in zip(candidates, references))
+        clean = [[" ".join(words).replace("|||", "") for words in group] for group in groups]
         counts = [ask(f"SCORE ||| {' ||| '.join(refs)} ||| {' '.join(hyp.split())}") for hyp, *refs in clean]
         first = ask(f"EVAL ||| {' ||| '.join(counts)}")
         each = [float(first), *(float(tool.stdout.readline()) for _ in counts[1:])]

@@ -38,8 +38,8 @@ from weights import DTYPES, choose_dtype, load_both
 
 @dataclass
 class Plan:
-    """questions: {"question_id", "text", "image", ...}; files: what they come from; suffix: what the manifest says they end
-    with; items: of a benchmark, the same questions with their truth."""
+    """questions: {"question_id", "text", "image", ...}; files: what they come from; suffix: what they end with, for the
+    manifest; items: of a benchmark, the same questions with their truth."""
 
     questions: list[dict]
     files: list[Path]
@@ -55,7 +55,8 @@ class Plan:
 
 def beside(out: Path, name: str) -> Path:
     """A file that goes with answers: in a run's folder by that name, elsewhere by the name of the answers too."""
-    return out.with_name(name if out.name == "answers.jsonl" and not (out.parent / "config.json").exists() else f"{out.stem}-{name}")
+    run = out.name == "answers.jsonl" and not (out.parent / "config.json").exists()
+    return out.with_name(name if run else f"{out.stem}-{name}")
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -206,10 +207,8 @@ def score_file(args: argparse.Namespace):
     """Score a file of answers, wherever it was made; with --grader, have it graded first."""
     items = read_items(args.score, args.references)
     answers = read_predictions(args.predictions, items)
-    for what, rows in (("no answer, which counts as wrong", [i for i, a in zip(items, answers) if a is None]),
-                       ("an empty answer", [i for i, a in zip(items, answers) if a is not None and not a.strip()])):  # fmt: skip
-        if rows:
-            print(f"{len(rows):,} of {len(items):,} questions have {what} (first: {shown(rows[0].id)})", file=sys.stderr)
+    tell("questions have no answer, which counts as wrong", items, [answer is None for answer in answers])
+    tell("questions have an empty answer", items, [answer is not None and not answer.strip() for answer in answers])
     if args.submission:
         write_submission(args.score, items, answers, args.submission)
     if args.score in grader.REQUESTS and args.grades:
@@ -217,12 +216,18 @@ def score_file(args: argparse.Namespace):
         if args.grader:
             grader.grade(lines, args.grades, partial(grader.ask, args.grader))
         grades = grader.graded(items, lines, args.grades, args.score)
-        if absent := [key for key, value in grades.items() if value is None]:
-            print(f"{len(absent):,} answers have no grade that can be read (first: {shown(absent[0])})", file=sys.stderr)
+        tell("answers have no grade that can be read, which counts as the worst", items, [g is None for g in grades.values()])
         score = grader.score_mmvet if args.score == "mmvet" else grader.score_llavabench
         show_scores(score(items, grades))
     elif not args.submission:
         show_scores(TASKS[args.score].score(items, answers))
+
+
+def tell(what: str, items: list[Item], which: list[bool]):
+    """Say how many questions something is the case of, if it is of any, and name the first."""
+    if any(which):
+        first = shown(items[which.index(True)].id)
+        print(f"{sum(which):,} of {len(items):,} {what} (first: {first})", file=sys.stderr)
 
 
 def show_scores(figures: dict[str, float], path: Path | None = None):
@@ -246,8 +251,7 @@ def read_flags() -> argparse.Namespace:
     add("--task", choices=[*TASKS, "probes"], help="the benchmark; default: our own questions")
     add("--questions", type=Path, nargs="+", help="our jsonl of questions, or the benchmark's files, truth included")
     add("--images", type=Path, help="folder of the pictures; default: the one --questions is in")
-    add("--out", type=Path, help="folder of a task's run; default: by the task's name in the model's folder. Of our own "
-        "questions the jsonl of answers; default: answers.jsonl there")  # fmt: skip
+    add("--out", type=Path, help="jsonl of answers, of a task the folder for them; default: in the model's folder")
     add("--batch-size", type=int, default=64, help="questions answered at one time")
     add("--max-new-tokens", type=int, help="longest answer; default: LLaVA's, 128 or 1024 by task")
     add("--limit", type=int, help="only the first questions; of the probes, scenes per condition (100)")

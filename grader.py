@@ -30,8 +30,8 @@ answer. Where the true answer has parts joined by <AND>, all are needed; joined 
 one number between 0.0 (wrong) and 1.0 (right), in steps of 0.1, and nothing else.
 
 """
-COMPARISON = """Above are a description of a picture, a question about it, and the answers of two assistants. Rate each \
-answer for how helpful, relevant, correct and detailed it is, from 1 to 10, without regard to which comes first. Reply \
+COMPARISON = """Above are a description of a picture, a question about it, and the answers of two assistants. Rate \
+each answer for how helpful, relevant, correct and detailed it is, from 1 to 10, whichever comes first. Reply \
 with a first line that holds the two numbers only, assistant 1 first, separated by a space; then explain."""
 
 
@@ -40,7 +40,7 @@ with a first line that holds the two numbers only, assistant 1 first, separated 
 
 
 def read_mmvet(paths: list[Path]) -> list[Item]:
-    """mm-vet.json: {"v1_0": {"imagename", "question", "answer", "capability": [...]}}; LLaVA's answers say 0 for v1_0."""
+    """mm-vet.json: {"v1_0": {"imagename", "question", "answer", "capability": [...]}}; LLaVA's list says 0 for v1_0."""
     items = []
     for path in paths:
         content = load(path)

@@ -13,8 +13,8 @@ NUMBERS = "none zero one two three four five six seven eight nine ten".split()
 NUMBERS = dict(zip(NUMBERS, ["0", *map(str, range(11))]))
 ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# Meant to spare the point of a number. The look-behind is misspelt, so only a digit after it does; and the flag that
-# was to be passed landed in the place of `count`: 32 points at most are removed. Both are part of every published score.
+# Meant to spare the point of a number. The look-behind is misspelt, so only a digit after it does; and the flag that was
+# to be passed landed in the place of `count`: 32 points at most are removed. Both are part of every published score.
 POINT, POINTS = re.compile(r"(?!<=\d)\.(?!\d)"), 32
 DIGIT_COMMA = re.compile(r"\d,\d")
 # Words of the official table, which knows each without one of its apostrophes. (Those with a capital I can never match,
@@ -120,7 +120,7 @@ def levenshtein(one: str, other: str) -> int:
 def relaxed(answer: str, truth: str) -> bool:
     """ChartQA's relaxed accuracy: a number within 5 %, anything else letter for letter, case aside.
 
-    (Masry et al. 2022, section 5.1; pix2struct's and Qwen-VL's scorer.) "12%" is 0.12. A truth of 0 must be written alike.
+    (Masry et al. 2022, section 5.1; Qwen-VL's scorer, lmms-eval's.) "12%" is 0.12. A truth of 0 must be written alike.
     """
     mine, its = number(answer), number(truth)
     if mine is not None and its:
@@ -180,8 +180,8 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def science_letter(text: str) -> str:
-    """ScienceQA's reading (LLaVA's eval_science_qa.py): the letter alone, or "B. ..." in front, or one "The answer is B.";
-    "" if there is none."""
+    """ScienceQA's reading (LLaVA's eval_science_qa.py): the letter alone, or "B. ..." in front, or one "The answer is
+    B."; "" if there is none."""
     if text in tuple(LETTERS):
         return text
     if len(text) >= 3 and text[0] in LETTERS and text[1:3] == ". ":

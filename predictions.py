@@ -39,7 +39,7 @@ class Item:
 
 
 def parse(text: str) -> object:
-    """JSON in which no key is given twice. (NaN is a number that no reader of ours takes for an answer.) Raises ValueError."""
+    """JSON in which no key is given twice. (NaN is let in: no reader of ours takes it for an answer.) Raises ValueError."""
     try:
         return json.loads(text, object_pairs_hook=refuse_duplicates)
     except RecursionError:

@@ -203,7 +203,7 @@ def make_probes(folder: Path, side: int, count: int) -> list[dict]:
 
 
 def draw_scaled(scene: Scene, scale: float, side: int) -> Image.Image:
-    """The scene with its sign enlarged: the sign is drawn alone on a larger or smaller picture, and put in its place."""
+    """The scene with its sign enlarged: drawn alone on a larger or smaller picture, then put in its place."""
     if scale == 1 or scene.sign is None:
         return shapes.render(scene, side)
     others = replace(scene, things=tuple(thing for thing in scene.things if not thing.text))

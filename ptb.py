@@ -29,7 +29,8 @@ URL = r"""(?:https?://[^\s"<>|()]+[^\s"<>|.!?(){},-]|(?:www\.(?:[^\s"<>|.!?(){},
 URL += r"""|(?:[^\s"`'<>|.!?(){},_$/:-]+\.)+(?:com|net|org|edu))(?:/[^\s"<>|()]+[^\s"<>|.!?(){},-])?)"""
 ODD = rf"{APOSTROPHE}n{APOSTROPHE}?|[lLdDjJ]{APOSTROPHE}|(?i:dunkin|somethin|ol){APOSTROPHE}|{APOSTROPHE}(?i:em)"
 ODD += rf"|[A-HJ-XZn]{MARK}[^\W\d_]{{2,}}|{APOSTROPHE}[2-9]0[sS]|{APOSTROPHE}(?i:till?|cause)"
-ODD += rf"|[^\W\d_]+[aeiouyAEIOUY]{MARK}[aeiouA-Z][^\W\d_]*|(?i:cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l)"
+ODD += rf"|[^\W\d_]+[aeiouyAEIOUY]{MARK}[aeiouA-Z][^\W\d_]*"
+ODD += r"|(?i:cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l)"
 
 
 def caseless(words: str) -> str:

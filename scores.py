@@ -37,7 +37,7 @@ def each(measure: Callable[[str, object], float], items: list, answers: list[str
     """What a measure of (answer, truth) gives each answer, 0 where there is none."""
     for item in items:
         if item.truth is None:
-            raise DataError(f"question {item.id}: the files hold no answer to compare with (--submission writes for the server)")
+            raise DataError(f"question {item.id}: the files hold no answer to compare with; --submission writes for a server")
     return [0.0 if answer is None else float(measure(answer, item.truth)) for item, answer in zip(items, answers)]
 
 
@@ -160,7 +160,7 @@ COGNITION = "commonsense_reasoning numerical_calculation text_translation code_r
 
 
 def mme(items: list, answers: list[str | None]) -> dict[str, float]:
-    """MME's score of each subtask, accuracy + accuracy+ (both questions of a picture right), up to 200; and the sums."""
+    """MME's score of each subtask, accuracy + accuracy+ (both of a picture right), up to 200; and the sums."""
     right = each(lambda answer, truth: yes_no_mme(answer) == truth, items, answers)
     tasks = defaultdict(lambda: defaultdict(list))
     for item, value in zip(items, right):

@@ -15,7 +15,7 @@ Answers = list[str | None]
 
 
 def vqav2(items: list[Item], answers: Answers) -> str:
-    """EvalAI's: [{"question_id", "answer"}], in the scorer's form; a missing one is empty (convert_vqav2_for_submission)."""
+    """EvalAI's, in the scorer's form; a missing one is empty (LLaVA's convert_vqav2_for_submission.py)."""
     return json.dumps([{"question_id": i.id, "answer": normalise_m4c(a or "")} for i, a in zip(items, answers)])
 
 
@@ -80,7 +80,7 @@ SUBMISSIONS = {
 def write_submission(task: str, items: list[Item], answers: Answers, path: Path):
     """Write a server's file. Raises DataError if the task has no server."""
     if task not in SUBMISSIONS:
-        raise DataError(f"--submission: {task} is scored here, no server takes it; those with one: {', '.join(SUBMISSIONS)}")
+        raise DataError(f"--submission: no server takes {task}, only {', '.join(SUBMISSIONS)}")
     content = SUBMISSIONS[task](items, answers)
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, str):

@@ -50,6 +50,13 @@ def by_id(path: Path, content: object) -> Iterator[tuple[str, str, dict]]:
         yield key, f"{path}: question {shown(key)}", row
 
 
+def put(table: dict, key: int | str, value: object, where: str):
+    """Add to a table. Raises DataError if the key is there."""
+    if key in table:
+        raise DataError(f"{where}: comes twice")
+    table[key] = value
+
+
 def refuse(paths: list[Path], what: str):
     raise DataError(f"{', '.join(map(str, paths))}: {what}")
 
@@ -76,11 +83,12 @@ def read_vqav2(paths: list[Path]) -> list[Item]:
         subset = content.get("data_subtype", "") if isinstance(content, dict) else ""
         for where, row in entries(path, listed(content, "questions")):
             key, image = want(row, "question_id", int, where), want(row, "image_id", int, where)
-            items[key] = Item(key, want(row, "question", str, where), f"COCO_{subset}_{image:012d}.jpg")
+            item = Item(key, want(row, "question", str, where), f"COCO_{subset}_{image:012d}.jpg")
+            put(items, key, item, where)
         for where, row in entries(path, listed(content, "annotations")):
             kinds = {"answer type": "answer_type", "question type": "question_type"}
             groups = {kind: want(row, key, str, where) for kind, key in kinds.items()}
-            truths[want(row, "question_id", int, where)] = (people(row, where), groups)
+            put(truths, want(row, "question_id", int, where), (people(row, where), groups), where)
     if items and truths and items.keys() != truths.keys():
         refuse(paths, f"question {min(items.keys() ^ truths.keys(), key=str)} is not in both questions and annotations")
     for key, (truth, groups) in truths.items():
@@ -101,7 +109,8 @@ def read_gqa(paths: list[Path]) -> list[Item]:
             if "valid" in row:
                 choices[key] = {kind: set(want(row, kind, list, where)) for kind in ("valid", "plausible")}
                 continue
-            items[key] = Item(key, want(row, "question", str, where), want(row, "imageId", str, where) + ".jpg")
+            item = Item(key, want(row, "question", str, where), want(row, "imageId", str, where) + ".jpg")
+            put(items, key, item, where)
             if "answer" in row:
                 items[key].truth = row | {"answer": want(row, "answer", str, where)}
     for key, item in items.items():

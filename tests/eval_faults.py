@@ -302,7 +302,7 @@ def judge(base: dict, figures: dict, report: str, error: str, expected: str, nam
         return "" if "empty answer" in report else "not reported"
     if "missing?" in expected and figures == base and not report:
         return ""
-    if "no answer" not in report:
+    if "have no answer" not in report:
         return "not reported"
     return f"better for want of answers: {better}" if better else ""
 
