@@ -238,6 +238,10 @@ def publish(questions: list[dict], out: Path) -> list[dict]:
 MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "*.model", "tokenizer*.json", "vocab*")
 
 
+def model_files(folder: Path) -> list[Path]:
+    return sorted({path for name in MODEL_FILES for path in folder.glob(name)})
+
+
 def hashes(paths: list[Path]) -> list[str]:
     """SHA-256 and name of every file, of a folder those of its text files."""
     files = [file for path in paths for file in (sorted(path.rglob("*.txt")) if path.is_dir() else [path])]
@@ -253,7 +257,7 @@ def manifest_of(folders: list[Path], files: list[Path], model: Llava, settings: 
     code = sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
     device = model.device
     return settings | {
-        "model": {folder.name: hashes(sorted({p for name in MODEL_FILES for p in folder.glob(name)})) for folder in folders},
+        "model": {folder.name: hashes(model_files(folder)) for folder in folders},
         "questions": hashes(files),
         "template": template,
         "template_sha256": sha256(repr(TEMPLATES[template]).encode()).hexdigest(),

@@ -216,7 +216,8 @@ def score_file(args: argparse.Namespace):
         if args.grader:
             grader.grade(lines, args.grades, partial(grader.ask, args.grader))
         grades = grader.graded(items, lines, args.grades, args.score)
-        tell("answers have no grade that can be read, which counts as the worst", items, [g is None for g in grades.values()])
+        unread = [grades[str(item.id)] is None for item in items]
+        tell("answers have no grade that can be read, which counts as the worst", items, unread)
         score = grader.score_mmvet if args.score == "mmvet" else grader.score_llavabench
         show_scores(score(items, grades))
     elif not args.submission:

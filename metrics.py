@@ -13,8 +13,8 @@ NUMBERS = "none zero one two three four five six seven eight nine ten".split()
 NUMBERS = dict(zip(NUMBERS, ["0", *map(str, range(11))]))
 ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# Meant to spare the point of a number. The look-behind is misspelt, so only a digit after it does; and the flag that was
-# to be passed landed in the place of `count`: 32 points at most are removed. Both are part of every published score.
+# Meant to spare the point of a number. The look-behind is misspelt, so only a digit after it does; and the flag that
+# followed landed in the place of `count`: 32 points at most are removed. Both are part of every published score.
 POINT, POINTS = re.compile(r"(?!<=\d)\.(?!\d)"), 32
 DIGIT_COMMA = re.compile(r"\d,\d")
 # Words of the official table, which knows each without one of its apostrophes. (Those with a capital I can never match,
@@ -24,9 +24,9 @@ ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't had
 how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
 oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
 someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
-they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd
-where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
-y'all'd've you'd you'd've you'll you're you've
+they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
+where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
+wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in WORDS.split() for i in range(len(word)) if word[i] == "'"}
 CONTRACTIONS["somebody'd"] = "somebodyd"  # the table's slip
@@ -161,7 +161,7 @@ def yes_no_mme(text: str) -> str:
 
 def existence(answers: list[str], labels: list[str]) -> dict[str, float]:
     """Accuracy, precision, recall, F1 and the share of yes, all in per cent; "yes" is what is to be found (POPE, Li et
-    al. 2023). Args: answers: "yes", "no" or "other", which is wrong and, of a true label, a miss. labels: "yes", "no"."""
+    al. 2023). Args: answers: "yes", "no" or "other", which is wrong and, where "yes" is true, a miss; labels."""
     pairs = Counter(zip(answers, labels))
     hit, false = pairs["yes", "yes"], pairs["yes", "no"]
     precision = hit / (hit + false) if hit + false else 0.0

@@ -39,7 +39,7 @@ class Item:
 
 
 def parse(text: str) -> object:
-    """JSON in which no key is given twice. (NaN is let in: no reader of ours takes it for an answer.) Raises ValueError."""
+    """JSON in which no key is given twice. (NaN is let in: no reader takes it for an answer.) Raises ValueError."""
     try:
         return json.loads(text, object_pairs_hook=refuse_duplicates)
     except RecursionError:
@@ -185,8 +185,8 @@ def llava_items(path: Path, rows: list[dict]) -> list[Item]:
     for where, row in entries(path, rows):
         groups = {"category": row["category"]} if isinstance(row.get("category"), str) else {}
         image = want(row, "image", (str, type(None)), where)
-        question = Item(want(row, "question_id", (int, str), where), want(row, "text", str, where), image, groups=groups)
-        items.append(question)
+        key, text = want(row, "question_id", (int, str), where), want(row, "text", str, where)
+        items.append(Item(key, text, image, groups=groups))
     return items
 
 

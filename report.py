@@ -92,6 +92,7 @@ def markdown(out: Path, result: dict, minutes: dict[str, float]) -> str:
     lines += ["", "Blind: the same model, every picture replaced by the mean colour.", "", "![loss](loss.png)", ""]
     lines += ["![held-out pictures](sheet.png)", "", "| step | minutes |", "|---|---:|"]
     lines += [f"| {name} | {value:.1f} |" for name, value in minutes.items()]
-    lines += ["", "Go on with your own picture, or a conversation:", ""]
-    lines += [f"    python sample.py --model {out}/stage2 --image YOUR.jpg", ""]
+    lines += ["", "Go on with your own picture, or a conversation; or see where it goes wrong:", ""]
+    lines += [f"    python sample.py --model {out}/stage2 --image YOUR.jpg"]
+    lines += [f"    python eval.py --model {out}/stage2 --task probes", ""]
     return "\n".join(lines)

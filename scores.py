@@ -37,7 +37,7 @@ def each(measure: Callable[[str, object], float], items: list, answers: list[str
     """What a measure of (answer, truth) gives each answer, 0 where there is none."""
     for item in items:
         if item.truth is None:
-            raise DataError(f"question {item.id}: the files hold no answer to compare with; --submission writes for a server")
+            raise DataError(f"question {item.id}: no answer to compare with in the files; see --submission")
     return [0.0 if answer is None else float(measure(answer, item.truth)) for item, answer in zip(items, answers)]
 
 
