@@ -16,7 +16,6 @@ from ptb import ptb_words
 Words = list[str]
 Measured = tuple[float, list[float]]
 N = 4  # the longest n-gram
-MISSING = "<missing>"  # a word that no caption has: ptb_words never gives one
 
 
 def ngrams(words: Words, n: int) -> Counter:
@@ -69,10 +68,15 @@ def cider(candidates: list[Words], references: list[list[Words]], sigma: float =
 SMALL, TINY = 1e-9, 1e-15  # keep quotients defined; a precision of 0 then is not quite 0 (bleu_scorer.py)
 
 
-def bleu(candidates: list[Words], references: list[list[Words]]) -> list[Measured]:
-    """BLEU 1 to 4 (Papineni et al. 2002; bleu_scorer.py), the reference of the closest length for the penalty."""
+def bleu(candidates: list[Words | None], references: list[list[Words]]) -> list[Measured]:
+    """BLEU 1 to 4 (Papineni et al. 2002; bleu_scorer.py), the reference of the closest length for the penalty.
+
+    A missing candidate (None) has no words, and as many n-grams that are wrong as its longest reference has: left out,
+    or empty, it could raise the precision of the rest.
+    """
     rows = []
-    for words, group in zip(candidates, references):
+    for said, group in zip(candidates, references):
+        words = said or []
         length = min((abs(len(other) - len(words)), len(other)) for other in group)[1]
         right = []
         for n in range(1, N + 1):
@@ -80,7 +84,8 @@ def bleu(candidates: list[Words], references: list[list[Words]]) -> list[Measure
             for other in group:
                 most |= ngrams(other, n)
             right.append(sum((ngrams(words, n) & most).values()))
-        rows.append((len(words), length, right, [max(0, len(words) - n) for n in range(N)]))
+        most = max(map(len, group)) if said is None else len(words)
+        rows.append((len(words), length, right, [max(0, most - n) for n in range(N)]))
     total = [sum(row[0] for row in rows), sum(row[1] for row in rows)]
     total += [[sum(column) for column in zip(*(row[i] for row in rows))] for i in (2, 3)]
     corpus, each = bleu_of(*total), [bleu_of(*row) for row in rows]
@@ -166,14 +171,14 @@ def meteor(jar: Path, candidates: list[Words], references: list[list[Words]]) ->
 
 
 def caption_scores(candidates: list[str | None], references: list[list[str]], cut=ptb_words) -> dict[str, float]:
-    """Every measure of captions as they were written, under coco-caption's names. Args: cut: into words.
+    """Every measure of captions as they were written, None for a missing one, under coco-caption's names.
 
-    A missing caption (None) counts as one as long as its first reference, with every word wrong: left out, or empty,
-    it could raise BLEU.
+    Args: cut: into words.
     """
     others = [[cut(text) for text in group] for group in references]
-    words = [[MISSING] * len(group[0]) if text is None else cut(text) for text, group in zip(candidates, others)]
-    scores = {f"Bleu_{n}": score for n, (score, _) in enumerate(bleu(words, others), 1)}
+    told = [None if text is None else cut(text) for text in candidates]
+    words = [said or [] for said in told]
+    scores = {f"Bleu_{n}": score for n, (score, _) in enumerate(bleu(told, others), 1)}
     if jar := meteor_tool():
         scores["METEOR"] = meteor(jar, words, others)[0]
     return scores | {"ROUGE_L": rouge(words, others)[0], "CIDEr": cider(words, others)[0]}

@@ -106,9 +106,7 @@ def llavabench_request(item: Item, answer: str, rule: object) -> list[dict]:
         prompt, role = rule[key]["prompt"], rule[key]["role"]
     parts = [("Context", caption), ("Question", item.text)]
     text = "".join(f"[{name}]\n{value}\n\n" for name, value in parts)
-    text += "".join(
-        f"[{role} {n}]\n{value}\n\n[End of {role} {n}]\n\n" for n, value in ((1, reference), (2, answer))
-    )
+    text += "".join(f"[{role} {n}]\n{value}\n\n[End of {role} {n}]\n\n" for n, value in ((1, reference), (2, answer)))
     return [{"role": "user", "content": f"{text}[System]\n{prompt}\n\n"}]
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 # ---------------------------------------------------------------------------------------------------------------------
 # VQA: ten people's answers to one question
 
-NUMBERS = "none zero one two three four five six seven eight nine ten".split()
+NUMBERS = ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 NUMBERS = dict(zip(NUMBERS, ["0", *map(str, range(11))]))
 ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'

@@ -6,6 +6,7 @@ meet, written anew; `python tests/eval_faults.py --only ptb` counts on how many 
 """
 
 import re
+import unicodedata
 
 # What coco-caption's ptbtokenizer.py throws away. It lists -LRB- and its like as well, but in capitals, and sees only
 # lower case: "-lrb-" stays, as a word of the caption.
@@ -51,13 +52,27 @@ Lieut|Hon|Brig|Co?mdr|Pfc|Spc|Supts?|Det|Mt|Ft|Adj|Adv|Asst|Assoc|Ens|Insp|Mlle|
 cf|TREAS|Ph|Invt|Elec|Natl|M[ft]g|Dept|Blvd|Rd""")
 NUMBERED = "(?i:ca|figs?|prop|nos?|sect?s?|arts?|bldg|pp|op)"  # abbreviations before a number only
 STOP = r"[,;:\u3001]"
+STARTS = "About|According|Additionally|After|An?|As|At|But|Earlier|He|Here?|However|If|In|It|Last|Many|More|M[rs]\\.|Now|Once|"
+STARTS += "One|Other|Our|She|Since|So|Some|Such|That|The|Theirs?|Then|There|These|They|This|We|When|While|What|Yet|You"
 
-# (token, what must stand behind it, what becomes of it: itself, two pieces, or another text), as they stand there
+
+def straight(token: str) -> str:
+    return re.sub(MARK, "'", token)
+
+
+def bracketed(token: str) -> str:
+    return token.replace("(", "-lrb-").replace(")", "-rrb-")
+
+
+# (token, what must stand behind it, what becomes of it: itself, two pieces, another text), in the order they have there
 RULES = [
-    (r"(?i:cannot)", "", 3),  # how many letters of it are the second word
+    (rf"(?i:cannot|{APOSTROPHE}twas)", "", 3),  # how many letters of it are the second word
+    (r"[cC]\+\+|[cCfF]#", "", None),
+    (r"</?[A-Za-z!?][^>\n]*>", "", None),
     (r"(?i:gonna|gotta|lemme|gimme|wanna)|(?:'|\u2019)(?i:tis)", "", 2),
     (r"&(?:MD|mdash|ndash);|[\x96\x97\u2013-\u2015]", "", "--"),
     (r"&amp;", "", "&"),
+    (r"[\u00bc-\u00be\u2153-\u215e]", "", lambda token: unicodedata.normalize("NFKC", token).replace("\u2044", "/")),
     (WORD, TAIL, None),
     (r"[A-Za-z\u00ad]*[A-MO-Za-mo-z]\u00ad*", NOT, None),
     (WORD, "", None),
@@ -65,27 +80,35 @@ RULES = [
     (rf"[yY]{APOSTROPHE}", r"[^\W\d_]", None),
     (URL, "", None),
     (r"[a-zA-Z0-9][^\s\"<>|()\u00a0{}]*@(?:[^\s\"<>|(){}.\u00a0]+\.)*[^\s\"<>|(){}.\u00a0]+", "", None),
-    (TAIL, "[^A-Za-z]", None),
-    (NOT, "[^A-Za-z]", None),
+    (r"@[A-Za-z_]\w*|#[^\W\d_]\w*[^\W_]", "", None),
+    (TAIL, "[^A-Za-z]", straight),
+    (NOT, "[^A-Za-z]", straight),
     (r"\d{1,2}[-/]\d{1,2}[-/]\d{2,4}", "", None),
     (rf"[-+]?{NUM}", "", None),
-    (r"(?:\d{1,4}[- \u00a0])?\d{1,4}(?:\\?/|\u2044)\d{1,4}", "", None),
-    (r"[\u00bc-\u00be\u2153-\u215e]", "", None),
+    (r"(?:\d{1,4}[- ])?\d{1,4}(?:\\?/|\u2044)\d{1,4}", "", None),
     (rf"pro-|anti-|Cap{APOSTROPHE}n|c{APOSTROPHE}est", "", None),
     (SLASHED, "", None),
     (r"[A-Z]*\$|#", "", None),
+    (r"[\u00a2-\u00a4\u20ac]", "", {"\u00a2": "cents", "\u00a3": "#"}.get),
+    (r"[A-Za-z]", rf"\.{SPACE}+(?:{STARTS})[\s?!]", None),
     (rf"{NUMBERED}\.", rf"{SPACE}?\d", None),
     (rf"(?:{SHORT})\.", "", None),
     (rf"(?:{TITLE}|{ACRONYM})\.", "", None),
     (rf"(?:{TITLE}|{ACRONYM})", SPACE, None),
     (rf"{APOSTROPHE}\d\d", r"\s", None),
     (rf"{WORD}\.", STOP, None),
-    (r"(?:\(\d{2,3}\)[ \u00a0]?|(?:\+\+?)?(?:\d{2,4}[- \u00a0])?\d{2,4}[- \u00a0])\d{3,4}[- \u00a0]?\d{3,5}", "", None),
+    (
+        r"(?:\(\d{2,3}\)[ \u00a0]?|(?:\+\+?)?(?:\d{2,4}[- \u00a0])?\d{2,4}[- \u00a0])\d{3,4}[- \u00a0]?\d{3,5}",
+        "",
+        bracketed,
+    ),
     (r'"|&quot;|\'\'', "", "''"),
+    (r"<<|>>", "", None),
     (r"&lt;|<", "", "<"),
     (r"&gt;|>", "", ">"),
-    (r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", r"[^A-Za-z0-9]", None),
-    (r"[()\[\]{}]", "", BRACKETS),
+    (r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", r"[^A-Za-z0-9]", bracketed),
+    (r"[()\[\]{}]", "", BRACKETS.get),
+    (r"-{3,4}", "", "--"),
     (r"-+", "", None),
     (r"\.(?:\.\.+|[ \u00a0](?:\.[ \u00a0])+\.)|[\x85\u2026]", "", "..."),
     (r"@+|#+|_+|\*+|[,;:\u3001]|[?!]+|[.\u00a1\u00bf]|=|/", "", None),
@@ -94,8 +117,8 @@ RULES = [
     (THING, "", None),
     (r"[A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+", "", None),
     (rf"{APOSTROPHE}|[`\u2018-\u201f\x91-\x94\u2039\u203a\u00ab\u00bb]{{1,2}}", "", "'"),
-    (TAIL, "", None),
-    (NOT, "", None),
+    (TAIL, "", straight),
+    (NOT, "", straight),
     (r"[+%&~^|\\\u00a2-\u00a9\u00ac\u00ae-\u00ba\u00d7\u00f7\u2020-\u2044\u20a0-\u20bf\u2100-\u2bff]", "", None),
 ]
 LEXER = [(re.compile(f"({token})(?:{behind})"), becomes) for token, behind, becomes in RULES]
@@ -131,7 +154,7 @@ def tokens(line: str):
         if isinstance(becomes, int):
             yield token[:-becomes]
             yield token[-becomes:]
-        elif isinstance(becomes, dict):
-            yield becomes[token]
+        elif callable(becomes):
+            yield from (becomes(token) or "$").split()
         else:
-            yield token.replace("\u00ad", "") if becomes is None else becomes
+            yield from (token.replace("\u00ad", "") if becomes is None else becomes).split()

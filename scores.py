@@ -155,8 +155,8 @@ def opposite(label: str) -> str:
     return "no" if label == "yes" else "yes"
 
 
-PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
-COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
+PERCEPTION = ["existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"]
+COGNITION = ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"]
 
 
 def mme(items: list, answers: list[str | None]) -> dict[str, float]:
@@ -239,7 +239,8 @@ def medical(items: list, answers: list[str | None]) -> dict[str, float]:
     each(lambda *_: 0, items, answers)
     result = {}
     rows = [(item.groups["kind"], item.truth, answer) for item, answer in zip(items, answers)]
-    opened = [overlap(answer or "", truth) for kind, truth, answer in rows if kind == "open"]
+    nothing = dict.fromkeys(overlap("", ""), 0.0)
+    opened = [nothing if said is None else overlap(said, truth) for kind, truth, said in rows if kind == "open"]
     if opened:
         result |= {f"open {name}": mean([row[name] for row in opened]) for name in opened[0]}
     closed = [(truth, answer) for kind, truth, answer in rows if kind == "closed"]

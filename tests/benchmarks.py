@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-WORDS = "red blue green dog cat bus two 3 left yes no kitchen a man the sky it's 1,000 black/white none".split(" ")
+WORDS = "red|blue|green|dog|cat|bus|two|3|left|yes|no|kitchen|a man|the sky|it's|1,000|black/white|none"
+WORDS = WORDS.split("|")  # noqa: SIM905
 
 
 def write(path: Path, content: object) -> Path:
@@ -40,7 +41,10 @@ def gqa(folder: Path, rng: random.Random, n: int):
     for i in range(n):
         types = {"structural": rng.choice(["query", "verify"]), "semantic": rng.choice(["attr", "rel"])}
         truth = {"answer": rng.choice(WORDS[:8]), "isBalanced": i % 5 > 0, "types": types}
-        truth |= {"entailed": [f"q{i}", f"q{(i + 1) % n}"], "groups": {"global": rng.choice([None, "colour"]), "local": "x"}}
+        truth |= {
+            "entailed": [f"q{i}", f"q{(i + 1) % n}"],
+            "groups": {"global": rng.choice([None, "colour"]), "local": "x"},
+        }
         questions[f"q{i}"] = {"imageId": str(i), "question": f"What is {i}?"} | truth
         choices[f"q{i}"] = {"valid": WORDS[:6], "plausible": WORDS[:4]}
     files = [write(folder / "questions.json", questions), write(folder / "choices.json", choices)]
@@ -49,19 +53,31 @@ def gqa(folder: Path, rng: random.Random, n: int):
 
 def textvqa(folder: Path, rng: random.Random, n: int):
     data = [
-        {"question_id": i, "image_id": f"im{i // 2}", "question": f"What says {i}?", "answers": [p["answer"] for p in people(rng)]}
+        {
+            "question_id": i,
+            "image_id": f"im{i // 2}",
+            "question": f"What says {i}?",
+            "answers": [p["answer"] for p in people(rng)],
+        }
         for i in range(n)
     ]
     tokens = [{"image_id": f"im{i}", "ocr_tokens": ["stop", "7"]} for i in range(n)]
     files = [write(folder / "val.json", {"data": data}), write(folder / "ocr.json", {"data": tokens})]
     end = "\nReference OCR token: stop, 7\nAnswer the question using a single word or phrase."
-    rows = [{"question_id": d["image_id"], "prompt": d["question"] + end, "text": rng.choice(d["answers"])} for d in data]
+    rows = [
+        {"question_id": d["image_id"], "prompt": d["question"] + end, "text": rng.choice(d["answers"])} for d in data
+    ]
     return files, rows
 
 
 def vizwiz(folder: Path, rng: random.Random, n: int):
     data = [
-        {"image": f"V_{i:08d}.jpg", "question": f"What is {i}?", "answers": people(rng), "answer_type": rng.choice(["other", "number"])}
+        {
+            "image": f"V_{i:08d}.jpg",
+            "question": f"What is {i}?",
+            "answers": people(rng),
+            "answer_type": rng.choice(["other", "number"]),
+        }
         for i in range(n)
     ]
     return [write(folder / "val.json", data)], [
@@ -73,7 +89,12 @@ def pope(folder: Path, rng: random.Random, n: int):
     files, rows = [], []
     for split in ("random", "popular", "adversarial"):
         labels = [
-            {"question_id": i, "image": f"{i // 6}.jpg", "text": f"Is there a {WORDS[i % 12]} in the image?", "label": rng.choice(["yes", "no"])}
+            {
+                "question_id": i,
+                "image": f"{i // 6}.jpg",
+                "text": f"Is there a {WORDS[i % 12]} in the image?",
+                "label": rng.choice(["yes", "no"]),
+            }
             for i in range(1, n + 1)
         ]
         files.append(write(folder / f"coco_pope_{split}.json", lines(labels)))
@@ -86,7 +107,12 @@ def scienceqa(folder: Path, rng: random.Random, n: int):
     problems = {}
     for i in range(n):
         choices = rng.sample(WORDS, rng.randint(2, 4))
-        problems[str(i)] = {"question": f"Which {i}?", "choices": choices, "answer": rng.randrange(len(choices)), "hint": ""}
+        problems[str(i)] = {
+            "question": f"Which {i}?",
+            "choices": choices,
+            "answer": rng.randrange(len(choices)),
+            "hint": "",
+        }
         problems[str(i)]["image"] = "image.png" if i % 2 else None
     files = [write(folder / "problems.json", problems), write(folder / "pid_splits.json", {"test": list(problems)})]
     forms = ("{}", "{}. so it is", "The answer is {}.", "I think {}")
@@ -101,7 +127,11 @@ def mme(folder: Path, rng: random.Random, n: int):
             write(folder / "mme" / task / f"{i:03d}.txt", "".join(f"{q}\t{a}\n" for q, a in qa))
             end = "\nAnswer the question using a single word or phrase."
             rows += [
-                {"question_id": f"{task}/{i:03d}.png", "prompt": q.replace(" Please answer yes or no.", "") + end, "text": rng.choice(["Yes", "no.", "No", "maybe"])}
+                {
+                    "question_id": f"{task}/{i:03d}.png",
+                    "prompt": q.replace(" Please answer yes or no.", "") + end,
+                    "text": rng.choice(["Yes", "no.", "No", "maybe"]),
+                }
                 for q, _ in qa
             ]
     return [folder / "mme"], rows
@@ -116,7 +146,9 @@ def mmbench(folder: Path, rng: random.Random, n: int):
         for turn in range(4):
             turned = options[turn:] + options[:turn]
             letter = "ABCD"[(answer - turn) % 4]
-            rows.append([str(turn * 1_000_000 + i), f"Which {i}?", "nan", *turned, letter, "colour", "perception", picture])
+            rows.append(
+                [str(turn * 1_000_000 + i), f"Which {i}?", "nan", *turned, letter, "colour", "perception", picture]
+            )
             wrong = turn == 3 and rng.random() < 0.4
             said.append({"question_id": turn * 1_000_000 + i, "text": rng.choice("ABCD") if wrong else letter})
     head = ["index", "question", "hint", *"ABCD", "answer", "category", "l2-category", "image"]
@@ -127,19 +159,28 @@ def seed(folder: Path, rng: random.Random, n: int):
     rows = []
     for i in range(n):
         kind = rng.choice(["image", "video"])
-        row = {"question_id": str(i), "data_type": kind, "data_id": f"{i}.jpg", "question": f"Which {i}?", "question_type_id": 1 + i % 2}
+        row = {
+            "question_id": str(i),
+            "data_type": kind,
+            "data_id": f"{i}.jpg",
+            "question": f"Which {i}?",
+            "question_type_id": 1 + i % 2,
+        }
         rows.append(row | {f"choice_{k}": rng.choice(WORDS) for k in "abcd"} | {"answer": rng.choice("ABCD")})
     files = [write(folder / "seed.json", {"questions": rows, "question_type": {"Scene": 1, "Counting": 2}})]
     return files, [{"question_id": r["question_id"], "prediction": rng.choice([r["answer"], "A"])} for r in rows]
 
 
-CAPTIONS = "a man riding a wave on a board|two dogs in the park|a red bus on the street|a cat's toy, on a mat.|a plate of food".split("|")
+CAPTIONS = ["a man riding a wave on a board", "two dogs in the park", "a red bus on the street"]
+CAPTIONS += ["a cat's toy, on a mat.", "a plate of food"]
 
 
 def coco(folder: Path, rng: random.Random, n: int):
     content = {"images": [{"id": i, "file_name": f"{i:012d}.jpg"} for i in range(n)]}
     content["annotations"] = [{"image_id": i, "caption": rng.choice(CAPTIONS)} for i in range(n) for _ in range(5)]
-    return [write(folder / "captions.json", content)], [{"image_id": i, "caption": rng.choice(CAPTIONS)} for i in range(n)]
+    return [write(folder / "captions.json", content)], [
+        {"image_id": i, "caption": rng.choice(CAPTIONS)} for i in range(n)
+    ]
 
 
 def textcaps(folder: Path, rng: random.Random, n: int):
@@ -151,9 +192,10 @@ def textcaps(folder: Path, rng: random.Random, n: int):
 
 def docvqa(folder: Path, rng: random.Random, n: int):
     data = [
-        {"questionId": i, "question": f"What is {i}?", "image": f"documents/{i}.png", "answers": rng.sample(WORDS, 2)} for i in range(n)
+        {"questionId": i, "question": f"What is {i}?", "image": f"documents/{i}.png", "answers": rng.sample(WORDS, 2)}
+        for i in range(n)
     ]
-    rows = [{"questionId": d["questionId"], "answer": rng.choice(d["answers"] + WORDS)} for d in data]
+    rows = [{"questionId": d["questionId"], "answer": rng.choice([d["answers"][0], "nothing"])} for d in data]
     return [write(folder / "val.json", {"data": data})], rows
 
 
@@ -163,19 +205,31 @@ def chartqa(folder: Path, rng: random.Random, n: int):
         data = [{"imgname": f"{i}.png", "query": f"How many {i}?", "label": str(rng.randint(0, 99))} for i in range(n)]
         files.append(write(folder / f"test_{split}.json", data))
         rows += [
-            {"question_id": f"{split}/{i}", "text": rng.choice([d["label"], "7", str(float(d["label"]) * 1.04)])} for i, d in enumerate(data)
+            {"question_id": f"{split}/{i}", "text": rng.choice([d["label"], "7", str(float(d["label"]) * 1.04)])}
+            for i, d in enumerate(data)
         ]
     return files, rows
 
 
 def medical(folder: Path, rng: random.Random, n: int):
     data = [
-        {"qid": i, "image_name": f"{i}.jpg", "question": f"What is {i}?", "answer": rng.choice(["yes", "no"] if i % 2 else WORDS), "answer_type": "CLOSED" if i % 2 else "OPEN"}
+        {
+            "qid": i,
+            "image_name": f"{i}.jpg",
+            "question": f"What is {i}?",
+            "answer": rng.choice(["yes", "no"] if i % 2 else WORDS),
+            "answer_type": "CLOSED" if i % 2 else "OPEN",
+        }
         for i in range(n)
     ]
     said = ["yes", "no", "maybe", "Yes, it is the man"]
-    return [write(folder / "test.json", data)], [{"qid": d["qid"], "text": rng.choice([str(d["answer"]), *said])} for d in data]
+    return [write(folder / "test.json", data)], [
+        {"qid": d["qid"], "text": rng.choice([d["answer"]] * 4 + said)} for d in data
+    ]
 
 
-MAKERS = {f.__name__: f for f in (vqav2, gqa, textvqa, vizwiz, pope, scienceqa, mme, mmbench, seed, coco, textcaps, docvqa, chartqa)}
+MAKERS = {
+    f.__name__: f
+    for f in (vqav2, gqa, textvqa, vizwiz, pope, scienceqa, mme, mmbench, seed, coco, textcaps, docvqa, chartqa)
+}
 MAKERS |= {"okvqa": vqav2, "vqa-rad": medical, "slake": medical, "pathvqa": medical}

@@ -28,8 +28,9 @@ from tqdm import tqdm
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
-import answering  # noqa: E402
 import benchmarks  # noqa: E402
+
+import answering  # noqa: E402
 import captions  # noqa: E402
 import eval as evaluation  # noqa: E402
 from ptb import ptb_words  # noqa: E402
@@ -50,13 +51,79 @@ def human_captions() -> list[str]:
     found = []
     for name in ("coco_human_loo_500", "coco_fakecap_126", "nlgeval", "clipscore_good", "clipscore_bad"):
         found += [text for item in golden(name)["items"] for text in (item["candidate"], *item["references"])]
-    return found + [text for photo in json.loads((DATA / "coco-photos/photos.json").read_text()) for text in photo["captions"]]
+    return found + [
+        text for photo in json.loads((DATA / "coco-photos/photos.json").read_text()) for text in photo["captions"]
+    ]
 
 
-ODD = ["'s", "n't", "don't", "U.S.", "Mr. Lee", "a.m.", "3.5", "1,000", "1/2", "50%", "$5", "T-shirt", "(left)", "[sic]"]
-ODD += ['"stop"', "'quoted'", "...", "--", "-", ";", ":", "!", "?!", "cannot", "gonna", "o'clock", "rock 'n' roll", "it's"]
-ODD += ["St.", "No. 7", "etc.", "7up", "4x4", "e-mail", "b.", "A", "#1", "@", "&", "and/or", "12:30", "10am", "5'", '6"', "can't"]
-ODD += ["www.cats.com", "café", "–", "“curly”", "it’s", "grey", "colour", "dogs'", "Dr.", "vs.", "TV.", "1980s", "'80s", "*", "+"]
+ODD = [
+    "'s",
+    "n't",
+    "don't",
+    "U.S.",
+    "Mr. Lee",
+    "a.m.",
+    "3.5",
+    "1,000",
+    "1/2",
+    "50%",
+    "$5",
+    "T-shirt",
+    "(left)",
+    "[sic]",
+]
+ODD += [
+    '"stop"',
+    "'quoted'",
+    "...",
+    "--",
+    "-",
+    ";",
+    ":",
+    "!",
+    "?!",
+    "cannot",
+    "gonna",
+    "o'clock",
+    "rock 'n' roll",
+    "it's",
+]
+ODD += [
+    "St.",
+    "No. 7",
+    "etc.",
+    "7up",
+    "4x4",
+    "e-mail",
+    "b.",
+    "A",
+    "#1",
+    "@",
+    "&",
+    "and/or",
+    "12:30",
+    "10am",
+    "5'",
+    '6"',
+    "can't",
+]
+ODD += [
+    "www.cats.com",
+    "café",
+    "–",
+    "“curly”",
+    "it’s",
+    "grey",
+    "colour",
+    "dogs'",
+    "Dr.",
+    "vs.",
+    "TV.",
+    "1980s",
+    "'80s",
+    "*",
+    "+",
+]
 
 
 def odd_captions(count: int, rng: random.Random) -> list[str]:
@@ -80,8 +147,13 @@ def java_words(texts: list[str]) -> list[list[str]]:
 
 def try_ptb(count: int, verbose: bool = False) -> list[tuple[str, str]]:
     rows = []
-    for name, texts in (("people's captions", human_captions()), ("with oddities", odd_captions(count, random.Random(0)))):
-        wrong = [(text, want, ptb_words(text)) for text, want in zip(texts, java_words(texts)) if ptb_words(text) != want]
+    for name, texts in (
+        ("people's captions", human_captions()),
+        ("with oddities", odd_captions(count, random.Random(0))),
+    ):
+        wrong = [
+            (text, want, ptb_words(text)) for text, want in zip(texts, java_words(texts)) if ptb_words(text) != want
+        ]
         for text, want, got in wrong if verbose else ():
             print(f"{text!r}\n  java {' '.join(want)}\n  ours {' '.join(got)}", file=sys.stderr)
         rows.append((f"tokenizer against Java's, {name}", f"{len(texts) - len(wrong):,} of {len(texts):,} alike"))
@@ -120,7 +192,9 @@ def our_scores(candidates, references) -> dict[str, tuple[float, list[float]]]:
 
 def furthest(ours: dict, theirs: dict) -> float:
     """The largest difference in any figure, of the corpus or of one picture."""
-    return max(abs(a - b) for key in ours for a, b in zip([ours[key][0], *ours[key][1]], [theirs[key][0], *theirs[key][1]]))
+    return max(
+        abs(a - b) for key in ours for a, b in zip([ours[key][0], *ours[key][1]], [theirs[key][0], *theirs[key][1]])
+    )
 
 
 def try_corpora(count: int) -> list[tuple[str, str]]:
@@ -250,7 +324,18 @@ def other_order(rows, rng):
     return rng.sample(rows, len(rows)), "same", ""
 
 
-FAULTS = [drop, drop_many, double, double_with_another_answer, stranger, wrong_type, wrong_id, no_id, no_text, empty_answer]
+FAULTS = [
+    drop,
+    drop_many,
+    double,
+    double_with_another_answer,
+    stranger,
+    wrong_type,
+    wrong_id,
+    no_id,
+    no_text,
+    empty_answer,
+]
 FAULTS += [not_a_number, huge, not_objects, nothing, other_order]
 
 
@@ -295,7 +380,9 @@ def judge(base: dict, figures: dict, report: str, error: str, expected: str, nam
         return "" if not name or name in error or ascii(name)[1:-1] in error else f"{name} is not named in: {error}"
     if expected == "error":
         return "accepted"
-    better = [key for key in base if figures.get(key, 0) > base[key] + 1e-4 and not any(word in key for word in MAY_RISE)]
+    better = [
+        key for key in base if figures.get(key, 0) > base[key] + 1e-4 and not any(word in key for word in MAY_RISE)
+    ]
     if expected == "same":
         return "" if figures == base and not report else "another order, another score"
     if expected == "empty":
@@ -321,7 +408,9 @@ def fuzz(count: int, rng: random.Random, folder: Path) -> list[str]:
         fault = rng.choice(FAULTS)
         spoilt, expected, name = fault(rows, rng)
         path = folder / "spoilt.json"
-        as_lines = isinstance(spoilt, list) and spoilt and all(isinstance(row, dict) for row in spoilt) and rng.random() < 0.5
+        as_lines = (
+            isinstance(spoilt, list) and spoilt and all(isinstance(row, dict) for row in spoilt) and rng.random() < 0.5
+        )
         content = benchmarks.lines(spoilt) if as_lines else json.dumps(spoilt)
         if rng.random() < 0.1 and expected == "same":  # cut short, by a kill or a full disk
             content, expected = content[: rng.randrange(1, len(content) - 2)], "error or missing?"
@@ -363,8 +452,22 @@ def try_kills(args, count: int, ranks: int = 1) -> list[tuple[str, str]]:
     def start(out: Path):
         line = command(args, out, *flags)
         if ranks > 1:
-            line = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=29611", *line[1:]]
-        return subprocess.Popen(line, cwd=REPOSITORY, env=environment(args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            line = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                f"--nproc_per_node={ranks}",
+                "--master_port=29611",
+                *line[1:],
+            ]
+        return subprocess.Popen(
+            line,
+            cwd=REPOSITORY,
+            env=environment(args),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     whole = folder / "whole/answers.jsonl"
     begin = time.time()
@@ -383,7 +486,9 @@ def try_kills(args, count: int, ranks: int = 1) -> list[tuple[str, str]]:
         names = ("answers.jsonl", "manifest.json")
         good += all((out.parent / name).read_bytes() == (whole.parent / name).read_bytes() for name in names)
     shutil.rmtree(folder)
-    return [(f"killed (SIGKILL) and resumed, {ranks} rank(s)", f"{good} of {count} end in the same bytes, {killed} kills")]
+    return [
+        (f"killed (SIGKILL) and resumed, {ranks} rank(s)", f"{good} of {count} end in the same bytes, {killed} kills")
+    ]
 
 
 def try_batches(args, count: int) -> list[tuple[str, str]]:
@@ -391,14 +496,20 @@ def try_batches(args, count: int) -> list[tuple[str, str]]:
     torch.set_num_threads(1)
     model, tokenizer = load_both(args.model, "cpu", torch.float32)
     questions, seconds, texts = evaluation.read_lines(args.world / "questions.jsonl")[:count], {}, {}
-    ask = partial(answering.answer_batch, model, tokenizer, images=args.world, max_new_tokens=128, cost=answering.Cost())
+    ask = partial(
+        answering.answer_batch, model, tokenizer, images=args.world, max_new_tokens=128, cost=answering.Cost()
+    )
     with tempfile.TemporaryDirectory() as folder:
         for size in (64, 1):
             begin = time.perf_counter()
-            rows = answering.answer_all(questions, Path(folder) / f"{size}.jsonl", size, "model", ask, evaluation.describe)
+            rows = answering.answer_all(
+                questions, Path(folder) / f"{size}.jsonl", size, "model", ask, evaluation.describe
+            )
             seconds[size], texts[size] = time.perf_counter() - begin, [row["text"] for row in rows]
     same = sum(a == b for a, b in zip(texts[1], texts[64]))
-    ratio = f"{seconds[1]:.1f} s alone, {seconds[64]:.1f} s in batches of 64: {seconds[1] / seconds[64]:.1f} times faster"
+    ratio = (
+        f"{seconds[1]:.1f} s alone, {seconds[64]:.1f} s in batches of 64: {seconds[1] / seconds[64]:.1f} times faster"
+    )
     return [(f"{len(questions):,} questions, one core", f"{ratio}; {same:,} answers alike")]
 
 
@@ -413,7 +524,14 @@ def main():
     add("--verbose", action="store_true", help="print every caption the tokenizers differ on")
     args = parser.parse_args()
     rows = []
-    for name, usual in (("ptb", 5000), ("corpora", 1000), ("speed", 5000), ("fuzz", 10_000), ("kills", 50), ("batches", 400)):
+    for name, usual in (
+        ("ptb", 5000),
+        ("corpora", 1000),
+        ("speed", 5000),
+        ("fuzz", 10_000),
+        ("kills", 50),
+        ("batches", 400),
+    ):
         if args.only not in (None, name) or (name in ("kills", "batches") and not args.model):
             continue
         count = args.count or usual

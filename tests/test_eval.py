@@ -329,14 +329,16 @@ def test_a_benchmark_is_answered_scored_and_described(tiny, babbler, command, po
     printed = capsys.readouterr().out.splitlines()
     assert f"random accuracy {figures['random accuracy']:.4f}" in printed
     cost = json.loads((tmp_path / "run/cost.json").read_text())
-    assert cost["questions"] == 12 and cost["visual tokens"] == 36 and cost["prompt tokens"] > 36
+    assert cost["questions"] == 12 and cost["visual tokens"] == 9 and cost["prompt tokens"] > 9
     command(evaluation, "--score", "pope", "--predictions", tmp_path / "run/answers.jsonl", "--references", pope)
     again = capsys.readouterr().out.splitlines()
     assert again == printed[1:]
 
 
 def test_two_runs_write_the_same_bytes(tiny, babbler, command, pope, tmp_path):
-    assert run_pope(command, babbler, pope, tiny, tmp_path / "a") == run_pope(command, babbler, pope, tiny, tmp_path / "b")
+    assert run_pope(command, babbler, pope, tiny, tmp_path / "a") == run_pope(
+        command, babbler, pope, tiny, tmp_path / "b"
+    )
 
 
 def test_a_run_is_not_gone_on_with_in_another_way(tiny, babbler, command, pope, tmp_path):
@@ -373,7 +375,9 @@ def test_ranks_share_the_batches_and_the_file_is_the_same(tmp_path, answers, que
     evaluate(tmp_path / "one/a.jsonl", questions)
     answers.clear()
     for rank in (2, 1, 0):
-        rows = answering.answer_all(questions, tmp_path / "a.jsonl", 4, "model", ask, evaluation.describe, Rank(rank, 3))
+        rows = answering.answer_all(
+            questions, tmp_path / "a.jsonl", 4, "model", ask, evaluation.describe, Rank(rank, 3)
+        )
     assert [row["question_id"] for row in rows] == [question["question_id"] for question in questions]
     assert sum(map(len, answers)) == len(questions)
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "one/a.jsonl").read_bytes()

@@ -28,7 +28,9 @@ from metrics import (
 )
 
 METRICS = Path(os.environ.get("LLAVA_DATA", Path(__file__).parent.parent / "../shared/data")).resolve() / "metrics"
-recorded = pytest.mark.skipif(not METRICS.exists(), reason=f"no recorded scores in {METRICS} (LLAVA_DATA names the folder)")
+recorded = pytest.mark.skipif(
+    not METRICS.exists(), reason=f"no recorded scores in {METRICS} (LLAVA_DATA names the folder)"
+)
 
 
 def cases(name):
@@ -44,7 +46,8 @@ def cases(name):
     ("Two dogs", "2 dogs"), ("U.S.A.", "usa"), ("1,000", "1000"), ("3.5", "3.5"), ("1.5.", "1.5"), ("$5.00", "$5.00"),
     ("50%", "50%"), ("10:30 a.m.", "10:30 am"), ("T-shirt", "t shirt"), ("a, b", "b"), ("A", ""), ("none", "0"),
     ("black/white", "black white"), ("black / white", "black white"), ("dont", "don't"), ("St. Louis", "st louis"),
-    ("2 - 3", "2 3"), ("yes, it is", "yes it is"), ("I'm", "i'm"), ("couldn'tve", "couldn't've"), ("ow's'at", "'ow's'at"),
+    ("2 - 3", "2 3"), ("yes, it is", "yes it is"), ("I'm", "i'm"), ("couldn'tve", "couldn't've"),
+    ("ow's'at", "'ow's'at"),
     ("somebody'd", "somebodyd"), ("let's", "let's"), ("ten\n", "10"), ("." * 40, "." * 8), ("", ""),
 ])  # fmt: skip
 def test_the_form_of_an_answer(text, form):
@@ -52,7 +55,8 @@ def test_the_form_of_an_answer(text, form):
 
 
 @pytest.mark.parametrize("text, form", [
-    ("it's", "it 's"), ("john's car", "john 's car"), ("let's go", "let 's go"), ("Two dogs.", "2 dogs"), ("a, b?", "b"),
+    ("it's", "it 's"), ("john's car", "john 's car"), ("let's go", "let 's go"), ("Two dogs.", "2 dogs"),
+    ("a, b?", "b"),
 ])  # fmt: skip
 def test_the_form_of_an_answer_to_textvqa(text, form):
     assert normalise_m4c(text) == form
@@ -99,7 +103,9 @@ def test_recorded_textvqa_scores():
             scores.append(m4c_accuracy(item[who], item["answers"]))
             assert scores[-1] == pytest.approx(item[f"{want}_m4c_score"], abs=1e-12)
             assert normalise_m4c(item[who]) == item[f"{want}_processed"]
-        assert sum(scores) / 30 == pytest.approx(record[f"mean_{'llava15_13b' if who == 'llava15_13b' else 'doc'}"], abs=1e-12)
+        assert sum(scores) / 30 == pytest.approx(
+            record[f"mean_{'llava15_13b' if who == 'llava15_13b' else 'doc'}"], abs=1e-12
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,7 +113,8 @@ def test_recorded_textvqa_scores():
 
 
 @pytest.mark.parametrize("said, truths, value", [
-    ("stop", ["stop"], 1), ("STOP ", ["x", "stop"], 1), ("stap", ["stop"], 0.75), ("stnn", ["stop"], 0.5), ("snnn", ["stop"], 0),
+    ("stop", ["stop"], 1), ("STOP ", ["x", "stop"], 1), ("stap", ["stop"], 0.75), ("stnn", ["stop"], 0.5),
+    ("snnn", ["stop"], 0),
     ("", ["stop"], 0), ("", [""], 1), ("a  b", ["a b"], 1), ("x" * 50_000, ["stop"], 0),
 ])  # fmt: skip
 def test_anls(said, truths, value):
@@ -120,7 +127,8 @@ def test_levenshtein():
 
 @pytest.mark.parametrize("said, truth, good", [
     ("105", "100", True), ("105.1", "100", False), ("-95", "-100", True), ("12%", "0.12", True), ("12", "12%", False),
-    ("0.0", "0", False), ("0", "0", True), ("Red", "red", True), ("reds", "red", False), ("nan", "5", False), ("", "5", False),
+    ("0.0", "0", False), ("0", "0", True), ("Red", "red", True), ("reds", "red", False), ("nan", "5", False),
+    ("", "5", False),
     ("inf", "5", False), ("1e2", "100", True),
 ])  # fmt: skip
 def test_relaxed(said, truth, good):
@@ -131,7 +139,8 @@ def test_relaxed(said, truth, good):
     ("Yes", "yes", "yes", "yes"), ("no", "no", "no", "no"), ("No, there is not.", "no", "other", "no"),
     ("Yes. No.", "yes", "other", "yes"), ("Yes, there is no cat", "no", "other", "yes"), ("NO", "yes", "no", "no"),
     ("", "yes", "other", "other"), ("yes.", "yes", "other", "yes"), ("It is not there", "no", "other", "other"),
-    (" no ", "no", "no", "no"), ("I know", "yes", "other", "other"), ("no\n", "yes", "no", "no"), ("knot", "yes", "other", "no"),
+    (" no ", "no", "no", "no"), ("I know", "yes", "other", "other"), ("no\n", "yes", "no", "no"),
+    ("knot", "yes", "other", "no"),
 ])  # fmt: skip
 def test_three_readings_of_yes_and_no(text, llava, whole, mme):
     assert (yes_no_llava(text), yes_no_whole(text), yes_no_mme(text)) == (llava, whole, mme)
@@ -166,7 +175,8 @@ def test_letters_of_scienceqa(text, letter):
 
 
 @pytest.mark.parametrize("text, letter", [
-    ("B", "B"), ("(B)", "B"), ("B. dog", "B"), ("The answer is B.", "B"), ("dog", "B"), ("It is a DOG.", "B"), ("A", "A"),
+    ("B", "B"), ("(B)", "B"), ("B. dog", "B"), ("The answer is B.", "B"), ("dog", "B"), ("It is a DOG.", "B"),
+    ("A", "A"),
     ("A dog is in it", "B"), ("A and B", ""), ("cat or dog", ""), ("", ""), ("E", ""), ("none of them", ""),
 ])  # fmt: skip
 def test_letters_of_mmbench(text, letter):

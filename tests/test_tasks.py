@@ -1,4 +1,4 @@
-"""Benchmarks: the published files as they are, figures by hand, servers' files, and files that are not as they should."""
+"""Benchmarks: the published files as they are, figures by hand, servers' files, and files that are spoilt."""
 
 import json
 import random
@@ -7,12 +7,12 @@ import zipfile
 import benchmarks
 import eval_faults
 import pytest
+from benchmarks import MAKERS, lines, write
 
 import captions
 import eval as evaluation
 import grader
 import scores
-from benchmarks import MAKERS, lines, write
 from predictions import Item, read_predictions
 from records import DataError
 from tasks import TASKS, prompt_of, read_items, unpack_pictures
@@ -33,7 +33,14 @@ def test_the_truth_itself_scores_best(task, tmp_path):
     worst = TASKS[task].score(items, [None] * len(items))
     key = next(iter(best))
     assert worst[key] <= half[key] <= best[key] and half[key] > worst[key]
-    assert best[key] == pytest.approx(scale(task)) or task in ("vqav2", "okvqa", "textvqa", "vizwiz", "coco", "textcaps")
+    assert best[key] == pytest.approx(scale(task)) or task in (
+        "vqav2",
+        "okvqa",
+        "textvqa",
+        "vizwiz",
+        "coco",
+        "textcaps",
+    )
     assert not worst[key] or task in ("coco", "textcaps")
 
 
@@ -53,7 +60,8 @@ def scale(task):
 
 
 @pytest.mark.parametrize("task, end", [
-    ("vqav2", "Answer the question using a single word or phrase."), ("chartqa", "Answer the question with a single word."),
+    ("vqav2", "Answer the question using a single word or phrase."),
+    ("chartqa", "Answer the question with a single word."),
     ("vizwiz", "When the provided information is insufficient, respond with 'Unanswerable'.\n"
                "Answer the question using a single word or phrase."),
     ("mmbench", "Answer with the option's letter from the given choices directly."),
@@ -85,7 +93,12 @@ def test_prompts_by_hand(tmp_path):
 def test_vqa_by_type(tmp_path):
     truths = [("cat", "other", 4), ("2", "number", 2), ("yes", "yes/no", 10)]
     rows = [
-        {"question_id": i, "answer_type": kind, "question_type": "what", "answers": [{"answer": word}] * n + [{"answer": "x"}] * (10 - n)}
+        {
+            "question_id": i,
+            "answer_type": kind,
+            "question_type": "what",
+            "answers": [{"answer": word}] * n + [{"answer": "x"}] * (10 - n),
+        }
         for i, (word, kind, n) in enumerate(truths)
     ]
     items = read_items("vqav2", [write(tmp_path / "a.json", {"annotations": rows})])
@@ -110,7 +123,14 @@ def test_gqa_as_its_own_scorer(tmp_path):
     choices = {key: {"valid": ["red", "blue", "yes"], "plausible": ["red"]} for key in rows}
     items = read_items("gqa", [write(tmp_path / "q.json", rows), write(tmp_path / "c.json", choices)])
     figures = scores.gqa(items, ["Red.", "red", "no", "yes"])
-    want = {"accuracy": 100 / 3, "binary": 0, "open": 50, "consistency": 0, "validity": 200 / 3, "plausibility": 200 / 3}
+    want = {
+        "accuracy": 100 / 3,
+        "binary": 0,
+        "open": 50,
+        "consistency": 0,
+        "validity": 200 / 3,
+        "plausibility": 200 / 3,
+    }
     assert {key: figures[key] for key in want} == pytest.approx(want)
     # two reds for one, no blue for one: (1/1 + 1/1) x 2 / 2 / 100
     assert figures["distribution (lower is better)"] == pytest.approx(0.02)
@@ -145,7 +165,9 @@ def test_pope_on_its_label_files(tmp_path, command, capsys):
     said = [{"question_id": item.id, "text": "Yes" if i % 3 else "No, there is none."} for i, item in enumerate(items)]
     path = write(tmp_path / "said.jsonl", lines(said))
     command(evaluation, "--score", "pope", "--predictions", path, "--references", *files)
-    figures = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in capsys.readouterr().out.splitlines())}
+    figures = {
+        name: float(value) for name, value in (line.rsplit(" ", 1) for line in capsys.readouterr().out.splitlines())
+    }
     for split in ("random", "popular", "adversarial"):
         pairs = [(i % 3 > 0, item.truth == "yes") for i, item in enumerate(items) if item.groups["split"] == split]
         hit, said_yes, true = sum(a and b for a, b in pairs), sum(a for a, _ in pairs), sum(b for _, b in pairs)
@@ -156,7 +178,10 @@ def test_pope_on_its_label_files(tmp_path, command, capsys):
 
 
 def test_mme_by_hand(tmp_path):
-    for name, row in (("a.txt", "Is it? Please answer yes or no.\tYes\nIs it not?\tNo\n"), ("b.txt", "So?\tYes\nNo?\tNo\n")):
+    for name, row in (
+        ("a.txt", "Is it? Please answer yes or no.\tYes\nIs it not?\tNo\n"),
+        ("b.txt", "So?\tYes\nNo?\tNo\n"),
+    ):
         write(tmp_path / "count" / name, row)
     items = read_items("mme", [tmp_path])
     figures = scores.mme(items, ["Yes", "no", "Yes", "yes"])
@@ -235,7 +260,17 @@ def test_no_server_takes_pope(tmp_path, command):
 
 @pytest.mark.parametrize("task", MAKERS)
 def test_references_that_are_no_references_are_named(task, tmp_path):
-    for content in ("", "{", "[]", "{}", "7", "[7]", '[{"question_id": 1}]', '{"annotations": [{"question_id": 1}]}', '{"data": [{}]}'):
+    for content in (
+        "",
+        "{",
+        "[]",
+        "{}",
+        "7",
+        "[7]",
+        '[{"question_id": 1}]',
+        '{"annotations": [{"question_id": 1}]}',
+        '{"data": [{}]}',
+    ):
         path = write(tmp_path / "reference.json", content)
         with pytest.raises(DataError, match=r"reference\.json"):
             read_items(task, [path])
@@ -282,7 +317,9 @@ class Endpoint:
             def do_POST(self):
                 outer.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 content = outer.replies[(len(outer.asked) - 1) % len(outer.replies)]
-                body = json.dumps({"choices": [{"message": {"content": content}}]} if content is not None else {}).encode()
+                body = json.dumps(
+                    {"choices": [{"message": {"content": content}}]} if content is not None else {}
+                ).encode()
                 self.send_response(200)
                 self.end_headers()
                 self.wfile.write(body)
@@ -308,7 +345,13 @@ def test_mmvet_is_graded_once_and_scored_offline(mmvet, tmp_path, command, capsy
         server.replies = ["0.5", "1.0 (right)"]
         command(evaluation, *argv, "--grader", server.address)
         first = capsys.readouterr().out
-        assert first.splitlines() == ["total 75.0000", "math 50.0000", "ocr 50.0000", "math_ocr 50.0000", "rec 100.0000"]
+        assert first.splitlines() == [
+            "total 75.0000",
+            "math 50.0000",
+            "ocr 50.0000",
+            "math_ocr 50.0000",
+            "rec 100.0000",
+        ]
         command(evaluation, *argv, "--grader", server.address)
         assert len(server.asked) == 2 and server.asked[0]["temperature"] == 0
         assert "-1 <AND> -5" in server.asked[0]["messages"][0]["content"]
@@ -324,7 +367,16 @@ def test_mmvet_is_graded_once_and_scored_offline(mmvet, tmp_path, command, capsy
 
 def test_an_endpoint_that_is_none_is_named(mmvet, tmp_path, command):
     references, predictions = mmvet
-    argv = ["--score", "mmvet", "--predictions", predictions, "--references", references, "--grades", tmp_path / "g.jsonl"]
+    argv = [
+        "--score",
+        "mmvet",
+        "--predictions",
+        predictions,
+        "--references",
+        references,
+        "--grades",
+        tmp_path / "g.jsonl",
+    ]
     with pytest.raises(SystemExit, match=r"eval\.py: http://127\.0\.0\.1:9/chat/completions: "):
         command(evaluation, *argv, "--grader", "http://127.0.0.1:9")
     with Endpoint() as server, pytest.raises(SystemExit, match="something else than a chat completion"):
@@ -335,31 +387,54 @@ def test_an_endpoint_that_is_none_is_named(mmvet, tmp_path, command):
 
 
 def test_llavabench_by_hand(tmp_path, command, capsys):
-    asked = [{"question_id": i, "image": "1.jpg", "text": f"{i}?", "category": kind} for i, kind in enumerate(("conv", "detail"))]
+    asked = [
+        {"question_id": i, "image": "1.jpg", "text": f"{i}?", "category": kind}
+        for i, kind in enumerate(("conv", "detail"))
+    ]
     context = [{"id": 1, "image": "1.jpg", "caption": ["a cat", "on a mat"]}]
     gpt = [{"question_id": i, "text": "a cat", "answer_id": f"g{i}"} for i in range(2)]
     names = (("questions", asked), ("context", context), ("answers_gpt4", gpt))
     references = [write(tmp_path / f"{name}.jsonl", lines(rows)) for name, rows in names]
-    rule = write(tmp_path / "rule.json", {f"llava_bench_{kind}": {"prompt": "Rate!", "role": "Assistant"} for kind in ("conv", "detail")})
+    rule = write(
+        tmp_path / "rule.json",
+        {f"llava_bench_{kind}": {"prompt": "Rate!", "role": "Assistant"} for kind in ("conv", "detail")},
+    )
     said = write(tmp_path / "said.jsonl", lines([{"question_id": i, "text": "a dog"} for i in range(2)]))
-    argv = ["--score", "llavabench", "--predictions", said, "--references", *references, "--grades", tmp_path / "g", "--rule", rule]
+    argv = [
+        "--score",
+        "llavabench",
+        "--predictions",
+        said,
+        "--references",
+        *references,
+        "--grades",
+        tmp_path / "g",
+        "--rule",
+        rule,
+    ]
     with Endpoint() as server:
         server.replies = ["8 6\nbecause", "9, 3\nso"]
         command(evaluation, *argv, "--grader", server.address)
     assert capsys.readouterr().out.splitlines() == ["all 52.9412", "conv 75.0000", "detail 33.3333"]
     text = server.asked[0]["messages"][0]["content"]
-    assert text.startswith("[Context]\na cat\non a mat\n\n[Question]\n0?\n\n[Assistant 1]\na cat\n\n[End of Assistant 1]")
+    assert text.startswith(
+        "[Context]\na cat\non a mat\n\n[Question]\n0?\n\n[Assistant 1]\na cat\n\n[End of Assistant 1]"
+    )
     assert text.endswith("[System]\nRate!\n\n")
     command(evaluation, *argv[:-4], "--submission", tmp_path / "batch.jsonl")
     assert json.loads((tmp_path / "batch.jsonl").read_text().splitlines()[1])["custom_id"] == "1"
 
 
-@pytest.mark.parametrize("reply, value", [("0.5", (0.5,)), ("1", (1,)), (" 0.3 | ", (0.3,)), ("1.5", None), ("good", None), ("", None)])
+@pytest.mark.parametrize(
+    "reply, value", [("0.5", (0.5,)), ("1", (1,)), (" 0.3 | ", (0.3,)), ("1.5", None), ("good", None), ("", None)]
+)
 def test_replies_of_a_grader(reply, value):
     assert grader.read_correctness(reply) == value
 
 
-@pytest.mark.parametrize("reply, value", [("8 6", (8, 6)), ("8, 6\nx", (8, 6)), ("8", None), ("11 3", None), ("a b", None), ("", None)])
+@pytest.mark.parametrize(
+    "reply, value", [("8 6", (8, 6)), ("8, 6\nx", (8, 6)), ("8", None), ("11 3", None), ("a b", None), ("", None)]
+)
 def test_replies_of_a_grader_of_two(reply, value):
     assert grader.read_pair(reply) == value
 
