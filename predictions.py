@@ -53,7 +53,7 @@ def load(path: Path) -> object:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {error}") from None
     lines = text.removesuffix("\n").split("\n")  # not at U+2028, as splitlines does
-    if path.suffix == ".jsonl" or len(lines) > 1 and lines[0].rstrip().endswith("}") and lines[0].startswith("{"):
+    if path.suffix == ".jsonl" or (len(lines) > 1 and lines[0].rstrip().endswith("}") and lines[0].startswith("{")):
         rows = []
         for number, line in enumerate(lines, 1):
             try:

@@ -52,8 +52,9 @@ Lieut|Hon|Brig|Co?mdr|Pfc|Spc|Supts?|Det|Mt|Ft|Adj|Adv|Asst|Assoc|Ens|Insp|Mlle|
 cf|TREAS|Ph|Invt|Elec|Natl|M[ft]g|Dept|Blvd|Rd""")
 NUMBERED = "(?i:ca|figs?|prop|nos?|sect?s?|arts?|bldg|pp|op)"  # abbreviations before a number only
 STOP = r"[,;:\u3001]"
-STARTS = "About|According|Additionally|After|An?|As|At|But|Earlier|He|Here?|However|If|In|It|Last|Many|More|M[rs]\\.|Now|Once|"
-STARTS += "One|Other|Our|She|Since|So|Some|Such|That|The|Theirs?|Then|There|These|They|This|We|When|While|What|Yet|You"
+STARTS = "About|According|Additionally|After|An?|As|At|But|Earlier|Her?|Here|However|If|In|It|Last|Many|More|M[rs]\\."
+STARTS += "|Now|Once|One|Other|Our|She|Since|So|Some|Such|That|The|Their|Then|There|These|They|This|We|When|While|What"
+STARTS += "|Yet|You"
 
 
 def straight(token: str) -> str:

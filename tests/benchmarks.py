@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 WORDS = "red|blue|green|dog|cat|bus|two|3|left|yes|no|kitchen|a man|the sky|it's|1,000|black/white|none"
-WORDS = WORDS.split("|")  # noqa: SIM905
+WORDS = WORDS.split("|")
 
 
 def write(path: Path, content: object) -> Path:
