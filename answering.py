@@ -294,4 +294,7 @@ def show_cost(cost: Cost, path: Path, device: str):
     """Print what answering took and keep it in a file of its own: it is another each time."""
     if columns := cost.columns(device):
         write_json(path, columns)
-        print("  ".join(f"{name} {value:,.3g}" for name, value in columns.items()), file=sys.stderr)
+        shown = (
+            f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.3g}" for name, value in columns.items()
+        )
+        print("  ".join(shown), file=sys.stderr)

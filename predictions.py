@@ -65,7 +65,7 @@ def load(path: Path) -> object:
         content = parse(text)
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error})") from None
-    one_row = isinstance(content, dict) and isinstance(content.get("question_id"), (int, str))
+    one_row = isinstance(content, dict) and not content.keys().isdisjoint(IDS) and not content.keys().isdisjoint(TEXTS)
     return [content] if one_row else content
 
 

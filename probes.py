@@ -150,7 +150,8 @@ SCALES = (0.4, 0.55, 0.7, 0.85, 1.0, 1.3)  # of a sign, against those of the tra
 
 
 def probe_reading(count: int, rng: random.Random) -> list[dict]:
-    """What does the sign say? By the size of the sign; what that makes of the text's height depends on the picture."""
+    """What does the sign say? By the height of its text, which goes with the size of the sign and of the picture; words
+    are written smaller than digits."""
     rows = []
     for scale in SCALES:
         for _ in range(count):
@@ -197,7 +198,8 @@ def make_probes(folder: Path, side: int, count: int) -> list[dict]:
             drawn[key] = f"{len(drawn):06d}.png"
             draw_scaled(*key, side).save(folder / drawn[key], compress_level=1)
         if row["probe"] == "reading":
-            row["condition"] = f"{text_height(key[0].sign.text, key[1], side)} px"
+            text = key[0].sign.text
+            row["condition"] = f"{'digit' if len(text) == 1 else 'word'}, {text_height(text, key[1], side)} px"
         row |= {"question_id": number, "image": drawn[key]}
     return rows
 
@@ -216,9 +218,9 @@ def draw_scaled(scene: Scene, scale: float, side: int) -> Image.Image:
 
 
 def text_height(text: str, scale: float, side: int) -> int:
-    """Pixels from the top of its tallest letter to the bottom of its lowest one, as drawn (see shapes.draw_sign)."""
+    """Pixels of a digit's height, or a capital's, in the font that a sign's text is drawn with (see shapes.draw_sign)."""
     font = shapes.font_of(round(4 * round(side * scale) * (0.27 if len(text) == 1 else 0.155)))
-    _, top, _, bottom = font.getbbox(text)
+    _, top, _, bottom = font.getbbox("8")
     return round((bottom - top) / 4)
 
 
@@ -253,7 +255,7 @@ def results(rows: list[dict], answers: list[str]) -> dict[str, dict[str, dict[st
             off = [abs(said - truth) for said, truth in numbers]
             values |= {"numbers": len(numbers), "mean error": sum(off) / len(off) if off else None}
         found[probe][condition] = values
-    heights = sorted(found["reading"], key=lambda name: int(name.split()[0]))
+    heights = sorted(found["reading"], key=lambda name: (name.split()[0], int(name.split()[1])))
     return found | {"reading": {name: found["reading"][name] for name in heights}}
 
 

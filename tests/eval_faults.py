@@ -1,7 +1,7 @@
 """Try the scorers and the runner of eval.py until there is a figure for it, and print the figures as a table.
 
     python tests/eval_faults.py                       everything that needs no model
-    python tests/eval_faults.py --only ptb            ptb, corpora, speed, fuzz; with --model kills, batches
+    python tests/eval_faults.py --only ptb            ptb, meteor, corpora, speed, fuzz; with --model kills, batches
     python tests/eval_faults.py --only kills --model out/speedrun/stage2 --world out/speedrun/world
 
 Not a part of `bash test.sh`, which tries a little of each.
@@ -195,6 +195,19 @@ def furthest(ours: dict, theirs: dict) -> float:
     return max(
         abs(a - b) for key in ours for a, b in zip([ours[key][0], *ours[key][1]], [theirs[key][0], *theirs[key][1]])
     )
+
+
+def try_meteor() -> list[tuple[str, str]]:
+    """The recorded METEOR of every set, by the tool it was recorded with."""
+    jar, alike, names = captions.meteor_tool(), 0, ("clipscore_good", "clipscore_bad", "nlgeval", "coco_fakecap_126")
+    for name in names if jar else ():
+        record = golden(name)
+        candidates = [item["candidate_ptb"].split() for item in record["items"]]
+        references = [[text.split() for text in item["references_ptb"]] for item in record["items"]]
+        score, each = captions.meteor(jar, candidates, references)
+        told = [record["official_pycocoevalcap_1_2"]["METEOR"], *(item["scores"]["METEOR"] for item in record["items"])]
+        alike += all(f"{a:.4f}" == f"{b:.4f}" for a, b in zip([score, *each], told))
+    return [("METEOR of recorded sets, by its own tool", f"{alike} of {len(names)} alike" if jar else "no tool here")]
 
 
 def try_corpora(count: int) -> list[tuple[str, str]]:
@@ -516,7 +529,7 @@ def try_batches(args, count: int) -> list[tuple[str, str]]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--only", choices=("ptb", "corpora", "speed", "fuzz", "kills", "batches"))
+    add("--only", choices=("ptb", "meteor", "corpora", "speed", "fuzz", "kills", "batches"))
     add("--model", type=Path, help="for kills and batches: a speedrun's stage2")
     add("--world", type=Path, help="the world it is asked about")
     add("--count", type=int, help="how many trials instead of the usual number")
@@ -525,7 +538,8 @@ def main():
     args = parser.parse_args()
     rows = []
     for name, usual in (
-        ("ptb", 5000),
+        ("ptb", 20_000),
+        ("meteor", 4),
         ("corpora", 1000),
         ("speed", 5000),
         ("fuzz", 10_000),
@@ -535,7 +549,9 @@ def main():
         if args.only not in (None, name) or (name in ("kills", "batches") and not args.model):
             continue
         count = args.count or usual
-        if name == "ptb":
+        if name == "meteor":
+            rows += try_meteor()
+        elif name == "ptb":
             rows += try_ptb(count, args.verbose)
         elif name == "kills":
             rows += try_kills(args, count, args.ranks)
