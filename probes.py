@@ -218,7 +218,7 @@ def draw_scaled(scene: Scene, scale: float, side: int) -> Image.Image:
 
 
 def text_height(text: str, scale: float, side: int) -> int:
-    """Pixels of a digit's height, or a capital's, in the font that a sign's text is drawn with (see shapes.draw_sign)."""
+    """Pixels of a digit, or a capital letter, from top to bottom in the font of a sign (see shapes.draw_sign)."""
     font = shapes.font_of(round(4 * round(side * scale) * (0.27 if len(text) == 1 else 0.155)))
     _, top, _, bottom = font.getbbox("8")
     return round((bottom - top) / 4)
