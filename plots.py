@@ -82,14 +82,16 @@ def save(figure, path: Path):
 def bars(path: Path, panels: dict[str, dict[str, float]], labels: dict[str, str]):
     """A panel per name, a bar per value, in per cent. Without matplotlib, a line says that nothing is drawn."""
     try:
-        figure, axes = pyplot().subplots(1, len(panels), figsize=(3.6 * len(panels), 3.4), squeeze=False)
+        widths = [max(4, len(values)) for values in panels.values()]  # so that names have room
+        form = {"squeeze": False, "width_ratios": widths}
+        figure, axes = pyplot().subplots(1, len(panels), figsize=(0.62 * sum(widths), 3.4), **form)
     except ValueError as error:
         print(f"{path} not drawn: {error}")
         return
     for axis, (name, values) in zip(axes[0], panels.items()):
         shown = axis.bar(range(len(values)), values.values(), color="#1f4e8c")
         axis.bar_label(shown, fmt="%.0f", fontsize=8)
-        axis.set_xticks(range(len(values)), values, rotation=30, ha="right", fontsize=8)
+        axis.set_xticks(range(len(values)), values, rotation=40, ha="right", fontsize=8)
         axis.set(title=name, xlabel=labels[name], ylabel="right, %", ylim=(0, 105))
         axis.spines[["top", "right"]].set_visible(False)
     save(figure, path)
