@@ -457,6 +457,14 @@ def environment() -> dict:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
+def written(out: Path) -> int:
+    """Bytes of answers so far; -1 while they are put together."""
+    try:
+        return sum(path.stat().st_size for path in out.parent.glob("*.part-*"))
+    except FileNotFoundError:
+        return -1
+
+
 def try_kills(args, count: int, ranks: int = 1) -> list[tuple[str, str]]:
     """Kill while it answers, again and again until a run is done; all files must be those of a run nobody touched."""
     rng, folder = random.Random(4), Path(tempfile.mkdtemp())
@@ -470,8 +478,9 @@ def try_kills(args, count: int, ranks: int = 1) -> list[tuple[str, str]]:
             line, cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
-        while process.poll() is None and not list(out.parent.glob("*.part-*")):
-            time.sleep(0.02)  # it loads the model
+        before = written(out)
+        while process.poll() is None and written(out) == before:
+            time.sleep(0.01)  # it loads the model
         return process
 
     whole, ends, same, kills = folder / "whole/answers.jsonl", 0, 0, 0
