@@ -27,7 +27,7 @@ from llava import LlavaConfig
 from predictions import Item, load, read_predictions, shown
 from ranks import Ranks
 from records import SURROGATE, DataError
-from submissions import write_submission
+from submissions import server_format, write_submission
 from tasks import TASKS, prompt_of, read_items, unpack_pictures
 from templates import TEMPLATES
 from weights import DTYPES, choose_dtype, load_both
@@ -285,6 +285,8 @@ def main():
     """Answer and score, or only score; bad input ends in one line and status 1, the answers kept."""
     args = read_flags()
     try:
+        if args.submission:
+            server_format(args.score or args.task)  # now, not after hours
         score_file(args) if args.score else run(args)
     except (ValueError, BadImage, OSError) as error:
         sys.exit(f"eval.py: {' '.join(str(error).split())}")

@@ -77,11 +77,15 @@ SUBMISSIONS = {
 }
 
 
-def write_submission(task: str, items: list[Item], answers: Answers, path: Path):
-    """Write a server's file. Raises DataError if the task has no server."""
+def server_format(task: str | None):
+    """What makes a server's file of a task. Raises DataError if there is no server."""
     if task not in SUBMISSIONS:
-        raise DataError(f"--submission: no server takes {task}, only {', '.join(SUBMISSIONS)}")
-    content = SUBMISSIONS[task](items, answers)
+        raise DataError(f"--submission: no server takes {task or 'these'}, only {', '.join(SUBMISSIONS)}")
+    return SUBMISSIONS[task]
+
+
+def write_submission(task: str, items: list[Item], answers: Answers, path: Path):
+    content = server_format(task)(items, answers)
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, str):
         path.write_text(content, encoding="utf-8")

@@ -3,6 +3,7 @@
 import json
 import random
 import zipfile
+from xml.etree import ElementTree
 
 import benchmarks
 import eval_faults
@@ -241,6 +242,7 @@ def test_the_table_of_mmbench(tmp_path, command):
     command(evaluation, *argv)
     with zipfile.ZipFile(out) as file:
         sheet = file.read("xl/worksheets/sheet1.xml").decode()
+        assert all(ElementTree.fromstring(file.read(name)) is not None for name in file.namelist())
     assert sheet.count("<row>") == 9 and "<c><v>1000000</v></c>" in sheet and "prediction" in sheet
     first = out.read_bytes()
     command(evaluation, *argv)
