@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 import runs
+from adapters import load_adapted
 from data import DataError, load_picture
 from images import BadImage
 from llava import Llava, generate
@@ -25,7 +26,7 @@ from ranks import choose_device
 from shapes import COLOURS, SHAPES
 from templates import prompt_ids, stop_text
 from tokenizer import Tokenizer
-from weights import DTYPES, choose_dtype, load_both
+from weights import DTYPES, choose_dtype
 
 # ---------------------------------------------------------------------------------------------------------------------
 # questions and answers
@@ -180,6 +181,8 @@ def read_flags() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", type=Path, help="folder of a model; default: the newest finished run below out/")
+    add("--adapter", type=Path, help="folder of what LoRA trained, to put onto --model")
+    add("--bits", type=int, choices=(4, 16), default=16, help="4: the decoder's layers in NF4, a quarter of the memory")
     add("--questions", type=Path, required=True, help="jsonl of questions")
     add("--images", type=Path, help="folder of the pictures; default: the one --questions is in")
     add("--out", type=Path, help="jsonl of answers; default: answers.jsonl in the model's folder")
@@ -197,10 +200,11 @@ def main():
     args = read_flags()
     try:
         folder = args.model or runs.newest_run(1, 2)
-        out = args.out or folder / ("answers-blank.jsonl" if args.blank else "answers.jsonl")
+        out = args.out or (args.adapter or folder) / ("answers-blank.jsonl" if args.blank else "answers.jsonl")
         questions = read_lines(args.questions)[: args.limit]
         device = choose_device(args.device)
-        model, tokenizer = load_both(folder, device, choose_dtype(args.dtype, device))
+        model, tokenizer = load_adapted(folder, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
+        folder = args.adapter or folder
         images, name = args.images or args.questions.parent, folder.name + ("-blank" if args.blank else "")
         rows = evaluate(
             model, tokenizer, questions, images, out, args.batch_size, args.max_new_tokens, args.blank, name
