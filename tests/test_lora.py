@@ -495,7 +495,7 @@ def test_another_base_is_refused(tiny, runs, babbler, tmp_path, command):
         command, sample, "--model", babbler, "--adapter", runs["lora"], "--image", picture
     )
     assert "other weights" in refusal(command, lora, "merge", babbler, runs["lora"], tmp_path / "merged")
-    assert "--vision" in refusal(command, lora, "merge", tiny.decoder, runs["both"], tmp_path / "merged")
+    assert "vision_tower" in refusal(command, lora, "merge", tiny.decoder, runs["both"], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
