@@ -257,7 +257,7 @@ def manifest_of(folders: list[Path], files: list[Path], model: Llava, settings: 
     code = sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
     device = model.device
     return settings | {
-        "model": {folder.name: hashes(model_files(folder)) for folder in folders},
+        "model": [{"name": folder.name, "files": hashes(model_files(folder))} for folder in folders],
         "questions": hashes(files),
         "template": template,
         "template_sha256": sha256(repr(TEMPLATES[template]).encode()).hexdigest(),

@@ -20,6 +20,7 @@ import answering
 import grader
 import probes
 import runs
+from adapters import load_adapted
 from answering import Cost
 from files import to_json, write_json
 from images import BadImage
@@ -30,7 +31,7 @@ from records import SURROGATE, DataError
 from submissions import server_format, write_submission
 from tasks import TASKS, prompt_of, read_items, unpack_pictures
 from templates import TEMPLATES
-from weights import DTYPES, choose_dtype, load_both
+from weights import DTYPES, choose_dtype
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is asked
@@ -166,10 +167,12 @@ def choose_image_mode(args: argparse.Namespace, config: LlavaConfig):
 
 def run(args: argparse.Namespace):
     """Answer what is not answered yet, on all ranks, then score on the first."""
-    folder = args.model or runs.newest_run(1, 2)
+    base = args.model or runs.newest_run(1, 2)
+    folders = [base, args.adapter] if args.adapter else [base]
+    folder = folders[-1]  # where answers go, and whose name they have
     ranks = Ranks(args.device)
     device = str(ranks.device)
-    model, tokenizer = load_both(folder, device, choose_dtype(args.dtype, device))
+    model, tokenizer = load_adapted(base, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
     choose_image_mode(args, model.config)
     if args.task == "probes":
         plan = ranks.on_first(plan_probes, args, folder, model.config)
@@ -179,12 +182,12 @@ def run(args: argparse.Namespace):
         plan.questions = [question | {"blank": True} for question in plan.questions]
     longest = args.max_new_tokens or (TASKS[args.task].max_new_tokens if args.task in TASKS else 128)
     settings = {"task": args.task, "suffix": plan.suffix, "limit": args.limit, "blank": args.blank}
-    settings |= {"batch_size": args.batch_size, "max_new_tokens": longest}
+    settings |= {"batch_size": args.batch_size, "max_new_tokens": longest, "bits": args.bits}
     form, first = TEMPLATES[model.config.template], plan.questions[0]
     picture = "<image>\n" if first.get("image") else ""
     settings["prompt"] = f"{form.first}{picture}{first['text']}{form.assistant}"
     ranks.on_first(answering.check_pictures, plan.questions, plan.images)
-    ranks.on_first(answering.keep_manifest, plan.manifest, plan.out, [folder], plan.files, model, settings)
+    ranks.on_first(answering.keep_manifest, plan.manifest, plan.out, folders, plan.files, model, settings)
     cost = Cost()
     ask = partial(answering.answer_batch, model, tokenizer, images=plan.images, max_new_tokens=longest, cost=cost)
     name = folder.name + ("-blank" if args.blank else "")
@@ -249,6 +252,8 @@ def read_flags() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", type=Path, help="folder of a model; default: the newest finished run below out/")
+    add("--adapter", type=Path, help="folder of what LoRA trained, to put onto --model")
+    add("--bits", type=int, choices=(4, 16), default=16, help="4: the decoder's layers in NF4, a quarter of the memory")
     add("--task", choices=[*TASKS, "probes"], help="the benchmark; default: our own questions")
     add("--questions", type=Path, nargs="+", help="our jsonl of questions, or the benchmark's files, truth included")
     add("--images", type=Path, help="folder of the pictures; default: the one --questions is in")

@@ -8,6 +8,7 @@ from pathlib import Path
 import meters
 import recipes
 import sharding
+from lora import DROPOUT, RANKS
 from mixture import as_number, read_mixing, read_shares
 from templates import TEMPLATES
 from towers import SIZES
@@ -21,7 +22,8 @@ def read_flags(description: str, argv: list[str] | None = None) -> argparse.Name
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for knobs in (add_models_knobs, add_data_knobs, add_learning_knobs, add_run_knobs, add_machine_knobs):
+    groups = (add_models_knobs, add_data_knobs, add_learning_knobs, add_lora_knobs, add_run_knobs, add_machine_knobs)
+    for knobs in groups:
         knobs(parser.add_argument)
     args = parser.parse_args(argv)
     if args.plot:
@@ -29,6 +31,8 @@ def read_flags(description: str, argv: list[str] | None = None) -> argparse.Name
     if args.stage is None:
         parser.error("--stage says what to train: 0, 1 or 2")
     args.flags = [key for key, value in vars(args).items() if value != parser.get_default(key)]
+    if args.lora and args.train is None:
+        args.train = "projector"  # the towers keep their weights
     try:
         recipes.fill(args)
         check(args)
@@ -58,9 +62,32 @@ def check(args: argparse.Namespace):
         raise ValueError("--patience needs --val to watch")
     if args.stage == 0 and (args.val or args.init_from or args.shard == "fsdp"):
         raise ValueError("--val, --init-from and --shard fsdp are for stages 1 and 2")
+    check_lora(args)
     unknown = set(args.train.split(",")) - {"vision", "projector", "llm"}
     if args.stage > 0 and unknown:
         raise ValueError(f"--train {', '.join(unknown)}: choose from vision, projector, llm")
+
+
+def check_lora(args: argparse.Namespace):
+    """The same for what concerns LoRA and four bits."""
+    if args.bits == 4 and not args.lora:
+        raise ValueError("--bits 4 needs --lora: weights in four bits cannot train")
+    if args.bits == 4 and args.shard == "fsdp":
+        raise ValueError("--bits 4 and --shard fsdp do not go together: --shard zero1 does")
+    if not args.lora:
+        return
+    if args.stage != 2:
+        raise ValueError("--lora is for stage 2")
+    if args.vision or args.llm:
+        raise ValueError("--lora needs a --model, for an adapter is of use with its base only")
+    if {"vision", "llm"} & set(args.train.split(",")):
+        raise ValueError(
+            f"--lora leaves the towers as they are, and --train {args.train} does not: name one or the other"
+        )
+    args.lora_rank = RANKS["llm"] if args.lora_rank is None else args.lora_rank
+    args.lora_dropout = DROPOUT if args.lora_dropout is None else args.lora_dropout
+    if not 0 <= args.lora_dropout < 1:
+        raise ValueError("--lora-dropout must be at least 0 and below 1")
 
 
 def add_models_knobs(add: Callable):
@@ -125,6 +152,17 @@ def add_learning_knobs(add: Callable):
     add("--workers", type=int, default=0, help="processes that load data; 0 loads in this one")
 
 
+def add_lora_knobs(add: Callable):
+    """LoRA: small updates train, the weights stay."""
+    add("--lora", choices=("llm", "vision", "both"), help="train small updates of these towers, and not their weights")
+    add("--lora-rank", type=int, help=f"of the decoder's updates, default {RANKS['llm']}")
+    add("--lora-rank-vision", type=int, default=RANKS["vision"], help="of the tower's")
+    add("--lora-alpha", type=float, help="an update counts alpha / rank; default: twice the rank")
+    add("--lora-dropout", type=float, help=f"share of what goes into an update that is left out, default {DROPOUT}")
+    add("--lora-layers", type=names, help="which linear layers, as q_proj,v_proj; default: all")
+    add("--bits", type=int, choices=(4, 16), default=16, help="4: the frozen decoder in NF4, as QLoRA")
+
+
 def add_run_knobs(add: Callable):
     """Where it goes, how it is watched, what it survives."""
     add("--out", type=Path, help="the run's folder; default: a new one below out/")
@@ -154,6 +192,8 @@ def add_machine_knobs(add: Callable):
         help="of the arithmetic, and of weights that stand still",
     )
     add("--shard", choices=sharding.MODES, default="ddp", help="what each rank holds: all, or a share; see sharding.py")
+    offload = "keep the optimizer's states in the CPU's memory: less of the GPU's, more time"
+    add("--offload-states", action="store_true", help=offload)
     add("--recompute", action="store_true", help="keep a layer's input only, and run it again for its gradients")
     add(
         "--weights",
@@ -162,6 +202,10 @@ def add_machine_knobs(add: Callable):
         help="of what trains; bfloat16 takes half of the memory, optimizer included, and loses small updates",
     )
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster; needs a C++ compiler")
+
+
+def names(text: str) -> list[str]:
+    return text.split(",")
 
 
 def percent(text: str) -> float:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from llava import LOSS_CHUNK, Llava, rotary_angles
+from nf4 import NF4Linear
 from sharding import trained_parameters
 
 
@@ -51,15 +52,16 @@ def activations(model: Llava, dtype: torch.dtype, rows: int, length: int, recomp
     tokens, layers = rows * length, text.num_hidden_layers
     constant, each = kept_by(decoder.layers[0], text.hidden_size, dtype, lambda x: (angles_of(x, text), None, None))
     hidden = text.hidden_size * 4
-    if recompute:  # what goes into every layer, and one layer at a time
-        total = tokens * (layers * hidden + each) + constant
+    logits = min(tokens, LOSS_CHUNK) * text.vocab_size * 8  # in float32, and their gradient
+    if recompute:  # what goes into every layer; then the logits, and when they are gone, one layer at a time
+        total = tokens * layers * hidden + max(logits, tokens * each + constant)
     else:
-        total = layers * (constant + tokens * each)
-    total += min(tokens, LOSS_CHUNK) * text.vocab_size * 8  # logits in float32, and their gradient
+        total = layers * (constant + tokens * each) + logits
     total += tokens * hidden * 4  # the embeddings, the last norm, and what the head is given
+    total += unpacked(model, dtype)
     if vision := model.config.vision_config:
         tower = model.vision_tower.vision_model
-        trains = sum(next(layer.parameters()).requires_grad for layer in tower.encoder.layers)
+        trains = sum(any(p.requires_grad for p in layer.parameters()) for layer in tower.encoder.layers)
         if trains:
             constant, each = kept_by(tower.encoder.layers[0], vision.hidden_size, dtype, lambda x: (False,))
             patches = rows * (vision.num_patches + 1)
@@ -68,6 +70,12 @@ def activations(model: Llava, dtype: torch.dtype, rows: int, length: int, recomp
             else:
                 total += trains * (constant + patches * each)
     return int(total)
+
+
+def unpacked(model: Llava, dtype: torch.dtype) -> int:
+    """Bytes of the largest matrix in NF4 while it is whole: its codes as int32, its numbers in float32, and in use."""
+    sizes = [m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear)]
+    return max(sizes, default=0) * (2 + 4 + dtype.itemsize)
 
 
 def angles_of(x: torch.Tensor, config) -> tuple | None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from llava import IGNORE, Llava
+from nf4 import count_weights
 from ranks import Ranks
 from sharding import local, own_slice, sliced
 
@@ -41,26 +42,27 @@ def step_flops(model: nn.Module, tokens: int, length: float, tiles: int) -> floa
     """Arithmetic that a step asks for: PaLM's formula (Chowdhery et al. 2022, appendix B), per part of the model.
 
     A parameter of a matrix costs 2 per token that passes it: 2 forward, 2 more for the gradient of what came in, 2 for
-    its own. Under a frozen decoder the last is not needed, in a frozen tower only the first is; attention adds
-    4 x length x width per layer and token forward. What is recomputed does not count, nor what padding costs.
+    its own, if it trains; in a frozen tower only the first is needed. Attention adds 4 x length x width per layer and
+    token forward, and twice that on the way back. What is recomputed does not count, nor what padding costs.
 
     Args: tokens in the batch; length: of a row on average; tiles: pictures, or their tiles, that the tower sees.
     """
     if not isinstance(model, Llava):
         return 6 * sum(p.numel() for p in model.parameters()) * tokens  # CLIP, roughly: its tokens are not words
     decoder, config = model.language_model, model.config.text_config
-    matrices = sum(p.numel() for p in decoder.parameters()) - decoder.model.embed_tokens.weight.numel()
-    matrices += decoder.lm_head.weight.numel() if config.tie_word_embeddings else 0
+    looked_up = 0 if config.tie_word_embeddings else decoder.model.embed_tokens.weight.numel()  # else it is the head
+    trained = sum(p.numel() for p in decoder.parameters() if p.requires_grad)
+    trained -= looked_up if decoder.lm_head.weight.requires_grad else 0
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-    passes = 3 if next(decoder.parameters()).requires_grad else 2
-    flops = passes * (2 * matrices + attention) * tokens
+    flops = (4 * (count_weights(decoder) - looked_up) + 2 * trained + 3 * attention) * tokens
     if tiles:
         vision, tower = model.config.vision_config, model.vision_tower.vision_model
         blocks = tower.blocks(model.config.vision_feature_layer)  # those after it never run
-        patches, trains = tiles * (vision.num_patches + 1), any(p.requires_grad for p in blocks.parameters())
-        per_patch = 2 * sum(p.numel() for part in (tower.embeddings, blocks) for p in part.parameters())
-        per_patch += 4 * len(blocks) * vision.hidden_size * (vision.num_patches + 1)
-        flops += (3 if trains else 1) * per_patch * patches
+        weights = sum(count_weights(part) for part in (tower.embeddings, blocks))
+        trained = sum(p.numel() for part in (tower.embeddings, blocks) for p in part.parameters() if p.requires_grad)
+        attention = 4 * len(blocks) * vision.hidden_size * (vision.num_patches + 1)
+        per_patch = 4 * weights + 2 * trained + 3 * attention if trained else 2 * weights + attention
+        flops += per_patch * tiles * (vision.num_patches + 1)
     return flops
 
 

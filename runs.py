@@ -51,6 +51,7 @@ def newest_run(*stages: int, part: str = "") -> Path:
 # Flags that change nothing about what is learnt, but for the order of sums: they may differ when a run is resumed.
 MAY_CHANGE = ("out", "resume", "allow_changes", "device", "workers", "save_every", "keep", "cache_gb", "timeout")
 MAY_CHANGE += ("accumulate", "compile", "check_replicas", "max_skips", "shard", "recompute", "board")
+MAY_CHANGE += ("offload_states",)
 MAY_CHANGE += ("model", "vision", "llm", "steps")  # looked at once they are settled
 MAY_CHANGE += ("flags", "differs")  # what they tell is told by the rest
 

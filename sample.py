@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 
 import runs
+from adapters import load_adapted
 from data import prepare_picture
 from images import BadImage, open_image
 from llava import Llava, generate
 from ranks import choose_device
 from templates import prompt_ids, stop_text
 from tokenizer import Tokenizer
-from weights import DTYPES, choose_dtype, load_both
+from weights import DTYPES, choose_dtype
 
 DESCRIBE = "Describe the picture."
 
@@ -74,6 +75,8 @@ def read_flags() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", type=Path, help="folder of a model; default: the newest finished run below out/")
+    add("--adapter", type=Path, help="folder of what LoRA trained, to put onto --model")
+    add("--bits", type=int, choices=(4, 16), default=16, help="4: the decoder's layers in NF4, a quarter of the memory")
     add("--image", type=Path, help="the picture to talk about")
     add("--prompt", help=f"the question; default: {DESCRIBE!r}, or a conversation on a terminal")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
@@ -121,7 +124,7 @@ def main():
     try:
         folder = args.model or runs.newest_run(1, 2)
         device = choose_device(args.device)
-        model, tokenizer = load_both(folder, device, choose_dtype(args.dtype, device))
+        model, tokenizer = load_adapted(folder, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
         generator = torch.Generator(device).manual_seed(args.seed)
         sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
         chat = Chat(model, tokenizer, args.image, max_new_tokens=args.max_new_tokens, **sampling)

@@ -19,7 +19,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
@@ -163,6 +163,28 @@ def render(scene: Scene, side: int) -> Image.Image:
             outline = tuple(int(0.6 * c) for c in COLOURS[thing.colour])
             draw_shape(pen, thing, 4 * side, COLOURS[thing.colour], outline)
     return canvas.reduce(4)
+
+
+def other_palette(picture: Image.Image, seed: int) -> Image.Image:
+    """Every colour 28 degrees further round the wheel, and half as strong."""
+    hue, saturation, value = picture.convert("HSV").split()
+    bands = hue.point(lambda h: (h + 20) % 256), saturation.point(lambda s: s // 2), value
+    return Image.merge("HSV", bands).convert("RGB")
+
+
+def noisy(picture: Image.Image, seed: int) -> Image.Image:
+    """Noise on every pixel and channel, normal, with a deviation of 40 of 255."""
+    pixels = np.asarray(picture) + np.random.default_rng(seed).normal(0, 40, (*picture.size, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def inverted_grey(picture: Image.Image, seed: int) -> Image.Image:
+    """Like an X-ray: what was dark is light, and colours are told apart by how bright they were."""
+    return ImageOps.invert(ImageOps.grayscale(picture)).convert("RGB")
+
+
+# The same scenes, seen by another camera: what is said of them stays true, and a model has to learn to see them.
+SHIFTS = {"none": lambda picture, seed: picture, "palette": other_palette, "noise": noisy, "grey": inverted_grey}
 
 
 def background(scene: Scene, side: int) -> Image.Image:
@@ -533,12 +555,12 @@ def image_name(seed: int, index: int, held_out: bool) -> str:
     return f"{'heldout' if held_out else 'train'}-{seed}/{index // 1000:04d}/{index:07d}.png"
 
 
-def draw_to_file(index: int, seed: int, held_out: bool, side: int, out: Path) -> dict:
+def draw_to_file(index: int, seed: int, held_out: bool, side: int, out: Path, shift: str) -> dict:
     """Draw scene `index` and return its symbolic form with boxes."""
     scene, _ = make_scene(seed, index, held_out)
     path = out / image_name(seed, index, held_out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    render(scene, side).save(path, compress_level=1)
+    SHIFTS[shift](render(scene, side), index).save(path, compress_level=1)
     things = [asdict(thing) | {"box": [round(v, 4) for v in thing.box]} for thing in scene.things]
     return {"image": image_name(seed, index, held_out), "background": scene.background, "things": things}
 
@@ -564,20 +586,20 @@ def make_questions(seed: int, count: int) -> list[dict]:
     return result
 
 
-def draw_all(indices, seed: int, held_out: bool, side: int, out: Path) -> list[dict]:
-    draw = partial(draw_to_file, seed=seed, held_out=held_out, side=side, out=out)
+def draw_all(indices, seed: int, held_out: bool, side: int, out: Path, shift: str) -> list[dict]:
+    draw = partial(draw_to_file, seed=seed, held_out=held_out, side=side, out=out, shift=shift)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         name = "held-out pictures" if held_out else "pictures"
         return list(tqdm(pool.map(draw, indices, chunksize=64), desc=name, total=len(indices), unit="pic"))
 
 
-def write_world(out: Path, n: int, seed: int, side: int, questions: int, turns: int):
+def write_world(out: Path, n: int, seed: int, side: int, questions: int, turns: int, shift: str = "none"):
     """Draw `n` training pictures and the held-out ones that `questions` ask about; write LLaVA-format JSON."""
     out.mkdir(parents=True, exist_ok=True)
-    scenes = draw_all(range(n), seed, False, side, out)
+    scenes = draw_all(range(n), seed, False, side, out, shift)
     asked = make_questions(seed, questions)
     heldout = sorted({int(Path(question["image"]).stem) for question in asked})
-    scenes += draw_all(heldout, seed, True, side, out)
+    scenes += draw_all(heldout, seed, True, side, out, shift)
     captions, instructions, texts = [], [], []
     for index in tqdm(range(n), "what is said", unit="pic"):
         captioned, instructed, text = records_of(seed, index, turns)
@@ -604,8 +626,9 @@ def main():
     add("--size", type=int, default=72, help="side of a picture in pixels; 224 or 336 for a pretrained CLIP")
     add("--questions", type=int, default=2_000, help="held-out questions, each about a picture of its own")
     add("--turns", type=int, default=TURNS, help="questions in a training dialogue; a picture gets several dialogues")
+    add("--shift", choices=SHIFTS, default="none", help="the same scenes in other pictures, to fine-tune on")
     args = parser.parse_args()
-    write_world(args.out, args.n, args.seed, args.size, args.questions, args.turns)
+    write_world(args.out, args.n, args.seed, args.size, args.questions, args.turns, args.shift)
     print(f"{args.out}: captions.json, instruct.json, text.json, questions.jsonl, scenes.jsonl")
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from files import read_json
+from nf4 import NF4Linear
 from ranks import Ranks
 
 MODES = ("ddp", "zero1", "fsdp")
@@ -27,8 +28,10 @@ STATES = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 def narrow(model: nn.Module, mode: str, trained: torch.dtype, frozen: torch.dtype):
     """Give what trains one type and what stands still the other; in slices, where one block has one type, all one."""
-    for p in model.parameters():
-        p.data = p.data.to(trained if p.requires_grad or mode == "fsdp" else frozen)
+    for module in model.modules():
+        if not isinstance(module, NF4Linear):  # narrower already, and what is wide there has to be
+            for p in module.parameters(recurse=False):
+                p.data = p.data.to(trained if p.requires_grad or mode == "fsdp" else frozen)
 
 
 def place(model: nn.Module, mode: str, ranks: Ranks, dtype: torch.dtype):
@@ -55,13 +58,33 @@ def make_network(model: nn.Module, mode: str) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True)  # or gradients would be held twice
 
 
-def make_adamw(groups: list[dict], mode: str, **options) -> torch.optim.Optimizer:
+class OffloadedAdamW(torch.optim.AdamW):
+    """AdamW whose states wait in the CPU's memory, and visit the GPU one parameter at a time: QLoRA's paged optimizer
+    (Dettmers et al. 2023, section 3) without paging. What it computes is the same."""
+
+    @torch.no_grad()
+    def step(self):
+        groups = self.param_groups
+        for group in groups:
+            for p in group["params"]:
+                self.move(p, p.device)
+                self.param_groups = [group | {"params": [p]}]
+                super().step()
+                self.move(p, torch.device("cpu"))
+        self.param_groups = groups
+
+    def move(self, p: nn.Parameter, device: torch.device):
+        self.state[p] = {key: value.to(device) for key, value in self.state[p].items()}
+
+
+def make_adamw(groups: list[dict], mode: str, offload: bool = False, **options) -> torch.optim.Optimizer:
     """Groups' own rates and decays go before the options. Fused: one kernel for all parameters of a group."""
+    adamw = OffloadedAdamW if offload else torch.optim.AdamW
     if not dist.is_initialized() or mode != "zero1":
-        return torch.optim.AdamW(groups, fused=True, **options)
+        return adamw(groups, fused=True, **options)
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, fused=True, **options)
+    return ZeroRedundancyOptimizer(groups, adamw, fused=True, **options)
 
 
 @contextmanager
@@ -126,7 +149,11 @@ def gathered(state: dict[str, dict], optimizer: torch.optim.Optimizer, ranks: Ra
             if sliced(tensor):
                 tensor = tensor.full_tensor()
             elif local(optimizer) is not optimizer and name.startswith("optimizer"):
-                tensor = torch.zeros_like(tensor, device=ranks.device) if tensor.is_meta else tensor.clone()
+                tensor = (
+                    torch.zeros_like(tensor, device=ranks.device)
+                    if tensor.is_meta
+                    else tensor.to(ranks.device, copy=True)
+                )
                 dist.reduce(tensor, dst=0)  # of zeros, but for the owner's
             yield tensor.detach()
 

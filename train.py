@@ -36,12 +36,14 @@ import recipes
 import runs
 import shapes
 import sharding
+from adapters import is_adapter, sample_weights, save_adapter
 from clip import save_clip
 from data import CaptionPairs, Records, Samples, Skips, collate, name_skipped, picture_faults, refuse_bad
 from files import publish, verify
 from flags import read_flags
 from images import BadImage
 from llava import IGNORE, Llava
+from lora import add_lora
 from mixture import Source, batches, check_mixing, counts_of, open_sources, order_of
 from ranks import Ranks, arithmetic, autocast
 from templates import TEMPLATES, end_ids
@@ -92,7 +94,9 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> 
         ranks.say(f"{group['component']:<24}{count:>14,}{group['peak']:>10.1e}{group['weight_decay']:>8g}")
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     ranks.say(f"{'(frozen)':<24}{frozen:>14,}")
-    return sharding.make_adamw(list(groups.values()), args.shard, lr=args.lr, betas=(0.9, args.beta2))
+    return sharding.make_adamw(
+        list(groups.values()), args.shard, args.offload_states, lr=args.lr, betas=(0.9, args.beta2)
+    )
 
 
 def micro_batch(args, ranks: Ranks) -> int:
@@ -154,13 +158,13 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
     Raises ValueError if it cannot go on, naming the last good checkpoint; SystemExit when a signal ends it.
     """
     settle(args, ranks, run, sum(counts_of(dataset.sizes, [source.weight for source in dataset.sources])))
+    model.train()
     check_memory(args, ranks, model, dataset)
     sharding.place(model, args.shard, ranks, arithmetic(ranks.device, args.dtype))
     optimizer = make_optimizer(model, args, ranks)
     start, skipped, watched = go_on(ranks, run, model, optimizer)
     network = sharding.make_network(torch.compile(model) if args.compile else model, args.shard)
     loader = iter(make_loader(dataset, args, ranks, pad_id, start, group))
-    model.train()
     boards = meters.Boards(args.board if ranks.first else [], run.folder, run.values)
     bar = tqdm(
         range(start, args.steps), run.folder.name, args.steps, initial=start, disable=not ranks.first, unit="step"
@@ -428,13 +432,29 @@ def choose_trainable(model: Llava, train: str):
         tower.blocks(model.config.vision_feature_layer).requires_grad_(True)
 
 
+def adapt(args, model: Llava) -> dict:
+    """Put the updates that --lora names onto the model; returns what save_adapter needs to know, {} without --lora."""
+    if not args.lora:
+        return {}
+    torch.manual_seed(args.seed)
+    ranks = {"llm": args.lora_rank, "vision": args.lora_rank_vision}
+    ranks = {part: rank for part, rank in ranks.items() if args.lora in (part, "both")}
+    layers = add_lora(model, ranks, args.lora_alpha, args.lora_dropout, args.lora_layers)
+    sample = sample_weights(model, layers)
+    return {"layers": layers, "dropout": args.lora_dropout, "base": args.model.resolve(), "sample": sample}
+
+
+def tower_trains(model: Llava) -> bool:
+    return any(p.requires_grad for p in model.vision_tower.parameters())
+
+
 @torch.no_grad()
 def precompute_features(args, ranks: Ranks, model: Llava, dataset: Records):
     """Let a frozen tower see every picture once, if all features fit into --cache-gb; else each time it comes up."""
     vision, count = model.config.vision_config, sum(source.file.pictures for source in dataset.sources)
     tiles = [1 + math.prod(size) // vision.image_size**2 for size in model.config.image_grid_pinpoints or [(0, 0)]]
     gigabytes = count * max(tiles) * vision.num_patches * vision.hidden_size * 4 / 1e9
-    if "vision" in args.train or gigabytes > args.cache_gb or not count:
+    if tower_trains(model) or gigabytes > args.cache_gb or not count:
         return
     pictures = list(dataset.pictures().items())
     model.vision_tower.to(ranks.device)
@@ -461,7 +481,9 @@ def train_llava(args, ranks: Ranks, folder: Path):
         model, tokenizer = assemble(args.vision, args.llm, args.projector or "mlp2x_gelu", args.seed)
     else:
         ranks.say(f"going on from {args.model}")
-        model, tokenizer = load_both(args.model, "cpu", torch.float32)
+        if is_adapter(args.model):
+            raise ValueError(f"{args.model} is an adapter: `python lora.py merge` makes a model of it and its base")
+        model, tokenizer = load_both(args.model, "cpu", torch.float32, args.bits)
     if model.config.vision_config is None:
         raise ValueError(f"{args.model} is a decoder without a vision tower: build a LLaVA with --vision and --llm")
     recipes.check_model(args, model.config)
@@ -470,6 +492,7 @@ def train_llava(args, ranks: Ranks, folder: Path):
         model.config.template = args.template
         model.config.eos_token_ids = sorted({*model.config.eos_token_ids, *end_ids(args.template, tokenizer)})
     choose_trainable(model, args.train)
+    adapted = adapt(args, model)
     if args.init_from:
         verify(args.init_from)
         ranks.say(f"weights as after step {sharding.restore(args.init_from, model)} of {args.init_from}")
@@ -482,15 +505,19 @@ def train_llava(args, ranks: Ranks, folder: Path):
     if args.whiten and args.vision and dataset.pictures(1):
         whiten_projector(model, dataset)
     # What stands still is kept as it came, for the finished model's files; in training it is as narrow as can be.
-    frozen = {name: p.data for name, p in model.named_parameters() if ranks.first and not p.requires_grad}
+    kept = [] if adapted or not ranks.first else model.named_parameters()
+    frozen = {name: p.data for name, p in kept if not p.requires_grad}
     sharding.narrow(model, args.shard, getattr(torch, args.weights), arithmetic(ranks.device, args.dtype))
     for records in (dataset, held_out) if held_out else (dataset,):
         precompute_features(args, ranks, model, records)
     model.language_model.model.recompute = args.recompute
-    model.vision_tower.vision_model.recompute = args.recompute and "vision" in args.train
+    model.vision_tower.vision_model.recompute = args.recompute and tower_trains(model)
 
     def save(trained: dict, folder: Path):
-        save_model(model, folder, frozen | trained)
+        if adapted:
+            save_adapter(trained, folder, model.config, **adapted)
+        else:
+            save_model(model, folder, frozen | trained)
         tokenizer.save(folder)
 
     fit(args, ranks, run, model, dataset, tokenizer.pad_id, save, held_out=held_out)

@@ -9,30 +9,26 @@ filled, every shape fits and every number is finite; or nothing is loaded, and o
 """
 
 import argparse
-import json
 import math
 import sys
-import zipfile
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+import nf4
 from clip import CLIPConfig, CLIPModel
 from configs import config_to_json, read_config, write_processor
-from files import publish, read_json, refuse_duplicates, write_json
+from files import publish, read_json, write_json
 from layouts import (
     CLIP_LAYOUTS,
     EXTRAS,
     LLAVA_LAYOUTS,
     REST_OF_CLIP,
+    SAME,
     Layout,
     choose_layout,
     gpt2,
@@ -41,112 +37,14 @@ from layouts import (
     match,
     pattern_of,
 )
-from llava import Llava, LlavaConfig, TextConfig
+from llava import Llava, LlavaConfig
 from templates import TEMPLATES, end_ids
+from tensors import Lazy, find_llama2c, open_tensors, read_llama2c
 from tokenizer import Tokenizer
 
 SHARD_BYTES = 5_000_000_000  # of a file that is written; larger ones are unwieldy to copy
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}  # in safetensors
 FLOATS |= {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}  # in torch
-PICKLES = (".bin", ".pt", ".pth")
-HEADER_BYTES = 10_000_000  # of a file that is read: room for some hundred thousand tensors
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# tensors in files
-
-
-@dataclass
-class Lazy:
-    """A tensor that is still in its file. read() makes it, on the CPU, perhaps as a view of the mapped file."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], torch.Tensor]
-
-
-def open_tensors(path: Path) -> dict[str, Lazy]:
-    """Every tensor of a folder or file by name, none read yet. Raises ValueError, in one line, if something is off."""
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
-    if path.is_file():
-        if path.suffix not in (".safetensors", *PICKLES):
-            raise ValueError(f"{path}: neither .safetensors nor {', '.join(PICKLES)}")
-        return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    for stem, reader in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_pickle)):
-        if (path / stem).exists():
-            return reader(path / stem)
-        if (path / f"{stem}.index.json").exists():
-            return read_shards(path / f"{stem}.index.json", reader)
-    if (path / "mm_projector.bin").exists():
-        return read_pickle(path / "mm_projector.bin")
-    raise ValueError(f"{path}: holds neither model.safetensors nor pytorch_model.bin, nor an index of one")
-
-
-def read_safetensors(path: Path) -> dict[str, Lazy]:
-    """The library checks offsets and sizes; it lets pass a key given twice and a space in front, and we do not."""
-
-    def reader(name: str) -> Callable[[], torch.Tensor]:
-        def read() -> torch.Tensor:
-            with safe_open(path, "pt") as file:  # opened each time, or all that was read stays in memory
-                return file.get_tensor(name)
-
-        return read
-
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(HEADER_BYTES, path.stat().st_size):
-                raise ValueError(f"its header is {length} bytes long")
-            text = file.read(length)
-        if not text.startswith(b"{"):
-            raise ValueError("its header does not begin with {")
-        header = json.loads(text, object_pairs_hook=refuse_duplicates)
-        header.pop("__metadata__", None)
-        with safe_open(path, "pt"):
-            return {name: Lazy(tuple(e["shape"]), e["dtype"], reader(name)) for name, e in header.items()}
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
-
-
-def read_pickle(path: Path) -> dict[str, Lazy]:
-    """A .bin file, through torch.load(weights_only=True) and in no other way: a plain unpickle runs foreign code."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
-        raise ValueError(f"{path}: reading a pickle needs torch 2.10, whose weights_only is mended; this is older")
-    print(f"{path}: a pickle, read with weights_only=True; the same weights as safetensors are safer", file=sys.stderr)
-    try:
-        mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are none, and are read whole
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # a bad pickle may raise anything
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: not a file of tensors that torch.load(weights_only=True) takes ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path}: holds something else than tensors by name")
-    return {
-        name: Lazy(tuple(value.shape), str(value.dtype).removeprefix("torch."), lambda value=value: value)
-        for name, value in state.items()
-    }
-
-
-def read_shards(index: Path, reader: Callable[[Path], dict[str, Lazy]]) -> dict[str, Lazy]:
-    """All tensors that an index distributes over files beside it, each in the one file that the index names."""
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-        raise ValueError(f"{index}: no weight_map from tensors to files")
-    found = {}
-    for name in sorted(set(where.values())):
-        if Path(name).name != name:
-            raise ValueError(f"{index}: {name!r} leads out of the folder")
-        if not (index.parent / name).exists():
-            raise ValueError(f"{index.parent / name}: missing, but {index.name} names it")
-        tensors = reader(index.parent / name)
-        if differing := sorted(tensors.keys() ^ {tensor for tensor, file in where.items() if file == name}):
-            some = ", ".join(differing[:5])
-            raise ValueError(f"{index}: {len(differing)} tensors of {name} are not where it says: {some}")
-        found |= tensors
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,12 +52,19 @@ def read_shards(index: Path, reader: Callable[[Path], dict[str, Lazy]]) -> dict[
 
 
 def fill(
-    model: nn.Module, tensors: dict[str, Lazy], layouts: dict[str, Layout], source: Path | str, extras=(), skip="", **to
+    model: nn.Module,
+    tensors: dict[str, Lazy],
+    layouts: dict[str, Layout],
+    source: Path | str,
+    extras=(),
+    skip: str = "",
+    bits: int = 16,
+    **to,
 ):
     """Give every parameter of `model` its tensor from the file; all names and shapes are checked before any is read.
 
     Args: model: may be on the meta device. extras: names, in our spelling, that need no place. skip: a part of
-    the model, if any, that is filled from elsewhere. to: device, dtype.
+    the model, if any, that is filled from elsewhere. bits: 4 puts the decoder's layers into NF4. to: device, dtype.
     Raises ValueError with the first differences, and their likely cause.
     """
     wanted = {name: p for name, p in model.named_parameters() if not (skip and name.startswith(skip))}
@@ -172,7 +77,7 @@ def fill(
         if not found or not all(ours in wanted for ours in found[0]):
             wrong.append(f"{name} not expected")
             continue
-        if lazy.dtype not in FLOATS:
+        if lazy.dtype not in FLOATS and (lazy.dtype != "NF4" or found[1] is not SAME):
             wrong.append(f"{name} is {lazy.dtype}, should be {', '.join(list(FLOATS)[:4])}")
         for ours, part in zip(found[0], found[1].split(torch.empty(lazy.shape, device="meta"))):
             if ours in sources:
@@ -185,11 +90,21 @@ def fill(
         raise ValueError(f"{source}: {len(wrong)} tensors differ: {'; '.join(wrong[:5])}{likely_cause(wrong)}")
     for name in dict.fromkeys(sources.values()):
         ours, change = match(name, layout)
-        for target, part in zip(ours, change.split(tensors[name].read())):
-            part = part.to(copy=True, memory_format=torch.contiguous_format, **to)
+        tensor = tensors[name].read()
+        if isinstance(tensor, nf4.NF4Linear):
+            place(model, ours[0], tensor.to(to["device"]) if in_layers(ours[0]) else tensor.dequantise().to(**to))
+            continue
+        for target, part in zip(ours, change.split(tensor)):
+            small = bits == 4 and in_layers(target)  # quantised as it comes, so that no more than one is ever whole
+            part = part.to(to["device"]) if small else part.to(copy=True, memory_format=torch.contiguous_format, **to)
             if not torch.isfinite(part).all():  # here, for what fits into the file's dtype may not fit into this one
                 raise ValueError(f"{source}: {name} holds numbers that are not finite in {to['dtype']}")
-            place(model, target, part)
+            place(model, target, nf4.NF4Linear.of(part) if small else part)
+
+
+def in_layers(name: str) -> bool:
+    """Whether this is a matrix of the decoder's layers: those are in NF4, or can be, and nothing else."""
+    return name.startswith("language_model.model.layers.") and name.endswith("_proj.weight")
 
 
 class WithoutNumbers(TorchFunctionMode):
@@ -203,10 +118,14 @@ class WithoutNumbers(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def place(model: nn.Module, name: str, tensor: torch.Tensor):
-    """Put a tensor where the parameter `name` is."""
+def place(model: nn.Module, name: str, value: torch.Tensor | nf4.NF4Linear):
+    """Put a tensor where the parameter `name` is, or a layer where the one is whose weight that is."""
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+    if isinstance(value, nf4.NF4Linear):
+        value.bias = model.get_submodule(owner).bias
+        model.set_submodule(owner, value)
+    else:
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
 
 
 def likely_cause(wrong: list[str]) -> str:
@@ -237,23 +156,24 @@ def load_model(
     dtype: torch.dtype | None = torch.float32,
     vision: Path | None = None,
     llm: Path | None = None,
+    bits: int = 16,
 ) -> Llava:
     """A LLaVA, or a decoder alone, from any of the layouts; dtype None keeps the file's.
 
     Args: vision: CLIP's folder, for a LLaVA whose files leave it out (liuhaotian/llava-v1.5-7b); llm: the decoder's,
-    for one that is a projector only (the release of its stage 1). The model is built without memory and filled tensor
-    by tensor, so the peak is the weights and the largest tensor. Raises ValueError, in one line, naming the file and
-    the first differing tensors.
+    for one that is a projector only (the release of its stage 1); bits: 4 keeps the matrices of the decoder's layers in
+    NF4. The model is built without memory and filled tensor by tensor, so the peak is the weights and the largest
+    tensor. Raises ValueError, in one line, naming the file and the first differing tensors.
     """
     config, tensors = open_model(Path(folder))
-    return build(config, tensors, Path(folder), device, dtype, vision, llm)
+    return build(config, tensors, Path(folder), device, dtype, vision, llm, bits)
 
 
-def load_both(folder: str | Path, device: str, dtype: torch.dtype) -> tuple[Llava, Tokenizer]:
+def load_both(folder: str | Path, device: str, dtype: torch.dtype | None, bits: int = 16) -> tuple[Llava, Tokenizer]:
     """A model and its tokenizer, which is read first: if it is missing, nobody waits for the weights to hear of it."""
     config, tensors = open_model(Path(folder))
     tokenizer = load_tokenizer(folder, config)
-    return build(config, tensors, Path(folder), device, dtype), tokenizer
+    return build(config, tensors, Path(folder), device, dtype, bits=bits), tokenizer
 
 
 def build(
@@ -264,6 +184,7 @@ def build(
     dtype: torch.dtype | None,
     vision: Path | None = None,
     llm: Path | None = None,
+    bits: int = 16,
 ) -> Llava:
     """The model of what open_model found; for the arguments see load_model."""
     if vision is not None and config.vision_config is None:
@@ -279,7 +200,7 @@ def build(
         load_tower(model, vision, device, dtype)
     skip = "" if vision is None else "vision_tower."
     source = folder if llm is None else f"{folder} with {llm}"
-    fill(model, tensors, LLAVA_LAYOUTS, source, extras, skip, device=device, dtype=dtype)
+    fill(model, tensors, LLAVA_LAYOUTS, source, extras, skip, bits, device=device, dtype=dtype)
     if tied:
         model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
         check_head(tensors, source)
@@ -303,7 +224,8 @@ def usual_dtype(tensors: dict[str, Lazy]) -> torch.dtype:
     """What most of the parameters are in; of tables that a file holds besides, the dtype says nothing."""
     sizes = Counter()
     for lazy in placed(tensors).values():
-        sizes[FLOATS.get(lazy.dtype, torch.float32)] += math.prod(lazy.shape)  # others are refused by fill
+        if lazy.dtype != "NF4":
+            sizes[FLOATS.get(lazy.dtype, torch.float32)] += math.prod(lazy.shape)  # others are refused by fill
     return max(sizes, key=sizes.get, default=torch.float32)
 
 
@@ -404,16 +326,37 @@ def save_model(model: Llava, folder: str | Path, weights: dict[str, torch.Tensor
     folder, config = Path(folder), model.config
     weights = model.state_dict() if weights is None else weights
     state = {key: value.detach().contiguous() for key, value in weights.items()}
+    quantised = quantised_state(model, state)
     if config.text_config.tie_word_embeddings:
         state.pop(HEAD, None)  # the same tensor as the embedding; stored once
     if config.vision_config is None:
         state = rename_back(state, gpt2("transformer.") if config.text_config.gpt2 else llama("model.", ""))
     write_shards(state, folder)
-    write_json(folder / "config.json", config_to_json(config))
+    write_json(folder / "config.json", config_to_json(config) | quantised)
     ends = {"eos_token_id": config.eos_token_ids, "pad_token_id": config.pad_token_id}
     write_json(folder / "generation_config.json", ends)
     if config.vision_config is not None:
         write_processor(config, folder)
+
+
+def quantised_state(model: Llava, state: dict[str, torch.Tensor]) -> dict:
+    """Put what bitsandbytes writes of a layer in NF4 in the place of ours, and return what config.json says of it."""
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, nf4.NF4Linear)}
+    if not layers:
+        return {}
+    if model.config.text_config.gpt2:
+        raise ValueError("a GPT-2 cannot be written in four bits: its files hold q, k and v in one")
+    for path, layer in layers.items():
+        for name, _ in layer.named_parameters():
+            if name != "bias":
+                state.pop(f"{path}.{name}")
+        state |= nf4.to_files(f"{path}.weight", layer)
+    values = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
+    values |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}
+    values |= {"bnb_4bit_use_double_quant": all(hasattr(layer, "nested_absmax") for layer in layers.values())}
+    values |= {"bnb_4bit_compute_dtype": str(model.dtype).removeprefix("torch.")}
+    values |= {"llm_int8_skip_modules": ["vision_tower", "multi_modal_projector", "lm_head"]}
+    return {"quantization_config": values}
 
 
 def rename_back(state: dict[str, torch.Tensor], layout: Layout) -> dict[str, torch.Tensor]:
@@ -445,67 +388,6 @@ def write_shards(state: dict[str, torch.Tensor], folder: Path):
         where |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in state.values())
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# llama2.c
-
-
-def find_llama2c(folder: Path) -> Path | None:
-    """The model of a folder that holds nothing but llama2.c's .bin files; or such a file, whose width is below 2^16."""
-    if folder.is_file():
-        with folder.open("rb") as file:
-            return folder if folder.suffix == ".bin" and file.read(4)[2:] == b"\0\0" else None
-    if (folder / "config.json").exists() or not folder.exists():
-        return None
-    found = [path for path in sorted(folder.glob("*.bin")) if not path.name.startswith("tok")]
-    return found[0] if len(found) == 1 else None
-
-
-def read_llama2c(path: Path) -> tuple[LlavaConfig, dict[str, Lazy]]:
-    """llama2.c's version 0: seven int32, then float32 matrices, kind by kind. Raises ValueError if the size is wrong.
-
-    Its RoPE turns the pairs (2i, 2i + 1) and ours (i, i + D/2), so the rows of q and k are put in another order.
-    """
-    data = np.fromfile(path, dtype="<i4", count=7)
-    if len(data) < 7:
-        raise ValueError(f"{path}: too short for llama2.c's header")
-    width, hidden, layers, heads, kv_heads, vocab, context = map(int, data)
-    if min(width, hidden, layers, heads, kv_heads, context) < 1 or vocab == 0 or width % heads or heads % kv_heads:
-        raise ValueError(f"{path}: not llama2.c's header: {data.tolist()}")
-    tied, vocab, kv_width = vocab > 0, abs(vocab), width // heads * kv_heads
-    layer = "layers.{}."
-    shapes = {
-        "embed_tokens.weight": (vocab, width),
-        layer + "input_layernorm.weight": (layers, width),
-        layer + "self_attn.q_proj.weight": (layers, width, width),
-        layer + "self_attn.k_proj.weight": (layers, kv_width, width),
-        layer + "self_attn.v_proj.weight": (layers, kv_width, width),
-        layer + "self_attn.o_proj.weight": (layers, width, width),
-        layer + "post_attention_layernorm.weight": (layers, width),
-        layer + "mlp.gate_proj.weight": (layers, hidden, width),
-        layer + "mlp.down_proj.weight": (layers, width, hidden),
-        layer + "mlp.up_proj.weight": (layers, hidden, width),
-        "norm.weight": (width,),
-        "RoPE": (2, context, width // heads // 2),  # tables of cos and sin, which we compute
-    } | ({} if tied else {"lm_head.weight": (vocab, width)})
-    expected = 28 + 4 * sum(math.prod(shape) for shape in shapes.values())
-    if path.stat().st_size != expected:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, but its header asks for {expected}")
-    numbers, at, tensors = torch.from_numpy(np.fromfile(path, dtype="<f4", offset=28)), 0, {}
-    for name, shape in shapes.items():
-        whole = numbers[at : at + math.prod(shape)].view(shape)
-        at += whole.numel()
-        if "q_proj" in name or "k_proj" in name:
-            pairs = whole.unflatten(1, (-1, width // heads // 2, 2))  # (L, H, D / 2, 2, C)
-            whole = pairs.transpose(2, 3).reshape(shape)
-        for i, tensor in enumerate(whole if name.startswith(layer) else [whole]):
-            full = name.format(i) if name == "lm_head.weight" else f"model.{name.format(i)}"
-            tensors[full] = Lazy(tuple(tensor.shape), "F32", lambda tensor=tensor: tensor)
-    del tensors["model.RoPE"]
-    text = TextConfig(vocab, width, hidden, layers, heads, kv_heads, max_position_embeddings=context)
-    text.rms_norm_eps, text.tie_word_embeddings = 1e-5, tied
-    return LlavaConfig(text, image_token_index=vocab, template="raw", eos_token_ids=[1, 2]), tensors
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -118,7 +118,8 @@ def kill_at(argv: list, fault: tuple, ranks: int = 1):
 
 
 def weights_hash(folder: Path) -> str:
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (path,) = folder.glob("*model.safetensors")  # of an adapter, adapter_model.safetensors
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def steps_logged(folder: Path) -> int:
@@ -152,7 +153,12 @@ class Bench:
         self.flags["stage 2"] = ["--stage", 2, "--model", root / "first", *common]
         finish([*self.flags["stage 2"], "--out", root / "second"])
         finish([*self.flags["stage 2"], "--out", root / "both"], ranks=2)
-        self.untouched = {"stage 1": weights_hash(root / "first"), "stage 2": weights_hash(root / "second")}
+        self.flags["LoRA"] = [*self.flags["stage 2"], "--lora", "llm"]
+        self.flags["QLoRA"] = [*self.flags["LoRA"], "--bits", 4]
+        for name in ("LoRA", "QLoRA"):
+            finish([*self.flags[name], "--out", root / name])
+        folders = {"stage 1": "first", "stage 2": "second", "LoRA": "LoRA", "QLoRA": "QLoRA"}
+        self.untouched = {name: weights_hash(root / folder) for name, folder in folders.items()}
         self.untouched_by_two = weights_hash(root / "both")
 
     def new(self, name: str) -> tuple[list, Path]:
@@ -168,7 +174,7 @@ class Bench:
 
 def every_step(bench: Bench):
     """Killed as each step begins, and resumed."""
-    for name, ranks in (("stage 1", 1), ("stage 2", 1), ("stage 2", 2)):
+    for name, ranks in (("stage 1", 1), ("stage 2", 1), ("stage 2", 2), ("LoRA", 1), ("QLoRA", 1)):
         equal = 0
         expected = bench.untouched_by_two if ranks == 2 else bench.untouched[name]
         for step in tqdm(range(1, STEPS + 1), f"{name}, {ranks} ranks"):

@@ -1,13 +1,19 @@
 """The estimate of a training step's memory against what autograd really saves, and against 7B's known sums."""
 
+import weakref
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import memory
 import train
 from clip import CLIPVisionConfig
 from llava import Llava, LlavaConfig, TextConfig
+from lora import add_lora
+from nf4 import NF4Linear
 
 
 def model(layers=4, **text):
@@ -46,6 +52,67 @@ def test_activations_are_what_autograd_saves(dtype, trains, shape):
     train.choose_trainable(llava, trains)
     ours = memory.activations(llava, dtype, *shape, recompute=False)
     assert ours == pytest.approx(saved_by(llava, dtype, *shape), rel=0.15)
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of all tensors that are alive, those of `known` among them, and the most there were."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.alive, self.now, self.peak = set(), 0, 0
+        for tensor in known:
+            self.count(tensor)
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.alive:
+            self.alive.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+
+    def forget(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor)
+        return result
+
+
+def peak_of_a_step(llava, batch):
+    """Bytes that torch holds at most in a training step, the parameters and AdamW's states among them."""
+    optimizer = torch.optim.AdamW([p for p in llava.parameters() if p.requires_grad], fused=True)
+    for _ in range(2):  # the states exist from the first step on
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        with Allocated([*llava.parameters(), *states]) as allocated:
+            llava(**batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return allocated.peak
+
+
+@pytest.mark.parametrize("kind", ["full", "LoRA", "QLoRA"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_whole_estimate_is_what_torch_allocates(kind, recompute):
+    torch.manual_seed(0)
+    llava = model(layers=6)
+    train.choose_trainable(llava, "projector,llm" if kind == "full" else "projector")
+    if kind == "QLoRA":
+        for path, module in list(llava.language_model.model.layers.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                llava.language_model.model.layers.set_submodule(path, NF4Linear.of(module.weight))
+    if kind != "full":
+        add_lora(llava, {"llm": 8}, None, 0.0)
+    llava.language_model.model.recompute = recompute
+    ids = torch.randint(0, 900, (4, 200))
+    found = memory.estimate(llava, "ddp", 1, torch.float32, 4, 200, recompute)
+    peak = peak_of_a_step(llava, {"input_ids": ids, "labels": ids})
+    print(f"{kind}: estimated {(found.fixed + found.activations) / 1e6:.1f} MB, allocated {peak / 1e6:.1f} MB")
+    assert found.fixed + found.activations == pytest.approx(peak, rel=0.1)
 
 
 def test_recomputing_keeps_less():

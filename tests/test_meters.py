@@ -15,6 +15,8 @@ import train
 from clip import CLIPVisionConfig
 from data import collate
 from llava import IGNORE, Llava, LlavaConfig, TextConfig
+from lora import add_lora
+from nf4 import NF4Linear
 
 RANKS = train.Ranks("cpu")
 
@@ -41,6 +43,24 @@ def test_arithmetic_is_what_torch_counts(trains):
     train.choose_trainable(llava, trains)
     batch["labels"] = batch["labels"].masked_fill(batch["labels"] == 96, 5)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the fused kernel is not counted
+        llava(**batch).backward()
+    ours = meters.step_flops(llava, 2 * 64, 64, tiles=2)
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("parts", [{"llm": 8}, {"llm": 8, "vision": 8}])
+def test_arithmetic_under_lora_is_what_torch_counts(parts, bits):
+    torch.manual_seed(0)
+    llava, batch = model(), batch_of(64)
+    train.choose_trainable(llava, "projector")
+    if bits == 4:
+        for path, module in list(llava.language_model.model.layers.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                llava.language_model.model.layers.set_submodule(path, NF4Linear.of(module.weight))
+    add_lora(llava, parts, None, 0.0)
+    batch["labels"] = batch["labels"].masked_fill(batch["labels"] == 96, 5)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         llava(**batch).backward()
     ours = meters.step_flops(llava, 2 * 64, 64, tiles=2)
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.1)

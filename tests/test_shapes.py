@@ -417,3 +417,17 @@ def test_a_larger_world_begins_with_the_smaller_one(world):
     assert [captioned for captioned, _, _ in records][:12] == list(read_records(world / "captions.json"))
     instructions = [instructed for _, several, _ in records[:12] for instructed in several]
     assert instructions == list(read_records(world / "instruct.json"))
+
+
+@pytest.mark.parametrize("shift", [name for name in shapes.SHIFTS if name != "none"])
+def test_a_shifted_world_says_the_same_of_other_pictures(world, tmp_path, shift):
+    shapes.write_world(tmp_path, 12, 4, 40, 30, 5, shift)
+    for name in ("captions.json", "instruct.json", "questions.jsonl", "scenes.jsonl"):
+        assert (tmp_path / name).read_bytes() == (world / name).read_bytes()
+    for row in lines(world / "scenes.jsonl"):
+        before, after = (np.array(Image.open(folder / row["image"]), dtype=int) for folder in (world, tmp_path))
+        assert np.abs(after - before).mean() > 3
+        if shift == "grey":
+            assert (after == after[..., :1]).all() and after.mean() < before.mean()
+        if shift == "noise":
+            assert 20 < (after - before).std() < 45

@@ -1,0 +1,258 @@
+"""NF4: weights in four bits, as QLoRA keeps the decoder it does not train (Dettmers et al. 2023, arXiv 2305.14314).
+
+A matrix is cut into blocks of 64 numbers. A block is divided by its largest magnitude, its absmax, and every number
+becomes the nearest of 16 values: those that cut a normal distribution into equally likely parts, zero among them. Two
+codes share a byte. The absmax are put into 8 bits in the same way ("double quantisation"), in blocks of 256, so that a
+number takes 4 + 8 / 64 + 32 / (64 x 256) = 4.127 bits in all.
+
+    W (out, in) --> codes: 4 bits each, absmax: 8 bits per 64 codes, absmax of the absmax: 32 bits per 16,384 codes
+
+Codes, absmax and what comes back are those of bitsandbytes 0.50 on a CPU, bit for bit; names in files are its too.
+"""
+
+import json
+import math
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+BLOCK, NESTED_BLOCK = 64, 256  # numbers that share an absmax; absmax that share one themselves
+CHUNK = 1 << 18  # numbers quantised at a time: they stay in the cache, and no matrix is ever whole in float32
+TINY = 1e-38  # stands for the absmax of a block of zeros
+
+# The quantiles of appendix E of the paper, in float32, as bitsandbytes has them.
+CODES = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+@cache
+def code_book(device: torch.device) -> torch.Tensor:
+    """The 16 values, (16,) float32."""
+    return torch.tensor(CODES, device=device)
+
+
+@cache
+def nested_code_book(device: torch.device) -> torch.Tensor:
+    """The 256 values of the absmax, (256,) float32: a sign, one of seven powers of ten, and 2^i steps within the i-th
+    (Dettmers 2015, arXiv 1511.04561), so that small ones are kept as precisely as large ones; and 0, and 1."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        middles = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += [*middles.tolist(), *(-middles).tolist()]
+    return torch.tensor(sorted(values), device=device)
+
+
+@cache
+def pairs_of_codes(device: torch.device) -> torch.Tensor:
+    """What each byte stands for, its two float32 seen as one int64, (256,): one look-up per byte, not two, and of a
+    type that index_select copies fast (with rows of two floats it takes five times as long, see LOG.md)."""
+    byte, codes = torch.arange(256, device=device), code_book(device)
+    return torch.stack([codes[byte >> 4], codes[byte & 15]], dim=1).view(torch.int64).flatten()
+
+
+def middles(values: torch.Tensor) -> torch.Tensor:
+    """Where rounding goes from one value to the next; what lies on the border takes the lower one."""
+    return (values[:-1] + values[1:]) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# there and back
+
+
+def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed codes (ceil(N / 2), 1) uint8 and absmax (ceil(N / 64),) float32 of N numbers of any shape and float type.
+
+    The first of two codes is the high half of its byte; an odd count is filled up with the code of zero.
+    """
+    flat = weight.detach().reshape(-1)
+    packed, absmax = zip(*(quantise_part(part) for part in flat.split(CHUNK)))
+    return torch.cat(packed)[: (len(flat) + 1) // 2, None], torch.cat(absmax)
+
+
+def quantise_part(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of a part that begins where a block begins, flat; the last block is filled up with zeros."""
+    ragged = len(part) % BLOCK
+    x = F.pad(part.float(), (0, -len(part) % BLOCK)).view(-1, BLOCK)
+    absmax = x.abs().amax(dim=1)
+    scaled = x * (1 / absmax.clamp(min=TINY))[:, None]  # the reciprocal, for it rounds as bitsandbytes does
+    if ragged:  # in a last, shorter block it divides, and keeps TINY for a zero
+        absmax[-1:].clamp_(min=TINY)
+        scaled[-1] = x[-1] / absmax[-1]
+    codes = torch.bucketize(scaled, middles(code_book(part.device)), out_int32=True).view(-1, 2)
+    return (codes[:, 0] << 4 | codes[:, 1]).to(torch.uint8), absmax
+
+
+def dequantise(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, ...], block: int = BLOCK) -> torch.Tensor:
+    """The numbers (shape) float32 behind packed codes and their absmax."""
+    count = math.prod(shape)
+    whole = count // block * block
+    y = pairs_of_codes(packed.device).index_select(0, packed.flatten().int()).view(torch.float32)
+    y[:whole].view(-1, block).mul_(absmax[: whole // block, None])
+    y[whole:count] *= absmax[-1]  # of a last, shorter block, if there is one
+    return y[:count].view(shape)
+
+
+def quantise_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Double quantisation: codes (N,) uint8, absmax of the absmax (ceil(N / 256),), and the mean taken off before.
+
+    Rounds to the nearest value, as bitsandbytes does on a GPU. On a CPU it rounds through a table of 65,536 entries,
+    which puts one or two codes in a thousand on the neighbour; what a stored code stands for is the same everywhere.
+    """
+    offset = absmax.mean()
+    x = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    nested = x.abs().amax(dim=1)
+    scaled = x / nested.clamp(min=TINY)[:, None]
+    codes = torch.bucketize(scaled, middles(nested_code_book(absmax.device)), out_int32=True)
+    return codes.flatten()[: len(absmax)].to(torch.uint8), nested, offset
+
+
+def dequantise_absmax(codes: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """The absmax (N,) float32 behind their codes."""
+    values = nested_code_book(codes.device).index_select(0, codes.int())
+    return values * nested.repeat_interleave(NESTED_BLOCK)[: len(codes)] + offset
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a layer
+
+
+class FrozenMatmul(torch.autograd.Function):
+    """x W^T for a W that is made when it is needed, and made again for the gradient of x, not kept in between."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, linear: "NF4Linear") -> torch.Tensor:
+        ctx.linear = linear
+        return x @ linear.dequantise().to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient @ ctx.linear.dequantise().to(gradient.dtype), None
+
+
+class NF4Linear(nn.Module):
+    """A linear layer whose weight stands still in NF4; in and out as torch.nn.Linear, in x's type or autocast's.
+
+    Args: parts: the tensors under bitsandbytes' names, "weight" the packed codes; shape: (out, in); dtype: what the
+    weight was before, and is made into again.
+    """
+
+    def __init__(self, parts: dict[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype, block: int = BLOCK):
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.dtype, self.block = dtype, block
+        for name, tensor in parts.items():  # parameters, which move with the model; not buffers, which DDP sends around
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.register_parameter("bias", None)
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, double: bool = True) -> "NF4Linear":
+        """Quantise a weight (out, in)."""
+        packed, absmax = quantise(weight)
+        parts = {"weight": packed, "absmax": absmax}
+        if double:
+            parts |= zip(("absmax", "nested_absmax", "nested_offset"), quantise_absmax(absmax))
+        return cls(parts, tuple(weight.shape), weight.dtype)
+
+    def dequantise(self) -> torch.Tensor:
+        """The weight (out, in) as it is computed with."""
+        absmax = self.absmax
+        if hasattr(self, "nested_absmax"):
+            absmax = dequantise_absmax(absmax, self.nested_absmax, self.nested_offset)
+        return dequantise(self.weight, absmax, (self.out_features, self.in_features), self.block).to(self.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = FrozenMatmul.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def count_weights(module: nn.Module) -> int:
+    """Numbers in the matrices and vectors of a module, however many bits each has."""
+    count = 0
+    for part in module.modules():
+        if isinstance(part, NF4Linear):
+            bias = 0 if part.bias is None else part.bias.numel()
+            count += part.in_features * part.out_features + bias
+        else:
+            count += sum(p.numel() for p in part.parameters(recurse=False))
+    return count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in files, as bitsandbytes writes them: NAME.weight and these beside it
+
+STATE = ".quant_state.bitsandbytes__"  # + "nf4": JSON, as bytes
+BESIDE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+
+
+def to_files(name: str, linear: NF4Linear) -> dict[str, torch.Tensor]:
+    """The tensors of a file for the weight called `name`."""
+    double = hasattr(linear, "nested_absmax")
+    state = {"quant_type": "nf4", "blocksize": linear.block, "dtype": str(linear.dtype).removeprefix("torch.")}
+    state |= {"shape": [linear.out_features, linear.in_features]}
+    tensors = {"": linear.weight, ".absmax": linear.absmax, ".quant_map": code_book(linear.weight.device)}
+    if double:
+        offset = float(linear.nested_offset)
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+        tensors |= {".nested_absmax": linear.nested_absmax}
+        tensors |= {".nested_quant_map": nested_code_book(linear.weight.device)}
+    tensors[f"{STATE}nf4"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return {name + key: tensor.detach().clone() for key, tensor in tensors.items()}  # files share no tensors
+
+
+def read_state(name: str, kind: str, tensor: torch.Tensor) -> dict:
+    """What is said of the weight `name` beside its numbers. Raises ValueError naming what we do not have."""
+    try:
+        state = json.loads(bytes(tensor.tolist()))
+        shape, dtype, block = state["shape"], getattr(torch, state["dtype"]), state["blocksize"]
+        sound = len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in [*shape, block])
+        sound = sound and block & (block - 1) == 0 and isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    except (ValueError, LookupError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{name}: its quantisation state cannot be read")
+    if kind != "nf4" or state.get("nested_blocksize", NESTED_BLOCK) != NESTED_BLOCK:
+        raise ValueError(f"{name} is quantised as {kind}, in blocks of {block}; only nf4 is read")
+    return state | {"dtype": dtype}
+
+
+def from_files(name: str, state: dict, tensors: dict[str, torch.Tensor]) -> NF4Linear:
+    """The layer behind a file's tensors, by their names after `name`. Raises ValueError naming what is not right."""
+    block, nested = state["blocksize"], "nested_offset" in state
+    count = math.prod(state["shape"])
+    blocks = -(-count // block)
+    wanted = {"": ((count + 1) // 2, 1), ".absmax": (blocks,), ".quant_map": (16,)}
+    if nested:
+        wanted |= {".nested_absmax": (-(-blocks // NESTED_BLOCK),), ".nested_quant_map": (256,)}
+    for key, shape in wanted.items():
+        if key not in tensors:
+            raise ValueError(f"{name}{key} missing")
+        if tensors[key].shape != shape:
+            raise ValueError(f"{name}{key} is {tuple(tensors[key].shape)}, should be {shape}")
+    maps = {".quant_map": code_book, ".nested_quant_map": nested_code_book}
+    for key, book in maps.items():
+        if key in wanted and not torch.equal(tensors[key].float(), book(tensors[key].device)):
+            raise ValueError(f"{name}{key} holds other values than NF4 has")
+    codes = {"": torch.uint8, ".absmax": torch.uint8 if nested else torch.float32}
+    for key, dtype in codes.items():
+        if tensors[key].dtype != dtype:
+            raise ValueError(f"{name}{key} is {tensors[key].dtype}, should be {dtype}")
+    parts = {"weight": tensors[""], "absmax": tensors[".absmax"]}
+    if nested:
+        parts["nested_absmax"] = tensors[".nested_absmax"]
+        parts["nested_offset"] = torch.tensor(float(state["nested_offset"]), device=tensors[""].device)
+    for key, tensor in parts.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name}: its {key} holds numbers that are not finite")
+    return NF4Linear(parts, tuple(state["shape"]), state["dtype"], block)
