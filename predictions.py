@@ -147,8 +147,9 @@ def file_answers(path: Path) -> Iterator[tuple[str, list[str], str]]:
         kind = next((kind for kind in TEXTS if kind in row), None)
         if kind is None:
             raise DataError(f"{where}: has no answer ({', '.join(TEXTS)})")
-        # LLaVA's list numbers some questions by their pictures; those are told apart by what is asked
+        # LLaVA's lists number some questions by their pictures, others anew in every category
         asked = [f"{key}\n{question_of(row['prompt'])}"] if isinstance(row.get("prompt"), str) else []
+        asked += [f"{row['category']}/{key}"] if isinstance(row.get("category"), str) else []
         yield where, [*asked, key], want(row, kind, str, where)
 
 

@@ -17,7 +17,7 @@ import grader
 import scores
 from images import resolve_inside
 from metrics import LETTERS
-from predictions import Item, entries, is_llava, listed, llava_items, load, question_of, shown, tabbed, want
+from predictions import IDS, Item, entries, is_llava, listed, llava_items, load, question_of, shown, tabbed, want
 from records import SURROGATE, DataError
 
 SHORT = "Answer the question using a single word or phrase."
@@ -48,6 +48,11 @@ def by_id(path: Path, content: object) -> Iterator[tuple[str, str, dict]]:
         if not isinstance(row, dict):
             raise DataError(f"{path}: question {shown(key)}: is a {type(row).__name__}, not an object")
         yield key, f"{path}: question {shown(key)}", row
+
+
+def identity(row: dict, where: str) -> int | str:
+    """A row's id, under whichever of the usual names."""
+    return want(row, next((name for name in IDS if name in row), "question_id"), (int, str), where)
 
 
 def put(table: dict, key: int | str, value: object, where: str):
@@ -87,7 +92,7 @@ def read_vqav2(paths: list[Path]) -> list[Item]:
             put(items, key, item, where)
         for where, row in entries(path, listed(content, "annotations")):
             kinds = {"answer type": "answer_type", "question type": "question_type"}
-            groups = {kind: want(row, key, str, where) for kind, key in kinds.items()}
+            groups = {kind: want(row, key, str, where) for kind, key in kinds.items() if key in row}
             put(truths, want(row, "question_id", int, where), (people(row, where), groups), where)
     if items and truths and items.keys() != truths.keys():
         refuse(paths, f"question {min(items.keys() ^ truths.keys(), key=str)} is not in both questions and annotations")
@@ -132,7 +137,7 @@ def read_textvqa(paths: list[Path]) -> list[Item]:
                 tokens[image] = want(row, "ocr_tokens", list, where)
                 continue
             question = want(row, "question", str, where)
-            item = Item(want(row, "question_id", int, where), question, f"{image}.jpg")
+            item = Item(row.get("question_id", f"{image}/{len(items)}"), question, f"{image}.jpg")
             item.truth = people(row, where) if "answers" in row else None
             item.keys = (f"{image}\n{question.strip().lower()}",)
             items.append(item)
@@ -168,7 +173,8 @@ def read_vizwiz(paths: list[Path]) -> list[Item]:
             image = want(row, "image", str, where)
             item = Item(image, want(row, "question", str, where), image)
             if "answers" in row:
-                item.truth, item.groups = people(row, where), {"answer type": want(row, "answer_type", str, where)}
+                item.truth = people(row, where)
+                item.groups = {"answer type": want(row, "answer_type", str, where)} if "answer_type" in row else {}
             items.append(item)
     return items
 
@@ -368,7 +374,7 @@ def read_docvqa(paths: list[Path]) -> list[Item]:
     items = []
     for path in paths:
         for where, row in entries(path, listed(load(path), "data")):
-            item = Item(want(row, "questionId", int, where), want(row, "question", str, where), row.get("image"))
+            item = Item(identity(row, where), want(row, "question", str, where), row.get("image"))
             item.truth = people(row, where) if "answers" in row else None
             items.append(item)
     return items
@@ -400,7 +406,7 @@ def read_medical(paths: list[Path]) -> list[Item]:
                     raise DataError(f"{where}: conversations are not a question and an answer")
                 question, answer = (want(turn, "value", str, where) for turn in talk[:2])
             else:
-                key = want(row, "qid", (int, str), where)
+                key = identity(row, where)
                 image = row.get("image_name") or row.get("img_name")
                 question, answer = want(row, "question", str, where), str(row.get("answer"))
             kind = want(row, "answer_type", str, where).strip().upper()

@@ -178,6 +178,28 @@ def test_pope_on_its_label_files(tmp_path, command, capsys):
         assert figures[f"{split} accuracy (lmms-eval)"] < figures[f"{split} accuracy"]
 
 
+def test_answers_may_name_their_split(tmp_path):
+    references, _ = MAKERS["pope"](tmp_path, random.Random(0), 4)
+    items = read_items("pope", references)
+    said = [{"question_id": 1, "category": split, "text": split} for split in ("popular", "random")]
+    answers = read_predictions(write(tmp_path / "p.json", said), items)
+    assert {item.id: answer for item, answer in zip(items, answers) if answer} == {
+        "random/1": "random",
+        "popular/1": "popular",
+    }
+
+
+def test_only_what_a_score_is_made_of_must_be_there(tmp_path):
+    answers = ["cat"] * 10
+    for task, content in {
+        "vqav2": {"annotations": [{"question_id": 1, "answers": answers}]},
+        "textvqa": {"data": [{"image_id": "a", "question": "What?", "answers": answers}]},
+        "docvqa": {"data": [{"question_id": 1, "question": "What?", "answers": answers}]},
+    }.items():
+        items = read_items(task, [write(tmp_path / "reference.json", content)])
+        assert next(iter(TASKS[task].score(items, ["cat"]).values())) in (1, 100)
+
+
 def test_mme_by_hand(tmp_path):
     for name, row in (
         ("a.txt", "Is it? Please answer yes or no.\tYes\nIs it not?\tNo\n"),
