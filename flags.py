@@ -63,9 +63,11 @@ def check(args: argparse.Namespace):
     if args.stage == 0 and (args.val or args.init_from or args.shard == "fsdp"):
         raise ValueError("--val, --init-from and --shard fsdp are for stages 1 and 2")
     check_lora(args)
-    unknown = set(args.train.split(",")) - {"vision", "projector", "llm"}
-    if args.stage > 0 and unknown:
+    named = set(filter(None, args.train.split(",")))
+    if args.stage > 0 and (unknown := named - {"vision", "projector", "llm"}):
         raise ValueError(f"--train {', '.join(unknown)}: choose from vision, projector, llm")
+    if args.stage > 0 and not named and not args.lora:
+        raise ValueError("--train names nothing")
 
 
 def check_lora(args: argparse.Namespace):

@@ -172,9 +172,12 @@ class Bench:
 # trials: each yields rows of the table
 
 
-def every_step(bench: Bench):
+KINDS = (("stage 1", 1), ("stage 2", 1), ("stage 2", 2), ("LoRA", 1), ("QLoRA", 1))
+
+
+def every_step(bench: Bench, kinds=KINDS):
     """Killed as each step begins, and resumed."""
-    for name, ranks in (("stage 1", 1), ("stage 2", 1), ("stage 2", 2), ("LoRA", 1), ("QLoRA", 1)):
+    for name, ranks in kinds:
         equal = 0
         expected = bench.untouched_by_two if ranks == 2 else bench.untouched[name]
         for step in tqdm(range(1, STEPS + 1), f"{name}, {ranks} ranks"):

@@ -365,6 +365,13 @@ def runs(tiny, tmp_path_factory, command):
     return folders
 
 
+def test_the_projector_may_stay_as_it_is(tiny, tmp_path, command):
+    command(train, *repeat(tiny, "lora"), "--train", "", "--out", tmp_path / "run")
+    kept = load_file(tmp_path / "run" / WEIGHTS)
+    assert kept and all(".lora_" in name for name in kept)
+    load_adapted(tiny.stage1, tmp_path / "run", "cpu", torch.float32)
+
+
 def repeat(tiny, name):
     return [*tiny.flags["stage2"], *RUNS[name], "--lr", 1e-2]
 
@@ -554,6 +561,7 @@ def test_what_is_no_adapter_or_no_base(tiny, runs, tmp_path, command):
     (["--lora", "llm", "--vision", "clip"], "--model"),
     (["--lora", "llm", "--stage", 1], "stage 2"),
     (["--lora", "all"], "--lora"),
+    (["--train", ""], "--train names nothing"),
 ])  # fmt: skip
 def test_flags_that_make_no_sense(capsys, argv, words):
     with pytest.raises(SystemExit):
