@@ -90,9 +90,10 @@ def markdown(out: Path, result: dict, minutes: dict[str, float]) -> str:
         extra = f" {without[name]:.1f} % |" if without else ""
         lines.append(f"| {name} | {result['accuracy'][name]:.1f} % | {result['blind'][name]:.1f} % |{extra}")
     lines += ["", "Blind: the same model, every picture replaced by the mean colour.", "", "![loss](loss.png)", ""]
+    probed = (out / "probes/probes.md").read_text() if (out / "probes/probes.md").exists() else ""
     lines += ["![held-out pictures](sheet.png)", "", "| step | minutes |", "|---|---:|"]
     lines += [f"| {name} | {value:.1f} |" for name, value in minutes.items()]
-    lines += ["", "Go on with your own picture, or a conversation; or see where it goes wrong:", ""]
-    lines += [f"    python sample.py --model {out}/stage2 --image YOUR.jpg"]
-    lines += [f"    python eval.py --model {out}/stage2 --task probes", ""]
+    lines += ["", "Go on with your own picture, or a conversation:", ""]
+    lines += [f"    python sample.py --model {out}/stage2 --image YOUR.jpg", ""]
+    lines += [probed.replace("# Probes", "# Where it goes wrong").replace("](probes.png)", "](probes/probes.png)")]
     return "\n".join(lines)

@@ -37,6 +37,7 @@ def plan(minutes: float, seed: int, out: Path, ablation: bool) -> list[tuple[str
         ["--tower", tower, "--batch-size", batch, "--lr", rate]
         for tower, batch, rate in (("clip", "128", "1e-3"), ("decoder", "16", "4e-4"))
     )
+    probing = ["eval.py", "--task", "probes", "--model", str(out / "stage2"), "--out", str(out / "probes")]
     draw = ["shapes.py", "--out", str(world), "--n", str(int(1000 * minutes)), "--seed", str(seed)]
     ablated = [  # the same stage 2 on a new projector, as LLaVA would start it; first, so that the newest run is whole
         train("no-stage1", 2, 640, "no-stage1", *towers),
@@ -51,6 +52,7 @@ def plan(minutes: float, seed: int, out: Path, ablation: bool) -> list[tuple[str
         train("stage2", 2, 640, "stage2", "--model", str(out / "stage1")),
         evaluate("evaluation", "stage2", "answers.jsonl"),
         evaluate("blind evaluation", "stage2", "answers-blank.jsonl", "--blank"),
+        ("probes", probing, out / "probes/probes.json"),
     ]
 
 
