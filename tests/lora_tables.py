@@ -134,7 +134,7 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda trial: trial.go() if trial.flags else ask(trial), trials.values()))
     print("| | | trains | held, MB | loss | accuracy | of full |\n|---|---|---:|---:|---:|---:|---:|")
-    for (table, name), trial in trials.items():
+    for (table, name), trial in sorted(trials.items(), key=lambda pair: pair[0][0], reverse=True):
         if name in WAYS:
             share = 100 * trial.accuracy / trials[table, "full"].accuracy
             row = f"| {table} | {name} | {trial.trained:,} | {trial.held:.0f} | {trial.loss:.3f} "
