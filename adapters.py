@@ -28,14 +28,24 @@ from lora import Base, LoRALinear, lora_layers, merge, plain, scale_of, weight_o
 from nf4 import NF4Linear
 from tensors import Lazy, open_tensors
 from tokenizer import Tokenizer
-from weights import build, grow_vocabulary, load_both, load_tokenizer, open_model, rename_back, save_model
+from weights import (
+    FLOATS,
+    MERGED,
+    build,
+    grow_vocabulary,
+    load_both,
+    load_tokenizer,
+    open_model,
+    rename_back,
+    save_model,
+)
 
 PEFT = "base_model.model."  # stands in front of every name
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 REST = "non_lora_trainables.bin"  # of LLaVA's authors
-MERGED = "merged.json"  # which adapters a model has in its weights
 # What peft can do to the arithmetic of LoRA, and we cannot; and what else may train beside it.
 UNKNOWN = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora")
+STARTS = ("gaussian", "orthogonal")  # ways to begin that leave the base alone
 UNKNOWN += ("alora_invocation_tokens", "use_bdlora", "eva_config", "arrow_config", "monteclora_config")
 
 
@@ -125,7 +135,8 @@ class Adapter:
     lora: dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # of a layer: A (r, in), B (out, r), scale
     whole: dict[str, torch.Tensor]  # tensors in the place of the base's
     base: dict[str, list[float]]  # what sample_weights found in the base; empty in files that are not ours
-    config: LlavaConfig | None  # of the whole model, where the folder says it
+    config: LlavaConfig | None  # of the whole model, where the folder has it
+    said: set[str]  # what its config.json says itself; the rest of `config` is guessed
 
 
 def is_adapter(folder: Path) -> bool:
@@ -136,6 +147,9 @@ def read_adapter(folder: Path) -> Adapter:
     """An adapter of ours, of peft's or of LLaVA's authors'. Raises ValueError naming what it cannot use."""
     values, path = read_peft_config(folder), weights_file(folder)
     pairs, whole = sort_tensors(open_tensors(path) | (open_tensors(folder / REST) if (folder / REST).exists() else {}))
+    for name, lazy in [*whole.items(), *((name, half) for name, pair in pairs.items() for half in pair.values())]:
+        if lazy.dtype not in FLOATS:
+            raise ValueError(f"{path}: {name} is {lazy.dtype}, should be {', '.join(list(FLOATS)[:4])}")
     names = [*(f"{name}.weight" for name in pairs), *whole]
     layout = LLAVA_LAYOUTS[choose_layout(names, LLAVA_LAYOUTS)]
     if strange := [name for name in names if not match(name, layout)]:
@@ -151,8 +165,9 @@ def read_adapter(folder: Path) -> Adapter:
     for name, tensor in [*rest.items(), *((name, half) for name, layer in lora.items() for half in layer[:2])]:
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds numbers that are not finite")
-    config = read_config(folder) if (folder / "config.json").exists() else None
-    return Adapter(folder, lora, rest, read_sample(path, lora), config)
+    whole_model = (folder / "config.json").exists()
+    config, said = (read_config(folder), set(read_json(folder / "config.json"))) if whole_model else (None, set())
+    return Adapter(folder, lora, rest, read_sample(path, lora), config, said)
 
 
 def read_peft_config(folder: Path) -> dict:
@@ -160,9 +175,13 @@ def read_peft_config(folder: Path) -> dict:
     if not is_adapter(folder):
         raise ValueError(f"{folder}: holds no {CONFIG}, so it is no adapter")
     values = read_json(folder / CONFIG)
-    kinds = [values.get("peft_type")] if values.get("peft_type") != "LORA" else [k for k in UNKNOWN if values.get(k)]
-    if kinds:
-        raise ValueError(f"{folder / CONFIG}: {kinds[0]} is something else than LoRA")
+    strange = [key for key in UNKNOWN if values.get(key)]
+    strange += [f"bias {values['bias']!r}"] if values.get("bias", "none") != "none" else []
+    start = values.get("init_lora_weights")  # of these, some change the base when they are loaded
+    strange += [f"init_lora_weights {start!r}"] if isinstance(start, str) and start not in STARTS else []
+    if values.get("peft_type") != "LORA" or strange:
+        what = values.get("peft_type") if values.get("peft_type") != "LORA" else strange[0]
+        raise ValueError(f"{folder / CONFIG}: {what} is something else than LoRA as it is here")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = values.setdefault(key, {}) or {}
         try:
@@ -199,7 +218,7 @@ def read_layer(path: Path, name: str, pair: dict[str, Lazy], values: dict, layou
     a, b = pair["A"].read().float(), pair["B"].read().float()
     if a.ndim != 2 or b.ndim != 2 or not 0 < len(a) == b.shape[1] == rank:
         raise ValueError(f"{path}: {name} holds {list(a.shape)} and {list(b.shape)}, its rank is {rank} in {CONFIG}")
-    scale = scale_of(rank, alpha, bool(values.get("use_rslora")))
+    scale = scale_of(rank, alpha, values.get("use_rslora") is True)
     ours, _ = match(f"{name}.weight", layout)  # how the base stores its matrix (fan_in_fan_out) is no matter here
     return {target.removesuffix(".weight"): (a, part, scale) for target, part in zip(ours, b.chunk(len(ours)))}
 
@@ -208,7 +227,7 @@ def of_layer(values: dict, key: str, exceptions: str, name: str) -> float:
     """Rank or alpha of a layer: peft's exceptions are regular expressions for the end of its path."""
     patterns = values[exceptions]
     value = next((patterns[pattern] for pattern in patterns if pattern.match(name)), values.get(key))
-    if not isinstance(value, (int, float)) or value <= 0:
+    if not isinstance(value, (int, float)) or not 0 < value < 2**31:
         raise ValueError(f"{CONFIG}: {key} of {name} is {value!r}")
     return value
 
@@ -220,8 +239,9 @@ def read_sample(path: Path, layers: Iterable[str]) -> dict[str, list[float]]:
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get("base", "{}")
     try:
-        return {name: torch.tensor(numbers).tolist() for name, numbers in json.loads(text).items() if name in layers}
-    except (ValueError, TypeError, AttributeError, RuntimeError):
+        noted = {name: [float(n) for n in numbers] for name, numbers in json.loads(text).items()}
+        return {name: numbers for name, numbers in noted.items() if name in layers}
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path}: what it notes of its base cannot be read") from None
 
 
@@ -233,17 +253,17 @@ def read_sample(path: Path, layers: Iterable[str]) -> dict[str, list[float]]:
 def attach(model: Llava, adapter: Adapter):
     """Put an adapter onto its base. Raises ValueError, the model unchanged, if it was made for another."""
     refuse_other_base(model, adapter)
-    parameters = dict(model.named_parameters())  # by the names they have before layers are wrapped
+    dtype, parameters = model.dtype, dict(model.named_parameters())  # by the names they have before layers are wrapped
     for path, (a, b, scale) in adapter.lora.items():
         layer = LoRALinear(model.get_submodule(path), len(a), scale)
         layer.lora_A.weight.copy_(a)
         layer.lora_B.weight.copy_(b)
         for half in (layer.lora_A, layer.lora_B):
-            half.to(model.dtype)
+            half.to(dtype)
         model.set_submodule(path, layer)
     for name, tensor in adapter.whole.items():
         parameters[name].copy_(tensor)
-    if adapter.config is not None:  # stage 2 may have settled on another template, or way to make pictures square
+    if "template" in adapter.said:  # stage 2 may have settled on another one, or way to make pictures square
         model.config.template, model.config.image_mode = adapter.config.template, adapter.config.image_mode
         model.config.eos_token_ids = sorted({*model.config.eos_token_ids, *adapter.config.eos_token_ids})
 
@@ -252,8 +272,8 @@ def refuse_other_base(model: Llava, adapter: Adapter):
     modules, wrong = dict(model.named_modules()), []
     for path, (a, b, _) in adapter.lora.items():
         base, wanted = modules.get(path), (len(b), a.shape[1])
-        if not isinstance(base, Base):
-            wrong.append(f"{path} is not there")
+        if not isinstance(base, Base) or path.endswith("lm_head"):
+            wrong.append(f"{path} is not there" if base is None else f"{path} cannot have LoRA here")
         elif (base.out_features, base.in_features) != wanted:
             wrong.append(f"{path} is {base.out_features} x {base.in_features}, not {wanted[0]} x {wanted[1]}")
     parameters = dict(model.named_parameters())
@@ -284,7 +304,11 @@ def load_adapted(
         return load_both(folder, device, dtype, bits)
     if adapter is None:
         adapter, folder = folder, base_of(folder)
+    if is_adapter(folder):
+        raise ValueError(f"{folder} is an adapter: --model is the base below {adapter}")
     found = read_adapter(adapter)
+    if fingerprint(weights_file(adapter))["sha256"] in merged_into(folder):
+        raise ValueError(f"{folder} has {adapter} in its weights already")
     config, tensors = open_model(folder)
     if config.vision_config is None and found.config is not None and found.config.vision_config is not None:
         found.config.text_config, found.config.image_token_index = config.text_config, config.image_token_index
@@ -297,9 +321,15 @@ def load_adapted(
     return model, tokenizer
 
 
+def merged_into(folder: Path) -> list[str]:
+    """Hashes of the adapters that a model has in its weights."""
+    return read_json(folder / MERGED).get("adapters", []) if (folder / MERGED).exists() else []
+
+
 def base_of(folder: Path) -> Path:
+    """The base of an adapter, where its file says. Raises ValueError if it is not there."""
     base = read_json(folder / CONFIG).get("base_model_name_or_path")
-    if not isinstance(base, str) or not (Path(base) / "config.json").exists():
+    if not isinstance(base, str) or len(base) > 4000 or "\0" in base or not (Path(base) / "config.json").exists():
         raise ValueError(f"{folder}: an adapter, and its base {base!r} is no folder here: name it with --model")
     return Path(base)
 
@@ -328,10 +358,7 @@ def merge_folder(base: Path, adapter: Path, out: Path, bits: int = 16, vision: P
     if out.exists():
         raise ValueError(f"{out}: exists already")
     found = read_adapter(adapter)
-    before = read_json(base / MERGED).get("adapters", []) if (base / MERGED).exists() else []
-    own = fingerprint(weights_file(adapter))["sha256"]
-    if own in before:
-        raise ValueError(f"{base} has this adapter in its weights already")
+    merged = [*merged_into(base), fingerprint(weights_file(adapter))["sha256"]]
     model, tokenizer = load_adapted(base, adapter, "cpu", None, bits, vision)
     apart, largest, narrow = merge_checked(model, found)
     if model.config.vision_config is not None:
@@ -340,7 +367,7 @@ def merge_folder(base: Path, adapter: Path, out: Path, bits: int = 16, vision: P
     def write(folder: Path):
         save_model(model, folder)
         tokenizer.save(folder)
-        write_json(folder / MERGED, {"adapters": [*before, own]})
+        write_json(folder / MERGED, {"adapters": merged})
 
     publish(out, write)
     print(f"{out}: logits of up to {largest:.3g} differ by at most {apart:.1e} from those of base and adapter")
@@ -382,6 +409,8 @@ def quantise_folder(source: Path, target: Path):
     def write(folder: Path):
         save_model(model, folder)
         tokenizer.save(folder)
+        if before := merged_into(source):
+            write_json(folder / MERGED, {"adapters": before})
 
     publish(target, write)
     layers = [module for module in model.modules() if isinstance(module, NF4Linear)]

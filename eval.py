@@ -20,7 +20,7 @@ import answering
 import grader
 import probes
 import runs
-from adapters import load_adapted
+from adapters import base_of, load_adapted
 from answering import Cost
 from files import to_json, write_json
 from images import BadImage
@@ -167,7 +167,7 @@ def choose_image_mode(args: argparse.Namespace, config: LlavaConfig):
 
 def run(args: argparse.Namespace):
     """Answer what is not answered yet, on all ranks, then score on the first."""
-    base = args.model or runs.newest_run(1, 2)
+    base = args.model or (base_of(args.adapter) if args.adapter else runs.newest_run(1, 2))
     folders = [base, args.adapter] if args.adapter else [base]
     folder = folders[-1]  # where answers go, and whose name they have
     ranks = Ranks(args.device)

@@ -22,7 +22,11 @@ def publish(folder: Path, write: Callable[[Path], None]):
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed here
     partial.mkdir()
-    write(partial)
+    try:
+        write(partial)
+    except (ValueError, OSError):
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     for path in [*partial.iterdir(), partial]:
         flush(path)
     partial.rename(folder)

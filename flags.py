@@ -77,7 +77,11 @@ def check_lora(args: argparse.Namespace):
     if args.bits == 4 and args.shard == "fsdp":
         raise ValueError("--bits 4 and --shard fsdp do not go together: --shard zero1 does")
     if not args.lora:
+        if alone := [key for key in args.flags if key.startswith("lora_")]:
+            raise ValueError(f"--{alone[0].replace('_', '-')} needs --lora")
         return
+    if args.lora_alpha is not None and not 0 < args.lora_alpha < math.inf:
+        raise ValueError("--lora-alpha must be above 0")
     if args.stage != 2:
         raise ValueError("--lora is for stage 2")
     if args.vision or args.llm:

@@ -107,6 +107,9 @@ def add_lora(
     if unknown := sorted(set(names or []) - set(known)):
         raise ValueError(f"no layer of {' or '.join(ranks)} is called {unknown[0]!r}; there are {', '.join(known)}")
     chosen = {path: rank for path, rank in chosen.items() if names is None or path.split(".")[-1] in names}
+    for component in ranks:
+        if not any(path.startswith(PREFIXES[component]) for path in chosen):
+            raise ValueError(f"no layer of {component} is called {' or '.join(names)}")
     for path, rank in chosen.items():
         base = model.get_submodule(path)
         if not 1 <= rank <= min(base.in_features, base.out_features):

@@ -73,9 +73,9 @@ def activations(model: Llava, dtype: torch.dtype, rows: int, length: int, recomp
 
 
 def unpacked(model: Llava, dtype: torch.dtype) -> int:
-    """Bytes of the largest matrix in NF4 while it is whole: its codes as int32, its numbers in float32, and in use."""
+    """Bytes of the largest matrix in NF4 while it is whole."""
     sizes = [m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear)]
-    return max(sizes, default=0) * (2 + 4 + dtype.itemsize)
+    return max(sizes, default=0) * dtype.itemsize
 
 
 def angles_of(x: torch.Tensor, config) -> tuple | None:
@@ -122,5 +122,5 @@ def free_bytes(device: torch.device) -> int:
 def refuse(found: Estimate, free: int):
     """Raise ValueError with what helps, if weights, gradients and states alone are more than there is."""
     if found.fixed > free:
-        helps = "--shard fsdp on more ranks, --weights bfloat16, or to train less (--train projector)"
+        helps = "--lora llm (with --bits 4), --shard fsdp on more ranks, --offload-states, --weights bfloat16"
         raise ValueError(f"{found}, but there are {free / 1e9:.3g}. What helps: {helps}")

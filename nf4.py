@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 BLOCK, NESTED_BLOCK = 64, 256  # numbers that share an absmax; absmax that share one themselves
-CHUNK = 1 << 18  # numbers quantised at a time: they stay in the cache, and no matrix is ever whole in float32
+CHUNK = 1 << 18  # numbers worked on at a time: they stay in the cache, and no matrix is ever whole in float32
 TINY = 1e-38  # stands for the absmax of a block of zeros
 
 # The quantiles of appendix E of the paper, in float32, as bitsandbytes has them.
@@ -89,14 +89,22 @@ def quantise_part(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (codes[:, 0] << 4 | codes[:, 1]).to(torch.uint8), absmax
 
 
-def dequantise(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, ...], block: int = BLOCK) -> torch.Tensor:
-    """The numbers (shape) float32 behind packed codes and their absmax."""
-    count = math.prod(shape)
-    whole = count // block * block
-    y = pairs_of_codes(packed.device).index_select(0, packed.flatten().int()).view(torch.float32)
-    y[:whole].view(-1, block).mul_(absmax[: whole // block, None])
-    y[whole:count] *= absmax[-1]  # of a last, shorter block, if there is one
-    return y[:count].view(shape)
+def dequantise(
+    packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, ...], dtype=torch.float32, block: int = BLOCK
+) -> torch.Tensor:
+    """The numbers (shape) behind packed codes and their absmax, multiplied in float32 and rounded to `dtype`."""
+    count, codes = math.prod(shape), packed.flatten()
+    numbers = torch.empty(count, dtype=dtype, device=packed.device)
+    chunk = CHUNK if packed.device.type == "cpu" else count + block  # a GPU has no cache to mind
+    for begin in range(0, count, chunk):
+        end = min(begin + chunk, count)
+        y = pairs_of_codes(packed.device).index_select(0, codes[begin // 2 : (end + 1) // 2].int())
+        y = y.view(torch.float32)[: end - begin]
+        if ragged := len(y) % block:
+            y = F.pad(y, (0, block - ragged))
+        y.view(-1, block).mul_(absmax[begin // block : -(-end // block), None])
+        numbers[begin:end] = y[: end - begin]
+    return numbers.view(shape)
 
 
 def quantise_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -129,11 +137,11 @@ class FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, linear: "NF4Linear") -> torch.Tensor:
         ctx.linear = linear
-        return x @ linear.dequantise().to(x.dtype).T
+        return x @ linear.dequantise(x.dtype).T
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        return gradient @ ctx.linear.dequantise().to(gradient.dtype), None
+        return gradient @ ctx.linear.dequantise(gradient.dtype), None
 
 
 class NF4Linear(nn.Module):
@@ -160,12 +168,15 @@ class NF4Linear(nn.Module):
             parts |= zip(("absmax", "nested_absmax", "nested_offset"), quantise_absmax(absmax))
         return cls(parts, tuple(weight.shape), weight.dtype)
 
-    def dequantise(self) -> torch.Tensor:
-        """The weight (out, in) as it is computed with."""
-        absmax = self.absmax
+    def dequantise(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight (out, in) in the type it had, and then, if one is named, in another."""
+        absmax, kept = self.absmax, self.dtype
+        if kept == torch.float32 and dtype is not None:
+            kept = dtype  # which rounds once, as going through float32 would
         if hasattr(self, "nested_absmax"):
             absmax = dequantise_absmax(absmax, self.nested_absmax, self.nested_offset)
-        return dequantise(self.weight, absmax, (self.out_features, self.in_features), self.block).to(self.dtype)
+        weight = dequantise(self.weight, absmax, (self.out_features, self.in_features), kept, self.block)
+        return weight if dtype is None else weight.to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
@@ -179,20 +190,17 @@ class NF4Linear(nn.Module):
 
 def count_weights(module: nn.Module) -> int:
     """Numbers in the matrices and vectors of a module, however many bits each has."""
-    count = 0
-    for part in module.modules():
-        if isinstance(part, NF4Linear):
-            bias = 0 if part.bias is None else part.bias.numel()
-            count += part.in_features * part.out_features + bias
-        else:
-            count += sum(p.numel() for p in part.parameters(recurse=False))
-    return count
+    quantised = [part for part in module.modules() if isinstance(part, NF4Linear)]
+    packed = {id(p) for part in quantised for name, p in part.named_parameters() if name != "bias"}
+    whole = sum(p.numel() for p in module.parameters() if id(p) not in packed)  # a tied one once
+    return whole + sum(part.in_features * part.out_features for part in quantised)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # in files, as bitsandbytes writes them: NAME.weight and these beside it
 
 STATE = ".quant_state.bitsandbytes__"  # + "nf4": JSON, as bytes
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BESIDE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
@@ -215,10 +223,11 @@ def read_state(name: str, kind: str, tensor: torch.Tensor) -> dict:
     """What is said of the weight `name` beside its numbers. Raises ValueError naming what we do not have."""
     try:
         state = json.loads(bytes(tensor.tolist()))
-        shape, dtype, block = state["shape"], getattr(torch, state["dtype"]), state["blocksize"]
-        sound = len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in [*shape, block])
-        sound = sound and block & (block - 1) == 0 and isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    except (ValueError, LookupError, TypeError, AttributeError):
+        shape, dtype, block = state["shape"], DTYPES[state["dtype"]], state["blocksize"]
+        sound = len(shape) == 2 and all(isinstance(n, int) and 0 < n < 2**31 for n in [*shape, block])
+        sound = sound and block in (32, 64, 128, 256, 512, 1024, 2048, 4096)
+        sound = sound and math.isfinite(float(state.get("nested_offset", 0)))
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         sound = False
     if not sound:
         raise ValueError(f"{name}: its quantisation state cannot be read")
@@ -244,9 +253,9 @@ def from_files(name: str, state: dict, tensors: dict[str, torch.Tensor]) -> NF4L
     for key, book in maps.items():
         if key in wanted and not torch.equal(tensors[key].float(), book(tensors[key].device)):
             raise ValueError(f"{name}{key} holds other values than NF4 has")
-    codes = {"": torch.uint8, ".absmax": torch.uint8 if nested else torch.float32}
+    codes = {"": torch.uint8, ".absmax": torch.uint8 if nested else torch.float32, ".nested_absmax": torch.float32}
     for key, dtype in codes.items():
-        if tensors[key].dtype != dtype:
+        if key in wanted and tensors[key].dtype != dtype:
             raise ValueError(f"{name}{key} is {tensors[key].dtype}, should be {dtype}")
     parts = {"weight": tensors[""], "absmax": tensors[".absmax"]}
     if nested:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import runs
-from adapters import load_adapted
+from adapters import base_of, load_adapted
 from data import prepare_picture
 from images import BadImage, open_image
 from llava import Llava, generate
@@ -122,7 +122,7 @@ def main():
     """Answer once or converse; bad input ends in one line and status 1."""
     args = read_flags()
     try:
-        folder = args.model or runs.newest_run(1, 2)
+        folder = args.model or (base_of(args.adapter) if args.adapter else runs.newest_run(1, 2))
         device = choose_device(args.device)
         model, tokenizer = load_adapted(folder, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
         generator = torch.Generator(device).manual_seed(args.seed)

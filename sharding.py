@@ -184,6 +184,8 @@ def restore_states(whole: dict[str, torch.Tensor], trained: dict[str, nn.Paramet
             # the fused kernel reads the step where the parameter is
             step = whole[f"{name}.step"].to(p.device)
             local(optimizer).state[p] = {"step": step} | {key: like(whole[f"{name}.{key}"], p) for key in STATES[1:]}
+            if isinstance(local(optimizer), OffloadedAdamW):
+                local(optimizer).move(p, torch.device("cpu"))
 
 
 def like(whole: torch.Tensor, p: torch.Tensor) -> torch.Tensor:

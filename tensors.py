@@ -44,7 +44,7 @@ def open_tensors(path: Path) -> dict[str, Lazy]:
 def gather_quantised(tensors: dict[str, Lazy], source: Path) -> dict[str, Lazy]:
     """The same, with all that a file holds of a weight in NF4 under that weight's name."""
     for key in [name for name in tensors if nf4.STATE in name]:
-        name, kind = key.split(nf4.STATE)
+        name, _, kind = key.rpartition(nf4.STATE)
         state = nf4.read_state(f"{source}: {name}", kind, tensors.pop(key).read())
         parts = {end: tensors.pop(name + end) for end in ("", *nf4.BESIDE) if name + end in tensors}
 

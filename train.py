@@ -45,6 +45,7 @@ from images import BadImage
 from llava import IGNORE, Llava
 from lora import add_lora
 from mixture import Source, batches, check_mixing, counts_of, open_sources, order_of
+from nf4 import NF4Linear
 from ranks import Ranks, arithmetic, autocast
 from templates import TEMPLATES, end_ids
 from tokenizer import Tokenizer, train_bpe
@@ -212,6 +213,8 @@ def check_memory(args, ranks: Ranks, model: nn.Module, dataset):
     longest = int(abs(dataset.lengths()).max()) if isinstance(dataset, Records) else 0
     shape, dtype = (micro_batch(args, ranks), longest), arithmetic(ranks.device, args.dtype)
     needed = memory.estimate(model, args.shard, ranks.world, dtype, *shape, args.recompute)
+    if args.offload_states and ranks.device.type == "cuda":
+        needed.states = 0  # but for one parameter's
     free = memory.free_bytes(ranks.device)
     ranks.say(f"{needed}; there are {free / 1e9:.3g}")
     memory.refuse(needed, free)
@@ -491,6 +494,12 @@ def train_llava(args, ranks: Ranks, folder: Path):
     if args.stage == 2 and args.template:
         model.config.template = args.template
         model.config.eos_token_ids = sorted({*model.config.eos_token_ids, *end_ids(args.template, tokenizer)})
+    if any(isinstance(module, NF4Linear) for module in model.modules()) and not (
+        args.lora or args.train == "projector"
+    ):
+        raise ValueError(
+            f"{args.model or args.llm} is in four bits, which cannot train: --lora llm, or --train projector"
+        )
     choose_trainable(model, args.train)
     adapted = adapt(args, model)
     if args.init_from:
@@ -597,6 +606,8 @@ def main():
             return
         ranks = Ranks(args.device, args.timeout)
         micro_batch(args, ranks)
+        if args.weights == "bfloat16" and arithmetic(ranks.device, args.dtype) == torch.float32:
+            raise ValueError("--weights bfloat16 needs --dtype bfloat16 on this machine")
         new = f"stage{args.stage}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = args.out or runs.ROOT / ranks.same_name(new)
         (stage0 if args.stage == 0 else train_llava)(args, ranks, folder)

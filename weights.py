@@ -10,6 +10,7 @@ filled, every shape fits and every number is finite; or nothing is loaded, and o
 
 import argparse
 import math
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -42,6 +43,7 @@ from templates import TEMPLATES, end_ids
 from tensors import Lazy, find_llama2c, open_tensors, read_llama2c
 from tokenizer import Tokenizer
 
+MERGED = "merged.json"  # which adapters a model has in its weights
 SHARD_BYTES = 5_000_000_000  # of a file that is written; larger ones are unwieldy to copy
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}  # in safetensors
 FLOATS |= {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}  # in torch
@@ -249,6 +251,8 @@ def open_model(folder: Path) -> tuple[LlavaConfig, dict[str, Lazy]]:
 def check_head(tensors: dict[str, Lazy], source: Path | str):
     """A file may hold the head of a tied model once more, but not another one. Raises ValueError."""
     found = placed(tensors)
+    if any(found[name].dtype == "NF4" for name in (HEAD, EMBEDDING) if name in found):
+        raise ValueError(f"{source}: its head or embedding is in four bits, and the two are one")
     if HEAD in found and not torch.equal(found[HEAD].read(), found[EMBEDDING].read()):
         raise ValueError(f"{source}: config.json ties head and embedding, but the file holds two different ones")
 
@@ -438,6 +442,8 @@ def convert(source: Path, target: Path, vision: Path | None, llm: Path | None, t
     def write(folder: Path):
         save_model(model, folder)
         tokenizer.save(folder)
+        if (source / MERGED).exists():
+            shutil.copy(source / MERGED, folder)
 
     publish(target, write)
 

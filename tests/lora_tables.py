@@ -2,7 +2,8 @@
 
     python tests/lora_tables.py --speedrun out/speedrun --easy-vqa easy-vqa --out out/lora-tables
 
-Two runs at a time, one thread each. A run that is there already is not made again.
+Two runs at a time, one thread each. A run that is there already is not made again, so other --steps or --lr want
+another --out.
 """
 
 import argparse

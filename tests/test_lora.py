@@ -18,6 +18,7 @@ import eval as evaluation
 import lora
 import sample
 import train
+import weights
 from adapters import attach, load_adapted, merge_folder, read_adapter, sample_weights, save_adapter
 from data import Records, collate
 from files import read_json
@@ -302,6 +303,11 @@ def test_merged_is_unmerged(tiny, batch, tmp_path, command, capsys):
         assert (logits_of(merged, batch) - expected).abs().max() <= 1e-5 * expected.abs().max()
         assert (logits_of(load_model(tiny.stage2), batch) - expected).abs().max() > 1e-2 * expected.abs().max()
     command(sample, "--model", tmp_path / "merged", "--prompt", "What is it?", "--max-new-tokens", 4)
+    assert "already" in refusal(command, sample, "--model", tmp_path / "merged", "--adapter", folder, "--prompt", "a")
+    command(lora, "quantize", tmp_path / "merged", tmp_path / "four")
+    command(weights, "convert", tmp_path / "merged", tmp_path / "again")
+    for copy in ("four", "again"):
+        assert "already" in refusal(command, lora, "merge", tmp_path / copy, folder, tmp_path / "twice")
     for base in (tmp_path / "merged", tiny.stage2):  # a second time, onto itself or into the same place
         target = tmp_path / ("twice" if base != tiny.stage2 else "merged")
         with pytest.raises(SystemExit, match="already"):
@@ -524,6 +530,12 @@ BROKEN = {
     "a half": (lambda v, t: t.pop(A), "lacks lora_A"),
     "not LoRA": (lambda v, t: v.update(peft_type="IA3"), "IA3"),
     "DoRA": (lambda v, t: v.update(use_dora=True), "use_dora"),
+    "a start that moves the base": (lambda v, t: v.update(init_lora_weights="pissa"), "pissa"),
+    "biases": (lambda v, t: v.update(bias="all"), "bias"),
+    "alpha is no number": (lambda v, t: v.update(lora_alpha=math.nan), "lora_alpha of"),
+    "patterns are none": (lambda v, t: v.update(rank_pattern=[1]), "rank_pattern cannot be read"),
+    "a pattern is none": (lambda v, t: v.update(rank_pattern={"(": 1}), "rank_pattern cannot be read"),
+    "whole numbers": (lambda v, t: t.update({A: t[A].to(torch.int32)}), "should be F32"),
     "nowhere": (lambda v, t: t.update({A.replace("layers.0", "blocks.0"): t.pop(A)}), "belong to no part"),
     "no such layer": (
         lambda v, t: [t.update({k.replace("s.0.", "s.9."): t.pop(k)}) for k in [*t] if "s.0.self" in k],
@@ -551,6 +563,45 @@ def test_what_is_no_adapter_or_no_base(tiny, runs, tmp_path, command):
     assert "--model" in refusal(command, sample, "--model", orphan, "--prompt", "a")
     argv = [*tiny.flags["stage2"][:2], "--model", runs["lora"], *tiny.flags["stage2"][4:], "--out", tmp_path / "run"]
     assert "is an adapter" in refusal(command, train, *argv)
+    line = refusal(command, sample, "--model", runs["lora"], "--adapter", runs["qlora"], "--prompt", "a")
+    assert "is an adapter" in line
+
+
+@pytest.mark.parametrize("note", [5, [1, [2]], {"x": 5}, [[1, 2]]])
+def test_a_note_on_the_base_that_is_none(tiny, runs, tmp_path, command, note):
+    folder = broken(runs, tmp_path / "adapter", lambda v, t: None)
+    path = next(iter(read_adapter(runs["lora"]).base))
+    text = json.dumps({path: note} if isinstance(note, (int, list)) else note)
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={"base": text})
+    line = refusal(command, sample, "--model", tiny.stage1, "--adapter", folder, "--prompt", "a")
+    assert "cannot be read" in line
+
+
+def test_four_bits_do_not_train(tiny, tmp_path, command):
+    command(lora, "quantize", tiny.stage1, tmp_path / "four")
+    argv = ["--stage", 2, "--model", tmp_path / "four", *tiny.flags["stage2"][4:], "--out", tmp_path / "run"]
+    assert "is in four bits" in refusal(command, train, *argv)
+    command(train, *argv, "--train", "projector")
+
+
+def test_an_adapter_keeps_the_template_of_its_base_if_it_names_none(tiny, runs, tmp_path):
+    folder = broken(runs, tmp_path / "adapter", lambda v, t: None)
+    values = read_json(folder / "config.json")
+    for key in ("template", "image_mode"):
+        values.pop(key)
+    (folder / "config.json").write_text(json.dumps(values))
+    base = load_model(tiny.stage1).config
+    found = load_adapted(tiny.stage1, folder, "cpu", torch.float32)[0].config
+    assert (found.template, found.image_mode) == (base.template, base.image_mode)
+
+
+def test_without_a_base_an_adapters_own_is_taken(tiny, runs, command, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command(sample, "--adapter", runs["lora"], "--prompt", "What is it?", "--max-new-tokens", 4, "--device", "cpu")
+    told = capsys.readouterr().out
+    flags = ["--prompt", "What is it?", "--max-new-tokens", 4, "--device", "cpu"]
+    command(sample, "--model", tiny.stage1, "--adapter", runs["lora"], *flags)
+    assert capsys.readouterr().out == told
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -562,6 +613,9 @@ def test_what_is_no_adapter_or_no_base(tiny, runs, tmp_path, command):
     (["--lora", "llm", "--stage", 1], "stage 2"),
     (["--lora", "all"], "--lora"),
     (["--train", ""], "--train names nothing"),
+    (["--lora-rank", 8], "--lora-rank needs --lora"),
+    (["--lora", "llm", "--lora-alpha", 0], "--lora-alpha"),
+    (["--lora", "llm", "--lora-alpha", "nan"], "--lora-alpha"),
 ])  # fmt: skip
 def test_flags_that_make_no_sense(capsys, argv, words):
     with pytest.raises(SystemExit):
@@ -573,6 +627,7 @@ def test_flags_that_make_no_sense(capsys, argv, words):
     (["--lora", "llm", "--lora-rank", 0], "a rank of 0"),
     (["--lora", "llm", "--lora-layers", "q_prj"], "'q_prj'"),
     (["--lora", "vision", "--lora-layers", "o_proj"], "'o_proj'"),
+    (["--lora", "both", "--lora-layers", "o_proj"], "no layer of vision is called o_proj"),
 ])  # fmt: skip
 def test_ranks_and_layers_that_make_no_sense(tiny, command, tmp_path, argv, words):
     assert words in refusal(command, train, *tiny.flags["stage2"], *argv, "--out", tmp_path / "run")

@@ -216,6 +216,14 @@ def test_weights_are_counted_as_if_they_were_whole():
     assert nf4.count_weights(small) == nf4.count_weights(layer) == 48 * 64 + 64
 
 
+def test_a_tied_head_is_counted_once():
+    from llava import CausalLM, TextConfig
+
+    shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = CausalLM(TextConfig(**shape, num_attention_heads=2, tie_word_embeddings=True))
+    assert nf4.count_weights(model) == sum(p.numel() for p in model.parameters())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # whole models
 
@@ -329,6 +337,16 @@ BROKEN = {
     "codes cut": (lambda t: t.update({NAME: t[NAME][:-1].clone()}), "should be"),
     "another book": (lambda t: t[f"{NAME}.quant_map"].mul_(2), "other values"),
     "not finite": (lambda t: t[f"{NAME}.nested_absmax"].fill_(math.nan), "not finite"),
+    "offset is none": (
+        lambda t: t.update({STATE: as_bytes(json.loads(bytes(t[STATE].tolist())) | {"nested_offset": None})}),
+        "cannot be read",
+    ),
+    "nested whole": (lambda t: t.update({f"{NAME}.nested_absmax": t[f"{NAME}.nested_absmax"].long()}), "should be"),
+    "deep": (lambda t: t.update({STATE: torch.tensor(list(b"[" * 100_000), dtype=torch.uint8)}), "cannot be read"),
+    "huge": (
+        lambda t: t.update({STATE: as_bytes({"shape": [1e30, 1e30], "dtype": "float32", "blocksize": 64})}),
+        "cannot",
+    ),
     "fp4": (lambda t: t.update({f"{NAME}{nf4.STATE}fp4": t.pop(STATE)}), "fp4"),
     "weights gone": (lambda t: t.pop(NAME), NAME),
 }

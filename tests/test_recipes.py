@@ -62,7 +62,7 @@ def test_lora_leaves_the_towers_of_any_recipe_alone():
 def test_every_knob_is_a_flag_that_goes_before_the_recipe():
     other = {"epochs": 2.0, "template": "chatml", "train": "llm", "projector": "linear", "image_mode": "square"}
     other |= {"loss_mean": "micro-batch"}
-    for key in set(recipes.KNOBS) - {"lora"}:  # which sets others
+    for key in (key for key in recipes.KNOBS if not key.startswith("lora")):  # those need each other
         value = other.get(key, 7)
         args = flags("--recipe", "llava-1.5", "--stage", 2, f"--{key.replace('_', '-')}", value)
         wanted = PUBLISHED["llava-1.5", 2] | {key: value}
