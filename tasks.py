@@ -394,11 +394,14 @@ def read_chartqa(paths: list[Path]) -> list[Item]:
 
 def read_medical(paths: list[Path]) -> list[Item]:
     """VQA-RAD's and SLAKE's lists (of SLAKE the English part, as LLaVA-Med), or any set in LLaVA-Med's form:
-    {"id", "image", "conversations", "answer_type"}."""
+    {"id", "image", "conversations", "answer_type"}. Of VQA-RAD's one file, which is for training too, the benchmark is
+    the rows whose phrase_type begins with "test_": where there are such, the others are left out."""
     items = []
     for path in paths:
-        for where, row in entries(path, load(path)):
-            if row.get("q_lang", "en") != "en":
+        rows = list(entries(path, load(path)))
+        tests = any(str(row.get("phrase_type")).startswith("test_") for _, row in rows)
+        for where, row in rows:
+            if row.get("q_lang", "en") != "en" or (tests and not str(row.get("phrase_type")).startswith("test_")):
                 continue
             if talk := row.get("conversations"):
                 key, image = want(row, "id", (int, str), where), row.get("image")
@@ -408,7 +411,7 @@ def read_medical(paths: list[Path]) -> list[Item]:
             else:
                 key = identity(row, where)
                 image = row.get("image_name") or row.get("img_name")
-                question, answer = want(row, "question", str, where), str(row.get("answer"))
+                question, answer = want(row, "question", str, where), str(want(row, "answer", (str, int, float), where))
             kind = want(row, "answer_type", str, where).strip().upper()
             if kind not in ("OPEN", "CLOSED"):
                 raise DataError(f"{where}: answer_type {kind!r} is neither OPEN nor CLOSED")

@@ -137,6 +137,30 @@ def test_gqa_as_its_own_scorer(tmp_path):
     assert figures["distribution (lower is better)"] == pytest.approx(0.02)
 
 
+def test_gqa_choices_of_what_two_things_share(tmp_path):
+    more = {"imageId": "1", "question": "What is common?", "answer": "color", "types": {"detailed": "twoCommon"}}
+    choices = {"1": {"valid": ["red"], "plausible": ["red"]}}
+    items = read_items("gqa", [write(tmp_path / "q.json", {"1": more}), write(tmp_path / "c.json", choices)])
+    for said, value in (("shape", 100), ("red", 0)):
+        figures = scores.gqa(items, [said])
+        assert (figures["validity"], figures["plausibility"]) == (value, value)
+
+
+def test_of_vqa_rad_the_test_part_and_no_answer_is_none(tmp_path):
+    row = {"qid": 1, "image_name": "a.jpg", "question": "q?", "answer_type": "OPEN", "answer": 2}
+    rows = [row | {"phrase_type": "freeform"}, row | {"qid": 2, "phrase_type": "test_para"}]
+    assert [(item.id, item.truth) for item in read_items("vqa-rad", [write(tmp_path / "r.json", rows)])] == [(2, "2")]
+    assert len(read_items("vqa-rad", [write(tmp_path / "r.json", rows[:1])])) == 1
+    for answer in (None, [], True):
+        with pytest.raises(DataError, match=r"entry 1 \(1\): answer is"):
+            read_items("vqa-rad", [write(tmp_path / "r.json", [row | {"answer": answer}])])
+
+
+def test_a_caption_that_would_take_minutes_is_refused():
+    with pytest.raises(DataError, match="question 1: a caption of 20,000 characters"):
+        scores.captions([Item(1, "", truth=["a"])], [",a" * 10_000])
+
+
 def test_pope_by_hand_and_a_missing_answer_is_wrong(tmp_path):
     rows = [{"question_id": i, "image": "1.jpg", "text": f"Is there a {i}?", "label": "no"} for i in (1, 2)]
     items = read_items("pope", [write(tmp_path / "coco_pope_random.json", lines(rows))])
