@@ -63,6 +63,8 @@ def beside(out: Path, name: str) -> Path:
 def read_lines(path: Path) -> list[dict]:
     """Our own questions. Raises DataError naming file, line and reason."""
     content, seen = load(path), set()
+    if content == []:
+        raise DataError(f"{path}: no questions")
     for number, row in enumerate(content if isinstance(content, list) else [content], 1):
         if not isinstance(row, dict) or not isinstance(row.get("question_id"), (int, str)):
             raise DataError(f"{path}: line {number}: needs a question_id, a number or a string")
@@ -186,7 +188,7 @@ def run(args: argparse.Namespace):
     form, first = TEMPLATES[model.config.template], plan.questions[0]
     picture = "<image>\n" if first.get("image") else ""
     settings["prompt"] = f"{form.first}{picture}{first['text']}{form.assistant}"
-    ranks.on_first(answering.check_pictures, plan.questions, plan.images)
+    settings["pictures_sha256"] = ranks.on_first(answering.check_pictures, plan.questions, plan.images)
     ranks.on_first(answering.keep_manifest, plan.manifest, plan.out, folders, plan.files, model, settings)
     cost = Cost()
     ask = partial(answering.answer_batch, model, tokenizer, images=plan.images, max_new_tokens=longest, cost=cost)
@@ -281,8 +283,14 @@ def read_flags() -> argparse.Namespace:
         parser.error("the following arguments are required: --questions")
     if args.grader and not args.grades:
         parser.error("--grader needs --grades, the file that keeps what it says")
-    if args.batch_size < 1 or (args.limit or 1) < 1 or (args.max_new_tokens or 1) < 1:
+    if any(count is not None and count < 1 for count in (args.batch_size, args.limit, args.max_new_tokens)):
         parser.error("--batch-size, --limit and --max-new-tokens must be above 0")
+    if args.suffix is not None and args.task not in TASKS:
+        parser.error("--suffix is for the questions of a benchmark, see --task")
+    if args.score and args.limit:
+        parser.error("--limit is for answering: a score is over all questions of --references")
+    if args.task == "mme" and args.limit and args.limit % 2:
+        parser.error("--limit of MME must be even: it asks two questions of each picture")
     return args
 
 

@@ -1,5 +1,6 @@
 """Benchmarks: the published files as they are, figures by hand, servers' files, and files that are spoilt."""
 
+import base64
 import json
 import random
 import zipfile
@@ -333,6 +334,60 @@ def test_questions_that_come_twice_or_are_in_one_file_only(tmp_path):
     content["annotations"].pop()
     with pytest.raises(DataError, match="question 20 is not in both"):
         read_items("vqav2", [asked, write(truths, content)])
+
+
+def test_gqa_by_llavas_list_and_its_own_in_either_order(tmp_path):
+    row = {"question_id": "1", "image": "a.jpg", "text": "Is it?\nEND"}
+    listed = write(tmp_path / "llava.jsonl", lines([row]))
+    own = write(tmp_path / "own.json", {"1": {"question": "Is it?", "imageId": "a", "answer": "yes"}})
+    for paths in ([listed, own], [own, listed]):
+        (item,) = read_items("gqa", paths)
+        assert item.text == "Is it?\nEND" and scores.gqa([item], ["yes"])["accuracy"] == 100
+    other = write(tmp_path / "other.jsonl", lines([row | {"question_id": "2"}]))
+    with pytest.raises(DataError, match="question '2' is not among"):
+        read_items("gqa", [own, other])
+
+
+def test_pictures_of_test_dev_are_those_of_the_test_set(tmp_path):
+    content = {"data_subtype": "test-dev2015", "questions": [{"question_id": 1, "image_id": 5, "question": "?"}]}
+    assert read_items("vqav2", [write(tmp_path / "q.json", content)])[0].image == "COCO_test2015_000000000005.jpg"
+
+
+def test_pictures_of_another_table_are_written_anew(tmp_path):
+    for content in (b"half", b"one", b"another"):
+        unpack_pictures([Item(1, "", "1.jpg", data=base64.b64encode(content).decode())], tmp_path)
+        assert (tmp_path / "1.jpg").read_bytes() == content and len(list(tmp_path.iterdir())) == 1
+    for data in ("é", "A"):
+        with pytest.raises(DataError, match="question 2: its picture is not base64"):
+            unpack_pictures([Item(2, "", "2.jpg", data=data)], tmp_path)
+
+
+def test_a_line_of_mmbench_with_a_column_too_many_is_refused(tmp_path):
+    path = write(tmp_path / "m.tsv", "index\tquestion\tA\tB\tanswer\n1\twhat\tx\ty\tz\tA\n")
+    with pytest.raises(DataError, match=r"line 2: .*as many columns"):
+        read_items("mmbench", [path])
+
+
+def test_pictures_of_mme_may_have_brackets(tmp_path):
+    write(tmp_path / "count/a[1].txt", "Is it?\tYes\nIs it not?\tNo\n")
+    write(tmp_path / "count/a[1].jpg", "")
+    assert {item.image for item in read_items("mme", [tmp_path])} == {"count/a[1].jpg"}
+
+
+@pytest.mark.parametrize("task, content, why", [
+    ("docvqa", {"data": [{"questionId": 1, "question": "?", "image": 5}]}, "question 1: its picture is 5"),
+    ("coco", {"images": [{"id": 1, "file_name": 5}]}, "question 1: its picture is 5"),
+    ("coco", {"images": [{"id": [1], "file_name": "a"}]}, "id is"),
+    ("scienceqa", [{"id": 1, "image": 5, "conversations": []}], "question '1': its picture is 5"),
+    ("gqa", {"1": {"valid": [[1]], "plausible": []}}, "'1': .1. stands where a text"),
+    ("gqa", {"1": {"question": "?", "imageId": "1", "answer": "a", "groups": [1]}}, "groups is .1., not dict"),
+    ("gqa", {"1": {"question": "?", "imageId": "1", "answer": "a", "groups": {"global": []}}}, "stands where a text"),
+    ("gqa", {"1": {"question": "?", "imageId": "1", "answer": "a", "types": "x"}}, "types is 'x', not dict"),
+    ("gqa", {"1": {"question": "?", "imageId": "1", "answer": "a", "entailed": 5}}, "entailed is 5, not list"),
+])  # fmt: skip
+def test_what_is_no_text_in_references_is_named(task, content, why, tmp_path):
+    with pytest.raises(DataError, match=why):
+        read_items(task, [write(tmp_path / "reference.json", content)])
 
 
 def test_spoilt_predictions(tmp_path):
