@@ -217,7 +217,8 @@ def score_file(args: argparse.Namespace):
     if args.submission:
         write_submission(args.score, items, answers, args.submission)
     if args.score in grader.REQUESTS and args.grades:
-        lines = grader.requests(args.score, items, answers, grader.read_rule(args.rule), args.grader_model)
+        model = args.grader_model or "gpt-4-0613"
+        lines = grader.requests(args.score, items, answers, grader.read_rule(args.rule), model)
         if args.grader:
             grader.grade(lines, args.grades, partial(grader.ask, args.grader))
         grades = grader.graded(items, lines, args.grades, args.score)
@@ -274,13 +275,22 @@ def read_flags() -> argparse.Namespace:
     add("--references", type=Path, nargs="+", help="the benchmark's files that hold the truth")
     add("--grades", type=Path, help="MM-Vet, LLaVA-Bench: the file of a language model's grades")
     add("--grader", metavar="URL", help="ask for those that are missing: an OpenAI-compatible address, http://HOST/v1")
-    add("--grader-model", default="gpt-4-0613", help="the model it is asked for")
+    add("--grader-model", help="the model it is asked for; default: gpt-4-0613")
     add("--rule", type=Path, help="the official prompt: rule.json of LLaVA-Bench, or MM-Vet's in a text file")
     args = parser.parse_args()
     if args.score and not (args.predictions and args.references):
         parser.error("--score needs --predictions and --references")
     if not args.score and args.task != "probes" and not args.questions:
         parser.error("the following arguments are required: --questions")
+    if (
+        args.submission
+        and "llavabench" in (args.score, args.task)
+        and (args.rule or args.grader_model)
+        and not args.grades
+    ):
+        parser.error(
+            "--submission of llavabench is in words of our own and names no model: no --rule, no --grader-model"
+        )
     if args.grader and not args.grades:
         parser.error("--grader needs --grades, the file that keeps what it says")
     if any(count is not None and count < 1 for count in (args.batch_size, args.limit, args.max_new_tokens)):

@@ -468,6 +468,7 @@ def test_two_processes_do_not_answer_into_one_file(tmp_path, answers, questions)
     (["--questions", "q", "--batch-size", "0"], "above 0"), (["--questions", "q", "--limit", "0"], "above 0"),
     (["--questions", "q", "--max-new-tokens", "0"], "above 0"), (["--questions", "q", "--suffix", ""], "--suffix"),
     (["--task", "mme", "--questions", "q", "--limit", "5"], "even"),
+    (["--task", "llavabench", "--questions", "q", "--submission", "s", "--rule", "r"], "no --rule"),
     (["--score", "pope", "--predictions", "p", "--references", "r", "--limit", "5"], "--limit"),
     (["--score", "mmvet", "--predictions", "p", "--references", "r", "--grader", "http://x"], "--grades"),
 ])  # fmt: skip

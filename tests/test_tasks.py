@@ -15,6 +15,7 @@ import captions
 import eval as evaluation
 import grader
 import scores
+import submissions
 from predictions import Item, read_predictions
 from records import DataError
 from tasks import TASKS, prompt_of, read_items, unpack_pictures
@@ -296,6 +297,14 @@ def test_the_table_of_mmbench(tmp_path, command):
     assert out.read_bytes() == first
 
 
+@pytest.mark.parametrize("char", ["\0", "\uffff", "\ud800"])
+def test_a_table_holds_no_character_that_xml_cannot(char, tmp_path):
+    submissions.write_xlsx(tmp_path / "s.xlsx", [[1, f"<a{char}b>\n\U0001f600"]])
+    with zipfile.ZipFile(tmp_path / "s.xlsx") as file:
+        sheet = ElementTree.fromstring(file.read("xl/worksheets/sheet1.xml"))
+    assert "".join(sheet.itertext()) == "1<a\ufffdb>\n\U0001f600"
+
+
 def test_no_server_takes_pope(tmp_path, command):
     references, rows = MAKERS["pope"](tmp_path, random.Random(0), 2)
     argv = ["--score", "pope", "--predictions", write(tmp_path / "p.json", rows), "--references", *references]
@@ -487,6 +496,77 @@ def test_an_endpoint_that_is_none_is_named(mmvet, tmp_path, command):
         command(evaluation, *argv, "--grader", server.address)
     with pytest.raises(SystemExit, match="graded by a language model"):
         command(evaluation, *argv[:-2])
+
+
+def test_grades_that_go_with_something_else_are_no_zeros(mmvet, tmp_path, command):
+    references, predictions = mmvet
+    argv = ["--score", "mmvet", "--predictions", predictions, "--references", references, "--grades", tmp_path / "g"]
+    with Endpoint() as server:
+        server.replies = ["1.0"]
+        command(evaluation, *argv, "--grader", server.address, "--grader-model", "llama")
+    with pytest.raises(SystemExit, match=r"/g: its grades, by 'llama', are of other answers, or --grader-model"):
+        command(evaluation, *argv)
+    command(evaluation, *argv, "--grader-model", "llama")
+
+
+def test_mmvet_by_llavas_list_alone_has_nothing_to_grade_by(tmp_path, command):
+    listed = write(tmp_path / "q.jsonl", lines([{"question_id": 0, "image": "a.jpg", "text": "Is it?"}]))
+    for said in ({"0": "yes"}, {}):
+        argv = ["--score", "mmvet", "--predictions", write(tmp_path / "p.json", said), "--references", listed]
+        with pytest.raises(SystemExit, match=r"question 0: no answer to compare with.*mm-vet\.json"):
+            command(evaluation, *argv, "--grades", tmp_path / "g")
+
+
+@pytest.mark.parametrize("spoilt", [{"reply": 0.5}, {"asked": ["x"]}, {"grader": None}, {"id": 1}])
+def test_a_grade_that_is_none_is_named(spoilt, tmp_path):
+    row = {"id": "v1_0", "grader": "m", "asked": "x", "reply": "0.5"}
+    assert grader.read_grades(write(tmp_path / "g", lines([row]))) == [row]
+    with pytest.raises(DataError, match="line 2: is not a grade"):
+        grader.read_grades(write(tmp_path / "g", lines([row, row | spoilt])))
+
+
+@pytest.mark.parametrize("rule", [{}, {"llava_bench_conv": 5}, {"llava_bench_conv": {"role": "Assistant"}}, [5]])
+def test_a_rule_that_is_none_is_named(rule):
+    item = Item(0, "?", truth=("a cat", "a cat"), groups={"category": "conv"})
+    with pytest.raises(DataError, match=r"--rule.* (has no llava_bench_conv|prompt is None)"):
+        grader.requests("llavabench", [item], ["a dog"], rule, "m")
+
+
+def test_the_key_does_not_go_where_an_endpoint_redirects_to(monkeypatch):
+    import http.server
+    import threading
+
+    asked = []
+
+    class Elsewhere(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.path)
+            if self.path.startswith("/short"):
+                self.send_response(200)
+                self.send_header("Content-Length", "100")
+            else:
+                self.send_response(302)
+                self.send_header("Location", "/other")
+            self.end_headers()
+            self.wfile.write(b"{")
+
+        def do_GET(self):
+            asked.append(self.headers["Authorization"])
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    server = http.server.HTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    with pytest.raises(ValueError, match=r"/v1/chat/completions: .*302"):
+        grader.ask(f"{address}/v1", {})
+    with pytest.raises(ValueError, match="/short/chat/completions: IncompleteRead"):
+        grader.ask(f"{address}/short", {})  # a reply that ends before it is all there
+    server.shutdown()
+    server.server_close()
+    assert asked == ["/v1/chat/completions", "/short/chat/completions"]
 
 
 def test_llavabench_by_hand(tmp_path, command, capsys):
