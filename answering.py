@@ -82,6 +82,9 @@ def answer_batch(
         shown = [load(images, question, config)] if question.get("image") else []
         tokens = [picture.tokens for picture in shown]
         prompts.append(prompt_ids([question["text"]], [], len(shown), tokenizer, config.template, tokens))
+        if len(prompts[-1]) >= (limit := config.text_config.max_position_embeddings):
+            what = f"{len(prompts[-1]):,} tokens long, picture included; the context holds {limit:,}"
+            raise DataError(f"question {question['question_id']}: its prompt is {what}")
         pictures += shown
         cost.visual_tokens += sum(tokens)
         cost.prompt_tokens += len(prompts[-1])

@@ -257,6 +257,12 @@ def test_questions_without_a_picture_are_answered(tiny, llava):
     assert len(answer(*llava, [{"question_id": 1, "text": "Red?"}], tiny.world, 4)) == 1
 
 
+def test_a_prompt_that_is_too_long_is_named_by_its_question(tiny, llava, questions):
+    asked = [questions[0], {"question_id": "k7", "text": "Is it red? " * 3000}]
+    with pytest.raises(DataError, match=r"question k7: its prompt is .* tokens long"):
+        answer(*llava, asked, tiny.world, 4)
+
+
 def test_a_decoder_refuses_a_question_with_a_picture(tiny, questions):
     decoder, tokenizer = load_model(tiny.decoder), Tokenizer.load(tiny.decoder)
     with pytest.raises(DataError, match=r"question 0 .*vision tower"):
