@@ -170,6 +170,12 @@ def test_pope_by_hand_and_a_missing_answer_is_wrong(tmp_path):
     assert figures["random accuracy"] == 0 and figures["random yes ratio"] == 100  # to LLaVA's rule, nothing is a yes
     figures = scores.pope(items, ["No, there is not", "NO"])
     assert figures["random accuracy"] == 50 and figures["random accuracy (lmms-eval)"] == 50
+    for item in items:
+        item.truth = "yes"
+    figures = scores.pope(items, ["Yes.", "yes"])  # to lmms-eval, "Yes." is wrong, but no miss; a missing answer is one
+    assert (figures["random recall"], figures["random recall (lmms-eval)"]) == (100, 100)
+    assert figures["random accuracy (lmms-eval)"] == 50 and figures["random yes ratio (lmms-eval)"] == 100
+    assert scores.pope(items, [None, "yes"])["random recall (lmms-eval)"] == 50
 
 
 def test_pope_by_llavas_list(tmp_path):
