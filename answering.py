@@ -9,6 +9,7 @@ bit for bit the same whatever stopped the run before, and on however many ranks 
 """
 
 import fcntl
+import glob
 import json
 import os
 import platform
@@ -40,7 +41,8 @@ from tokenizer import Tokenizer
 
 @dataclass
 class Cost:
-    """What answering took, over the batches of this process. Seconds count from when the pictures are read."""
+    """What answering took, over the batches of this process: under torchrun those of its rank, and of a run that goes
+    on where it was stopped those that were left. Seconds count from when the pictures are read."""
 
     questions: int = 0
     visual_tokens: int = 0
@@ -70,7 +72,8 @@ class Cost:
 def answer_batch(
     model: Llava, tokenizer: Tokenizer, questions: list[dict], images: Path, max_new_tokens: int, cost: Cost
 ) -> list[str]:
-    """Greedy answers to a batch of questions, each the same as if it had been asked alone.
+    """Greedy answers to a batch of questions, each the same as if it had been asked alone, as long as the longest
+    prompt of the batch leaves room for max_new_tokens in the model's context: what is left for it is left for all.
 
     A question with "blank" is shown the mean colour; what can still be answered, the language alone gave away.
     """
@@ -79,6 +82,9 @@ def answer_batch(
         shown = [load(images, question, config)] if question.get("image") else []
         tokens = [picture.tokens for picture in shown]
         prompts.append(prompt_ids([question["text"]], [], len(shown), tokenizer, config.template, tokens))
+        if len(prompts[-1]) >= (limit := config.text_config.max_position_embeddings):
+            what = f"{len(prompts[-1]):,} tokens long, picture included; the context holds {limit:,}"
+            raise DataError(f"question {question['question_id']}: its prompt is {what}")
         pictures += shown
         cost.visual_tokens += sum(tokens)
         cost.prompt_tokens += len(prompts[-1])
@@ -115,17 +121,21 @@ def load(images: Path, question: dict, config):
     return picture
 
 
-def check_pictures(questions: list[dict], images: Path):
-    """Raise DataError if a picture is not there: now, not after hours."""
-    wrong = []
+def check_pictures(questions: list[dict], images: Path) -> str:
+    """Raise DataError if a picture is not there: now, not after hours. Returns a hash of their names and sizes in bytes
+    (the content of 80,000 would take minutes)."""
+    wrong, sizes = [], {}
     for question in questions:
         try:
             if question.get("image"):
-                check_file(resolve_inside(images, question["image"]))
+                path = resolve_inside(images, question["image"])
+                check_file(path)
+                sizes[question["image"]] = path.stat().st_size
         except BadImage as error:
             wrong.append(f"question {question['question_id']}: {error}")
     if wrong:
         raise DataError(wrong[0] + (f" (and {len(wrong) - 1:,} more pictures cannot be read)" if wrong[1:] else ""))
+    return sha256(json.dumps(sorted(sizes.items())).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,7 +173,7 @@ def answered(out: Path) -> dict[int | str, dict]:
 
 
 def parts(out: Path) -> list[Path]:
-    return sorted(out.parent.glob(f"{out.name}.part-*"))
+    return sorted(out.parent.glob(f"{glob.escape(out.name)}.part-*"))
 
 
 def answer_all(
@@ -248,13 +258,22 @@ def hashes(paths: list[Path]) -> list[str]:
     return [f"{fingerprint(file)['sha256']} {file.name}" for file in files]
 
 
+CODE = (
+    "clip llava anyres images data templates tokenizer bpe weights tensors layouts configs nf4 lora adapters answering"
+)
+
+
+def code_hash(folder: Path = Path(__file__).parent) -> str:
+    """SHA-256 of the modules that answers come through; what becomes of them, or trains models, is none."""
+    return sha256(b"".join((folder / f"{name}.py").read_bytes() for name in CODE.split())).hexdigest()
+
+
 def manifest_of(folders: list[Path], files: list[Path], model: Llava, settings: dict) -> dict:
     """Everything the answers depend on, and nothing else: no times, no paths, so that two runs write the same.
 
     Args: folders: of the model, and of what is laid over it; files: the questions; settings: what was chosen.
     """
     template = model.config.template
-    code = sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
     device = model.device
     return settings | {
         "model": [{"name": folder.name, "files": hashes(model_files(folder))} for folder in folders],
@@ -270,7 +289,7 @@ def manifest_of(folders: list[Path], files: list[Path], model: Llava, settings: 
             "torch": torch.__version__,
             "numpy": numpy.__version__,
             "pillow": PIL.__version__,
-            "code_sha256": code.hexdigest(),
+            "code_sha256": code_hash(),
         },
     }
 
@@ -281,8 +300,9 @@ def keep_manifest(path: Path, out: Path, folders: list[Path], files: list[Path],
     started = out.exists() or bool(parts(out))
     if started and path.exists():
         old = read_json(path)
-        for key in sorted(old.keys() | values.keys()):
-            if old.get(key) != values.get(key):
+        was, now = ({**kept, **(kept.get("versions") or {}), "versions": None} for kept in (old, values))
+        for key in sorted(was.keys() | now.keys()):
+            if was.get(key) != now.get(key):
                 raise DataError(f"{out} was begun with another {key} (see {path}): remove both, or name another --out")
     elif started:
         raise DataError(f"{out}: no {path.name} says how these answers were made: remove it, or name another --out")

@@ -103,11 +103,17 @@ def bleu_of(length: int, reference: int, right: list[int], possible: list[int]) 
     return scores
 
 
-def rouge(candidates: list[Words], references: list[list[Words]], beta: float = 1.2) -> Measured:
-    """ROUGE-L (Lin 2004, section 3; rouge.py): precision and recall are each the best over the references."""
+def rouge(candidates: list[Words | None], references: list[list[Words]], beta: float = 1.2) -> Measured:
+    """ROUGE-L (Lin 2004, section 3; rouge.py): precision and recall are each the best over the references.
+
+    A missing candidate (None) has 0, and an empty one 1 if a reference has no words either.
+    """
     scores = []
-    for words, group in zip(candidates, references):
-        words = words or [""]  # "".split(" ") has one word there
+    for said, group in zip(candidates, references):
+        if said is None:
+            scores.append(0.0)
+            continue
+        words = said or [""]  # "".split(" ") has one word there
         common = [(longest_common(words, other or [""]), len(other) or 1) for other in group]
         precision = max(length / len(words) for length, _ in common)
         recall = max(length / size for length, size in common)
@@ -181,4 +187,4 @@ def caption_scores(candidates: list[str | None], references: list[list[str]], cu
     scores = {f"Bleu_{n}": score for n, (score, _) in enumerate(bleu(told, others), 1)}
     if jar := meteor_tool():
         scores["METEOR"] = meteor(jar, words, others)[0]
-    return scores | {"ROUGE_L": rouge(words, others)[0], "CIDEr": cider(words, others)[0]}
+    return scores | {"ROUGE_L": rouge(told, others)[0], "CIDEr": cider(words, others)[0]}

@@ -63,6 +63,8 @@ def beside(out: Path, name: str) -> Path:
 def read_lines(path: Path) -> list[dict]:
     """Our own questions. Raises DataError naming file, line and reason."""
     content, seen = load(path), set()
+    if content == []:
+        raise DataError(f"{path}: no questions")
     for number, row in enumerate(content if isinstance(content, list) else [content], 1):
         if not isinstance(row, dict) or not isinstance(row.get("question_id"), (int, str)):
             raise DataError(f"{path}: line {number}: needs a question_id, a number or a string")
@@ -186,7 +188,7 @@ def run(args: argparse.Namespace):
     form, first = TEMPLATES[model.config.template], plan.questions[0]
     picture = "<image>\n" if first.get("image") else ""
     settings["prompt"] = f"{form.first}{picture}{first['text']}{form.assistant}"
-    ranks.on_first(answering.check_pictures, plan.questions, plan.images)
+    settings["pictures_sha256"] = ranks.on_first(answering.check_pictures, plan.questions, plan.images)
     ranks.on_first(answering.keep_manifest, plan.manifest, plan.out, folders, plan.files, model, settings)
     cost = Cost()
     ask = partial(answering.answer_batch, model, tokenizer, images=plan.images, max_new_tokens=longest, cost=cost)
@@ -215,7 +217,8 @@ def score_file(args: argparse.Namespace):
     if args.submission:
         write_submission(args.score, items, answers, args.submission)
     if args.score in grader.REQUESTS and args.grades:
-        lines = grader.requests(args.score, items, answers, grader.read_rule(args.rule), args.grader_model)
+        model = args.grader_model or "gpt-4-0613"
+        lines = grader.requests(args.score, items, answers, grader.read_rule(args.rule), model)
         if args.grader:
             grader.grade(lines, args.grades, partial(grader.ask, args.grader))
         grades = grader.graded(items, lines, args.grades, args.score)
@@ -272,17 +275,32 @@ def read_flags() -> argparse.Namespace:
     add("--references", type=Path, nargs="+", help="the benchmark's files that hold the truth")
     add("--grades", type=Path, help="MM-Vet, LLaVA-Bench: the file of a language model's grades")
     add("--grader", metavar="URL", help="ask for those that are missing: an OpenAI-compatible address, http://HOST/v1")
-    add("--grader-model", default="gpt-4-0613", help="the model it is asked for")
+    add("--grader-model", help="the model it is asked for; default: gpt-4-0613")
     add("--rule", type=Path, help="the official prompt: rule.json of LLaVA-Bench, or MM-Vet's in a text file")
     args = parser.parse_args()
     if args.score and not (args.predictions and args.references):
         parser.error("--score needs --predictions and --references")
     if not args.score and args.task != "probes" and not args.questions:
         parser.error("the following arguments are required: --questions")
+    if (
+        args.submission
+        and "llavabench" in (args.score, args.task)
+        and (args.rule or args.grader_model)
+        and not args.grades
+    ):
+        parser.error(
+            "--submission of llavabench is in words of our own and names no model: no --rule, no --grader-model"
+        )
     if args.grader and not args.grades:
         parser.error("--grader needs --grades, the file that keeps what it says")
-    if args.batch_size < 1 or (args.limit or 1) < 1 or (args.max_new_tokens or 1) < 1:
+    if any(count is not None and count < 1 for count in (args.batch_size, args.limit, args.max_new_tokens)):
         parser.error("--batch-size, --limit and --max-new-tokens must be above 0")
+    if args.suffix is not None and args.task not in TASKS:
+        parser.error("--suffix is for the questions of a benchmark, see --task")
+    if args.score and args.limit:
+        parser.error("--limit is for answering: a score is over all questions of --references")
+    if args.task == "mme" and args.limit and args.limit % 2:
+        parser.error("--limit of MME must be even: it asks two questions of each picture")
     return args
 
 

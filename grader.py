@@ -11,6 +11,7 @@ published files. Without it the grader is asked in words of our own: good for co
 """
 
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -84,9 +85,16 @@ def read_llavabench(paths: list[Path]) -> list[Item]:
 # what the grader is asked
 
 
+def truth_of(item: Item) -> tuple:
+    """MM-Vet's answer and skills. Raises DataError where only LLaVA's list was given, which has neither."""
+    if item.truth is None:
+        raise DataError(f"question {shown(item.id)}: no answer to compare with in the files, mm-vet.json has it")
+    return item.truth
+
+
 def mmvet_request(item: Item, answer: str, rule: object) -> list[dict]:
     """Messages that ask for one grade, a number in [0, 1]. Args: rule: the official few-shot prompt, as text."""
-    truth = item.truth[0].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    truth = truth_of(item)[0].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     if rule is not None:
         return [{"role": "user", "content": f"{rule}\n" + " | ".join([item.text, truth, answer, ""])}]
     text = f"{CORRECTNESS}Question: {item.text}\nTrue answer: {truth}\nGiven answer: {answer}\nGrade:"
@@ -101,9 +109,9 @@ def llavabench_request(item: Item, answer: str, rule: object) -> list[dict]:
     prompt, role = COMPARISON, "Assistant"
     if rule is not None:
         key = f"llava_bench_{item.groups['category']}"
-        if not isinstance(rule, dict) or key not in rule:
+        if not isinstance(rule, dict) or not isinstance(rule.get(key), dict):
             raise DataError(f"question {item.id}: --rule has no {key}")
-        prompt, role = rule[key]["prompt"], rule[key]["role"]
+        prompt, role = (want(rule[key], name, str, f"--rule: {key}") for name in ("prompt", "role"))
     parts = [("Context", caption), ("Question", item.text)]
     text = "".join(f"[{name}]\n{value}\n\n" for name, value in parts)
     text += "".join(f"[{role} {n}]\n{value}\n\n[End of {role} {n}]\n\n" for n, value in ((1, reference), (2, answer)))
@@ -136,6 +144,13 @@ def requests(task: str, items: list[Item], answers: list[str | None], rule: obje
 # what it says
 
 
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: urllib would follow it, to any host, and take the key along."""
+
+    def redirect_request(self, *_):
+        return None
+
+
 def ask(address: str, body: dict, timeout: float = 120) -> str:
     """The reply of an endpoint; its key, if it wants one, is in OPENAI_API_KEY. Raises ValueError with the reason."""
     headers = {"Content-Type": "application/json"}
@@ -144,10 +159,10 @@ def ask(address: str, body: dict, timeout: float = 120) -> str:
     url = address.rstrip("/") + "/chat/completions"
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as reply:
+        with urllib.request.build_opener(NoRedirect).open(request, timeout=timeout) as reply:
             return str(json.load(reply)["choices"][0]["message"]["content"])
-    except (urllib.error.URLError, TimeoutError, OSError) as error:
-        raise ValueError(f"{url}: {error}") from None
+    except (urllib.error.URLError, TimeoutError, OSError, http.client.HTTPException) as error:
+        raise ValueError(f"{url}: {str(error) or repr(error)}") from None
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{url}: replied something else than a chat completion ({error!r})") from None
 
@@ -181,6 +196,8 @@ def read_grades(path: Path) -> list[dict]:
         try:
             row = json.loads(line)
             rows.append({key: row[key] for key in ("id", "grader", "asked", "reply")})
+            if not all(isinstance(value, str) for value in rows[-1].values()):
+                raise TypeError
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{path}: line {number}: is not a grade") from None
     if whole != content:
@@ -189,9 +206,17 @@ def read_grades(path: Path) -> list[dict]:
 
 
 def graded(items: list[Item], lines: list[dict], path: Path, task: str) -> dict[str, tuple[float, ...] | None]:
-    """What each item's grade says, by id; None where there is none, or none that can be read, which counts as 0."""
-    replies = {row["asked"]: row["reply"] for row in read_grades(path)}
+    """What each item's grade says, by id; None where there is none, or none that can be read, which counts as 0.
+
+    Raises DataError if there are grades of these questions, but every one goes with something else that was asked.
+    """
+    rows = read_grades(path)
+    replies = {row["asked"]: row["reply"] for row in rows}
     found = {line["custom_id"]: replies.get(fingerprint(line)) for line in lines}
+    graders = sorted({row["grader"] for row in rows if row["id"] in found})
+    if graders and not any(reply is not None for reply in found.values()):
+        names = ", ".join(map(shown, graders))
+        raise DataError(f"{path}: its grades, by {names}, are of other answers, or --grader-model or --rule is another")
     read = {"mmvet": read_correctness, "llavabench": read_pair}[task]
     return {str(item.id): read(found[str(item.id)]) if found.get(str(item.id)) is not None else None for item in items}
 
@@ -222,7 +247,7 @@ def score_mmvet(items: list[Item], grades: dict[str, tuple | None]) -> dict[str,
     groups = defaultdict(list)
     for item in items:
         value = (grades[str(item.id)] or (0.0,))[0]
-        skills = item.truth[1]
+        skills = truth_of(item)[1]
         for name in ("total", *skills, *(["_".join(skills)] if len(skills) > 1 else [])):
             groups[name].append(value)
     return {name: 100 * sum(values) / len(values) for name, values in groups.items()}

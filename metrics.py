@@ -159,17 +159,19 @@ def yes_no_mme(text: str) -> str:
     return next((word for word in ("yes", "no") if word in start), "other")
 
 
-def existence(answers: list[str], labels: list[str]) -> dict[str, float]:
+def existence(answers: list[str], labels: list[str], lmms: bool = False) -> dict[str, float]:
     """Accuracy, precision, recall, F1 and the share of yes, all in per cent; "yes" is what is to be found (POPE, Li et
-    al. 2023). Args: answers: "yes", "no" or "other", which is wrong and, where "yes" is true, a miss; labels."""
+    al. 2023). Args: answers: "yes", "no" or "other", which is wrong and, where "yes" is true, a miss; labels; lmms: as
+    lmms-eval counts, to which only "no" is a miss, and whose share of yes is that of the labels."""
     pairs = Counter(zip(answers, labels))
     hit, false = pairs["yes", "yes"], pairs["yes", "no"]
     precision = hit / (hit + false) if hit + false else 0.0
-    recall = hit / labels.count("yes") if "yes" in labels else 0.0
+    found = hit + pairs["no", "yes"] if lmms else labels.count("yes")
+    recall = hit / found if found else 0.0
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
     right = hit + pairs["no", "no"]
     values = {"accuracy": right / len(labels), "precision": precision, "recall": recall, "f1": f1}
-    values["yes ratio"] = (hit + false) / len(labels)
+    values["yes ratio"] = (labels.count("yes") if lmms else hit + false) / len(labels)
     return {name: 100 * value for name, value in values.items()}
 
 
@@ -181,27 +183,26 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 def science_letter(text: str) -> str:
     """ScienceQA's reading (LLaVA's eval_science_qa.py): the letter alone, or "B. ..." in front, or one "The answer is
-    B."; "" if there is none."""
+    B" with any character behind it, since the dot of its pattern is bare; "" if there is none."""
     if text in tuple(LETTERS):
         return text
     if len(text) >= 3 and text[0] in LETTERS and text[1:3] == ". ":
         return text[0]
-    found = re.findall(r"The answer is ([A-Z])\.", text)
+    found = re.findall(r"The answer is ([A-Z]).", text)
     return found[0] if len(found) == 1 else ""
 
 
 def option_letter(text: str, options: dict[str, str]) -> str:
     """The option that an answer names, "" if none or several: by its letter, standing alone; or else by its own text.
 
-    The rule of VLMEvalKit's exact matching, for MMBench, without the language model that reads the rest there. Args:
-    options: text by letter. A lone "A" in a longer answer is an article, and no letter.
+    A rule of our own, for MMBench, whose server has a language model read what is no letter. Two letters are none. "A"
+    alone in an answer of more than three words is an article, and no letter. Args: options: text by letter.
     """
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
-    named = [letter for letter in options if letter in words and (letter != "A" or len(words) <= 3)]
-    if len(named) == 1:
-        return named[0]
-    said = [letter for letter, option in options.items() if option.strip() and option.lower() in text.lower()]
-    return said[0] if not named and len(said) == 1 else ""
+    named = [letter for letter in options if letter in words]
+    if not named or (named == ["A"] and len(words) > 3):
+        named = [letter for letter, option in options.items() if option.strip() and option.lower() in text.lower()]
+    return named[0] if len(named) == 1 else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,9 @@ def load(path: Path) -> object:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {error}") from None
-    lines = text.removesuffix("\n").split("\n")  # not at U+2028, as splitlines does
+    lines = text.split("\n")  # not at U+2028, as splitlines does
+    while len(lines) > 1 and not lines[-1].strip():
+        lines.pop()
     if path.suffix == ".jsonl" or (len(lines) > 1 and lines[0].rstrip().endswith("}") and lines[0].startswith("{")):
         rows = []
         for number, line in enumerate(lines, 1):

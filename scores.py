@@ -76,6 +76,9 @@ def vizwiz(items: list, answers: list[str | None]) -> dict[str, float]:
     return {"accuracy": mean(values)} | by_group(items, values)
 
 
+COMMON = ("color", "material", "shape")
+
+
 def gqa_form(answer: str) -> str:
     """As LLaVA hands answers to GQA's scorer (convert_gqa_for_eval.py)."""
     return answer.rstrip(".").lower()
@@ -99,9 +102,10 @@ def gqa(items: list, answers: list[str | None]) -> dict[str, float]:
         for kind in ("structural", "semantic"):
             if kind in types:
                 kinds[f"{kind} {types[kind]}"].append(right[key])
-        for kind in ("valid", "plausible"):
+        for kind, name in (("valid", "validity"), ("plausible", "plausibility")):
             if kind in truth:
-                kinds[{"valid": "validity", "plausible": "plausibility"}[kind]].append(said[key] in truth[kind])
+                common = "Common" in types.get("detailed", "")  # what two things share, of which choices know nothing
+                kinds[name].append(said[key] in (COMMON if common else truth[kind]))
         followed = [right[other] for other in truth.get("entailed", []) if other != key and other in right]
         if right[key] and followed:
             chains.append(sum(followed) / len(followed))
@@ -144,9 +148,9 @@ def pope(items: list, answers: list[str | None]) -> dict[str, float]:
     for split in splits:
         rows = [(a, item.truth) for item, a in zip(items, answers) if item.groups["split"] == split]
         labels = [label for _, label in rows]
-        for rule, read in (("", yes_no_llava), (" (lmms-eval)", yes_no_whole)):
+        for rule, read, lmms in (("", yes_no_llava, False), (" (lmms-eval)", yes_no_whole, True)):
             said = [opposite(label) if answer is None else read(answer) for answer, label in rows]
-            result |= {f"{split} {name}{rule}": value for name, value in existence(said, labels).items()}
+            result |= {f"{split} {name}{rule}": value for name, value in existence(said, labels, lmms).items()}
         headline.append(result[f"{split} f1"])
     return {"mean f1": sum(headline) / len(headline)} | result
 
@@ -214,9 +218,15 @@ def seed(items: list, answers: list[str | None]) -> dict[str, float]:
 # free answers
 
 
+LONGEST_CAPTION = 10_000
+
+
 def captions(items: list, answers: list[str | None]) -> dict[str, float]:
     """BLEU, METEOR (if its tool is there), ROUGE-L and CIDEr-D over all pictures of the references."""
     each(lambda *_: 0, items, answers)
+    for item, answer in zip(items, answers):
+        if answer is not None and len(answer) > LONGEST_CAPTION:  # cutting it takes time with its square
+            raise DataError(f"question {item.id}: a caption of {len(answer):,} characters, {LONGEST_CAPTION:,} at most")
     return caption_scores(answers, [item.truth for item in items])
 
 

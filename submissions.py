@@ -1,6 +1,7 @@
 """What the benchmarks' servers take, as their own tools and LLaVA's converters write it."""
 
 import json
+import re
 import zipfile
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -112,14 +113,17 @@ PARTS = {  # the least that a spreadsheet program opens (ECMA-376, part 1)
 }
 
 
+NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, section 2.2
+
+
 def write_xlsx(path: Path, rows: list[list[object]]):
     """One sheet of numbers and texts; the same rows write the same bytes."""
 
     def cell(value: object) -> str:
         if isinstance(value, int):
             return f"<c><v>{value}</v></c>"
-        text = "".join(char for char in str(value) if char >= " " or char in "\t\n\r")
-        return f'<c t="inlineStr"><is><t xml:space="preserve">{escape(text)}</t></is></c>'
+        text = escape(NO_XML.sub("\ufffd", str(value)))
+        return f'<c t="inlineStr"><is><t xml:space="preserve">{text}</t></is></c>'
 
     lines = "".join(f"<row>{''.join(map(cell, row))}</row>" for row in rows)
     head = '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n'

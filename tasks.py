@@ -6,8 +6,9 @@ text with the task's suffix, which is LLaVA-1.5's, unless the text ends with it 
 """
 
 import base64
-import binascii
 import csv
+import glob
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -85,7 +86,8 @@ def read_vqav2(paths: list[Path]) -> list[Item]:
         content = load(path)
         if is_llava(content):
             items |= {item.id: item for item in llava_items(path, content)}
-        subset = content.get("data_subtype", "") if isinstance(content, dict) else ""
+        subset = str(content.get("data_subtype", "")) if isinstance(content, dict) else ""
+        subset = subset.replace("test-dev", "test")  # a part of the test set, whose pictures it shows
         for where, row in entries(path, listed(content, "questions")):
             key, image = want(row, "question_id", int, where), want(row, "image_id", int, where)
             item = Item(key, want(row, "question", str, where), f"COCO_{subset}_{image:012d}.jpg")
@@ -103,25 +105,40 @@ def read_vqav2(paths: list[Path]) -> list[Item]:
 
 
 def read_gqa(paths: list[Path]) -> list[Item]:
-    """GQA's questions by id, and its choices by id (what is valid and plausible); or LLaVA's list."""
-    items, choices = {}, {}
+    """GQA's questions by id, and its choices by id (what is valid and plausible); or LLaVA's list, with or without the
+    former for the truth."""
+    items, choices, asked = {}, {}, []
     for path in paths:
         content = load(path)
         if is_llava(content):
-            items |= {item.id: item for item in llava_items(path, content)}
+            asked += llava_items(path, content)
             continue
         for key, where, row in by_id(path, content):
             if "valid" in row:
-                choices[key] = {kind: set(want(row, kind, list, where)) for kind in ("valid", "plausible")}
+                choices[key] = {kind: {*texts(want(row, kind, list, where), where)} for kind in ("valid", "plausible")}
                 continue
             item = Item(key, want(row, "question", str, where), want(row, "imageId", str, where) + ".jpg")
             put(items, key, item, where)
             if "answer" in row:
                 items[key].truth = row | {"answer": want(row, "answer", str, where)}
+                texts(want(row, "entailed", list, where) if "entailed" in row else [], where)
+                for kind in row.keys() & {"types", "groups"}:
+                    texts([name for name in want(row, kind, dict, where).values() if name is not None], where)
     for key, item in items.items():
         if item.truth and choices:
             item.truth |= choices.get(key, {})
-    return list(items.values())
+    for item in asked if items else ():
+        if str(item.id) not in items:
+            refuse(paths, f"question {shown(item.id)} is not among GQA's")
+        item.truth = items[str(item.id)].truth
+    return asked or list(items.values())
+
+
+def texts(values: list, where: str) -> list[str]:
+    """A list that must be of texts. Raises DataError."""
+    if wrong := [value for value in values if not isinstance(value, str)]:
+        raise DataError(f"{where}: {shown(wrong[0])} stands where a text should")
+    return values
 
 
 def read_textvqa(paths: list[Path]) -> list[Item]:
@@ -216,7 +233,8 @@ def read_mme(paths: list[Path]) -> list[Item]:
         for folder in sorted(path for path in root.glob("*") if path.is_dir()):
             inner = folder / "questions_answers_YN"
             for path in sorted((inner if inner.exists() else folder).glob("*.txt")):
-                found = [*folder.glob(f"{path.stem}.[jp][pn]*g"), *folder.glob(f"images/{path.stem}.[jp][pn]*g")]
+                stem = glob.escape(path.stem)
+                found = [*folder.glob(f"{stem}.[jp][pn]*g"), *folder.glob(f"images/{stem}.[jp][pn]*g")]
                 picture = str(found[0].relative_to(root)) if found else f"{folder.name}/{path.stem}.png"
                 items += mme_items(folder.name, path, [[picture, *row] for row in tabbed(path, 2)])
         for path in sorted(root.glob("*.txt")):
@@ -301,7 +319,7 @@ def read_mmbench(paths: list[Path]) -> list[Item]:
         pictures = {row.get("index"): row.get("image") or "" for row in rows}
         for number, row in enumerate(rows, 2):
             where = f"{path}: line {number}"
-            if None in row.values() or not str(row.get("index")).isdecimal() or "question" not in row:
+            if None in row.values() or None in row or not str(row.get("index")).isdecimal() or "question" not in row:
                 raise DataError(f"{where}: needs a numeric index, a question, options A, B, ... and as many columns")
             options = {letter: row[letter] for letter in LETTERS if row.get(letter, "").lower() not in ("", "nan")}
             hint = row.get("hint", "")
@@ -317,14 +335,20 @@ def read_mmbench(paths: list[Path]) -> list[Item]:
 
 
 def unpack_pictures(items: list[Item], folder: Path):
-    """Write the pictures that came in base64 into a folder, as files of the items' names. Raises DataError."""
+    """Write the pictures that came in base64 into a folder, as files of the items' names, each in one step, unless it
+    is there already. Raises DataError."""
     folder.mkdir(parents=True, exist_ok=True)
     for item in items:
-        if item.data and not (path := resolve_inside(folder, item.image)).exists():
+        if item.data:
+            path = resolve_inside(folder, item.image)
             try:
-                path.write_bytes(base64.b64decode(item.data, validate=True))
-            except binascii.Error as error:
+                content = base64.b64decode(item.data, validate=True)
+            except ValueError as error:
                 raise DataError(f"question {item.id}: its picture is not base64 ({error})") from None
+            if not path.exists() or path.read_bytes() != content:
+                partial = path.with_name(path.name + ".partial")
+                partial.write_bytes(content)
+                os.replace(partial, path)
         item.data = ""
 
 
@@ -358,7 +382,8 @@ def read_captions(paths: list[Path]) -> list[Item]:
     items = {}
     for path in paths:
         content = load(path)
-        names = {row.get("id"): row.get("file_name") for row in listed(content, "images") if isinstance(row, dict)}
+        pictures = entries(path, listed(content, "images"))
+        names = {want(row, "id", (int, str), where): row.get("file_name") for where, row in pictures}
         for where, row in entries(path, listed(content, "annotations") or listed(content, "data")):
             key = want(row, "image_id", (int, str), where)
             text = want(row, "caption" if "caption" in row else "caption_str", str, where)
@@ -394,11 +419,14 @@ def read_chartqa(paths: list[Path]) -> list[Item]:
 
 def read_medical(paths: list[Path]) -> list[Item]:
     """VQA-RAD's and SLAKE's lists (of SLAKE the English part, as LLaVA-Med), or any set in LLaVA-Med's form:
-    {"id", "image", "conversations", "answer_type"}."""
+    {"id", "image", "conversations", "answer_type"}. Of VQA-RAD's one file, which is for training too, the benchmark is
+    the rows whose phrase_type begins with "test_": where there are such, the others are left out."""
     items = []
     for path in paths:
-        for where, row in entries(path, load(path)):
-            if row.get("q_lang", "en") != "en":
+        rows = list(entries(path, load(path)))
+        tests = any(str(row.get("phrase_type")).startswith("test_") for _, row in rows)
+        for where, row in rows:
+            if row.get("q_lang", "en") != "en" or (tests and not str(row.get("phrase_type")).startswith("test_")):
                 continue
             if talk := row.get("conversations"):
                 key, image = want(row, "id", (int, str), where), row.get("image")
@@ -408,7 +436,7 @@ def read_medical(paths: list[Path]) -> list[Item]:
             else:
                 key = identity(row, where)
                 image = row.get("image_name") or row.get("img_name")
-                question, answer = want(row, "question", str, where), str(row.get("answer"))
+                question, answer = want(row, "question", str, where), str(want(row, "answer", (str, int, float), where))
             kind = want(row, "answer_type", str, where).strip().upper()
             if kind not in ("OPEN", "CLOSED"):
                 raise DataError(f"{where}: answer_type {kind!r} is neither OPEN nor CLOSED")
@@ -441,13 +469,16 @@ TASKS = {
 
 
 def read_items(task: str, paths: list[Path]) -> list[Item]:
-    """The questions of a task. Raises DataError if there are none, two with one id, or one that is not text."""
+    """The questions of a task. Raises DataError if there are none, two with one id, or one whose question or picture is
+    not text."""
     items, seen = TASKS[task].read(paths), set()
     if not items:
         refuse(paths, f"no questions of {task}")
     for item in items:
         if str(item.id) in seen:
             refuse(paths, f"question {shown(item.id)} comes twice")
+        if not isinstance(item.image, (str, type(None))):
+            refuse(paths, f"question {shown(item.id)}: its picture is {shown(item.image)}, not a name")
         if SURROGATE.search(item.text):
             refuse(paths, f"question {shown(item.id)} holds half a surrogate pair, which is not text")
         seen.add(str(item.id))

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import random
 import shutil
+import time
 
 import eval_faults
 import pytest
@@ -97,6 +98,20 @@ def test_a_missing_caption_is_worse_than_any(monkeypatch):
     for i in range(3):
         less = captions.caption_scores([None if i == j else text for j, text in enumerate(said)], refs)
         assert all(less[key] <= base[key] + 1e-12 for key in base), i
+
+
+def test_a_missing_caption_scores_nothing_where_a_reference_has_no_words(monkeypatch):
+    monkeypatch.setattr(captions, "meteor_tool", lambda: None)
+    refs = [["."], ["a dog here"]]
+    assert captions.caption_scores(["", None], refs)["ROUGE_L"] == 0.5  # as the official code has it
+    assert captions.caption_scores([None, None], refs)["ROUGE_L"] == 0
+
+
+@pytest.mark.parametrize("part", ["1", "1.5", "1-.5", "a"])
+def test_a_long_chain_of_hyphens_is_cut_at_once(part):
+    begin = time.perf_counter()
+    assert ptb_words("-".join([part] * 60)) == ["-".join([part] * 60)]
+    assert time.perf_counter() - begin < 2
 
 
 def write_coco(folder, items):

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -256,6 +257,12 @@ def test_questions_without_a_picture_are_answered(tiny, llava):
     assert len(answer(*llava, [{"question_id": 1, "text": "Red?"}], tiny.world, 4)) == 1
 
 
+def test_a_prompt_that_is_too_long_is_named_by_its_question(tiny, llava, questions):
+    asked = [questions[0], {"question_id": "k7", "text": "Is it red? " * 3000}]
+    with pytest.raises(DataError, match=r"question k7: its prompt is .* tokens long"):
+        answer(*llava, asked, tiny.world, 4)
+
+
 def test_a_decoder_refuses_a_question_with_a_picture(tiny, questions):
     decoder, tokenizer = load_model(tiny.decoder), Tokenizer.load(tiny.decoder)
     with pytest.raises(DataError, match=r"question 0 .*vision tower"):
@@ -268,7 +275,8 @@ def test_a_decoder_refuses_a_question_with_a_picture(tiny, questions):
 
 
 @pytest.mark.parametrize("line", [
-    "", "{", "[]", "7", '{"text": "Is it red?"}', '{"question_id": 2}', '{"question_id": 2, "text": 7}',
+    '\n{"question_id": 2, "text": "?"}',
+    "{", "[]", "7", '{"text": "Is it red?"}', '{"question_id": 2}', '{"question_id": 2, "text": 7}',
     '{"question_id": [2], "text": "Is it red?"}', '{"question_id": 2, "text": "Is it red?", "image": 7}',
     '{"question_id": 2, "text": "Is it red?", "answer": 7}', '{"question_id": 1, "text": "The same again?"}',
 ])  # fmt: skip
@@ -279,6 +287,15 @@ def test_a_question_that_is_none_is_named_by_file_and_line(tiny, command, tmp_pa
     message = refusal(command, *argv, "--max-new-tokens", 2)
     assert f"{path}: line 2" in message
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_blank_lines_at_the_end_are_none_and_no_questions_are_named(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"question_id": 1, "text": "Red?"}\n\n \n')
+    assert evaluation.read_lines(path) == [{"question_id": 1, "text": "Red?"}]
+    (tmp_path / "q.json").write_text("[]")
+    with pytest.raises(DataError, match=r"q\.json: no questions"):
+        evaluation.read_lines(tmp_path / "q.json")
 
 
 def test_missing_questions_are_named(tiny, command, tmp_path):
@@ -358,6 +375,31 @@ def test_a_missing_picture_is_named_before_anything_is_answered(tiny, babbler, c
     assert not (tmp_path / "a/answers.jsonl").exists()
 
 
+def test_a_run_is_not_gone_on_with_other_pictures_or_code(tiny, babbler, command, tmp_path, monkeypatch):
+    path, picture = tmp_path / "q.jsonl", tmp_path / "a.png"
+    asked = evaluation.read_lines(tiny.world / "questions.jsonl")[0]
+    picture.write_bytes((tiny.world / asked["image"]).read_bytes())
+    write_lines(path, [{"question_id": 1, "text": "Red?", "image": "a.png"}])
+    argv = ["--model", babbler, "--questions", path, "--out", tmp_path / "r[1].jsonl", "--device", "cpu"]
+    argv += ["--max-new-tokens", 2]
+    command(evaluation, *argv)  # whose name is a pattern
+    picture.write_bytes(picture.read_bytes() + b"\0")
+    assert "another pictures_sha256" in refusal(command, *argv)
+    picture.write_bytes(picture.read_bytes()[:-1])
+    monkeypatch.setattr(answering, "code_hash", lambda: "another")
+    assert "another code_sha256" in refusal(command, *argv)
+
+
+def test_the_code_of_answers_is_what_they_come_through(tmp_path):
+    source = Path(answering.__file__).parent
+    for path in source.glob("*.py"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for name, same in (("scratch", True), ("train", True), ("eval", True), ("llava", False)):
+        with (tmp_path / f"{name}.py").open("a") as file:
+            file.write("# another\n")
+        assert (answering.code_hash(tmp_path) == answering.code_hash()) is same, name
+
+
 class Rank:
     """One of several ranks that share a folder, one after another."""
 
@@ -429,7 +471,11 @@ def test_two_processes_do_not_answer_into_one_file(tmp_path, answers, questions)
 
 @pytest.mark.parametrize("argv, why", [
     (["--score", "pope"], "--predictions"), ([], "--questions"), (["--task", "nothing"], "invalid choice"),
-    (["--questions", "q", "--batch-size", "0"], "above 0"),
+    (["--questions", "q", "--batch-size", "0"], "above 0"), (["--questions", "q", "--limit", "0"], "above 0"),
+    (["--questions", "q", "--max-new-tokens", "0"], "above 0"), (["--questions", "q", "--suffix", ""], "--suffix"),
+    (["--task", "mme", "--questions", "q", "--limit", "5"], "even"),
+    (["--task", "llavabench", "--questions", "q", "--submission", "s", "--rule", "r"], "no --rule"),
+    (["--score", "pope", "--predictions", "p", "--references", "r", "--limit", "5"], "--limit"),
     (["--score", "mmvet", "--predictions", "p", "--references", "r", "--grader", "http://x"], "--grades"),
 ])  # fmt: skip
 def test_a_command_that_makes_no_sense_ends_with_status_2(command, capsys, argv, why):

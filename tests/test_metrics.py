@@ -150,6 +150,8 @@ def test_existence_by_hand():
     said, labels = ["yes", "yes", "no", "no", "other"], ["yes", "no", "no", "yes", "yes"]
     figures = existence(said, labels)
     assert figures == pytest.approx({"accuracy": 40, "precision": 50, "recall": 100 / 3, "f1": 40, "yes ratio": 40})
+    theirs = existence(said, labels, lmms=True)  # "other" is no miss
+    assert theirs == pytest.approx({"accuracy": 40, "precision": 50, "recall": 50, "f1": 50, "yes ratio": 60})
     assert existence(["no"], ["yes"])["f1"] == 0 and existence(["no"], ["no"])["accuracy"] == 100
 
 
@@ -168,7 +170,7 @@ def test_pope_label_files(split, count):
 
 @pytest.mark.parametrize("text, letter", [
     ("B", "B"), ("B. a cat", "B"), ("The answer is C.", "C"), ("The answer is C", ""), ("b", ""), ("B.", ""), ("", ""),
-    ("The answer is A. The answer is B.", ""), ("A cat", ""),
+    ("The answer is A. The answer is B.", ""), ("A cat", ""), ("The answer is B, since", "B"),
 ])  # fmt: skip
 def test_letters_of_scienceqa(text, letter):
     assert science_letter(text) == letter
@@ -177,6 +179,7 @@ def test_letters_of_scienceqa(text, letter):
 @pytest.mark.parametrize("text, letter", [
     ("B", "B"), ("(B)", "B"), ("B. dog", "B"), ("The answer is B.", "B"), ("dog", "B"), ("It is a DOG.", "B"),
     ("A", "A"),
+    ("A dog, so B it is", ""), ("A or B: the dog is it", ""),
     ("A dog is in it", "B"), ("A and B", ""), ("cat or dog", ""), ("", ""), ("E", ""), ("none of them", ""),
 ])  # fmt: skip
 def test_letters_of_mmbench(text, letter):

@@ -1,5 +1,6 @@
 """Benchmarks: the published files as they are, figures by hand, servers' files, and files that are spoilt."""
 
+import base64
 import json
 import random
 import zipfile
@@ -14,6 +15,7 @@ import captions
 import eval as evaluation
 import grader
 import scores
+import submissions
 from predictions import Item, read_predictions
 from records import DataError
 from tasks import TASKS, prompt_of, read_items, unpack_pictures
@@ -137,6 +139,30 @@ def test_gqa_as_its_own_scorer(tmp_path):
     assert figures["distribution (lower is better)"] == pytest.approx(0.02)
 
 
+def test_gqa_choices_of_what_two_things_share(tmp_path):
+    more = {"imageId": "1", "question": "What is common?", "answer": "color", "types": {"detailed": "twoCommon"}}
+    choices = {"1": {"valid": ["red"], "plausible": ["red"]}}
+    items = read_items("gqa", [write(tmp_path / "q.json", {"1": more}), write(tmp_path / "c.json", choices)])
+    for said, value in (("shape", 100), ("red", 0)):
+        figures = scores.gqa(items, [said])
+        assert (figures["validity"], figures["plausibility"]) == (value, value)
+
+
+def test_of_vqa_rad_the_test_part_and_no_answer_is_none(tmp_path):
+    row = {"qid": 1, "image_name": "a.jpg", "question": "q?", "answer_type": "OPEN", "answer": 2}
+    rows = [row | {"phrase_type": "freeform"}, row | {"qid": 2, "phrase_type": "test_para"}]
+    assert [(item.id, item.truth) for item in read_items("vqa-rad", [write(tmp_path / "r.json", rows)])] == [(2, "2")]
+    assert len(read_items("vqa-rad", [write(tmp_path / "r.json", rows[:1])])) == 1
+    for answer in (None, [], True):
+        with pytest.raises(DataError, match=r"entry 1 \(1\): answer is"):
+            read_items("vqa-rad", [write(tmp_path / "r.json", [row | {"answer": answer}])])
+
+
+def test_a_caption_that_would_take_minutes_is_refused():
+    with pytest.raises(DataError, match="question 1: a caption of 20,000 characters"):
+        scores.captions([Item(1, "", truth=["a"])], [",a" * 10_000])
+
+
 def test_pope_by_hand_and_a_missing_answer_is_wrong(tmp_path):
     rows = [{"question_id": i, "image": "1.jpg", "text": f"Is there a {i}?", "label": "no"} for i in (1, 2)]
     items = read_items("pope", [write(tmp_path / "coco_pope_random.json", lines(rows))])
@@ -144,6 +170,12 @@ def test_pope_by_hand_and_a_missing_answer_is_wrong(tmp_path):
     assert figures["random accuracy"] == 0 and figures["random yes ratio"] == 100  # to LLaVA's rule, nothing is a yes
     figures = scores.pope(items, ["No, there is not", "NO"])
     assert figures["random accuracy"] == 50 and figures["random accuracy (lmms-eval)"] == 50
+    for item in items:
+        item.truth = "yes"
+    figures = scores.pope(items, ["Yes.", "yes"])  # to lmms-eval, "Yes." is wrong, but no miss; a missing answer is one
+    assert (figures["random recall"], figures["random recall (lmms-eval)"]) == (100, 100)
+    assert figures["random accuracy (lmms-eval)"] == 50 and figures["random yes ratio (lmms-eval)"] == 100
+    assert scores.pope(items, [None, "yes"])["random recall (lmms-eval)"] == 50
 
 
 def test_pope_by_llavas_list(tmp_path):
@@ -271,6 +303,14 @@ def test_the_table_of_mmbench(tmp_path, command):
     assert out.read_bytes() == first
 
 
+@pytest.mark.parametrize("char", ["\0", "\uffff", "\ud800"])
+def test_a_table_holds_no_character_that_xml_cannot(char, tmp_path):
+    submissions.write_xlsx(tmp_path / "s.xlsx", [[1, f"<a{char}b>\n\U0001f600"]])
+    with zipfile.ZipFile(tmp_path / "s.xlsx") as file:
+        sheet = ElementTree.fromstring(file.read("xl/worksheets/sheet1.xml"))
+    assert "".join(sheet.itertext()) == "1<a\ufffdb>\n\U0001f600"
+
+
 def test_no_server_takes_pope(tmp_path, command):
     references, rows = MAKERS["pope"](tmp_path, random.Random(0), 2)
     argv = ["--score", "pope", "--predictions", write(tmp_path / "p.json", rows), "--references", *references]
@@ -309,6 +349,60 @@ def test_questions_that_come_twice_or_are_in_one_file_only(tmp_path):
     content["annotations"].pop()
     with pytest.raises(DataError, match="question 20 is not in both"):
         read_items("vqav2", [asked, write(truths, content)])
+
+
+def test_gqa_by_llavas_list_and_its_own_in_either_order(tmp_path):
+    row = {"question_id": "1", "image": "a.jpg", "text": "Is it?\nEND"}
+    listed = write(tmp_path / "llava.jsonl", lines([row]))
+    own = write(tmp_path / "own.json", {"1": {"question": "Is it?", "imageId": "a", "answer": "yes"}})
+    for paths in ([listed, own], [own, listed]):
+        (item,) = read_items("gqa", paths)
+        assert item.text == "Is it?\nEND" and scores.gqa([item], ["yes"])["accuracy"] == 100
+    other = write(tmp_path / "other.jsonl", lines([row | {"question_id": "2"}]))
+    with pytest.raises(DataError, match="question '2' is not among"):
+        read_items("gqa", [own, other])
+
+
+def test_pictures_of_test_dev_are_those_of_the_test_set(tmp_path):
+    content = {"data_subtype": "test-dev2015", "questions": [{"question_id": 1, "image_id": 5, "question": "?"}]}
+    assert read_items("vqav2", [write(tmp_path / "q.json", content)])[0].image == "COCO_test2015_000000000005.jpg"
+
+
+def test_pictures_of_another_table_are_written_anew(tmp_path):
+    for content in (b"half", b"one", b"another"):
+        unpack_pictures([Item(1, "", "1.jpg", data=base64.b64encode(content).decode())], tmp_path)
+        assert (tmp_path / "1.jpg").read_bytes() == content and len(list(tmp_path.iterdir())) == 1
+    for data in ("é", "A"):
+        with pytest.raises(DataError, match="question 2: its picture is not base64"):
+            unpack_pictures([Item(2, "", "2.jpg", data=data)], tmp_path)
+
+
+def test_a_line_of_mmbench_with_a_column_too_many_is_refused(tmp_path):
+    path = write(tmp_path / "m.tsv", "index\tquestion\tA\tB\tanswer\n1\twhat\tx\ty\tz\tA\n")
+    with pytest.raises(DataError, match=r"line 2: .*as many columns"):
+        read_items("mmbench", [path])
+
+
+def test_pictures_of_mme_may_have_brackets(tmp_path):
+    write(tmp_path / "count/a[1].txt", "Is it?\tYes\nIs it not?\tNo\n")
+    write(tmp_path / "count/a[1].jpg", "")
+    assert {item.image for item in read_items("mme", [tmp_path])} == {"count/a[1].jpg"}
+
+
+@pytest.mark.parametrize("task, content, why", [
+    ("docvqa", {"data": [{"questionId": 1, "question": "?", "image": 5}]}, "question 1: its picture is 5"),
+    ("coco", {"images": [{"id": 1, "file_name": 5}]}, "question 1: its picture is 5"),
+    ("coco", {"images": [{"id": [1], "file_name": "a"}]}, "id is"),
+    ("scienceqa", [{"id": 1, "image": 5, "conversations": []}], "question '1': its picture is 5"),
+    ("gqa", {"1": {"valid": [[1]], "plausible": []}}, "'1': .1. stands where a text"),
+    ("gqa", {"1": {"question": "?", "imageId": "1", "answer": "a", "groups": [1]}}, "groups is .1., not dict"),
+    ("gqa", {"1": {"question": "?", "imageId": "1", "answer": "a", "groups": {"global": []}}}, "stands where a text"),
+    ("gqa", {"1": {"question": "?", "imageId": "1", "answer": "a", "types": "x"}}, "types is 'x', not dict"),
+    ("gqa", {"1": {"question": "?", "imageId": "1", "answer": "a", "entailed": 5}}, "entailed is 5, not list"),
+])  # fmt: skip
+def test_what_is_no_text_in_references_is_named(task, content, why, tmp_path):
+    with pytest.raises(DataError, match=why):
+        read_items(task, [write(tmp_path / "reference.json", content)])
 
 
 def test_spoilt_predictions(tmp_path):
@@ -408,6 +502,77 @@ def test_an_endpoint_that_is_none_is_named(mmvet, tmp_path, command):
         command(evaluation, *argv, "--grader", server.address)
     with pytest.raises(SystemExit, match="graded by a language model"):
         command(evaluation, *argv[:-2])
+
+
+def test_grades_that_go_with_something_else_are_no_zeros(mmvet, tmp_path, command):
+    references, predictions = mmvet
+    argv = ["--score", "mmvet", "--predictions", predictions, "--references", references, "--grades", tmp_path / "g"]
+    with Endpoint() as server:
+        server.replies = ["1.0"]
+        command(evaluation, *argv, "--grader", server.address, "--grader-model", "llama")
+    with pytest.raises(SystemExit, match=r"/g: its grades, by 'llama', are of other answers, or --grader-model"):
+        command(evaluation, *argv)
+    command(evaluation, *argv, "--grader-model", "llama")
+
+
+def test_mmvet_by_llavas_list_alone_has_nothing_to_grade_by(tmp_path, command):
+    listed = write(tmp_path / "q.jsonl", lines([{"question_id": 0, "image": "a.jpg", "text": "Is it?"}]))
+    for said in ({"0": "yes"}, {}):
+        argv = ["--score", "mmvet", "--predictions", write(tmp_path / "p.json", said), "--references", listed]
+        with pytest.raises(SystemExit, match=r"question 0: no answer to compare with.*mm-vet\.json"):
+            command(evaluation, *argv, "--grades", tmp_path / "g")
+
+
+@pytest.mark.parametrize("spoilt", [{"reply": 0.5}, {"asked": ["x"]}, {"grader": None}, {"id": 1}])
+def test_a_grade_that_is_none_is_named(spoilt, tmp_path):
+    row = {"id": "v1_0", "grader": "m", "asked": "x", "reply": "0.5"}
+    assert grader.read_grades(write(tmp_path / "g", lines([row]))) == [row]
+    with pytest.raises(DataError, match="line 2: is not a grade"):
+        grader.read_grades(write(tmp_path / "g", lines([row, row | spoilt])))
+
+
+@pytest.mark.parametrize("rule", [{}, {"llava_bench_conv": 5}, {"llava_bench_conv": {"role": "Assistant"}}, [5]])
+def test_a_rule_that_is_none_is_named(rule):
+    item = Item(0, "?", truth=("a cat", "a cat"), groups={"category": "conv"})
+    with pytest.raises(DataError, match=r"--rule.* (has no llava_bench_conv|prompt is None)"):
+        grader.requests("llavabench", [item], ["a dog"], rule, "m")
+
+
+def test_the_key_does_not_go_where_an_endpoint_redirects_to(monkeypatch):
+    import http.server
+    import threading
+
+    asked = []
+
+    class Elsewhere(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.path)
+            if self.path.startswith("/short"):
+                self.send_response(200)
+                self.send_header("Content-Length", "100")
+            else:
+                self.send_response(302)
+                self.send_header("Location", "/other")
+            self.end_headers()
+            self.wfile.write(b"{")
+
+        def do_GET(self):
+            asked.append(self.headers["Authorization"])
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    server = http.server.HTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    with pytest.raises(ValueError, match=r"/v1/chat/completions: .*302"):
+        grader.ask(f"{address}/v1", {})
+    with pytest.raises(ValueError, match="/short/chat/completions: IncompleteRead"):
+        grader.ask(f"{address}/short", {})  # a reply that ends before it is all there
+    server.shutdown()
+    server.server_close()
+    assert asked == ["/v1/chat/completions", "/short/chat/completions"]
 
 
 def test_llavabench_by_hand(tmp_path, command, capsys):
