@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -276,13 +277,18 @@ def test_it_answers(small, command, tiny, capsys):
 
 
 PEAK = """
-import resource, sys
+import re, sys
+from pathlib import Path
 import torch
 import weights
 
-begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def most():  # of this program: getrusage's figure is that of the process that started it, if that was larger
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+weights.nf4.NF4Linear.of(torch.ones(64, 64))  # what is imported and made once
+begin = most()
 model = weights.load_model(sys.argv[1], bits=4)
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begin), sum(p.nbytes for p in model.parameters()))
+print(most() - begin, sum(p.nbytes for p in model.parameters()))
 """
 
 
@@ -296,11 +302,13 @@ def test_the_whole_model_never_stands_in_memory(tmp_path, monkeypatch):
     model = Llava(LlavaConfig(text, image_token_index=299))
     save_model(model, tmp_path)
     command = [sys.executable, "-c", PEAK, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    # Freed memory goes back at once, so that only what is alive counts, and not the allocator's holes.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True, env=environment)
     peak, kept = map(int, done.stdout.split())
     whole = sum(p.nbytes for p in model.parameters())
     print(f"peak {peak / 1e6:.0f} MB for {kept / 1e6:.0f} MB in four bits, {whole / 1e6:.0f} MB as they came")
-    assert kept < whole / 7 and peak < 1.2 * kept + 1.2 * shard
+    assert kept < whole / 7 and kept < peak < 1.2 * kept + shard
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1031,21 +1031,24 @@ def test_processor_files(tiny, tmp_path):
 # memory
 
 MEASURE = """
-import resource, sys, torch
+import re, sys, torch
+from pathlib import Path
 import weights
 def peak():  # MB, of this process so far
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # not getrusage's figure, which is that of the process that started this one, if that was larger
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 weights.load_model(sys.argv[2])  # a tiny one first: what the libraries take for themselves is not the weights
 before = peak()
 model = weights.load_model(sys.argv[1], dtype=getattr(torch, sys.argv[3]))
 size = sum(p.nbytes for p in model.parameters()) / 2**20
-print((peak() - before) / size, size)
+print(peak() - before, size)
 """
 
 
 @pytest.mark.parametrize("stored, wanted", [("float16", "float16"), ("float16", "float32"), ("float32", "bfloat16")])
 def test_loading_takes_little_more_than_the_weights(stored, wanted, tmp_path, monkeypatch):
-    """In a process of its own: peak memory, beyond what it had, at most 1.15 times the weights."""
+    """In a process of its own: peak memory, beyond what it had, at most 1.15 times the weights, and 20 MB for what the
+    libraries take once, however large the model is."""
     monkeypatch.setattr(weights, "SHARD_BYTES", 60_000_000)
     shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 24, "vocab_size": 8000}
     text = TextConfig(num_attention_heads=8, **shape)
@@ -1058,9 +1061,11 @@ def test_loading_takes_little_more_than_the_weights(stored, wanted, tmp_path, mo
         (tmp_path / name).mkdir()
         save_model(filled, tmp_path / name)
     argv = [sys.executable, "-c", MEASURE, str(tmp_path / "large"), str(tmp_path / "small"), wanted]
-    result = subprocess.run(argv, capture_output=True, text=True, cwd=Path(weights.__file__).parent)
-    ratio, size = map(float, result.stdout.split())
-    assert size > 150 and ratio < 1.15, (ratio, size, result.stderr)
+    # Freed memory goes back at once, so that only what is alive counts, and not the allocator's holes.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(argv, capture_output=True, text=True, cwd=Path(weights.__file__).parent, env=environment)
+    most, size = map(float, result.stdout.split())
+    assert size > 150 and size < most < 1.15 * size + 20, (most, size, result.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
