@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from configs import config_to_json, read_config
-from files import fingerprint, publish, read_json, write_json
+from files import fingerprint, read_json, write_json
 from layouts import LLAVA_LAYOUTS, Layout, choose_layout, llama, match
 from llava import Llava, LlavaConfig
 from lora import Base, LoRALinear, lora_layers, merge, plain, scale_of, weight_of
@@ -30,14 +30,14 @@ from tensors import Lazy, open_tensors
 from tokenizer import Tokenizer
 from weights import (
     FLOATS,
-    MERGED,
     build,
     grow_vocabulary,
     load_both,
     load_tokenizer,
+    merged_into,
     open_model,
+    publish_model,
     rename_back,
-    save_model,
 )
 
 PEFT = "base_model.model."  # stands in front of every name
@@ -45,8 +45,8 @@ CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_
 REST = "non_lora_trainables.bin"  # of LLaVA's authors
 # What peft can do to the arithmetic of LoRA, and we cannot; and what else may train beside it.
 UNKNOWN = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora")
-STARTS = ("gaussian", "orthogonal")  # ways to begin that leave the base alone
 UNKNOWN += ("alora_invocation_tokens", "use_bdlora", "eva_config", "arrow_config", "monteclora_config")
+STARTS = ("gaussian", "orthogonal")  # ways to begin that leave the base alone
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,11 +132,12 @@ class Adapter:
     """An adapter as its folder holds it, under our names."""
 
     folder: Path
+    sha256: str  # of its file of weights
     lora: dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # of a layer: A (r, in), B (out, r), scale
     whole: dict[str, torch.Tensor]  # tensors in the place of the base's
     base: dict[str, list[float]]  # what sample_weights found in the base; empty in files that are not ours
     config: LlavaConfig | None  # of the whole model, where the folder has it
-    said: set[str]  # what its config.json says itself; the rest of `config` is guessed
+    has_template: bool  # whether that says how the template and the pictures are; or else `config` guesses
 
 
 def is_adapter(folder: Path) -> bool:
@@ -165,9 +166,9 @@ def read_adapter(folder: Path) -> Adapter:
     for name, tensor in [*rest.items(), *((name, half) for name, layer in lora.items() for half in layer[:2])]:
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds numbers that are not finite")
-    whole_model = (folder / "config.json").exists()
-    config, said = (read_config(folder), set(read_json(folder / "config.json"))) if whole_model else (None, set())
-    return Adapter(folder, lora, rest, read_sample(path, lora), config, said)
+    config = read_config(folder) if (folder / "config.json").exists() else None
+    has_template = config is not None and "template" in read_json(folder / "config.json")
+    return Adapter(folder, fingerprint(path)["sha256"], lora, rest, read_sample(path, lora), config, has_template)
 
 
 def read_peft_config(folder: Path) -> dict:
@@ -175,13 +176,13 @@ def read_peft_config(folder: Path) -> dict:
     if not is_adapter(folder):
         raise ValueError(f"{folder}: holds no {CONFIG}, so it is no adapter")
     values = read_json(folder / CONFIG)
-    strange = [key for key in UNKNOWN if values.get(key)]
+    strange = [] if values.get("peft_type") == "LORA" else [f"peft_type {values.get('peft_type')!r}"]
+    strange += [key for key in UNKNOWN if values.get(key)]
     strange += [f"bias {values['bias']!r}"] if values.get("bias", "none") != "none" else []
     start = values.get("init_lora_weights")  # of these, some change the base when they are loaded
     strange += [f"init_lora_weights {start!r}"] if isinstance(start, str) and start not in STARTS else []
-    if values.get("peft_type") != "LORA" or strange:
-        what = values.get("peft_type") if values.get("peft_type") != "LORA" else strange[0]
-        raise ValueError(f"{folder / CONFIG}: {what} is something else than LoRA as it is here")
+    if strange:
+        raise ValueError(f"{folder / CONFIG}: {strange[0]} is something else than LoRA as it is here")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = values.setdefault(key, {}) or {}
         try:
@@ -192,6 +193,7 @@ def read_peft_config(folder: Path) -> dict:
 
 
 def weights_file(folder: Path) -> Path:
+    """Where A and B are. Raises ValueError if they are nowhere."""
     path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if path is None:
         raise ValueError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}")
@@ -263,12 +265,13 @@ def attach(model: Llava, adapter: Adapter):
         model.set_submodule(path, layer)
     for name, tensor in adapter.whole.items():
         parameters[name].copy_(tensor)
-    if "template" in adapter.said:  # stage 2 may have settled on another one, or way to make pictures square
+    if adapter.has_template:  # stage 2 may have settled on another one, or way to make pictures square
         model.config.template, model.config.image_mode = adapter.config.template, adapter.config.image_mode
         model.config.eos_token_ids = sorted({*model.config.eos_token_ids, *adapter.config.eos_token_ids})
 
 
 def refuse_other_base(model: Llava, adapter: Adapter):
+    """Raise ValueError if a layer or tensor of the adapter is not there, has another shape, or held other numbers."""
     modules, wrong = dict(model.named_modules()), []
     for path, (a, b, _) in adapter.lora.items():
         base, wanted = modules.get(path), (len(b), a.shape[1])
@@ -304,26 +307,27 @@ def load_adapted(
         return load_both(folder, device, dtype, bits)
     if adapter is None:
         adapter, folder = folder, base_of(folder)
+    return build_adapted(folder, read_adapter(adapter), device, dtype, bits, vision)
+
+
+def build_adapted(
+    folder: Path, found: Adapter, device: str, dtype: torch.dtype | None, bits: int, vision: Path | None
+) -> tuple[Llava, Tokenizer]:
+    """A base and its tokenizer, with an adapter that was read on it; for the arguments see load_adapted."""
     if is_adapter(folder):
-        raise ValueError(f"{folder} is an adapter: --model is the base below {adapter}")
-    found = read_adapter(adapter)
-    if fingerprint(weights_file(adapter))["sha256"] in merged_into(folder):
-        raise ValueError(f"{folder} has {adapter} in its weights already")
+        raise ValueError(f"{folder} is an adapter: --model is the base below {found.folder}")
+    if found.sha256 in merged_into(folder):
+        raise ValueError(f"{folder} has {found.folder} in its weights already")
     config, tensors = open_model(folder)
     if config.vision_config is None and found.config is not None and found.config.vision_config is not None:
         found.config.text_config, found.config.image_token_index = config.text_config, config.image_token_index
         config = found.config
-        rest = open_tensors(adapter / REST) if (adapter / REST).exists() else {}
+        rest = open_tensors(found.folder / REST) if (found.folder / REST).exists() else {}
         tensors = tensors | {name.removeprefix(PEFT): lazy for name, lazy in rest.items()}
     tokenizer = load_tokenizer(folder, config)
     model = build(config, tensors, folder, device, dtype, vision, bits=bits)
     attach(model, found)
     return model, tokenizer
-
-
-def merged_into(folder: Path) -> list[str]:
-    """Hashes of the adapters that a model has in its weights."""
-    return read_json(folder / MERGED).get("adapters", []) if (folder / MERGED).exists() else []
 
 
 def base_of(folder: Path) -> Path:
@@ -358,18 +362,11 @@ def merge_folder(base: Path, adapter: Path, out: Path, bits: int = 16, vision: P
     if out.exists():
         raise ValueError(f"{out}: exists already")
     found = read_adapter(adapter)
-    merged = [*merged_into(base), fingerprint(weights_file(adapter))["sha256"]]
-    model, tokenizer = load_adapted(base, adapter, "cpu", None, bits, vision)
+    model, tokenizer = build_adapted(base, found, "cpu", None, bits, vision)
     apart, largest, narrow = merge_checked(model, found)
     if model.config.vision_config is not None:
         grow_vocabulary(model, tokenizer.vocab_size)  # a decoder alone has no room for <image>
-
-    def write(folder: Path):
-        save_model(model, folder)
-        tokenizer.save(folder)
-        write_json(folder / MERGED, {"adapters": merged})
-
-    publish(out, write)
+    publish_model(model, tokenizer, out, [*merged_into(base), found.sha256])
     print(f"{out}: logits of up to {largest:.3g} differ by at most {apart:.1e} from those of base and adapter")
     if narrow:
         print(
@@ -406,13 +403,7 @@ def quantise_folder(source: Path, target: Path):
         raise ValueError(f"{source}: is in four bits already")
     model, tokenizer = load_both(source, "cpu", None, bits=4)
 
-    def write(folder: Path):
-        save_model(model, folder)
-        tokenizer.save(folder)
-        if before := merged_into(source):
-            write_json(folder / MERGED, {"adapters": before})
-
-    publish(target, write)
+    publish_model(model, tokenizer, target, merged_into(source))
     layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
     size = sum(p.nbytes for layer in layers for p in layer.parameters())
     count = sum(layer.in_features * layer.out_features for layer in layers)

@@ -11,9 +11,7 @@ bit for bit the same whatever stopped the run before, and on however many ranks 
 import fcntl
 import glob
 import json
-import os
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -27,9 +25,10 @@ import torch
 from tqdm import tqdm
 
 from data import load_picture
-from files import fingerprint, flush, read_json, write_json
+from files import fingerprint, read_json, write_json, write_whole
 from images import BadImage, check_file, resolve_inside
 from llava import Llava, generate
+from meters import peak_memory
 from ranks import Ranks
 from records import DataError
 from templates import TEMPLATES, prompt_ids, stop_text
@@ -55,9 +54,6 @@ class Cost:
         """Means per question, seconds per batch, tokens per second of all rows together, memory at its peak in GB."""
         if not self.questions:
             return {}
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if device != "cpu":
-            memory = torch.cuda.max_memory_allocated(device)
         return {
             "questions": self.questions,
             "visual tokens": self.visual_tokens / self.questions,
@@ -65,7 +61,7 @@ class Cost:
             "new tokens": self.new_tokens / self.questions,
             "seconds to first token": sum(self.first) / len(self.first),
             "tokens/s": self.new_tokens / self.seconds,
-            "peak GB": memory / 1e9,
+            "peak GB": peak_memory(torch.device(device)) / 1e9,
         }
 
 
@@ -233,10 +229,7 @@ def publish(questions: list[dict], out: Path) -> list[dict]:
     """Put all answers into one file, in the order of the questions, in one step; then the parts can go."""
     rows = answered(out)
     rows = [rows[question["question_id"]] for question in questions]
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    flush(partial)
-    os.replace(partial, out)
+    write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     for path in parts(out):
         path.unlink()
     return rows

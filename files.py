@@ -33,6 +33,14 @@ def publish(folder: Path, write: Callable[[Path], None]):
     flush(folder.parent)
 
 
+def write_whole(path: Path, content: bytes):
+    """Replace a file in one step; a reader sees the old or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    flush(partial)
+    os.replace(partial, path)
+
+
 def flush(path: Path):
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
@@ -74,11 +82,8 @@ def to_json(values: dict) -> str:
 
 
 def write_json(path: Path, values: dict):
-    """Replace a JSON file in one step; a reader sees the old or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(to_json(values))
-    flush(partial)
-    os.replace(partial, path)
+    """Replace a JSON file in one step."""
+    write_whole(path, to_json(values).encode())
 
 
 def refuse_duplicates(pairs: list) -> dict:

@@ -52,7 +52,7 @@ def nested_code_book(device: torch.device) -> torch.Tensor:
 @cache
 def pairs_of_codes(device: torch.device) -> torch.Tensor:
     """What each byte stands for, its two float32 seen as one int64, (256,): one look-up per byte, not two, and of a
-    type that index_select copies fast (with rows of two floats it takes five times as long, see LOG.md)."""
+    type that index_select copies fast (with rows of two floats it takes more than twice as long, see LOG.md)."""
     byte, codes = torch.arange(256, device=device), code_book(device)
     return torch.stack([codes[byte >> 4], codes[byte & 15]], dim=1).view(torch.int64).flatten()
 

@@ -8,7 +8,6 @@ text with the task's suffix, which is LLaVA-1.5's, unless the text ends with it 
 import base64
 import csv
 import glob
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import grader
 import scores
+from files import write_whole
 from images import resolve_inside
 from metrics import LETTERS
 from predictions import IDS, Item, entries, is_llava, listed, llava_items, load, question_of, shown, tabbed, want
@@ -346,9 +346,7 @@ def unpack_pictures(items: list[Item], folder: Path):
             except ValueError as error:
                 raise DataError(f"question {item.id}: its picture is not base64 ({error})") from None
             if not path.exists() or path.read_bytes() != content:
-                partial = path.with_name(path.name + ".partial")
-                partial.write_bytes(content)
-                os.replace(partial, path)
+                write_whole(path, content)
         item.data = ""
 
 

@@ -56,6 +56,7 @@ def gather_quantised(tensors: dict[str, Lazy], source: Path) -> dict[str, Lazy]:
 
 
 def open_files(path: Path) -> dict[str, Lazy]:
+    """The tensors as the files have them, a weight in NF4 still in pieces; for the rest see open_tensors."""
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if path.is_file():

@@ -10,7 +10,6 @@ filled, every shape fits and every number is finite; or nothing is loaded, and o
 
 import argparse
 import math
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -343,6 +342,23 @@ def save_model(model: Llava, folder: str | Path, weights: dict[str, torch.Tensor
         write_processor(config, folder)
 
 
+def publish_model(model: Llava, tokenizer: Tokenizer, target: Path, merged: list[str]):
+    """Make a model's folder appear whole. Args: merged: hashes of the adapters that it has in its weights."""
+
+    def write(folder: Path):
+        save_model(model, folder)
+        tokenizer.save(folder)
+        if merged:
+            write_json(folder / MERGED, {"adapters": merged})
+
+    publish(target, write)
+
+
+def merged_into(folder: Path) -> list[str]:
+    """Hashes of the adapters that a model has in its weights."""
+    return read_json(folder / MERGED).get("adapters", []) if (folder / MERGED).exists() else []
+
+
 def quantised_state(model: Llava, state: dict[str, torch.Tensor]) -> dict:
     """Put what bitsandbytes writes of a layer in NF4 in the place of ours, and return what config.json says of it."""
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, nf4.NF4Linear)}
@@ -439,13 +455,7 @@ def convert(source: Path, target: Path, vision: Path | None, llm: Path | None, t
     if config.vision_config is not None:
         grow_vocabulary(model, tokenizer.vocab_size)
 
-    def write(folder: Path):
-        save_model(model, folder)
-        tokenizer.save(folder)
-        if (source / MERGED).exists():
-            shutil.copy(source / MERGED, folder)
-
-    publish(target, write)
+    publish_model(model, tokenizer, target, merged_into(source))
 
 
 def main():

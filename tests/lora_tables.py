@@ -72,6 +72,11 @@ class Trial:
         return 1000 * float(re.search(r"in GB: .* = ([\d.e-]+);", text)[1])
 
     @property
+    def peak(self) -> float:
+        """GB of the process at its peak, torch itself and the kept features among them."""
+        return max(json.loads(line)["memory_gb"] for line in (self.out / "log.jsonl").read_text().splitlines())
+
+    @property
     def trained(self) -> int:
         """Parameters that train."""
         rows = re.findall(
@@ -134,12 +139,13 @@ def main():
         trials[shift, "before"] = Trial(f"{shift}, before", [], asked, args.speedrun / "stage2", folder)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda trial: trial.go() if trial.flags else ask(trial), trials.values()))
-    print("| | | trains | held, MB | loss | accuracy | of full |\n|---|---|---:|---:|---:|---:|---:|")
+    print("| | | trains | loss | accuracy | of full | held, MB (estimated) | process, GB |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
     for (table, name), trial in sorted(trials.items(), key=lambda pair: pair[0][0], reverse=True):
         if name in WAYS:
             share = 100 * trial.accuracy / trials[table, "full"].accuracy
-            row = f"| {table} | {name} | {trial.trained:,} | {trial.held:.0f} | {trial.loss:.3f} "
-            print(f"{row}| {trial.accuracy:.1f} % | {share:.1f} % |")
+            row = f"| {table} | {name} | {trial.trained:,} | {trial.loss:.3f} | {trial.accuracy:.1f} % | {share:.1f} % "
+            print(f"{row}| {trial.held:.0f} | {trial.peak:.2f} |")
     print("\n| what trains | " + " | ".join(shifts) + " |\n|---|" + "---:|" * len(shifts))
     for name in ("before", *PARTS):
         cells = " | ".join(f"{trials[shift, name].accuracy:.1f} %" for shift in shifts)
