@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from data import load_picture
-from files import fingerprint, read_json, write_json, write_whole
+from files import fingerprint, read_json, whole_lines, write_json, write_whole
 from images import BadImage, check_file, resolve_inside
 from llava import Llava, generate
 from meters import peak_memory
@@ -145,12 +145,6 @@ def batches_of(questions: list[dict], size: int) -> list[list[dict]]:
 
 
 ROW = ("question_id", "prompt", "text", "answer_id", "model_id", "metadata")  # LLaVA's
-
-
-def whole_lines(path: Path) -> bytes:
-    """What a file holds up to its last line break: a kill may have cut the line that follows."""
-    content = path.read_bytes() if path.exists() else b""
-    return content[: content.rfind(b"\n") + 1]
 
 
 def answered(out: Path) -> dict[int | str, dict]:

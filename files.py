@@ -41,6 +41,12 @@ def write_whole(path: Path, content: bytes):
     os.replace(partial, path)
 
 
+def whole_lines(path: Path) -> bytes:
+    """What a growing file holds up to its last line break: a kill may have cut the line that follows."""
+    content = path.read_bytes() if path.exists() else b""
+    return content[: content.rfind(b"\n") + 1]
+
+
 def flush(path: Path):
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)

@@ -23,7 +23,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from predictions import Item, entries, is_llava, llava_items, load, shown, want
+from files import whole_lines
+from predictions import Item, by_id, entries, is_llava, llava_items, load, shown, want
 from records import DataError
 
 CORRECTNESS = """You grade answers to questions about a picture. Below are a question, the true answer and a given \
@@ -48,12 +49,7 @@ def read_mmvet(paths: list[Path]) -> list[Item]:
         if is_llava(content):
             items += llava_items(path, content)
             continue
-        if not isinstance(content, dict):
-            raise DataError(f"{path}: is not mm-vet.json, an object of questions by id")
-        for key, row in content.items():
-            where = f"{path}: question {key}"
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: is a {type(row).__name__}, not an object")
+        for key, where, row in by_id(path, content):
             skills = sorted(map(str, want(row, "capability", list, where)))
             item = Item(key, want(row, "question", str, where), want(row, "imagename", str, where))
             item.truth, item.keys = (want(row, "answer", str, where), skills), (key.removeprefix("v1_"),)
@@ -189,9 +185,7 @@ def read_grades(path: Path) -> list[dict]:
     """The lines of a file of grades; a last one cut short by a kill is dropped from it."""
     if not path.exists():
         return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    rows = []
+    whole, rows = whole_lines(path), []
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             row = json.loads(line)
@@ -200,8 +194,7 @@ def read_grades(path: Path) -> list[dict]:
                 raise TypeError
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{path}: line {number}: is not a grade") from None
-    if whole != content:
-        path.write_bytes(whole)
+    os.truncate(path, len(whole))
     return rows
 
 

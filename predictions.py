@@ -82,6 +82,16 @@ def entries(path: Path, rows: object) -> Iterator[tuple[str, dict]]:
         yield f"{path}: entry {number}" + (f" ({shown(key)})" if key is not None else ""), row
 
 
+def by_id(path: Path, content: object) -> Iterator[tuple[str, str, dict]]:
+    """Key, how messages name it, and object of every entry of a JSON object. Raises DataError on anything else."""
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: holds a {type(content).__name__} where an object of questions by id should be")
+    for key, row in content.items():
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: question {shown(key)}: is a {type(row).__name__}, not an object")
+        yield key, f"{path}: question {shown(key)}", row
+
+
 def want(row: dict, key: str, kind, where: str):
     """The value under a key, which must be of a kind. Raises DataError."""
     value = row.get(key)

@@ -35,10 +35,15 @@ def mean(values: list[float]) -> float:
 
 def each(measure: Callable[[str, object], float], items: list, answers: list[str | None]) -> list[float]:
     """What a measure of (answer, truth) gives each answer, 0 where there is none."""
+    need_truth(items)
+    return [0.0 if answer is None else float(measure(answer, item.truth)) for item, answer in zip(items, answers)]
+
+
+def need_truth(items: list):
+    """Raise DataError if the files lack an answer to compare with."""
     for item in items:
         if item.truth is None:
             raise DataError(f"question {item.id}: no answer to compare with in the files; see --submission")
-    return [0.0 if answer is None else float(measure(answer, item.truth)) for item, answer in zip(items, answers)]
 
 
 def by_group(items: list, values: list[float], kinds: tuple[str, ...] = ()) -> dict[str, float]:
@@ -142,7 +147,7 @@ def pope(items: list, answers: list[str | None]) -> dict[str, float]:
 
     A missing answer is the wrong one of the two. (To LLaVA's rule, nothing would be a yes.)
     """
-    each(lambda *_: 0, items, answers)
+    need_truth(items)
     result, headline = {}, []
     splits = dict.fromkeys(item.groups["split"] for item in items)
     for split in splits:
@@ -223,7 +228,7 @@ LONGEST_CAPTION = 10_000
 
 def captions(items: list, answers: list[str | None]) -> dict[str, float]:
     """BLEU, METEOR (if its tool is there), ROUGE-L and CIDEr-D over all pictures of the references."""
-    each(lambda *_: 0, items, answers)
+    need_truth(items)
     for item, answer in zip(items, answers):
         if answer is not None and len(answer) > LONGEST_CAPTION:  # cutting it takes time with its square
             raise DataError(f"question {item.id}: a caption of {len(answer):,} characters, {LONGEST_CAPTION:,} at most")
@@ -246,7 +251,7 @@ def medical(items: list, answers: list[str | None]) -> dict[str, float]:
 
     That one leaves a closed question out when the answer says yes or no, and the wrong one: see README.
     """
-    each(lambda *_: 0, items, answers)
+    need_truth(items)
     result = {}
     rows = [(item.groups["kind"], item.truth, answer) for item, answer in zip(items, answers)]
     nothing = dict.fromkeys(overlap("", ""), 0.0)

@@ -9,7 +9,7 @@ import base64
 import csv
 import glob
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import scores
 from files import write_whole
 from images import resolve_inside
 from metrics import LETTERS
-from predictions import IDS, Item, entries, is_llava, listed, llava_items, load, question_of, shown, tabbed, want
+from predictions import IDS, Item, by_id, entries, is_llava, listed, llava_items, load, question_of, shown, tabbed, want
 from records import SURROGATE, DataError
 
 SHORT = "Answer the question using a single word or phrase."
@@ -39,16 +39,6 @@ class Task:
 
 def prompt_of(item: Item, suffix: str) -> str:
     return item.text if not suffix or item.text.rstrip().endswith(suffix) else f"{item.text}\n{suffix}".lstrip("\n")
-
-
-def by_id(path: Path, content: object) -> Iterator[tuple[str, str, dict]]:
-    """Key, how messages name it, and object of every entry of a JSON object. Raises DataError on anything else."""
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {type(content).__name__} where an object of questions by id should be")
-    for key, row in content.items():
-        if not isinstance(row, dict):
-            raise DataError(f"{path}: question {shown(key)}: is a {type(row).__name__}, not an object")
-        yield key, f"{path}: question {shown(key)}", row
 
 
 def identity(row: dict, where: str) -> int | str:
