@@ -208,8 +208,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = make_norm(config)
         self.mlp = GeluMLP(config) if config.gpt2 else SwiGLU(config)
 
-    def forward(self, x: torch.Tensor, angles, mask, cache) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, angles, mask, cache, keep=None) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), angles, mask, cache)
+        if keep is not None:  # others have only been here for their keys and values
+            x = x[keep]  # (N, C)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -244,12 +246,13 @@ class Decoder(nn.Module):
         self.norm = make_norm(config)
 
     def forward(
-        self, embeddings: torch.Tensor, padding: torch.Tensor | None = None, cache: KVCache | None = None
+        self, embeddings: torch.Tensor, padding: torch.Tensor | None = None, cache: KVCache | None = None, keep=None
     ) -> torch.Tensor:
         """Hidden states (B, T, C) of T new token embeddings (B, T, C), after what the cache holds.
 
         Args: padding (B,): paddings at the left of each row, for generating in batches; None: none. In training rows
-        are padded at the right, where causality already hides the padding, and no mask is needed.
+        are padded at the right, where causality already hides the padding, and no mask is needed. keep: an index of
+        (B, T), such as a mask, of the N tokens whose states (N, C) are asked for: the last MLP reads no others.
         """
         batch, new = embeddings.shape[:2]
         start = cache.used if cache is not None else 0
@@ -268,10 +271,11 @@ class Decoder(nn.Module):
         else:
             angles = rotary_angles(positions, self.config)
         for layer in self.layers:
+            asked = keep if layer is self.layers[-1] else None
             if self.recompute and self.training:
-                x = checkpoint(layer, x, angles, mask, cache, use_reentrant=False)
+                x = checkpoint(layer, x, angles, mask, cache, asked, use_reentrant=False)
             else:
-                x = layer(x, angles, mask, cache)
+                x = layer(x, angles, mask, cache, asked)
         if cache is not None:
             cache.used += new
         return self.norm(x)
@@ -403,10 +407,10 @@ class Llava(nn.Module):
         """
         if pixel_values is not None:
             vision_features = self.vision_features(pixel_values)
-        hidden = self.language_model.model(self.embed(input_ids, vision_features, image_sizes))
-        target = labels[:, 1:]  # the state at t predicts the token at t + 1
+        target = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # the state at t predicts the token at t + 1
         supervised = target != IGNORE
-        return summed_cross_entropy(self.language_model.lm_head, hidden[:, :-1][supervised], target[supervised])
+        hidden = self.language_model.model(self.embed(input_ids, vision_features, image_sizes), keep=supervised)
+        return summed_cross_entropy(self.language_model.lm_head, hidden, target[supervised])
 
 
 def summed_cross_entropy(head: nn.Linear, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -482,8 +486,8 @@ def generate(
     padding = padding if padding.any() else None
     running = [True] * len(prompts)
     for _step in range(steps):
-        hidden = model.language_model.model(x, padding, cache)
-        logits = model.language_model.lm_head(hidden[:, -1])
+        hidden = model.language_model.model(x, padding, cache, keep=(slice(None), -1))  # (B, C)
+        logits = model.language_model.lm_head(hidden)
         logits[:, config.image_token_index :][:, :1] = -torch.inf  # a placeholder is not a word
         ids = choose(logits, temperature, top_k, top_p, generator)
         yield [i if alive else None for i, alive in zip(ids.tolist(), running)]
