@@ -11,6 +11,8 @@ Sources: Liu et al. 2023 (arXiv 2304.08485, 2310.03744), Touvron et al. 2023 (23
 2104.09864), Ainslie et al. 2023 (GQA, 2305.13245), Radford et al. 2019 (GPT-2).
 """
 
+import os
+import shutil
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anyres import Size, pack, tile_grid
 from clip import CLIPVisionConfig, CLIPVisionModel
+from linear import Linear
 
 IGNORE = -100  # the label of a token that is not trained on
 LOSS_CHUNK = 4096  # supervised tokens whose logits exist at one time
@@ -85,9 +88,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
 
 
 def make_norm(config: TextConfig) -> nn.Module:
@@ -114,64 +115,80 @@ def inverse_frequencies(config: TextConfig, device: torch.device) -> torch.Tenso
 
 
 def rotary_angles(positions: torch.Tensor, config: TextConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the rotary embedding, (B, 1, T, D) float32; positions (B, T)."""
+    """What `rotate` multiplies with, twice (B, 1, T, D) float32: cos, and sin with its first half negative.
+
+    Args: positions (B, T).
+    """
     angles = positions[:, None, :, None].float() * inverse_frequencies(config, positions.device)  # (B, 1, T, D / 2)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn the pairs (i, i + D/2) of x (B, H, T, D): Hugging Face's half-split layout, not Meta's interleaved one."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
+    return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype)
 
 
 class KVCache:
     """Keys and values of everything read so far, allocated once for `length` positions.
 
-    `used` is the only source of a token's position, for the mask and for RoPE alike.
+    `used` is the only source of a token's position, for the mask and for RoPE alike. layers: keys and values, each
+    (B, KV, length, D), of every layer.
     """
 
     def __init__(self, config: TextConfig, batch: int, length: int, like: torch.Tensor):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
-        self.used = 0
+        shape = (batch, config.num_key_value_heads, length, config.head_dim)
+        self.layers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.num_hidden_layers)]
+        self.length, self.used = length, 0
+        self.ids = []  # of a single row: what has been read, for the next turn of its conversation
 
-    @property
-    def length(self) -> int:
-        return self.keys.shape[3]
+    def grow(self, length: int):
+        """Make room for more positions."""
+        if length > self.length:
+            self.layers = [tuple(F.pad(x, (0, 0, 0, length - self.length)) for x in layer) for layer in self.layers]
+            self.length = length
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k and v (B, KV, T, D) of one layer after what is used; returns all of that layer's."""
-        end = self.used + k.shape[2]
-        self.keys[layer, :, :, self.used : end], self.values[layer, :, :, self.used : end] = k, v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def rewind(self, ids: list[int], picture: int):
+        """Keep what a prompt has in common with what was read, if that has all its pictures, whose token is `picture`."""
+        same = [a == b for a, b in zip(self.ids, ids[:-1])]  # its last token is read in any case
+        self.used = same.index(False) if False in same else len(same)
+        if picture in ids[self.used :]:
+            self.used = 0
+        self.ids = ids[: self.used]
 
 
 class Attention(nn.Module):
-    def __init__(self, config: TextConfig, layer: int):
+    def __init__(self, config: TextConfig):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         self.grouped = config.num_key_value_heads < config.num_attention_heads
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         bias = config.attention_bias or config.qkv_bias
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = Linear(config.hidden_size, queries, bias=bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, x: torch.Tensor, angles, mask: torch.Tensor | None, cache: KVCache | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, angles, mask: torch.Tensor | None, cached: tuple | None) -> torch.Tensor:
+        """Args: cached: None, or keys and values (B, KV, length, D) of this layer, and the places (T,) of x there."""
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or KV, T, D)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        # Without a mask the kernel may take its fast path; a single new token may look at everything anyway.
-        causal = mask is None and q.shape[2] > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+        if cached is not None:
+            keys, values, places = cached
+            keys.index_copy_(2, places, k)
+            values.index_copy_(2, places, v)
+            if mask is not None:  # else these tokens are the first, and look at nothing but themselves
+                k, v = keys, values
+        if x.shape[1] == 1:  # heads that share keys, as tokens of one head: read once for all of them
+            q = q.reshape(*k.shape[:2], -1, self.head_dim)  # (B, KV, H / KV, D)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return self.o_proj(y.reshape(len(x), 1, -1))
+        # Without a mask the kernel may take its fast path.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
@@ -180,9 +197,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -193,44 +210,43 @@ class GeluMLP(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: TextConfig, layer: int):
+    def __init__(self, config: TextConfig):
         super().__init__()
         self.input_layernorm = make_norm(config)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = make_norm(config)
         self.mlp = GeluMLP(config) if config.gpt2 else SwiGLU(config)
 
-    def forward(self, x: torch.Tensor, angles, mask, cache, keep=None) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), angles, mask, cache)
+    def forward(self, x: torch.Tensor, angles, mask, cached, keep=None) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), angles, mask, cached)
         if keep is not None:  # others have only been here for their keys and values
             x = x[keep]  # (N, C)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def attention_mask(padding: torch.Tensor, start: int, new: int) -> torch.Tensor:
-    """Who may look at whom in a left-padded batch: (B, 1, new, start + new), True where allowed.
+def attention_mask(padding: torch.Tensor, places: torch.Tensor, length: int) -> torch.Tensor:
+    """Who may look at whom in a left-padded batch: (B, 1, T, length), True where allowed.
 
-    Row of two paddings and three tokens, read at once (start = 0, new = 5):
+    Row of two paddings and three tokens, read at once into a cache of seven positions:
 
-        # . . . .      a padding looks at itself only, so that its softmax is not empty
-        . # . . .
-        . . # . .      a token looks at the tokens up to itself
-        . . # # .
-        . . # # #
+        # . . . . . .      a padding looks at itself only, so that its softmax is not empty
+        . # . . . . .
+        . . # . . . .      a token looks at the tokens up to itself
+        . . # # . . .
+        . . # # # . .
 
-    Args: padding (B,) counts the paddings at the left of each row; start tokens are in the cache already.
+    Args: padding (B,) counts the paddings at the left of each row; places (T,) are those of the new tokens.
     """
-    keys = torch.arange(start + new, device=padding.device)
-    queries = keys[start:, None]  # (new, 1)
-    real = keys >= padding[:, None, None]  # (B, 1, start + new)
+    keys, queries = torch.arange(length, device=places.device), places[:, None]
+    real = keys >= padding[:, None, None]  # (B, 1, length)
     return ((keys <= queries) & real | (keys == queries))[:, None]
 
 
@@ -241,9 +257,10 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.gpt2:
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.recompute = False  # in training: keep only what goes into a layer, and run it again for the gradients
         self.norm = make_norm(config)
+        self.compiled = None  # a layer's forward for one token of an answer, see compile_decoding
 
     def forward(
         self, embeddings: torch.Tensor, padding: torch.Tensor | None = None, cache: KVCache | None = None, keep=None
@@ -258,24 +275,27 @@ class Decoder(nn.Module):
         start = cache.used if cache is not None else 0
         if start + new > (limit := cache.length if cache is not None else self.config.max_position_embeddings):
             raise ValueError(f"{start + new} tokens do not fit: the context holds {limit}")
-        positions = torch.arange(start, start + new, device=embeddings.device).expand(batch, new)
-        mask = None
+        places = torch.arange(start, start + new, device=embeddings.device)
+        positions, mask = places.expand(batch, new), None
         if padding is not None:
             positions = (positions - padding[:, None]).clamp(min=0)
-            mask = attention_mask(padding, start, new)
-        elif start > 0 and new > 1:  # more of a conversation: neither the causal square nor a single token
-            mask = attention_mask(torch.zeros(1, dtype=torch.long, device=embeddings.device), start, new)
+        if padding is not None or start > 0:
+            none = places.new_zeros(1) if padding is None else padding
+            mask = attention_mask(none, places, limit if cache is not None else new)
         x, angles = embeddings, None
         if self.config.gpt2:
             x = x + self.embed_positions(positions)
         else:
             angles = rotary_angles(positions, self.config)
-        for layer in self.layers:
+        kept = [None] * len(self.layers) if cache is None else [(*layer, places) for layer in cache.layers]
+        for layer, memory in zip(self.layers, kept):
             asked = keep if layer is self.layers[-1] else None
             if self.recompute and self.training:
-                x = checkpoint(layer, x, angles, mask, cache, asked, use_reentrant=False)
+                x = checkpoint(layer, x, angles, mask, memory, asked, use_reentrant=False)
+            elif self.compiled and cache is not None and new == 1:
+                x = self.compiled(layer, x, angles, mask, memory, asked)
             else:
-                x = layer(x, angles, mask, cache, asked)
+                x = layer(x, angles, mask, memory, asked)
         if cache is not None:
             cache.used += new
         return self.norm(x)
@@ -287,7 +307,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.apply(self.initialise)
@@ -463,6 +483,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    cache: KVCache | None = None,
 ):
     """Answer a batch of prompts; yields, step by step, one list with each row's next id, None once a row has ended.
 
@@ -470,7 +491,7 @@ def generate(
     stops at its own end token, and every row gets the ids it would get alone.
 
     Args: prompts: ids with the image placeholders expanded; vision_features (N, P, C) of their pictures, in order;
-    image_sizes as in Llava.embed.
+    image_sizes as in Llava.embed. cache: of a conversation, and of its one prompt only what it lacks is read.
     Raises ValueError if a prompt leaves no room for an answer in the context.
     """
     config, longest = model.config, max(map(len, prompts))
@@ -480,18 +501,35 @@ def generate(
         raise ValueError(f"the prompt is {longest} tokens long, picture included; the context holds {limit}")
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=model.device)
     rows = [[config.pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]
-    x = model.embed(torch.tensor(rows, device=model.device), vision_features, image_sizes)
     steps = min(max_new_tokens, room)
-    cache = KVCache(config.text_config, len(prompts), longest + steps, like=x)
+    if cache is None:
+        cache = KVCache(config.text_config, len(prompts), 0, like=model.language_model.model.embed_tokens.weight)
+    cache.grow(longest + steps)
+    cache.rewind(prompts[0], config.image_token_index)
+    if cache.used:
+        vision_features = image_sizes = None  # have been read
+    new = [row[cache.used :] for row in rows]
+    x = model.embed(torch.tensor(new, device=model.device), vision_features, image_sizes)
     padding = padding if padding.any() else None
     running = [True] * len(prompts)
     for _step in range(steps):
         hidden = model.language_model.model(x, padding, cache, keep=(slice(None), -1))  # (B, C)
+        cache.ids += new[0]
         logits = model.language_model.lm_head(hidden)
         logits[:, config.image_token_index :][:, :1] = -torch.inf  # a placeholder is not a word
         ids = choose(logits, temperature, top_k, top_p, generator)
-        yield [i if alive else None for i, alive in zip(ids.tolist(), running)]
-        running = [alive and i not in config.eos_token_ids for i, alive in zip(ids.tolist(), running)]
+        new = [[i] for i in ids.tolist()]
+        yield [i if alive else None for (i,), alive in zip(new, running)]
+        running = [alive and i not in config.eos_token_ids for (i,), alive in zip(new, running)]
         if not any(running):
             return
         x = model.language_model.model.embed_tokens(ids)[:, None]  # (B, 1, C)
+
+
+def compile_decoding(model: Llava):
+    """Let torch.compile write what a layer does for one token of an answer; one layer stands for all, so it takes
+    seconds. Raises ValueError without a compiler."""
+    if model.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("compiling for a CPU needs a C++ compiler, g++ or the one that CXX names")
+    model.language_model.model.compiled = torch.compile(DecoderLayer.forward)
+    model.language_model.lm_head.compile()

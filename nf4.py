@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from linear import product
+
 BLOCK, NESTED_BLOCK = 64, 256  # numbers that share an absmax; absmax that share one themselves
 CHUNK = 1 << 18  # numbers worked on at a time: they stay in the cache, and no matrix is ever whole in float32
 TINY = 1e-38  # stands for the absmax of a block of zeros
@@ -137,7 +139,7 @@ class FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, linear: "NF4Linear") -> torch.Tensor:
         ctx.linear = linear
-        return x @ linear.dequantise(x.dtype).T
+        return product(x, linear.dequantise(x.dtype))
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):

@@ -21,7 +21,7 @@ import runs
 from adapters import base_of, load_adapted
 from data import prepare_picture
 from images import BadImage, open_image
-from llava import Llava, generate
+from llava import KVCache, Llava, compile_decoding, generate
 from ranks import choose_device
 from templates import prompt_ids, stop_text
 from tokenizer import Tokenizer
@@ -31,11 +31,12 @@ DESCRIBE = "Describe the picture."
 
 
 class Chat:
-    """A model, a picture (or none) and what was said about it so far. The picture goes through the tower once."""
+    """A model, a picture (or none) and what was said about it so far, of which each turn reads only what is new."""
 
     def __init__(self, model: Llava, tokenizer: Tokenizer, image: Path | None, **sampling):
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.questions, self.answers, self.features, self.sizes, self.tokens = [], [], None, [], []
+        self.cache = KVCache(model.config.text_config, 1, 0, like=model.language_model.model.embed_tokens.weight)
         if image is not None:
             if model.config.vision_config is None:
                 raise ValueError("this model is a decoder without a vision tower: ask it without --image")
@@ -50,7 +51,8 @@ class Chat:
         prompt = prompt_ids(questions, self.answers, len(self.tokens), self.tokenizer, template, self.tokens)
         ids, text, begin, end = [], "", time.perf_counter(), stop_text(template)
         stop = "length"
-        for (token,) in generate(self.model, [prompt], self.features, self.sizes, **self.sampling):
+        kept = {"image_sizes": self.sizes, "cache": self.cache}
+        for (token,) in generate(self.model, [prompt], self.features, **kept, **self.sampling):
             ids.append(token)
             longer = self.tokenizer.decode(ids).lstrip()
             if token in self.model.config.eos_token_ids or (end and end in longer):
@@ -86,6 +88,7 @@ def read_flags() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the draws")
     add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
+    add("--compile", action="store_true", help="faster answers after some 10 seconds; on a CPU it takes a C++ compiler")
     add("--json", action="store_true", help="print one line of JSON: text, ids, prompt_ids, stop, tokens_per_s")
     args = parser.parse_args()
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_new_tokens < 1:
@@ -125,6 +128,8 @@ def main():
         folder = args.model or (base_of(args.adapter) if args.adapter else runs.newest_run(1, 2))
         device = choose_device(args.device)
         model, tokenizer = load_adapted(folder, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
+        if args.compile:
+            compile_decoding(model)
         generator = torch.Generator(device).manual_seed(args.seed)
         sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
         chat = Chat(model, tokenizer, args.image, max_new_tokens=args.max_new_tokens, **sampling)

@@ -1,0 +1,53 @@
+"""The product of activations and a weight matrix, where torch's own is slow on a CPU: few rows, and bfloat16.
+
+An answer is made a token at a time, so that every matrix is read from memory for a single row: what a CPU can do then
+is bytes per second. Figures, of two cores without AVX-512, are in LOG.md.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+FEW = 32  # rows
+LARGE = 1 << 18  # numbers in a matrix; a smaller one stays in the cache
+PIECES = 8
+EMULATED = torch.backends.cpu.get_cpu_capability() == "AVX2"  # such a CPU has no arithmetic in 16 bits
+
+
+class Linear(nn.Linear):
+    """torch.nn.Linear, by `product`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return product(x, self.weight, self.bias)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (..., C) times the transpose of weight (N, C), plus bias (N,): what torch.nn.functional.linear gives."""
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    rows = x.numel() // x.shape[-1]
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if dtype != torch.float32 and EMULATED and rows > PIECES:
+        return widened(x, weight, bias, dtype)
+    if torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    if rows == 1 and torch.compiler.is_compiling():  # becomes one loop over the matrix, of which no product is kept
+        y = (weight.float() * x.float().flatten()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+    elif rows <= FEW and weight.numel() >= LARGE and len(weight) % PIECES == 0 and dtype == torch.float32:
+        y = in_pieces(x, weight)
+    else:
+        return F.linear(x, weight, bias)
+    return y if bias is None else y + bias
+
+
+def widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """In float32, rounded to `dtype` at the end: 8 times as fast as emulating 16 bits, and 60 times on the way back."""
+    with torch.autocast("cpu", enabled=False):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
+
+
+def in_pieces(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As a batch of PIECES products, which all cores share; for one whole product of few rows only one core works."""
+    pieces = weight.view(PIECES, -1, x.shape[-1]).transpose(1, 2)  # (PIECES, C, N / PIECES)
+    y = torch.bmm(x.reshape(1, -1, x.shape[-1]).expand(PIECES, -1, -1), pieces)  # (PIECES, rows, N / PIECES)
+    return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
