@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from anyres import Size, count_tokens, cut_tiles
-from clip import preprocess
+from clip import normalise, preprocess
 from configs import read_config
 from files import flush
 from images import BadImage, check_file, open_image, pad_to_square, resolve_inside, size_of
@@ -58,7 +58,7 @@ def prepare_picture(image: Image.Image, config) -> Picture:
         pixels = image_pixels(image, vision.image_size, config.image_mode)
         return Picture(pixels[None], size, vision.num_patches)
     tiles = cut_tiles(image, pinpoints, vision.image_size)
-    pixels = torch.stack([preprocess(tile, vision.image_size) for tile in tiles])
+    pixels = torch.stack([normalise(tile) for tile in tiles])
     return Picture(pixels, size, count_tokens(size, pinpoints, vision.image_size, vision.patch_size))
 
 
@@ -66,7 +66,7 @@ def image_pixels(image: Image.Image, size: int, mode: str) -> torch.Tensor:
     """An RGB picture made square, `size` pixels a side: "pad" keeps all of it, "square" cuts out the centre."""
     if mode not in ("pad", "square"):
         raise ValueError(f"image mode {mode!r} is neither pad nor square")
-    return preprocess(pad_to_square(image) if mode == "pad" else image, size)
+    return normalise(pad_to_square(image, size)) if mode == "pad" else preprocess(image, size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

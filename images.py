@@ -56,7 +56,8 @@ def open_image(path: str | Path) -> Image.Image:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             check_size(image.size, path)
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image), path)
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image, path)
     except BadImage:
         raise
     except UnidentifiedImageError:
@@ -112,15 +113,22 @@ def to_rgb(image: Image.Image, path: Path) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
-def pad_to_square(image: Image.Image) -> Image.Image:
-    """Centre the picture on a square of its longer side (LLaVA-1.5's expand2square, background PAD_COLOUR)."""
+def pad_to_square(image: Image.Image, size: int) -> Image.Image:
+    """The picture centred on a square of its longer side (LLaVA-1.5's expand2square, background PAD_COLOUR), which is
+    resized to `size` pixels a side.
+
+    Pillow resizes in two steps, all rows and then all columns, with bytes in between: so the rows of a wide picture
+    are resized before it is padded, and the bits are the same. Rows of one colour would stay what they are.
+    """
     width, height = image.size
-    if width == height:
-        return image
-    side = max(width, height)
-    square = Image.new("RGB", (side, side), PAD_COLOUR)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
+    side, across = max(width, height), size if width > height else height
+    if width > height:
+        image = image.resize((size, height), Image.Resampling.BICUBIC)
+    if width != height:
+        padded = Image.new("RGB", (across, side), PAD_COLOUR)
+        padded.paste(image, ((across - image.width) // 2, (side - height) // 2))
+        image = padded
+    return image.resize((size, size), Image.Resampling.BICUBIC)

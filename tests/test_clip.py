@@ -17,9 +17,11 @@ from clip import (
     CLIPVisionConfig,
     CLIPVisionModel,
     clip_loss,
+    normalise,
     preprocess,
     save_clip,
 )
+from data import image_pixels
 
 VISION = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 24,
@@ -77,6 +79,26 @@ def test_preprocess_is_bit_equal(size):
         want = processor(image, return_tensors="pt")["pixel_values"][0]
         got = preprocess(image, size)
         assert got.dtype == want.dtype and torch.equal(got, want), (width, height)
+
+
+@pytest.mark.parametrize("size", [72, 336])
+def test_padding_is_bit_equal(size):
+    transformers = pytest.importorskip("transformers")
+    square = {"height": size, "width": size}
+    processor = transformers.LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": size}, crop_size=square)
+    for width, height in SIZES:
+        image = picture(width, height)
+        want = processor(image, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(image_pixels(image, size, "pad"), want), (width, height)
+
+
+def test_every_byte_of_every_channel_is_bit_equal():
+    """A ramp in each channel, another way round in each: what is looked up is what transformers computes."""
+    transformers = pytest.importorskip("transformers")
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = Image.fromarray(np.stack([ramp, ramp.T, ramp[::-1]], axis=2))
+    want = transformers.CLIPImageProcessorPil(do_resize=False, do_center_crop=False)(image, return_tensors="pt")
+    assert torch.equal(normalise(image), want["pixel_values"][0])
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Every picture a stranger may hand over: the right pixels, or one line that names the file and says why not."""
 
 import os
+import pickle
 import struct
 import time
 import warnings
@@ -154,6 +155,13 @@ def test_damage_that_plugins_report_in_their_own_ways(tmp_path, kind, old, new):
 # the right pixels
 
 
+def test_what_is_opened_needs_its_file_no_more(tmp_path):
+    path = save(noise(), tmp_path / "a.png")
+    image = open_image(path)
+    path.unlink()
+    assert np.array_equal(np.asarray(pickle.loads(pickle.dumps(image))), np.asarray(noise()))
+
+
 def test_rgb_png_is_unchanged(tmp_path):
     image = noise()
     assert np.array_equal(pixels(save(image, tmp_path / "a.png")), np.asarray(image))
@@ -291,7 +299,17 @@ def test_a_link_to_itself(tmp_path):
 )
 def test_pad_to_square(size, corner):
     side = max(size)
-    square = np.asarray(pad_to_square(Image.new("RGB", size, RED)))
+    square = np.asarray(pad_to_square(Image.new("RGB", size, RED), side))
     want = np.full((side, side, 3), (122, 116, 104), dtype=np.uint8)  # the odd pixel goes to the right, or below
     want[corner[1] : corner[1] + size[1], corner[0] : corner[0] + size[0]] = RED
     assert PAD_COLOUR == (122, 116, 104) and np.array_equal(square, want)
+
+
+@pytest.mark.parametrize("width, height", [(640, 427), (427, 640), (1000, 5), (5, 1000), (97, 96), (50, 50), (3, 2)])
+@pytest.mark.parametrize("size", [24, 336])
+def test_padding_late_changes_no_bit(size, width, height):
+    image, side = noise((width, height)), max(width, height)
+    square = Image.new("RGB", (side, side), PAD_COLOUR)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    want = square.resize((size, size), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(pad_to_square(image, size)), np.asarray(want))
