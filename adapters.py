@@ -298,13 +298,13 @@ def load_adapted(
     bits: int = 16,
     vision: Path | None = None,
 ) -> tuple[Llava, Tokenizer]:
-    """A model and its tokenizer, with an adapter on it if there is one.
+    """A model and its tokenizer, for answering, with an adapter on it if there is one.
 
     Args: folder: the base, or an adapter, whose base is then where its file says; bits: 4 keeps the layers of the
     decoder in NF4; vision: CLIP's folder, for an adapter of LLaVA's authors, whose base is a decoder alone.
     """
     if adapter is None and not is_adapter(folder):
-        return load_both(folder, device, dtype, bits)
+        return load_both(folder, device, dtype, bits, copy=False)
     if adapter is None:
         adapter, folder = folder, base_of(folder)
     return build_adapted(folder, read_adapter(adapter), device, dtype, bits, vision)
@@ -325,7 +325,7 @@ def build_adapted(
         rest = open_tensors(found.folder / REST) if (found.folder / REST).exists() else {}
         tensors = tensors | {name.removeprefix(PEFT): lazy for name, lazy in rest.items()}
     tokenizer = load_tokenizer(folder, config)
-    model = build(config, tensors, folder, device, dtype, vision, bits=bits)
+    model = build(config, tensors, folder, device, dtype, vision, bits=bits, copy=False)
     attach(model, found)
     return model, tokenizer
 

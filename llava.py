@@ -149,7 +149,7 @@ class KVCache:
             self.length = length
 
     def rewind(self, ids: list[int], picture: int):
-        """Keep what a prompt has in common with what was read, if that has all its pictures, whose token is `picture`."""
+        """Keep what a prompt has in common with what was read, if that has all its pictures; `picture`: their token."""
         same = [a == b for a, b in zip(self.ids, ids[:-1])]  # its last token is read in any case
         self.used = same.index(False) if False in same else len(same)
         if picture in ids[self.used :]:

@@ -10,6 +10,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -75,14 +76,6 @@ def open_files(path: Path) -> dict[str, Lazy]:
 
 def read_safetensors(path: Path) -> dict[str, Lazy]:
     """The library checks offsets and sizes; it lets pass a key given twice and a space in front, and we do not."""
-
-    def reader(name: str) -> Callable[[], torch.Tensor]:
-        def read() -> torch.Tensor:
-            with safe_open(path, "pt") as file:  # opened each time, or all that was read stays in memory
-                return file.get_tensor(name)
-
-        return read
-
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -94,11 +87,32 @@ def read_safetensors(path: Path) -> dict[str, Lazy]:
         header = json.loads(text, object_pairs_hook=refuse_duplicates)
         header.pop("__metadata__", None)
         with safe_open(path, "pt"):
-            return {name: Lazy(tuple(e["shape"]), e["dtype"], reader(name)) for name, e in header.items()}
+            return {
+                name: Lazy(tuple(e["shape"]), e["dtype"], partial(mapped, path, 8 + length, e))
+                for name, e in header.items()
+            }
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+NUMBERS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NUMBERS |= {"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+NUMBERS |= {"BOOL": torch.bool}
+
+
+def mapped(path: Path, start: int, entry: dict) -> torch.Tensor:
+    """A tensor of a safetensors file as a view of the file in memory; what is written to it, the file does not get.
+
+    Its own piece of the file, which goes with the tensor; the library maps and parses all of the file for each.
+    Args: start: of the numbers, in bytes; entry: of the header.
+    """
+    begin, end = entry["data_offsets"]
+    if begin == end:
+        return torch.empty(entry["shape"], dtype=NUMBERS[entry["dtype"]])
+    content = np.memmap(path, np.uint8, "c", offset=start + begin, shape=(end - begin,))
+    return torch.from_numpy(content).view(NUMBERS[entry["dtype"]]).view(entry["shape"])
 
 
 def read_pickle(path: Path) -> dict[str, Lazy]:

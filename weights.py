@@ -60,12 +60,14 @@ def fill(
     extras=(),
     skip: str = "",
     bits: int = 16,
+    copy: bool = True,
     **to,
 ):
     """Give every parameter of `model` its tensor from the file; all names and shapes are checked before any is read.
 
     Args: model: may be on the meta device. extras: names, in our spelling, that need no place. skip: a part of
-    the model, if any, that is filled from elsewhere. bits: 4 puts the decoder's layers into NF4. to: device, dtype.
+    the model, if any, that is filled from elsewhere. bits: 4 puts the decoder's layers into NF4. copy: see load_both.
+    to: device, dtype.
     Raises ValueError with the first differences, and their likely cause.
     """
     wanted = {name: p for name, p in model.named_parameters() if not (skip and name.startswith(skip))}
@@ -97,7 +99,7 @@ def fill(
             continue
         for target, part in zip(ours, change.split(tensor)):
             small = bits == 4 and in_layers(target)  # quantised as it comes, so that no more than one is ever whole
-            part = part.to(to["device"]) if small else part.to(copy=True, memory_format=torch.contiguous_format, **to)
+            part = part.to(to["device"]) if small else part.to(copy=copy, **to).contiguous()
             # Here, for what fits into the file's dtype may not fit into this one. The extremes tell, for a NaN is both,
             # and are found in a twentieth of the time of isfinite(part).
             if part.numel() and not torch.stack(torch.aminmax(part)).isfinite().all():
@@ -172,11 +174,17 @@ def load_model(
     return build(config, tensors, Path(folder), device, dtype, vision, llm, bits)
 
 
-def load_both(folder: str | Path, device: str, dtype: torch.dtype | None, bits: int = 16) -> tuple[Llava, Tokenizer]:
-    """A model and its tokenizer, which is read first: if it is missing, nobody waits for the weights to hear of it."""
+def load_both(
+    folder: str | Path, device: str, dtype: torch.dtype | None, bits: int = 16, copy: bool = True
+) -> tuple[Llava, Tokenizer]:
+    """A model and its tokenizer, which is read first: if it is missing, nobody waits for the weights to hear of it.
+
+    Args: copy: False leaves on a CPU what has its type already in the mapped file, which is to stay as it is for as
+    long; read when it is first used, that takes no time at all.
+    """
     config, tensors = open_model(Path(folder))
     tokenizer = load_tokenizer(folder, config)
-    return build(config, tensors, Path(folder), device, dtype, bits=bits), tokenizer
+    return build(config, tensors, Path(folder), device, dtype, bits=bits, copy=copy), tokenizer
 
 
 def build(
@@ -188,8 +196,9 @@ def build(
     vision: Path | None = None,
     llm: Path | None = None,
     bits: int = 16,
+    copy: bool = True,
 ) -> Llava:
-    """The model of what open_model found; for the arguments see load_model."""
+    """The model of what open_model found; for the arguments see load_model and load_both."""
     if vision is not None and config.vision_config is None:
         raise ValueError(f"{folder}: a decoder alone; --vision and --llm of train.py make a LLaVA of it")
     if llm is not None:
@@ -203,7 +212,7 @@ def build(
         load_tower(model, vision, device, dtype)
     skip = "" if vision is None else "vision_tower."
     source = folder if llm is None else f"{folder} with {llm}"
-    fill(model, tensors, LLAVA_LAYOUTS, source, extras, skip, bits, device=device, dtype=dtype)
+    fill(model, tensors, LLAVA_LAYOUTS, source, extras, skip, bits, copy, device=device, dtype=dtype)
     if tied:
         model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
         check_head(tensors, source)
