@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ class Bench:
             return None
         try:
             return make()
-        except (ImportError, NotImplementedError, RuntimeError) as error:
+        except (ImportError, RuntimeError, ValueError) as error:  # bitsandbytes without a kernel, a full GPU
             self.notes.append(f"theirs does not run here: {error}"[:200])
             return None
 
@@ -94,10 +95,13 @@ class Case:
 
 
 def training(bench: Bench, name: str, shape: str, way: str, dtype: str) -> Iterator[Row]:
-    """Samples/s, tokens/s and MFU of a step: forward, backward, clipping, AdamW."""
-    job, size = job_of(bench, shape, way, dtype), SHAPES[shape]
+    """Samples/s, tokens/s and MFU of a step: forward, backward, clipping, AdamW; where each side has a process of its
+    own, its memory too."""
+    job, size, found = job_of(bench, shape, way, dtype), SHAPES[shape], None
     if size.apart:
-        ours, theirs, flops = in_turn(bench, job)
+        found = both_alone(bench, job, 1)
+        ours, theirs = (each and in_turn(side, job, each["loss"]) for side, each in zip(("ours", "theirs"), found))
+        flops = found[0]["flops"]
     else:
         trainer = two.our_trainer(job)
         other = bench.other(partial(two.their_trainer, job))
@@ -114,6 +118,8 @@ def training(bench: Bench, name: str, shape: str, way: str, dtype: str) -> Itera
     yield rate_row(name, "tokens/s", size.rows * size.length, timing, limit=size.rows * size.length * steps, **goals)
     share = bench.goals(gpu={"share": 0.5} if size.apart and way == "full" else None)
     yield rate_row(name, "% MFU", 100 * flops / rate, timing, limit=100, **goals | share)
+    if found:
+        yield memory_row(bench, name, job, *found)
 
 
 def job_of(bench: Bench, shape: str, way: str, dtype: str) -> Job:
@@ -121,30 +127,28 @@ def job_of(bench: Bench, shape: str, way: str, dtype: str) -> Job:
     return Job(str(bench.folder(shape)), shape, way, dtype, str(bench.device), recompute)
 
 
-def in_turn(bench: Bench, job: Job) -> tuple[Contender, Contender | None, float]:
-    """Both sides in processes of their own, one at a time: two 7B models in training do not fit on one GPU."""
-    first = {side: two.training_process(side, job, 1) for side in ["ours", *(["theirs"] if bench.theirs else [])]}
+def both_alone(bench: Bench, job: Job, steps: int) -> tuple[dict, dict | None]:
+    """What train_alone says of both sides, each in a process of its own, one after the other."""
+    return two.training_process("ours", job, steps), bench.other(lambda: two.training_process("theirs", job, steps))
 
-    def side(name: str) -> Contender:
-        def seconds() -> float:
-            return sorted(two.training_process(name, job, 3)["seconds"])[1]
 
-        return Contender(lambda: first[name]["loss"], seconds)
-
-    return side("ours"), side("theirs") if bench.theirs else None, first["ours"]["flops"]
+def in_turn(side: str, job: Job, loss: float) -> Contender:
+    """The median of three steps in a new process: two 7B models in training do not fit on one GPU."""
+    return Contender(lambda: loss, lambda: median(two.training_process(side, job, 3)["seconds"]))
 
 
 def training_memory(bench: Bench, name: str, shape: str, way: str, dtype: str) -> Iterator[Row]:
     """Peak bytes of three steps above the bare import, loading included, each side in a process of its own; on a GPU
     those that torch had allocated at most, loading left out."""
     job = job_of(bench, shape, way, dtype)
-    ours = two.training_process("ours", job, 2)
-    theirs = bench.other(lambda: two.training_process("theirs", job, 2))
-    goals = bench.goals({"goal": 1 / 0.7})
-    limit = ours["fixed"]
-    if bench.gpu and job.recompute:
-        goals, limit = {"share": 1.0}, 8e9
-    yield size_row(name, ours["bytes"], theirs and theirs["bytes"], limit=limit, **goals)
+    yield memory_row(bench, name, job, *both_alone(bench, job, 2))
+
+
+def memory_row(bench: Bench, name: str, job: Job, ours: dict, theirs: dict | None) -> Row:
+    goals, limit = bench.goals({"goal": 1 / 0.7}), ours["fixed"]
+    if job.recompute:
+        goals, limit = {"share": 1.0}, 8e9  # what it is for: a GPU of 8 GB
+    return size_row(name, ours["bytes"], theirs and theirs["bytes"], limit=limit, **goals)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,25 +263,24 @@ def second_question(bench: Bench, name: str, shape: str) -> Iterator[Row]:
     folder, dtype = bench.folder(shape), getattr(torch, bench.dtype)
     model, tokenizer = load_both(folder, str(bench.device), dtype)
     model.config.eos_token_ids = []
-    path, asked = picture_file(bench.root / "pictures"), ["What is this?", "And what is beside it?"]
-    chats = []
+    path, told = picture_file(bench.root / "pictures"), []
 
     def seconds() -> float:
         chat = Chat(model, tokenizer, path, max_new_tokens=16)
-        chats[:] = [chat]
-        for _ in chat.ask(asked[0]):
-            pass
-        chat.read = len(chat.last["prompt_ids"]) + len(chat.last["ids"])
+        list(chat.ask("What is this?"))
+        told[:] = [chat.last]
         chat.sampling["max_new_tokens"] = 1
-        return timed(lambda: list(chat.ask(asked[1])), bench.device)
+        elapsed = timed(lambda: list(chat.ask("And what is beside it?")), bench.device)
+        told.append(chat.last)
+        return elapsed
 
     seconds()  # which also tells the prompt: theirs gets the same ids
-    prompt = chats[0].last["prompt_ids"]
+    before, prompt = len(told[0]["prompt_ids"]) + len(told[0]["ids"]), told[1]["prompt_ids"]
     pixels = prepare_picture(open_image(path), model.config).pixels.to(bench.device, dtype)
     other = bench.other(partial(two.their_model, folder, str(bench.device), dtype))
     theirs = other and two.their_first_token(other, prompt, pixels)
     ours = Contender(lambda: two.our_logits(model, [prompt], pixels), seconds)
-    limit = first_token_limit(bench, model, len(prompt) - chats[0].read, 0)
+    limit = first_token_limit(bench, model, len(prompt) - before, 0)
     yield time_row(name, bench.pair(ours, theirs, bench.dtype), limit=limit)
 
 
@@ -349,7 +352,10 @@ def pictures(bench: Bench, name: str, shape: str) -> Iterator[Row]:
         from transformers import AutoImageProcessor
 
         processor = AutoImageProcessor.from_pretrained(folder)
-        load = lambda path: processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"][0]  # noqa: E731
+
+        def load(path: Path) -> torch.Tensor:
+            return processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"][0]
+
         return lambda: torch.stack([load(path) for path in paths])
 
     threads = torch.get_num_threads()
@@ -409,7 +415,7 @@ def cases(device: torch.device, chosen: list[str], slow: bool) -> list[Case]:
             why = SLOW if lame and dtype == "bfloat16" else None
             for way in two.WAYS:
                 add(f"{shape}/train/{way}/{dtype}", training, shape, way, dtype, left_out=why)
-            for way in two.WAYS:
+            for way in two.WAYS if not SHAPES[shape].apart else ():
                 add(f"{shape}/memory/{way}/{dtype}", training_memory, shape, way, dtype, left_out=why)
         add(f"{shape}/first-token/picture", first_token, shape, False)
         add(f"{shape}/first-token/cached-picture", first_token, shape, True)

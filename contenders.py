@@ -4,6 +4,7 @@ Both read one folder of random weights and do the same with it. Theirs is import
 side takes to start must not depend on it.
 """
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -162,9 +163,9 @@ def their_model(folder: Path, device: str, dtype: torch.dtype, bits: int = 16) -
 
 def bare(side: str):
     """Import what a side needs, so that memory can be counted from there."""
-    if side == "theirs":
-        import peft  # noqa: F401
-        from transformers import LlavaForConditionalGeneration  # noqa: F401
+    for name in ("transformers", "transformers.models.llava.modeling_llava", "peft") if side == "theirs" else ():
+        if installed(name.split(".")[0]):
+            importlib.import_module(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
