@@ -99,7 +99,7 @@ def line(row: Row) -> str:
     goals += [f"{row.share:.0%} of the limit" if row.share < 1 else "the limit"] if row.share else []
     verdict = {True: " (met)", False: " (missed)", None: ""}[row.met]
     limit = "-" if row.limit is None else f"{row.of_limit:.0%} of {number(row.limit)}"
-    cells = [row.name, number(row.ours), number(row.theirs), ratio, ", ".join(goals) + verdict, limit]
+    cells = [row.name, number(row.ours), number(row.theirs), ratio, (", ".join(goals) or "-") + verdict, limit]
     return "| " + " | ".join(cells) + " |"
 
 
