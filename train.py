@@ -19,10 +19,12 @@ import signal
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -38,7 +40,7 @@ import shapes
 import sharding
 from adapters import is_adapter, sample_weights, save_adapter
 from clip import save_clip
-from data import CaptionPairs, Records, Samples, Skips, collate, name_skipped, picture_faults, refuse_bad
+from data import CaptionPairs, DataError, Records, Samples, Skips, collate, name_skipped, picture_faults, refuse_bad
 from files import publish, verify
 from flags import read_flags
 from images import BadImage
@@ -160,7 +162,7 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
     """
     settle(args, ranks, run, sum(counts_of(dataset.sizes, [source.weight for source in dataset.sources])))
     model.train()
-    check_memory(args, ranks, model, dataset)
+    check_memory(args, ranks, model, dataset, pad_id)
     sharding.place(model, args.shard, ranks, arithmetic(ranks.device, args.dtype))
     optimizer = make_optimizer(model, args, ranks)
     start, skipped, watched = go_on(ranks, run, model, optimizer)
@@ -208,16 +210,25 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
     ranks.on_first(finish, run, partial(save, sharding.whole_weights(model, ranks)))
 
 
-def check_memory(args, ranks: Ranks, model: nn.Module, dataset):
+def check_memory(args, ranks: Ranks, model: nn.Module, dataset, pad_id: int):
     """Say what a rank will hold. Raises ValueError if that cannot fit."""
-    longest = int(abs(dataset.lengths()).max()) if isinstance(dataset, Records) else 0
-    shape, dtype = (micro_batch(args, ranks), longest), arithmetic(ranks.device, args.dtype)
-    needed = memory.estimate(model, args.shard, ranks.world, dtype, *shape, args.recompute)
+    batch = largest_batch(dataset, micro_batch(args, ranks), pad_id)
+    needed = memory.estimate(model, args.shard, ranks.world, arithmetic(ranks.device, args.dtype), batch)
     if args.offload_states and ranks.device.type == "cuda":
         needed.states = 0  # but for one parameter's
     free = memory.free_bytes(ranks.device)
     ranks.say(f"{needed}; there are {free / 1e9:.3g}")
     memory.refuse(needed, free)
+
+
+def largest_batch(dataset: Samples, rows: int, pad_id: int) -> dict | None:
+    """The longest samples, and so the micro-batch that takes most; what is broken is left to the step that meets it."""
+    lengths = abs(dataset.lengths()) if isinstance(dataset, Records) else range(len(dataset))
+    samples = []
+    for index in np.argsort(lengths)[::-1][:rows]:
+        with suppress(DataError, BadImage):
+            samples.append(dataset.sample(int(index)))
+    return collate((samples * rows)[:rows], pad_id) if samples else None
 
 
 def go_on(ranks: Ranks, run: runs.Run, model: nn.Module, optimizer) -> tuple[int, int, list[float]]:
