@@ -27,9 +27,10 @@ from configs import read_config
 from contenders import SHAPES, Job
 from data import prepare_picture
 from images import open_image
-from llava import KVCache, Llava
+from linear import EMULATED
+from llava import KVCache, Llava, compile_decoding
 from nf4 import count_weights
-from pairing import Contender, Limits, Row, pair, rate_row, size_row, slow_bfloat16, time_row, timed
+from pairing import Contender, Limits, Row, pair, rate_row, size_row, time_row, timed
 from sample import Chat
 from tokenizer import Tokenizer
 from weights import load_both
@@ -207,15 +208,20 @@ def prompts_of(batch: int) -> list[list[int]]:
     return torch.randint(0, 256, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def decoding(bench: Bench, name: str, shape: str, batch: int, kind: str) -> Iterator[Row]:
-    """Tokens/s of all rows together, after the first token. kind: float32, bfloat16 or nf4."""
+def decoding(bench: Bench, name: str, shape: str, batch: int, kind: str, compiled: bool = False) -> Iterator[Row]:
+    """Tokens/s of all rows together, after the first token. kind: float32, bfloat16 or nf4; compiled: as with
+    --compile, whose seconds are left out."""
     folder, prompts, tokens = bench.folder(shape), prompts_of(batch), 32 if batch == 1 else 12
     dtype, bits = dtype_of(bench, kind), 4 if kind == "nf4" else 16
     model = two.our_model(folder, str(bench.device), dtype, bits)
+    if compiled:
+        compile_decoding(model)
+    ours = two.our_decoding(model, prompts, tokens)
+    ours.seconds()
     other = bench.other(partial(two.their_model, folder, str(bench.device), dtype, bits))
     theirs = other and two.their_decoding(other, prompts, tokens)
-    timing = bench.pair(two.our_decoding(model, prompts, tokens), theirs, kind)
-    cpu = {"goal": 1.8} if batch == 1 and kind == "float32" else {}
+    timing = bench.pair(ours, theirs, kind)
+    cpu = {"goal": 1.8} if compiled and kind == "float32" else {}
     cpu |= {"share": 0.75} if cpu and shape == "222m" else {}
     gpu = {"share": 0.8} if batch == 1 and kind == "bfloat16" and shape == "7b" else {}
     yield rate_row(name, "tokens/s", batch, timing, limit=decoding_limit(bench, model, batch), **bench.goals(cpu, gpu))
@@ -232,6 +238,7 @@ def decoding_narrower(bench: Bench, name: str, shape: str, kind: str, wider: str
     for each in (kind, wider):
         bits = 4 if each == "nf4" else 16
         models.append(two.our_model(bench.folder(shape), str(bench.device), dtype_of(bench, each), bits))
+        compile_decoding(models[-1])
         contenders.append(two.our_decoding(models[-1], prompts_of(1), 32))
     for contender in contenders:  # one warm-up each; of numbers that were rounded differently, none is compared
         contender.check()
@@ -402,7 +409,7 @@ def tokenising(bench: Bench, name: str, shape: str) -> Iterator[Row]:
 
 def cases(device: torch.device, chosen: list[str], slow: bool) -> list[Case]:
     """Every case of the chosen shapes on this device; what takes too long here says so instead of running."""
-    found, gpu, lame = [], device.type == "cuda", slow_bfloat16(device) and not slow
+    found, gpu, lame = [], device.type == "cuda", EMULATED and device.type == "cpu" and not slow
 
     def add(name: str, run: Callable, *args, left_out: str | None = None):
         found.append(Case(name, lambda bench, title: run(bench, title, *args), left_out))
@@ -425,6 +432,7 @@ def cases(device: torch.device, chosen: list[str], slow: bool) -> list[Case]:
             for batch in (1, 8, 32):
                 why = SLOW if lame and kind == "bfloat16" and batch > 1 else None
                 add(f"{shape}/decode/{kind}/{batch}", decoding, shape, batch, kind, left_out=why)
+            add(f"{shape}/decode/{kind}/1/compiled", decoding, shape, 1, kind, True)
         kind, wider = ("nf4", "bfloat16") if gpu else ("bfloat16", "float32")
         add(f"{shape}/decode/{kind}-against-our-{wider}", decoding_narrower, shape, kind, wider)
         add(f"{shape}/kv-cache", cache_bytes, shape)

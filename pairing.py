@@ -176,11 +176,6 @@ class Limits:
         return w.nbytes / best
 
 
-def slow_bfloat16(device: torch.device) -> bool:
-    """Whether this CPU has no instructions for bfloat16: each product is then made number by number."""
-    return device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
-
-
 def processor() -> str:
     """What the CPU calls itself."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
