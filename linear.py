@@ -4,6 +4,8 @@ An answer is made a token at a time, so that every matrix is read from memory fo
 is bytes per second. Figures, of two cores without AVX-512, are in LOG.md.
 """
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,6 +14,17 @@ FEW = 32  # rows
 LARGE = 1 << 18  # numbers in a matrix; a smaller one stays in the cache
 PIECES = 8
 EMULATED = torch.backends.cpu.get_cpu_capability() == "AVX2"  # such a CPU has no arithmetic in 16 bits
+
+
+@contextmanager
+def not_emulated():
+    """As if this CPU had arithmetic in 16 bits."""
+    global EMULATED
+    before, EMULATED = EMULATED, False
+    try:
+        yield
+    finally:
+        EMULATED = before
 
 
 class Linear(nn.Linear):

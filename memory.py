@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import linear
 from llava import Llava
 from nf4 import NF4Linear
 from sharding import trained_parameters
@@ -74,7 +75,9 @@ def whole_under_fsdp(model: Llava, dtype: torch.dtype) -> int:
 def dry_run(model: nn.Module, dtype: torch.dtype, batch: dict, drop: bool, gathered: bool) -> tuple[int, int]:
     """Bytes that a step adds to the weights: at the end of the forward pass, and at most.
 
-    It is run as on a CPU; a GPU's kernels keep the same. Args: drop: whether gradients go as soon as they are whole;
+    It is run as on a CPU that has arithmetic in 16 bits; a GPU's kernels keep the same.
+
+    Args: drop: whether gradients go as soon as they are whole;
     gathered: whether weights are put together in `dtype`, so that autocast has nothing to copy.
     """
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
@@ -85,7 +88,7 @@ def dry_run(model: nn.Module, dtype: torch.dtype, batch: dict, drop: bool, gathe
         for p in twin.parameters():
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    with Counted(twin.parameters()) as counted:
+    with Counted(twin.parameters()) as counted, linear.not_emulated():
         weights = counted.now
         for tensor in filter(torch.is_tensor, batch.values()):
             counted.count(tensor)

@@ -286,7 +286,7 @@ def test_a_step_that_is_not_finite_is_left_out(tiny, command, tmp_path, monkeypa
 
     def poisoned(self, *args, **more):
         calls.append(0)
-        return forward(self, *args, **more) * (number if len(calls) == 3 else 1.0)
+        return forward(self, *args, **more) * (number if len(calls) == 4 else 1.0)  # the first is memory.py's, no step
 
     monkeypatch.setattr(train.Llava, "forward", poisoned)
     command(train, *tiny.flags["stage2"], "--out", tmp_path / "run")
