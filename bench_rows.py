@@ -95,10 +95,10 @@ class Case:
 # training
 
 
-def training(bench: Bench, name: str, shape: str, way: str, dtype: str) -> Iterator[Row]:
+def training(bench: Bench, name: str, shape: str, way: str, dtype: str, compiled: bool = False) -> Iterator[Row]:
     """Samples/s, tokens/s and MFU of a step: forward, backward, clipping, AdamW; where each side has a process of its
-    own, its memory too."""
-    job, size, found = job_of(bench, shape, way, dtype), SHAPES[shape], None
+    own, its memory too. compiled: ours as with --compile, whose seconds are left out."""
+    job, size, found = job_of(bench, shape, way, dtype, compiled), SHAPES[shape], None
     if size.apart:
         found = both_alone(bench, job, 1)
         ours, theirs = (each and in_turn(side, job, each["loss"]) for side, each in zip(("ours", "theirs"), found))
@@ -123,9 +123,9 @@ def training(bench: Bench, name: str, shape: str, way: str, dtype: str) -> Itera
         yield memory_row(bench, name, job, *found)
 
 
-def job_of(bench: Bench, shape: str, way: str, dtype: str) -> Job:
+def job_of(bench: Bench, shape: str, way: str, dtype: str, compiled: bool = False) -> Job:
     recompute = way == "qlora" and SHAPES[shape].apart  # 2048 tokens in 8 GB need it
-    return Job(str(bench.folder(shape)), shape, way, dtype, str(bench.device), recompute)
+    return Job(str(bench.folder(shape)), shape, way, dtype, str(bench.device), recompute, compiled)
 
 
 def both_alone(bench: Bench, job: Job, steps: int) -> tuple[dict, dict | None]:
@@ -423,6 +423,7 @@ def cases(device: torch.device, chosen: list[str], slow: bool) -> list[Case]:
             why = SLOW if lame and dtype == "bfloat16" else None
             for way in two.WAYS:
                 add(f"{shape}/train/{way}/{dtype}", training, shape, way, dtype, left_out=why)
+                add(f"{shape}/train/{way}/{dtype}/compiled", training, shape, way, dtype, True, left_out=why)
             for way in two.WAYS if not SHAPES[shape].apart else ():
                 add(f"{shape}/memory/{way}/{dtype}", training_memory, shape, way, dtype, left_out=why)
         add(f"{shape}/first-token/picture", first_token, shape, False)

@@ -177,7 +177,7 @@ WAYS = {"stage1": 1, "full": 2, "lora": 2, "qlora": 2}  # what trains, and in wh
 @dataclass(frozen=True)
 class Job:
     """A training run. way: of WAYS; dtype: of the arithmetic, "float32" or "bfloat16"; recompute: gradient
-    checkpointing."""
+    checkpointing; compiled: ours as with --compile."""
 
     folder: str
     shape: str
@@ -185,6 +185,7 @@ class Job:
     dtype: str
     device: str
     recompute: bool = False
+    compiled: bool = False
 
 
 @dataclass
@@ -217,6 +218,8 @@ def our_trainer(job: Job) -> Trainer:
     sharding.narrow(model, args.shard, getattr(torch, args.weights), arithmetic(ranks.device, args.dtype))
     model.language_model.model.recompute = job.recompute
     model.train()
+    if job.compiled:
+        train.compile_layers(model)
     optimizer, batch, done = train.make_optimizer(model, args, ranks), batch_of(model.config, shape), iter(range(10**9))
 
     def step() -> float:

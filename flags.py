@@ -207,7 +207,11 @@ def add_machine_knobs(add: Callable):
         default="float32",
         help="of what trains; bfloat16 takes half of the memory, optimizer included, and loses small updates",
     )
-    add("--compile", action="store_true", help="torch.compile: slow to start, then faster; needs a C++ compiler")
+    add(
+        "--compile",
+        action="store_true",
+        help="let torch write the layers: faster after half a minute; needs a C++ compiler",
+    )
 
 
 def names(text: str) -> list[str]:

@@ -4,6 +4,8 @@ An answer is made a token at a time, so that every matrix is read from memory fo
 is bytes per second. Figures, of two cores without AVX-512, are in LOG.md.
 """
 
+import os
+import shutil
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +27,12 @@ def not_emulated():
         yield
     finally:
         EMULATED = before
+
+
+def need_compiler(device: torch.device):
+    """Raise ValueError where torch.compile would look for a C++ compiler and find none."""
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("--compile needs a C++ compiler here: g++, or the one that CXX names")
 
 
 class Linear(nn.Linear):

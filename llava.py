@@ -11,8 +11,6 @@ Sources: Liu et al. 2023 (arXiv 2304.08485, 2310.03744), Touvron et al. 2023 (23
 2104.09864), Ainslie et al. 2023 (GQA, 2305.13245), Radford et al. 2019 (GPT-2).
 """
 
-import os
-import shutil
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anyres import Size, pack, tile_grid
 from clip import CLIPVisionConfig, CLIPVisionModel
-from linear import Linear
+from linear import Linear, need_compiler
 
 IGNORE = -100  # the label of a token that is not trained on
 LOSS_CHUNK = 4096  # supervised tokens whose logits exist at one time
@@ -529,7 +527,6 @@ def generate(
 def compile_decoding(model: Llava):
     """Let torch.compile write what a layer does for one token of an answer; one layer stands for all, so it takes
     seconds. Raises ValueError without a compiler."""
-    if model.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise ValueError("compiling for a CPU needs a C++ compiler, g++ or the one that CXX names")
+    need_compiler(model.device)
     model.language_model.model.compiled = torch.compile(DecoderLayer.forward)
     model.language_model.lm_head.compile()

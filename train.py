@@ -39,12 +39,13 @@ import runs
 import shapes
 import sharding
 from adapters import is_adapter, sample_weights, save_adapter
-from clip import save_clip
+from clip import CLIPEncoderLayer, save_clip
 from data import CaptionPairs, DataError, Records, Samples, Skips, collate, name_skipped, picture_faults, refuse_bad
 from files import publish, verify
 from flags import read_flags
 from images import BadImage
-from llava import IGNORE, Llava
+from linear import need_compiler
+from llava import IGNORE, DecoderLayer, Llava
 from lora import add_lora
 from mixture import Source, batches, check_mixing, counts_of, open_sources, order_of
 from nf4 import NF4Linear
@@ -163,10 +164,13 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
     settle(args, ranks, run, sum(counts_of(dataset.sizes, [source.weight for source in dataset.sources])))
     model.train()
     check_memory(args, ranks, model, dataset, pad_id)
+    if args.compile:
+        need_compiler(ranks.device)
+        compile_layers(model)
     sharding.place(model, args.shard, ranks, arithmetic(ranks.device, args.dtype))
     optimizer = make_optimizer(model, args, ranks)
     start, skipped, watched = go_on(ranks, run, model, optimizer)
-    network = sharding.make_network(torch.compile(model) if args.compile else model, args.shard)
+    network = sharding.make_network(model, args.shard)
     loader = iter(make_loader(dataset, args, ranks, pad_id, start, group))
     boards = meters.Boards(args.board if ranks.first else [], run.folder, run.values)
     bar = tqdm(
@@ -208,6 +212,13 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
         sharding.restore(best[-1], model)
     check_weights(args, ranks, run, model, args.steps)
     ranks.on_first(finish, run, partial(save, sharding.whole_weights(model, ranks)))
+
+
+def compile_layers(model: nn.Module):
+    """Let torch.compile write what a layer does: once for all of a kind, so it takes seconds, not minutes."""
+    for module in model.modules():
+        if isinstance(module, (DecoderLayer, CLIPEncoderLayer)):
+            module.compile()
 
 
 def check_memory(args, ranks: Ranks, model: nn.Module, dataset, pad_id: int):

@@ -1,5 +1,6 @@
 """What is fast must be the same: products of few rows and of 16 bits, and decoding that is compiled."""
 
+import json
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import linear
+import train
 from clip import CLIPVisionConfig
 from llava import KVCache, Llava, LlavaConfig, TextConfig, compile_decoding, generate
 from weights import load_both
@@ -112,3 +114,14 @@ def test_a_mapped_model_is_the_copied_one_and_never_reaches_its_file(tiny):
         for p in mapped.parameters():
             p.add_(1)
     assert file.read_bytes() == before
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_run_has_the_same_losses(tiny, command, tmp_path):
+    command(train, *tiny.flags["stage2"], "--compile", "--out", tmp_path / "run")
+    torch.compiler.reset()
+    plain, compiled = (
+        [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (tiny.stage2, tmp_path / "run")
+    )
+    assert compiled == pytest.approx(plain, rel=1e-4)
