@@ -106,13 +106,15 @@ def mapped(path: Path, start: int, entry: dict) -> torch.Tensor:
     """A tensor of a safetensors file as a view of the file in memory; what is written to it, the file does not get.
 
     Its own piece of the file, which goes with the tensor; the library maps and parses all of the file for each.
-    Args: start: of the numbers, in bytes; entry: of the header.
+    Args: start: of the numbers, in bytes; entry: of the header. Raises ValueError on a type of number that is not ours.
     """
-    begin, end = entry["data_offsets"]
+    (begin, end), dtype = entry["data_offsets"], NUMBERS.get(entry["dtype"])
+    if dtype is None:
+        raise ValueError(f"{path}: holds {entry['dtype']} numbers, should be {', '.join(NUMBERS)}")
     if begin == end:
-        return torch.empty(entry["shape"], dtype=NUMBERS[entry["dtype"]])
+        return torch.empty(entry["shape"], dtype=dtype)
     content = np.memmap(path, np.uint8, "c", offset=start + begin, shape=(end - begin,))
-    return torch.from_numpy(content).view(NUMBERS[entry["dtype"]]).view(entry["shape"])
+    return torch.from_numpy(content).view(dtype).view(entry["shape"])
 
 
 def read_pickle(path: Path) -> dict[str, Lazy]:

@@ -39,12 +39,12 @@ from layouts import (
 )
 from llava import Llava, LlavaConfig
 from templates import TEMPLATES, end_ids
-from tensors import Lazy, find_llama2c, open_tensors, read_llama2c
+from tensors import NUMBERS, Lazy, find_llama2c, open_tensors, read_llama2c
 from tokenizer import Tokenizer
 
 MERGED = "merged.json"  # which adapters a model has in its weights
 SHARD_BYTES = 5_000_000_000  # of a file that is written; larger ones are unwieldy to copy
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}  # in safetensors
+FLOATS = {name: NUMBERS[name] for name in ("F32", "F16", "BF16", "F64")}  # in safetensors
 FLOATS |= {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}  # in torch
 
 

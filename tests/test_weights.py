@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -1094,3 +1095,13 @@ def test_preprocessing_is_theirs_bit_for_bit(mode, squared, tmp_path):
         image.save(path)
         want = processor(Image.open(path), return_tensors="pt")["pixel_values"][0]
         assert torch.equal(image_pixels(open_image(path), 56, squared), want), (width, height)
+
+
+def test_a_tied_head_in_a_type_that_is_not_ours_is_one_line(tiny, tmp_path):
+    tensors = load_file(next(tiny.stage2.glob("*.safetensors")))
+    name = next(key for key in tensors if key.endswith("embed_tokens.weight"))
+    tensors[name.replace("model.embed_tokens", "lm_head")] = tensors[name].to(torch.float8_e4m3fn)
+    shutil.copytree(tiny.stage2, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "checkpoint*"))
+    save_file(tensors, tmp_path / "model/model.safetensors")
+    with pytest.raises(ValueError, match="F8_E4M3"):
+        load_model(tmp_path / "model")
