@@ -128,7 +128,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class KVCache:
-    """Keys and values of everything read so far, allocated once for `length` positions.
+    """Keys and values of everything read so far, with room for `length` positions.
 
     `used` is the only source of a token's position, for the mask and for RoPE alike. layers: keys and values, each
     (B, KV, length, D), of every layer.
@@ -489,7 +489,8 @@ def generate(
     stops at its own end token, and every row gets the ids it would get alone.
 
     Args: prompts: ids with the image placeholders expanded; vision_features (N, P, C) of their pictures, in order;
-    image_sizes as in Llava.embed. cache: of a conversation, and of its one prompt only what it lacks is read.
+    image_sizes as in Llava.embed. cache: of a conversation about the same pictures, of whose one prompt only what is new
+    is read.
     Raises ValueError if a prompt leaves no room for an answer in the context.
     """
     config, longest = model.config, max(map(len, prompts))
