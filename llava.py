@@ -489,8 +489,8 @@ def generate(
     stops at its own end token, and every row gets the ids it would get alone.
 
     Args: prompts: ids with the image placeholders expanded; vision_features (N, P, C) of their pictures, in order;
-    image_sizes as in Llava.embed. cache: of a conversation about the same pictures; of its prompt, the only one, what is
-    new is read.
+    image_sizes as in Llava.embed. cache: of a conversation about the same pictures; then there is one prompt, and
+    what the cache holds of it is not read again.
     Raises ValueError if a prompt leaves no room for an answer in the context.
     """
     config, longest = model.config, max(map(len, prompts))
