@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from linear import Linear
+from linear import Linear, remade
 from schema import known
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)  # of CLIP's training pictures, RGB in 0..1
@@ -123,7 +123,9 @@ class CLIPMLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.fc1(x)
+        return remade(self.second, self.fc1(x))
+
+    def second(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(x * torch.sigmoid(1.702 * x))  # quick_gelu
 
 

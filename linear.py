@@ -1,16 +1,19 @@
-"""The product of activations and a weight matrix, where torch's own is slow on a CPU: few rows, and bfloat16.
+"""What the layers of both transformers are made of: products that are fast on a CPU, too, and what is not kept.
 
 An answer is made a token at a time, so that every matrix is read from memory for a single row: what a CPU can do then
-is bytes per second. Figures, of two cores without AVX-512, are in LOG.md.
+is bytes per second. In training it is the activations, kept for the gradients, that fill the memory, and most of them
+are cheap to make again. Figures, of two cores without AVX-512, are in LOG.md.
 """
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 FEW = 32  # rows
 LARGE = 1 << 18  # numbers in a matrix; a smaller one stays in the cache
@@ -33,6 +36,16 @@ def need_compiler(device: torch.device):
     """Raise ValueError where torch.compile would look for a C++ compiler and find none."""
     if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("--compile needs a C++ compiler here: g++, or the one that CXX names")
+
+
+def remade(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """function(*inputs), of which the inputs alone are kept for the gradients: the rest is made again on the way back.
+
+    A product that ends it is not: checkpoint goes no further than what has to be made (Chen et al. 2016, 1604.06174).
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # which chooses by itself what to keep
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False)
 
 
 class Linear(nn.Linear):

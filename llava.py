@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anyres import Size, pack, tile_grid
 from clip import CLIPVisionConfig, CLIPVisionModel
-from linear import Linear, need_compiler
+from linear import Linear, need_compiler, remade
 
 IGNORE = -100  # the label of a token that is not trained on
 LOSS_CHUNK = 4096  # supervised tokens whose logits exist at one time
@@ -77,8 +77,33 @@ class LlavaConfig:
 # the decoder's parts
 
 
-class RMSNorm(nn.Module):
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / rms(x) * weight, the division in float32 whatever x is (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    return weight * F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype)
+
+
+class KeepingInput(torch.autograd.Function):
+    """rms_norm that keeps nothing but x for the gradients: with n = x / rms(x), d the gradient of n, and the mean over
+    a token's numbers, that of x is (d - n mean(n d)) / rms(x)."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return rms_norm(x, weight, eps)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        x, weight = (tensor.float() for tensor in ctx.saved_tensors)
+        scale = (x.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()  # 1 / rms(x)
+        n, d = x * scale, gradient * weight
+        of_x = (d - n * (n * d).mean(-1, keepdim=True)) * scale
+        of_weight = (gradient * n).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return of_x.to(gradient.dtype), of_weight, None
+
+
+class RMSNorm(nn.Module):
+    """LLaMA's norm: of each token alone, and without a mean or a bias."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -86,7 +111,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+        norm = KeepingInput.apply if torch.is_grad_enabled() else rms_norm
+        return norm(x, self.weight, self.eps)
 
 
 def make_norm(config: TextConfig) -> nn.Module:
@@ -200,7 +226,10 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return remade(self.down, self.gate_proj(x), self.up_proj(x))
+
+    def down(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(gate) * up)
 
 
 class GeluMLP(nn.Module):
@@ -212,7 +241,10 @@ class GeluMLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        return remade(self.down, self.up_proj(x))
+
+    def down(self, up: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.gelu(up, approximate="tanh"))
 
 
 class DecoderLayer(nn.Module):

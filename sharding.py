@@ -81,10 +81,25 @@ def make_adamw(groups: list[dict], mode: str, offload: bool = False, **options) 
     """Groups' own rates and decays go before the options. Fused: one kernel for all parameters of a group."""
     adamw = OffloadedAdamW if offload else torch.optim.AdamW
     if not dist.is_initialized() or mode != "zero1":
-        return adamw(groups, fused=True, **options)
-    from torch.distributed.optim import ZeroRedundancyOptimizer
+        optimizer = adamw(groups, fused=True, **options)
+    else:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    return ZeroRedundancyOptimizer(groups, adamw, fused=True, **options)
+        optimizer = ZeroRedundancyOptimizer(groups, adamw, fused=True, **options)
+    make_states(optimizer)
+    return optimizer
+
+
+def make_states(optimizer: torch.optim.Optimizer):
+    """Zeros, here and not in the first step: on a CPU they would lie scattered where its activations had been, and
+    later ones would not fit between them (LOG.md)."""
+    optimizer = local(optimizer)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            step = torch.zeros((), device=p.device)  # the fused kernel reads it where the parameter is
+            optimizer.state[p] = {"step": step} | {key: torch.zeros_like(p) for key in STATES[1:]}
+            if isinstance(optimizer, OffloadedAdamW):
+                optimizer.move(p, torch.device("cpu"))
 
 
 @contextmanager
@@ -129,10 +144,9 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ra
     every step follow from (seed, step, rank).
     """
     trained, states = trained_parameters(model), {}
-    if ranks.largest(bool(local(optimizer).state)):  # there are none before the first step
-        for name, p in trained.items():
-            kept = local(optimizer).state.get(p) or elsewhere(p)
-            states |= {f"{name}.{key}": kept[key].detach() for key in STATES}
+    for name, p in trained.items():
+        kept = local(optimizer).state.get(p) or elsewhere(p)
+        states |= {f"{name}.{key}": kept[key].detach() for key in STATES}
     return {"trained.safetensors": trained, "optimizer.safetensors": states}
 
 
@@ -180,22 +194,19 @@ def restore_states(whole: dict[str, torch.Tensor], trained: dict[str, nn.Paramet
     """Each rank takes the states of the parameters it updates."""
     own = {id(p) for group in local(optimizer).param_groups for p in group["params"]}
     for name, p in trained.items():
-        if id(p) in own and f"{name}.step" in whole:
-            # the fused kernel reads the step where the parameter is
-            step = whole[f"{name}.step"].to(p.device)
-            local(optimizer).state[p] = {"step": step} | {key: like(whole[f"{name}.{key}"], p) for key in STATES[1:]}
-            if isinstance(local(optimizer), OffloadedAdamW):
-                local(optimizer).move(p, torch.device("cpu"))
+        if id(p) in own:
+            for key, kept in local(optimizer).state[p].items():
+                kept.copy_(like(whole[f"{name}.{key}"], kept))
 
 
-def like(whole: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """A whole tensor where the parameter is, or the slice of it that this rank has of the parameter."""
-    whole = whole.to(p.device)
-    if not sliced(p):
+def like(whole: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """A whole tensor where a rank's own is, or the slice of it that the rank has."""
+    whole = whole.to(own.device)
+    if not sliced(own):
         return whole
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+    return distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
 
 
 def whole_weights(model: nn.Module, ranks: Ranks) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ def trained_by(steps):
     """A small model and its optimizer after so many steps."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    optimizer = sharding.make_adamw([{"params": list(model.parameters())}], "ddp", lr=0.1)
     for _ in range(steps):
         model(torch.ones(3)).square().sum().backward()
         optimizer.step()
