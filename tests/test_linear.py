@@ -1,4 +1,4 @@
-"""What is fast must be the same: products of few rows and of 16 bits, and decoding that is compiled."""
+"""What is fast or lean must be the same: products of few rows and of 16 bits, activations made again, compiling."""
 
 import json
 import shutil
@@ -6,11 +6,15 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import linear
+import memory
 import train
-from clip import CLIPVisionConfig
-from llava import KVCache, Llava, LlavaConfig, TextConfig, compile_decoding, generate
+from clip import CLIPMLP, CLIPVisionConfig
+from llava import GeluMLP, KVCache, Llava, LlavaConfig, RMSNorm, SwiGLU, TextConfig, compile_decoding, generate
+from lora import add_lora, find_linears, lora_layers
+from nf4 import NF4Linear
 from weights import load_both
 
 
@@ -50,6 +54,62 @@ def test_autocast_is_widened_too_and_its_gradients_are(monkeypatch):
     torch.testing.assert_close(layer.weight.grad, x.detach().sum((0, 1)).expand_as(layer.weight), rtol=1e-2, atol=1e-2)
 
 
+def mlp(kind: type) -> torch.nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}
+    if kind is CLIPMLP:
+        return kind(CLIPVisionConfig(**sizes))
+    return kind(TextConfig(**sizes))
+
+
+def costs(module: torch.nn.Module, x: torch.Tensor) -> tuple[int, list[torch.Tensor], int]:
+    """Bytes alive after a forward pass, beside x and the weights; the gradients of x and the weights; FLOPs in all."""
+    x = x.clone().requires_grad_()
+    with FlopCounterMode(display=False) as flops, memory.Counted([x, *module.parameters()]) as counted:
+        before = counted.now
+        y = module(x)
+        alive = counted.now - before
+        y.square().sum().backward()
+    gradients = [x.grad, *(p.grad.clone() for p in module.parameters())]
+    module.zero_grad()
+    return alive, gradients, flops.get_total_flops()
+
+
+@pytest.mark.parametrize("kind, wide", [(SwiGLU, 2), (GeluMLP, 1), (CLIPMLP, 1)])
+def test_an_mlp_keeps_what_goes_into_its_activation_and_makes_no_product_twice(monkeypatch, kind, wide):
+    module, x = mlp(kind), torch.randn(4, 32, 64)
+    alive, gradients, flops = costs(module, x)
+    assert alive == (wide * 256 + 64) * 4 * 32 * 4  # and y
+    for name in ("llava.remade", "clip.remade"):
+        monkeypatch.setattr(name, lambda function, *inputs: function(*inputs))
+    more, want, same = costs(module, x)
+    assert more >= alive + 256 * 4 * 32 * 4 and flops == same
+    assert all(map(torch.equal, gradients, want))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_norm_keeps_its_input_and_has_its_gradients(dtype):
+    torch.manual_seed(0)
+    norm, x = RMSNorm(64, 1e-5), torch.randn(4, 32, 64, dtype=dtype)
+    torch.nn.init.normal_(norm.weight)
+    norm.to(dtype)
+    want = torch.autograd.functional.vjp(
+        lambda x, w: F.rms_norm(x, (64,), w, 1e-5),
+        (x.double(), norm.weight.detach().double()),
+        torch.ones(4, 32, 64).double(),
+    )[1]
+    x.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = norm(x)
+    assert {t.data_ptr() for t in kept} == {x.data_ptr(), norm.weight.data_ptr()}
+    y.backward(torch.ones_like(y))
+    precision = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]  # it divides in float32
+    for found, exact in zip((x.grad, norm.weight.grad), want):
+        assert found.dtype == dtype
+        assert (found.double() - exact).abs().max() <= precision * exact.abs().max()
+
+
 def small_llava(**text) -> Llava:
     torch.manual_seed(0)
     text = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2} | text
@@ -59,11 +119,21 @@ def small_llava(**text) -> Llava:
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_decoding_says_the_same(dtype):
-    model = small_llava().to(dtype)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "gpt2", "four bits", "lora"])
+def test_compiled_decoding_says_the_same(kind):
+    model = small_llava(model_type="gpt2" if kind == "gpt2" else "llama")
+    if kind == "bfloat16":
+        model.to(torch.bfloat16)
+    if kind == "four bits":
+        for path in find_linears(model, "llm"):
+            model.set_submodule(path, NF4Linear.of(model.get_submodule(path).weight))
+    if kind == "lora":
+        add_lora(model, {"llm": 4}, None, 0.0)
+        for layer in lora_layers(model).values():
+            torch.nn.init.normal_(layer.lora_B.weight)
+        model.eval()
     prompts = [[5, 299, 299, 299, 299, 7, 8], [299, 299, 299, 299, 9]]
-    features = torch.randn(2, 4, 32, dtype=dtype)
+    features = torch.randn(2, 4, 32, dtype=model.dtype)
     want = list(generate(model, prompts, features, max_new_tokens=8))
     alone = list(generate(model, prompts[:1], features[:1], max_new_tokens=8))
     compile_decoding(model)
