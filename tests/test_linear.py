@@ -112,8 +112,9 @@ def test_the_norm_keeps_its_input_and_has_its_gradients(dtype):
 
 def small_llava(**text) -> Llava:
     torch.manual_seed(0)
-    text = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2} | text
-    text = TextConfig(vocab_size=300, hidden_size=64, intermediate_size=96, max_position_embeddings=64, **text)
+    shape = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
+    shape |= {"intermediate_size": 344, "vocab_size": 300, "max_position_embeddings": 64}
+    text = TextConfig(**shape | text)  # of 64 x 344 in four bits the last 256 absmax are not whole
     vision = CLIPVisionConfig(32, 64, 2, 2, image_size=28, patch_size=14)
     return Llava(LlavaConfig(text, vision, image_token_index=299, eos_token_ids=[])).eval()
 
