@@ -99,7 +99,7 @@ class KeepingInput(torch.autograd.Function):
         n, d = x * scale, gradient * weight
         of_x = (d - n * (n * d).mean(-1, keepdim=True)) * scale
         of_weight = (gradient * n).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return of_x.to(gradient.dtype), of_weight, None
+        return of_x, of_weight, None  # in float32: autograd rounds them to what x and weight are
 
 
 class RMSNorm(nn.Module):
