@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from linear import Linear, remade
+from linear import Linear, attend, remade
 from schema import known
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)  # of CLIP's training pictures, RGB in 0..1
@@ -112,7 +112,7 @@ class CLIPAttention(nn.Module):
             proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        y = attend(q, k, v, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 

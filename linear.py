@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+SHORT = 256  # positions
 FEW = 32  # rows
 LARGE = 1 << 18  # numbers in a matrix; a smaller one stays in the cache
 PIECES = 8
@@ -38,6 +39,13 @@ def need_compiler(device: torch.device):
         raise ValueError("--compile needs a C++ compiler here: g++, or the one that CXX names")
 
 
+def leave_out(model: nn.Module):
+    """Before compiling: layers that say `compiles = False` are to run as they are."""
+    for module in model.modules():
+        if not getattr(module, "compiles", True):  # no decorator: it takes a second to import
+            module.forward = torch.compiler.disable(module.forward)
+
+
 def remade(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
     """function(*inputs), of which the inputs alone are kept for the gradients: the rest is made again on the way back.
 
@@ -59,19 +67,38 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     """x (..., C) times the transpose of weight (N, C), plus bias (N,): what torch.nn.functional.linear gives."""
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
-    rows = x.numel() // x.shape[-1]
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    rows, dtype = x.numel() // x.shape[-1], arithmetic_of(x)
     if dtype != torch.float32 and EMULATED and rows > PIECES:
         return widened(x, weight, bias, dtype)
     if torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     if rows == 1 and torch.compiler.is_compiling():  # becomes one loop over the matrix, of which no product is kept
         y = (weight.float() * x.float().flatten()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+    elif rows == 1 and weight.numel() >= LARGE and dtype.itemsize == 2 and not EMULATED:
+        y = torch.mv(weight.to(dtype), x.to(dtype).flatten()).view(*x.shape[:-1], -1)
     elif rows <= FEW and weight.numel() >= LARGE and len(weight) % PIECES == 0 and dtype == torch.float32:
         y = in_pieces(x, weight)
     else:
         return F.linear(x, weight, bias)
     return y if bias is None else y + bias
+
+
+def arithmetic_of(x: torch.Tensor) -> torch.dtype:
+    """The type that a product of x is computed in."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
+    """torch's scaled_dot_product_attention of q (B, H, T, D), k and v (B, KV, S, D): (B, H, T, D).
+
+    To train on short rows a CPU does it in float32, whatever they are in: in 16 bits the way back would take 3 times as
+    long.
+    """
+    dtype = arithmetic_of(q)
+    if q.device.type != "cpu" or dtype.itemsize > 2 or k.shape[-2] >= SHORT or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).to(dtype)
 
 
 def widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

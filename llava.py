@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anyres import Size, pack, tile_grid
 from clip import CLIPVisionConfig, CLIPVisionModel
-from linear import Linear, need_compiler, remade
+from linear import Linear, attend, leave_out, need_compiler, remade
 
 IGNORE = -100  # the label of a token that is not trained on
 LOSS_CHUNK = 4096  # supervised tokens whose logits exist at one time
@@ -209,10 +209,10 @@ class Attention(nn.Module):
                 k, v = keys, values
         if x.shape[1] == 1:  # heads that share keys, as tokens of one head: read once for all of them
             q = q.reshape(*k.shape[:2], -1, self.head_dim)  # (B, KV, H / KV, D)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            y = attend(q, k, v, attn_mask=mask)
             return self.o_proj(y.reshape(len(x), 1, -1))
         # Without a mask the kernel may take its fast path.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        y = attend(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
@@ -561,5 +561,6 @@ def compile_decoding(model: Llava):
     """Let torch.compile write what a layer does for one token of an answer; one layer stands for all, so it takes
     seconds. Raises ValueError without a compiler."""
     need_compiler(model.device)
+    leave_out(model)
     model.language_model.model.compiled = torch.compile(DecoderLayer.forward)
     model.language_model.lm_head.compile()

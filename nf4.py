@@ -153,6 +153,8 @@ class NF4Linear(nn.Module):
     weight was before, and is made into again.
     """
 
+    compiles = False  # torch 2.13's compiler makes wrong numbers of the absmax that are looked up
+
     def __init__(self, parts: dict[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype, block: int = BLOCK):
         super().__init__()
         self.out_features, self.in_features = shape
@@ -180,7 +182,6 @@ class NF4Linear(nn.Module):
         weight = dequantise(self.weight, absmax, (self.out_features, self.in_features), kept, self.block)
         return weight if dtype is None else weight.to(dtype)
 
-    @torch.compiler.disable  # torch 2.13 makes wrong numbers of the absmax that are looked up
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))

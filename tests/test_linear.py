@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +32,37 @@ def test_few_rows_in_pieces_are_the_whole_product(rows, bias):
     want = F.linear(x.double(), weight.double(), None if bias is None else bias.double()).float()
     assert found.shape == (rows, 1, 1024)
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_row_of_16_bits(monkeypatch, dtype):
+    monkeypatch.setattr(linear, "EMULATED", False)
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((1, 1, 512), (1024, 512), (1024,)))
+    with torch.inference_mode():
+        found = linear.product(x, weight, bias)
+        again = linear.product(x, weight)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    assert found.dtype == dtype and found.shape == (1, 1, 1024)
+    assert (found - exact).abs().max() < 0.01 * exact.abs().max()
+    assert (again - (exact - bias)).abs().max() < 0.01 * exact.abs().max()
+
+
+@pytest.mark.parametrize("length", [linear.SHORT - 1, linear.SHORT])
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16, "autocast"])
+def test_attention_of_short_rows_is_as_exact_and_its_gradients_are(length, kind):
+    torch.manual_seed(0)
+    dtype = torch.float32 if kind == "autocast" else kind
+    q, k, v = (torch.randn(2, heads, length, 16, dtype=dtype, requires_grad=True) for heads in (4, 2, 2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        y = linear.attend(q, k, v, is_causal=True, enable_gqa=True)
+    assert y.dtype == (torch.bfloat16 if kind == "autocast" else kind)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want = F.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True)
+    precision = {torch.float64: 1e-12, torch.float32: 1e-5}.get(kind, 2e-2)
+    pairs = zip((y, *torch.autograd.grad(y.sum(), (q, k, v))), (want, *torch.autograd.grad(want.sum(), wide)))
+    for found, exact in pairs:
+        assert (found.double() - exact).abs().max() <= precision * exact.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -141,6 +175,11 @@ def test_compiled_decoding_says_the_same(kind):
     torch.compiler.reset()
     assert list(generate(model, prompts[:1], features[:1], max_new_tokens=8)) == alone
     assert list(generate(model, prompts, features, max_new_tokens=8)) == want
+
+
+def test_a_program_that_compiles_nothing_does_not_import_the_compiler():
+    code = "import sys, sample, train, eval; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(linear.__file__).parent).returncode == 0
 
 
 def test_compiling_without_a_compiler_is_one_line(monkeypatch):

@@ -428,8 +428,8 @@ def test_however_the_work_is_done_it_ends_alike(tiny, command, tmp_path, more):
     command(train, *argv, "--out", tmp_path / "plain")
     command(train, *argv, *more, "--out", tmp_path / "other")
     one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("plain", "other"))
-    for name, tensor in one.items():
-        torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-5)
+    for name, tensor in one.items():  # as a whole: where a gradient is all but zero, AdamW steps by its rounding
+        assert (other[name] - tensor).norm() <= 1e-3 * tensor.norm()
     if more == ["--offload-states"]:
         assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
 

@@ -262,9 +262,8 @@ def test_a_quantised_folder_is_loaded_by_transformers(bnb, small):
     assert any("Linear4bit" in str(type(module)) for module in theirs.modules())
     ours = load_model(small[1])
     ids = torch.randint(0, 200, (1, 20), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = theirs(input_ids=ids).logits
-        hidden = ours.language_model.model(ours.embed(ids))
+    expected = theirs(input_ids=ids).logits  # for gradients: else, where a CPU has bfloat16, theirs fail on rows of 160
+    hidden = ours.language_model.model(ours.embed(ids))
     torch.testing.assert_close(ours.language_model.lm_head(hidden), expected, rtol=1e-4, atol=1e-4)
 
 
