@@ -262,8 +262,12 @@ def test_a_quantised_folder_is_loaded_by_transformers(bnb, small):
     assert any("Linear4bit" in str(type(module)) for module in theirs.modules())
     ours = load_model(small[1])
     ids = torch.randint(0, 200, (1, 20), generator=torch.Generator().manual_seed(0))
-    expected = theirs(input_ids=ids).logits  # for gradients: else, where a CPU has bfloat16, theirs fail on rows of 160
-    hidden = ours.language_model.model(ours.embed(ids))
+    whole = torch.randn(64, 160)  # as large as a matrix of this model
+    if (bnb.dequantize_4bit(*bnb.quantize_4bit(whole, quant_type="nf4")) - whole).abs().max() > 1:
+        pytest.skip("bitsandbytes 0.50.2 mixes up the blocks of rows of 160 on a CPU with AVX-512")
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+        hidden = ours.language_model.model(ours.embed(ids))
     torch.testing.assert_close(ours.language_model.lm_head(hidden), expected, rtol=1e-4, atol=1e-4)
 
 
