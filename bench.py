@@ -111,6 +111,7 @@ def measure(bench: Bench, case: Case) -> Iterator[Row]:
         reason = str(error).strip().splitlines() or ["no reason given"]
         raise ValueError(f"{case.name}: {type(error).__name__}: {reason[0][:200]}") from error
     finally:
+        torch.compiler.reset()  # it compiles a function for so many shapes and no more, and counts those of other cases
         if bench.gpu:
             torch.cuda.empty_cache()
 

@@ -68,7 +68,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
     rows, dtype = x.numel() // x.shape[-1], arithmetic_of(x)
-    if dtype != torch.float32 and EMULATED and rows > PIECES:
+    if dtype.itemsize == 2 and EMULATED and rows > PIECES:
         return widened(x, weight, bias, dtype)
     if torch.is_grad_enabled():
         return F.linear(x, weight, bias)
