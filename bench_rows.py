@@ -96,10 +96,11 @@ class Case:
 
 
 def training(bench: Bench, name: str, shape: str, way: str, dtype: str, compiled: bool = False) -> Iterator[Row]:
-    """Samples/s, tokens/s and MFU of a step: forward, backward, clipping, AdamW; where each side has a process of its
-    own, its memory too. compiled: ours as with --compile, whose seconds are left out."""
+    """Samples/s, tokens/s and MFU of a step: forward, backward, clipping, AdamW; of a model that is too large for two
+    its memory, too. On a CPU each side has a process of its own: in one, either's allocations slow the other's down.
+    compiled: ours as with --compile, whose seconds are left out."""
     job, size, found = job_of(bench, shape, way, dtype, compiled), SHAPES[shape], None
-    if size.apart:
+    if size.apart or not bench.gpu:
         found = both_alone(bench, job, 1)
         ours, theirs = (each and in_turn(side, job, each["loss"]) for side, each in zip(("ours", "theirs"), found))
         flops = found[0]["flops"]
@@ -119,7 +120,7 @@ def training(bench: Bench, name: str, shape: str, way: str, dtype: str, compiled
     yield rate_row(name, "tokens/s", size.rows * size.length, timing, limit=size.rows * size.length * steps, **goals)
     share = bench.goals(gpu={"share": 0.5} if size.apart and way == "full" else None)
     yield rate_row(name, "% MFU", 100 * flops / rate, timing, limit=100, **goals | share)
-    if found:
+    if size.apart:
         yield memory_row(bench, name, job, *found)
 
 
@@ -134,7 +135,7 @@ def both_alone(bench: Bench, job: Job, steps: int) -> tuple[dict, dict | None]:
 
 
 def in_turn(side: str, job: Job, loss: float) -> Contender:
-    """The median of three steps in a new process: two 7B models in training do not fit on one GPU."""
+    """The median of three steps in a new process: two 7B models in training, say, do not fit on one GPU."""
     return Contender(lambda: loss, lambda: median(two.training_process(side, job, 3)["seconds"]))
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from linear import Linear, attend, remade
+from linear import Linear, attend, narrowed, remade
 from schema import known
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)  # of CLIP's training pictures, RGB in 0..1
@@ -138,8 +138,8 @@ class CLIPEncoderLayer(nn.Module):
         self.mlp = CLIPMLP(config)
 
     def forward(self, x: torch.Tensor, causal: bool) -> torch.Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), causal)
-        return x + self.mlp(self.layer_norm2(x))
+        x = x + self.self_attn(narrowed(self.layer_norm1(x)), causal)
+        return x + self.mlp(narrowed(self.layer_norm2(x)))
 
 
 class CLIPEncoder(nn.Module):

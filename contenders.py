@@ -21,6 +21,7 @@ from shutil import rmtree
 import torch
 from torch import nn
 
+import memory
 import meters
 import shapes
 import sharding
@@ -162,8 +163,9 @@ def their_model(folder: Path, device: str, dtype: torch.dtype, bits: int = 16) -
 
 
 def bare(side: str):
-    """Import what a side needs, so that memory can be counted from there."""
-    for name in ("transformers", "transformers.models.llava.modeling_llava", "peft") if side == "theirs" else ():
+    """Import what a side needs, so that memory can be counted from there; of torch what its optimizers import."""
+    theirs = ("transformers", "transformers.models.llava.modeling_llava", "peft") if side == "theirs" else ()
+    for name in ("torch._dynamo", *theirs):
         if installed(name.split(".")[0]):
             importlib.import_module(name)
 
@@ -225,6 +227,7 @@ def our_trainer(job: Job) -> Trainer:
     def step() -> float:
         return train.train_step(args, ranks, model, optimizer, [batch], next(done))["loss"]
 
+    memory.keep_freed(ranks.device)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     flops = meters.step_flops(model, shape.rows * shape.length, shape.length, shape.rows)
     return Trainer(step, flops, sum(p.nbytes for p in model.parameters()) + 3 * trained)

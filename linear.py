@@ -85,7 +85,13 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 def arithmetic_of(x: torch.Tensor) -> torch.dtype:
     """The type that a product of x is computed in."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def narrowed(x: torch.Tensor) -> torch.Tensor:
+    """x as its products will have it: rounded once, and kept once, for all of them; autocast does it for each."""
+    return x.to(arithmetic_of(x))
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:

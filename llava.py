@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anyres import Size, pack, tile_grid
 from clip import CLIPVisionConfig, CLIPVisionModel
-from linear import Linear, attend, leave_out, need_compiler, remade
+from linear import Linear, attend, leave_out, narrowed, need_compiler, remade
 
 IGNORE = -100  # the label of a token that is not trained on
 LOSS_CHUNK = 4096  # supervised tokens whose logits exist at one time
@@ -256,10 +256,10 @@ class DecoderLayer(nn.Module):
         self.mlp = GeluMLP(config) if config.gpt2 else SwiGLU(config)
 
     def forward(self, x: torch.Tensor, angles, mask, cached, keep=None) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), angles, mask, cached)
+        x = x + self.self_attn(narrowed(self.input_layernorm(x)), angles, mask, cached)
         if keep is not None:  # others have only been here for their keys and values
             x = x[keep]  # (N, C)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(narrowed(self.post_attention_layernorm(x)))
 
 
 def attention_mask(padding: torch.Tensor, places: torch.Tensor, length: int) -> torch.Tensor:

@@ -6,7 +6,9 @@ So whatever the model does is in it: what is recomputed, logits in chunks, a mat
 """
 
 import copy
+import ctypes
 import os
+import platform
 import weakref
 from dataclasses import dataclass
 
@@ -161,6 +163,16 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def keep_freed(device: torch.device):
+    """To train on a CPU: let glibc keep what is freed for the next step. By itself it gives every block above 32 MB
+    back to the system and fetches it again, page by page: in each step the gradients of a vocabulary. Other C libraries
+    stay as they are."""
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor is the heap's end cut off
 
 
 def refuse(found: Estimate, free: int):

@@ -164,6 +164,7 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
     settle(args, ranks, run, sum(counts_of(dataset.sizes, [source.weight for source in dataset.sources])))
     model.train()
     check_memory(args, ranks, model, dataset, pad_id)
+    memory.keep_freed(ranks.device)
     if args.compile:
         need_compiler(ranks.device)
         compile_layers(model)

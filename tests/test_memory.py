@@ -1,5 +1,10 @@
 """The estimate of a training step's memory against what torch's allocator gives out, and against 7B's known sums."""
 
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from memory_accuracy import KINDS, SPEEDRUN, SPEEDRUN_TOWER, allocated, batch_for, shaped
@@ -121,3 +126,23 @@ def test_what_cannot_fit_is_refused_before_it_starts(tiny, command, tmp_path, mo
     line = caught.value.code
     assert "--shard fsdp" in line and "0.001" in line and len(line.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+FAULTS = """
+import resource, sys, torch, memory
+if sys.argv[1] == "kept":
+    memory.keep_freed(torch.device("cpu"))
+for _ in range(3):
+    torch.zeros(2**24)  # 64 MB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    torch.zeros(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of another C library")
+def test_what_is_freed_is_not_fetched_again():
+    root = Path(memory.__file__).parent
+    fetched = [int(subprocess.check_output([sys.executable, "-c", FAULTS, how], cwd=root)) for how in ("kept", "plain")]
+    assert 100 * fetched[0] < fetched[1]  # pages
