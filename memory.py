@@ -168,8 +168,8 @@ def free_bytes(device: torch.device) -> int:
 def keep_freed(device: torch.device):
     """To train on a CPU: let glibc keep what is freed for the next step. By itself it gives every block above 32 MB
     back to the system and fetches it again, page by page: in each step the gradients of a vocabulary. Other C libraries
-    stay as they are."""
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+    stay as they are, and so does a glibc that was told what to map (MALLOC_MMAP_THRESHOLD_)."""
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor is the heap's end cut off
