@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linear import product
+from linear import narrowed, product
 
 BLOCK, NESTED_BLOCK = 64, 256  # numbers that share an absmax; absmax that share one themselves
 CHUNK = 1 << 18  # numbers worked on at a time: they stay in the cache, and no matrix is ever whole in float32
@@ -183,9 +183,7 @@ class NF4Linear(nn.Module):
         return weight if dtype is None else weight.to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = FrozenMatmul.apply(x, self)
+        y = FrozenMatmul.apply(narrowed(x), self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
