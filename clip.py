@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from linear import Linear, attend, narrowed, remade
+from linear import Linear, attend, lean, normed, remade
 from schema import known
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)  # of CLIP's training pictures, RGB in 0..1
@@ -123,10 +123,7 @@ class CLIPMLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return remade(self.second, self.fc1(x))
-
-    def second(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(x * torch.sigmoid(1.702 * x))  # quick_gelu
+        return self.fc2(remade(lambda x: x * torch.sigmoid(1.702 * x), self.fc1(x)))  # quick_gelu
 
 
 class CLIPEncoderLayer(nn.Module):
@@ -138,8 +135,8 @@ class CLIPEncoderLayer(nn.Module):
         self.mlp = CLIPMLP(config)
 
     def forward(self, x: torch.Tensor, causal: bool) -> torch.Tensor:
-        x = x + self.self_attn(narrowed(self.layer_norm1(x)), causal)
-        return x + self.mlp(narrowed(self.layer_norm2(x)))
+        x = x + self.self_attn(normed(self.layer_norm1, x), causal)
+        return x + self.mlp(normed(self.layer_norm2, x))
 
 
 class CLIPEncoder(nn.Module):
@@ -276,8 +273,9 @@ class CLIPModel(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Unit vectors (B, D) of the pictures and of the texts."""
-        pictures = self.visual_projection(self.vision_model(pixel_values))
-        texts = self.text_projection(self.text_model(input_ids))
+        with lean():
+            pictures = self.visual_projection(self.vision_model(pixel_values))
+            texts = self.text_projection(self.text_model(input_ids))
         return F.normalize(pictures, dim=-1), F.normalize(texts, dim=-1)
 
 

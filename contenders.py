@@ -227,7 +227,8 @@ def our_trainer(job: Job) -> Trainer:
     def step() -> float:
         return train.train_step(args, ranks, model, optimizer, [batch], next(done))["loss"]
 
-    memory.keep_freed(ranks.device)
+    needed = memory.estimate(model, args.shard, ranks.world, arithmetic(ranks.device, args.dtype), batch)
+    memory.keep_freed(model, ranks.device, needed.step)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     flops = meters.step_flops(model, shape.rows * shape.length, shape.length, shape.rows)
     return Trainer(step, flops, sum(p.nbytes for p in model.parameters()) + 3 * trained)

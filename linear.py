@@ -2,24 +2,29 @@
 
 An answer is made a token at a time, so that every matrix is read from memory for a single row: what a CPU can do then
 is bytes per second. In training it is the activations, kept for the gradients, that fill the memory, and most of them
-are cheap to make again. Figures, of two cores without AVX-512, are in LOG.md.
+are cheap to make again. Figures, and of which machines, are in LOG.md.
 """
 
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.func import functional_call
 
-SHORT = 256  # positions
+SHORT = 320  # positions
 FEW = 32  # rows
 LARGE = 1 << 18  # numbers in a matrix; a smaller one stays in the cache
 PIECES = 8
 EMULATED = torch.backends.cpu.get_cpu_capability() == "AVX2"  # such a CPU has no arithmetic in 16 bits
+CPUINFO = Path("/proc/cpuinfo")
+# MKL, which torch multiplies float32 with, is Intel's; on AMD's processors oneDNN, in torch as well, is faster.
+ONEDNN = CPUINFO.exists() and "AuthenticAMD" in CPUINFO.read_text() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @contextmanager
@@ -46,14 +51,96 @@ def leave_out(model: nn.Module):
             module.forward = torch.compiler.disable(module.forward)
 
 
-def remade(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """function(*inputs), of which the inputs alone are kept for the gradients: the rest is made again on the way back.
+# ---------------------------------------------------------------------------------------------------------------------
+# what is made again on the way back
 
-    A product that ends it is not: checkpoint goes no further than what has to be made (Chen et al. 2016, 1604.06174).
-    """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # which chooses by itself what to keep
+
+class Remade(torch.autograd.Function):
+    """function(*inputs), of which the inputs alone are kept. The value is made again, once, when it is first asked for
+    on the way back: by the gradients of what used it (see `lean`), or by its own, which is the last to ask."""
+
+    @staticmethod
+    def forward(ctx, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.function, ctx.again = function, None
+        ctx.save_for_backward(*inputs)
         return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        (value, inputs), ctx.again = made_again(ctx), None
+        value.backward(gradient)
+        return None, *(x.grad for x in inputs)
+
+
+def made_again(ctx) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The value of a Remade, and the inputs that its gradients are taken of."""
+    if ctx.again is None:
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_(n) for x, n in zip(ctx.saved_tensors, ctx.needs_input_grad[1:])]
+            ctx.again = ctx.function(*inputs), inputs
+    return ctx.again
+
+
+RECIPES = {}  # the storage of every value of a Remade that is alive -> how it is made
+
+
+def remade(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """function(*inputs), something cheap, which within `lean` nothing keeps for the gradients that is made of it."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+        return function(*inputs)  # the compiler chooses by itself what to keep
+    value = Remade.apply(function, *inputs)
+    storage = value.untyped_storage()
+    if storage._cdata not in [x.untyped_storage()._cdata for x in inputs]:  # else there was nothing to make
+        RECIPES[storage._cdata] = value.grad_fn
+        weakref.finalize(storage, RECIPES.pop, storage._cdata, None)
+    return value
+
+
+def lean() -> torch.autograd.graph.saved_tensors_hooks:
+    """While a forward pass runs in it: what is to be kept for the gradients and has a recipe, is kept as that.
+
+    No product is run twice for it, as checkpointing whole layers would (Chen et al. 2016, 1604.06174).
+    """
+
+    def pack(kept: torch.Tensor):
+        recipe = RECIPES.get(kept.untyped_storage()._cdata)
+        return kept if recipe is None else (recipe, kept.shape, kept.stride(), kept.storage_offset())
+
+    def unpack(kept) -> torch.Tensor:
+        if torch.is_tensor(kept):
+            return kept
+        recipe, *view = kept
+        return made_again(recipe)[0].detach().as_strided(*view)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def normed(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """norm(x) as products will have it; where it trains, and they do, they do not keep it for their gradients."""
+    if not norm.weight.requires_grad:
+        return narrowed(norm(x))
+    names, weights = zip(*norm.named_parameters())
+
+    def again(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        return functional_call(norm, dict(zip(names, weights)), (x,)).to(dtype)
+
+    dtype = arithmetic_of(x)
+    return remade(again, x, *weights)
+
+
+def narrowed(x: torch.Tensor) -> torch.Tensor:
+    """x as its products will have it: rounded once, and kept once, for all of them; autocast does it for each."""
+    return x.to(arithmetic_of(x))
+
+
+def arithmetic_of(x: torch.Tensor) -> torch.dtype:
+    """The type that a product of x is computed in."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# products
 
 
 class Linear(nn.Linear):
@@ -65,33 +152,48 @@ class Linear(nn.Linear):
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., C) times the transpose of weight (N, C), plus bias (N,): what torch.nn.functional.linear gives."""
-    if x.device.type != "cpu":
-        return F.linear(x, weight, bias)
-    rows, dtype = x.numel() // x.shape[-1], arithmetic_of(x)
-    if dtype.itemsize == 2 and EMULATED and rows > PIECES:
+    rows, dtype, cpu = x.numel() // x.shape[-1], arithmetic_of(x), x.device.type == "cpu"
+    if cpu and dtype.itemsize == 2 and EMULATED and rows > PIECES:
         return widened(x, weight, bias, dtype)
+    if weight.dtype.itemsize > dtype.itemsize:  # autocast would round it, too, and keep that for the gradients
+        weight = remade(lambda weight: weight.to(dtype), weight)
+    compiling, large = torch.compiler.is_compiling(), weight.numel() >= LARGE
+    if not cpu or (torch.is_grad_enabled() and weight.requires_grad):
+        return F.linear(x, weight, bias)
+    if ONEDNN and large and dtype == weight.dtype == torch.float32 and not compiling:
+        if torch.is_grad_enabled():
+            return FrozenProduct.apply(x, bias, lambda dtype: weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if torch.is_grad_enabled():
         return F.linear(x, weight, bias)
-    if rows == 1 and torch.compiler.is_compiling():  # becomes one loop over the matrix, of which no product is kept
+    if rows == 1 and compiling:  # becomes one loop over the matrix, of which no product is kept
         y = (weight.float() * x.float().flatten()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
-    elif rows == 1 and weight.numel() >= LARGE and dtype.itemsize == 2 and not EMULATED:
+    elif rows == 1 and large and dtype.itemsize == 2 and not EMULATED and not ONEDNN:
         y = torch.mv(weight.to(dtype), x.to(dtype).flatten()).view(*x.shape[:-1], -1)
-    elif rows <= FEW and weight.numel() >= LARGE and len(weight) % PIECES == 0 and dtype == torch.float32:
+    elif rows <= FEW and large and len(weight) % PIECES == 0 and dtype == torch.float32 and weight.is_contiguous():
         y = in_pieces(x, weight)
     else:
         return F.linear(x, weight, bias)
     return y if bias is None else y + bias
 
 
-def arithmetic_of(x: torch.Tensor) -> torch.dtype:
-    """The type that a product of x is computed in."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+class FrozenProduct(torch.autograd.Function):
+    """x W^T + b, of which nothing is kept. W stands still, and is made by `make` when it is needed, in the type asked
+    for: of four bits it need not be kept either."""
 
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, make: Callable[[torch.dtype], torch.Tensor]):
+        ctx.make = make
+        return product(x, make(x.dtype), bias)
 
-def narrowed(x: torch.Tensor) -> torch.Tensor:
-    """x as its products will have it: rounded once, and kept once, for all of them; autocast does it for each."""
-    return x.to(arithmetic_of(x))
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        of_x, of_bias, _ = ctx.needs_input_grad
+        return (
+            product(gradient, ctx.make(gradient.dtype).T) if of_x else None,
+            gradient.flatten(0, -2).sum(0) if of_bias else None,
+            None,
+        )
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
@@ -104,7 +206,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torc
     if q.device.type != "cpu" or dtype.itemsize > 2 or k.shape[-2] >= SHORT or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, **options)
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).to(dtype)
+        q, k, v = (remade(torch.Tensor.float, x) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, **options)
+        return remade(lambda y: y.to(dtype), y)
 
 
 def widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anyres import Size, pack, tile_grid
 from clip import CLIPVisionConfig, CLIPVisionModel
-from linear import Linear, attend, leave_out, narrowed, need_compiler, remade
+from linear import Linear, attend, lean, leave_out, narrowed, need_compiler, normed, product, remade
 
 IGNORE = -100  # the label of a token that is not trained on
 LOSS_CHUNK = 4096  # supervised tokens whose logits exist at one time
@@ -153,6 +153,70 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype)
 
 
+class TiedEmbedding(nn.Embedding):
+    """An embedding (V, C) that is the head's matrix, too (Press & Wolf 2016, arXiv 1608.05859).
+
+    In training its gradient is made once, when all activations are gone: the head's part of it, as large as the
+    vocabulary, is known first of all, but waits in `owed` as the two factors it is the product of.
+    """
+
+    def __init__(self, *shape: int):
+        super().__init__(*shape)
+        self.owed = []  # gradients (N, V) of logits, and the states (N, C) they were made from
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            return TiedRows.apply(self.weight, input_ids, self.owed)
+        return super().forward(input_ids)
+
+
+class TiedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: torch.Tensor, input_ids: torch.Tensor, owed: list) -> torch.Tensor:
+        ctx.like, ctx.owed = weight.detach(), owed
+        ctx.save_for_backward(input_ids)
+        return F.embedding(input_ids, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        (ids,) = ctx.saved_tensors
+        of_weight = None
+        while ctx.owed:
+            of_logits, hidden = ctx.owed.pop()
+            part = (of_logits.T @ hidden).to(ctx.like.dtype)
+            of_weight = part if of_weight is None else of_weight.add_(part)
+        of_weight = torch.zeros_like(ctx.like) if of_weight is None else of_weight
+        return of_weight.index_add_(0, ids.flatten(), gradient.flatten(0, -2).to(of_weight.dtype)), None, None
+
+
+class TiedHead(Linear):
+    """Logits (..., V) of states (..., C), by the matrix of an embedding."""
+
+    def __init__(self, embedding: TiedEmbedding):
+        vocabulary, width = embedding.weight.shape
+        super().__init__(width, vocabulary, bias=False, device="meta")
+        self.weight, self.owed = embedding.weight, embedding.owed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            return TiedProduct.apply(x, self.weight, self.owed)
+        return super().forward(x)
+
+
+class TiedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, owed: list) -> torch.Tensor:
+        ctx.owed, x = owed, narrowed(x)
+        ctx.save_for_backward(x, weight)
+        return product(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        x, weight = ctx.saved_tensors
+        ctx.owed.append((gradient.flatten(0, -2), x.flatten(0, -2)))
+        return product(gradient, weight.to(gradient.dtype).T), None, None
+
+
 class KVCache:
     """Keys and values of everything read so far, with room for `length` positions.
 
@@ -226,10 +290,8 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return remade(self.down, self.gate_proj(x), self.up_proj(x))
-
-    def down(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(gate) * up)
+        gated = remade(lambda gate, up: F.silu(gate) * up, self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(gated)
 
 
 class GeluMLP(nn.Module):
@@ -241,10 +303,7 @@ class GeluMLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return remade(self.down, self.up_proj(x))
-
-    def down(self, up: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.gelu(up, approximate="tanh"))
+        return self.down_proj(remade(lambda up: F.gelu(up, approximate="tanh"), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -256,10 +315,10 @@ class DecoderLayer(nn.Module):
         self.mlp = GeluMLP(config) if config.gpt2 else SwiGLU(config)
 
     def forward(self, x: torch.Tensor, angles, mask, cached, keep=None) -> torch.Tensor:
-        x = x + self.self_attn(narrowed(self.input_layernorm(x)), angles, mask, cached)
+        x = x + self.self_attn(normed(self.input_layernorm, x), angles, mask, cached)
         if keep is not None:  # others have only been here for their keys and values
             x = x[keep]  # (N, C)
-        return x + self.mlp(narrowed(self.post_attention_layernorm(x)))
+        return x + self.mlp(normed(self.post_attention_layernorm, x))
 
 
 def attention_mask(padding: torch.Tensor, places: torch.Tensor, length: int) -> torch.Tensor:
@@ -284,11 +343,13 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        embedding = TiedEmbedding if config.tie_word_embeddings else nn.Embedding
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         if config.gpt2:
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.recompute = False  # in training: keep only what goes into a layer, and run it again for the gradients
+        self.watch = None  # in training: is told what comes out of each layer, see memory.GiveBack
         self.norm = make_norm(config)
         self.compiled = None  # a layer's forward for one token of an answer, see compile_decoding
 
@@ -326,6 +387,8 @@ class Decoder(nn.Module):
                 x = self.compiled(layer, x, angles, mask, memory, asked)
             else:
                 x = layer(x, angles, mask, memory, asked)
+            if self.watch and self.training:
+                self.watch(x)
         if cache is not None:
             cache.used += new
         return self.norm(x)
@@ -337,9 +400,10 @@ class CausalLM(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.model = Decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head = TiedHead(self.model.embed_tokens)
+        else:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self.initialise)
 
     def initialise(self, module: nn.Module):
@@ -455,12 +519,13 @@ class Llava(nn.Module):
         supervised tokens, which only it knows over all micro-batches and ranks. Equation 3 of the LLaVA paper, before
         the mean.
         """
-        if pixel_values is not None:
-            vision_features = self.vision_features(pixel_values)
         target = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # the state at t predicts the token at t + 1
         supervised = target != IGNORE
-        hidden = self.language_model.model(self.embed(input_ids, vision_features, image_sizes), keep=supervised)
-        return summed_cross_entropy(self.language_model.lm_head, hidden, target[supervised])
+        with lean():
+            if pixel_values is not None:
+                vision_features = self.vision_features(pixel_values)
+            hidden = self.language_model.model(self.embed(input_ids, vision_features, image_sizes), keep=supervised)
+            return summed_cross_entropy(self.language_model.lm_head, hidden, target[supervised])
 
 
 def summed_cross_entropy(head: nn.Linear, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

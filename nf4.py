@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linear import narrowed, product
+from linear import FrozenProduct, narrowed
 
 BLOCK, NESTED_BLOCK = 64, 256  # numbers that share an absmax; absmax that share one themselves
 CHUNK = 1 << 18  # numbers worked on at a time: they stay in the cache, and no matrix is ever whole in float32
@@ -133,19 +133,6 @@ def dequantise_absmax(codes: torch.Tensor, nested: torch.Tensor, offset: torch.T
 # a layer
 
 
-class FrozenMatmul(torch.autograd.Function):
-    """x W^T for a W that is made when it is needed, and made again for the gradient of x, not kept in between."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, linear: "NF4Linear") -> torch.Tensor:
-        ctx.linear = linear
-        return product(x, linear.dequantise(x.dtype))
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
-        return gradient @ ctx.linear.dequantise(gradient.dtype), None
-
-
 class NF4Linear(nn.Module):
     """A linear layer whose weight stands still in NF4; in and out as torch.nn.Linear, in x's type or autocast's.
 
@@ -183,7 +170,7 @@ class NF4Linear(nn.Module):
         return weight if dtype is None else weight.to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = FrozenMatmul.apply(narrowed(x), self)
+        y = FrozenProduct.apply(narrowed(x), None, self.dequantise)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

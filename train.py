@@ -163,13 +163,13 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
     """
     settle(args, ranks, run, sum(counts_of(dataset.sizes, [source.weight for source in dataset.sources])))
     model.train()
-    check_memory(args, ranks, model, dataset, pad_id)
-    memory.keep_freed(ranks.device)
+    needed = check_memory(args, ranks, model, dataset, pad_id)
     if args.compile:
         need_compiler(ranks.device)
         compile_layers(model)
     sharding.place(model, args.shard, ranks, arithmetic(ranks.device, args.dtype))
     optimizer = make_optimizer(model, args, ranks)
+    memory.keep_freed(model, ranks.device, needed.step)
     start, skipped, watched = go_on(ranks, run, model, optimizer)
     network = sharding.make_network(model, args.shard)
     loader = iter(make_loader(dataset, args, ranks, pad_id, start, group))
@@ -223,8 +223,8 @@ def compile_layers(model: nn.Module):
             module.compile()
 
 
-def check_memory(args, ranks: Ranks, model: nn.Module, dataset, pad_id: int):
-    """Say what a rank will hold. Raises ValueError if that cannot fit."""
+def check_memory(args, ranks: Ranks, model: nn.Module, dataset, pad_id: int) -> memory.Estimate:
+    """Say what a rank will hold, and return it. Raises ValueError if that cannot fit."""
     batch = largest_batch(dataset, micro_batch(args, ranks), pad_id)
     needed = memory.estimate(model, args.shard, ranks.world, arithmetic(ranks.device, args.dtype), batch)
     if args.offload_states and ranks.device.type == "cuda":
@@ -232,6 +232,7 @@ def check_memory(args, ranks: Ranks, model: nn.Module, dataset, pad_id: int):
     free = memory.free_bytes(ranks.device)
     ranks.say(f"{needed}; there are {free / 1e9:.3g}")
     memory.refuse(needed, free)
+    return needed
 
 
 def largest_batch(dataset: Samples, rows: int, pad_id: int) -> dict | None:

@@ -34,9 +34,29 @@ def test_few_rows_in_pieces_are_the_whole_product(rows, bias):
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch was built without oneDNN")
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("biased", [False, True])
+def test_by_onednn_a_frozen_product_and_its_gradients_are_the_same(monkeypatch, rows, biased):
+    monkeypatch.setattr(linear, "ONEDNN", True)
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, rows, 512, requires_grad=True), torch.randn(1024, 512)
+    bias = torch.randn(1024, requires_grad=True) if biased else None
+    with torch.no_grad():
+        alone = linear.product(x, weight, bias)
+    found = linear.product(x, weight, bias)
+    assert torch.equal(found, alone) and "FrozenProduct" in type(found.grad_fn).__name__
+    kept = [t for t in (x, bias) if t is not None]
+    want = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-4)
+    for got, exact in zip(torch.autograd.grad(found.sin().sum(), kept), torch.autograd.grad(want.sin().sum(), kept)):
+        torch.testing.assert_close(got, exact, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_one_row_of_16_bits(monkeypatch, dtype):
     monkeypatch.setattr(linear, "EMULATED", False)
+    monkeypatch.setattr(linear, "ONEDNN", False)
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((1, 1, 512), (1024, 512), (1024,)))
     with torch.inference_mode():
@@ -101,7 +121,8 @@ def costs(module: torch.nn.Module, x: torch.Tensor) -> tuple[int, list[torch.Ten
     x = x.clone().requires_grad_()
     with FlopCounterMode(display=False) as flops, memory.Counted([x, *module.parameters()]) as counted:
         before = counted.now
-        y = module(x)
+        with linear.lean():
+            y = module(x)
         alive = counted.now - before
         y.square().sum().backward()
     gradients = [x.grad, *(p.grad.clone() for p in module.parameters())]
@@ -119,6 +140,62 @@ def test_an_mlp_keeps_what_goes_into_its_activation_and_makes_no_product_twice(m
     more, want, same = costs(module, x)
     assert more >= alive + 256 * 4 * 32 * 4 and flops == same
     assert all(map(torch.equal, gradients, want))
+
+
+def learnt(model: torch.nn.Module, narrow: bool, parts: int = 1) -> tuple[int, list[torch.Tensor]]:
+    """Bytes that forward passes of a batch in so many parts keep beside the weights, and all gradients."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 290, (4, 24))
+    ids[:, 2:6] = 299
+    labels = ids.masked_fill(torch.arange(24) < 12, -100)
+    features, kept = torch.randn(4, 4, 32), 0
+    for part in range(parts):
+        rows = slice(4 * part // parts, 4 * (part + 1) // parts)
+        with memory.Counted(model.parameters()) as counted:
+            before = counted.now
+            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+                loss = model(ids[rows], labels[rows], vision_features=features[rows])
+            kept = max(kept, counted.now - before)
+        loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return kept, gradients
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_what_is_made_again_is_not_kept_and_changes_no_gradient(monkeypatch, model_type, narrow):
+    monkeypatch.setattr(linear, "EMULATED", False)
+    model = small_llava(model_type=model_type).train()
+    kept, gradients = learnt(model, narrow)
+    for name in ("llava", "linear"):
+        monkeypatch.setattr(f"{name}.remade", lambda function, *inputs: function(*inputs))
+    more, want = learnt(model, narrow)
+    layer = 4 * 24 * (2 * 64 + 344) * (2 if narrow else 4)  # two norms' outputs and the MLP's product
+    layer += 2 * sum(p.numel() for p in model.language_model.model.layers[0].parameters() if p.ndim == 2) * narrow
+    assert more - kept > 2.5 * layer  # of three layers; the last has fewer tokens in its MLP
+    assert not linear.RECIPES
+    assert len(gradients) == len(want) and all(map(torch.equal, gradients, want))
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_tied_embedding_has_both_parts_of_its_gradient(monkeypatch, model_type, narrow):
+    model = small_llava(model_type=model_type, tie_word_embeddings=True).train()
+    _, gradients = learnt(model, narrow, parts=2)
+    monkeypatch.setattr("llava.TiedEmbedding.forward", torch.nn.Embedding.forward)
+    monkeypatch.setattr("llava.TiedHead.forward", linear.Linear.forward)
+    _, want = learnt(model, narrow, parts=2)
+    for found, exact in zip(gradients, want):
+        assert (found - exact).norm() <= (1e-2 if narrow else 1e-5) * exact.norm()
+    assert not model.language_model.lm_head.owed
+
+
+def test_a_tied_embedding_of_a_batch_without_labels_has_a_gradient_of_zeros():
+    model = small_llava(tie_word_embeddings=True).train()
+    ids = torch.randint(0, 290, (2, 8))
+    model(ids, torch.full_like(ids, -100)).backward()
+    assert model.language_model.lm_head.weight.grad.abs().max() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

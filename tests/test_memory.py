@@ -131,7 +131,7 @@ def test_what_cannot_fit_is_refused_before_it_starts(tiny, command, tmp_path, mo
 FAULTS = """
 import resource, sys, torch, memory
 if sys.argv[1] == "kept":
-    memory.keep_freed(torch.device("cpu"))
+    watch = memory.GiveBack(10**12)
 for _ in range(3):
     torch.zeros(2**24)  # 64 MB
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -146,3 +146,33 @@ def test_what_is_freed_is_not_fetched_again():
     root = Path(memory.__file__).parent
     fetched = [int(subprocess.check_output([sys.executable, "-c", FAULTS, how], cwd=root)) for how in ("kept", "plain")]
     assert 4 * fetched[0] < fetched[1]  # pages
+
+
+HOLES = """
+import torch, memory
+watch = memory.GiveBack(memory.resident() + 200_000_000)
+kept = [torch.ones(2**18) for _ in range(800)][::2]  # of 800 MB every other one, so that no end of the heap is free
+before = memory.resident()
+x = torch.ones(1, requires_grad=True)
+watch(2 * x)
+print(before - memory.resident())
+watch.limit += 10**12
+freed = [torch.ones(2**18) for _ in range(300)]
+del freed
+before = memory.resident()
+y = 2 * x
+watch(y)
+watch.limit = 0
+held = before - memory.resident()
+y.backward()
+print(held, before - memory.resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of another C library")
+def test_above_its_limit_holes_go_back_to_the_system_forward_and_backward():
+    root = Path(memory.__file__).parent
+    lines = subprocess.check_output([sys.executable, "-c", HOLES], cwd=root, text=True).splitlines()
+    (forward,), (held, backward) = (map(int, line.split()) for line in lines)
+    assert forward > 300e6  # of 400
+    assert abs(held) < 10e6 and backward > 200e6  # what is below the limit stays
