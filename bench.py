@@ -26,7 +26,7 @@ import runs
 from bench_rows import Bench, Case, cases
 from contenders import SHAPES, installed
 from files import write_json
-from pairing import Row, processor
+from pairing import Limits, Row, processor
 from ranks import choose_device
 
 HEADER = "| | ours | theirs | ratio | goal | of the limit |\n|---|---:|---:|---:|---:|---:|"
@@ -105,6 +105,7 @@ def line(row: Row) -> str:
 
 def measure(bench: Bench, case: Case) -> Iterator[Row]:
     """The rows of a case. Raises ValueError, of one line, for whatever went wrong in it."""
+    bench.limits = Limits(bench.device)  # anew, since the machine drifts
     try:
         yield from case.run(bench, case.name)
     except Exception as error:  # other people's libraries raise what they like, and the next row can still run

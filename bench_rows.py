@@ -33,7 +33,7 @@ from nf4 import count_weights
 from pairing import Contender, Limits, Row, pair, rate_row, size_row, time_row, timed
 from sample import Chat
 from tokenizer import Tokenizer
-from weights import load_both
+from weights import load_both, load_model
 
 PROMPT = 16  # tokens of a prompt without a picture: decoding is what is timed then
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "nf4": 2e-2}  # of the numbers that must agree; see pairing.agree
@@ -186,23 +186,27 @@ def decoding_limit(bench: Bench, model: Llava, batch: int) -> float:
     return min(batch * bench.limits.bandwidth / decoder_bytes(model), bench.limits.flops(model.dtype) / flops)
 
 
-def question(bench: Bench, model: Llava, shape: str) -> tuple[list[int], torch.Tensor]:
-    """A picture and what is asked about it: the first row of the training batch without its answer."""
-    size, batch = SHAPES[shape], two.batch_of(model.config, SHAPES[shape])
-    prompt = batch["input_ids"][0, : size.length - size.supervised].tolist()
-    return prompt, batch["pixel_values"][:1].to(bench.device, model.dtype)
-
-
 def first_token(bench: Bench, name: str, shape: str, cached: bool) -> Iterator[Row]:
-    """Milliseconds from pixels and ids to the first token; cached: from the picture's features, which theirs cannot."""
+    """Milliseconds from pixels and ids to the first token; cached: from the picture's features, which theirs cannot.
+    On a CPU each side has a process of its own, where what is freed is kept as by sample.py, or as glibc does it."""
     folder, dtype = bench.folder(shape), getattr(torch, bench.dtype)
-    model = two.our_model(folder, str(bench.device), dtype)
-    prompt, pixels = question(bench, model, shape)
-    ours = two.our_first_token(model, prompt, pixels, cached)
-    other = bench.other(partial(two.their_model, folder, str(bench.device), dtype))
-    timing = bench.pair(ours, other and two.their_first_token(other, prompt, pixels), bench.dtype)
+    model = load_model(folder, str(bench.device), dtype)
+    prompt, pixels = two.question(model.config, shape, bench.device, dtype)
+    if bench.gpu:
+        ours = two.our_first_token(model, prompt, pixels, cached)
+        other = bench.other(partial(two.their_model, folder, str(bench.device), dtype))
+        theirs = other and two.their_first_token(other, prompt, pixels)
+    else:
+        ours, theirs = (answering(bench, side, folder, shape, cached) for side in ("ours", "theirs"))
+    timing = bench.pair(ours, theirs if bench.theirs else None, bench.dtype)
     limit = first_token_limit(bench, model, len(prompt), 0 if cached else 1)
     yield time_row(name, timing, limit=limit, **bench.goals({"goal": 1.25}))
+
+
+def answering(bench: Bench, side: str, folder: Path, shape: str, cached: bool) -> Contender:
+    """The median of a few first tokens in a new process."""
+    run = partial(two.reported, "answer_alone", side, str(folder), shape, str(bench.device), bench.dtype, cached)
+    return Contender(lambda: torch.tensor(run()["logits"]), lambda: median(run()["seconds"]))
 
 
 def prompts_of(batch: int) -> list[list[int]]:
@@ -253,7 +257,7 @@ def cache_bytes(bench: Bench, name: str, shape: str) -> Iterator[Row]:
     """Keys and values after a picture, a question and 32 tokens; the limit is what those positions must take."""
     folder, dtype, tokens = bench.folder(shape), getattr(torch, bench.dtype), 32
     model = two.our_model(folder, str(bench.device), dtype)
-    prompt, pixels = question(bench, model, shape)
+    prompt, pixels = two.question(model.config, shape, bench.device, dtype)
     text, length = model.config.text_config, len(prompt) + tokens
     cache = KVCache(text, 1, length, like=model.language_model.lm_head.weight)  # what generate() makes
     theirs = None

@@ -21,6 +21,7 @@ from shutil import rmtree
 import torch
 from torch import nn
 
+import heap
 import memory
 import meters
 import shapes
@@ -228,7 +229,7 @@ def our_trainer(job: Job) -> Trainer:
         return train.train_step(args, ranks, model, optimizer, [batch], next(done))["loss"]
 
     needed = memory.estimate(model, args.shard, ranks.world, arithmetic(ranks.device, args.dtype), batch)
-    memory.keep_freed(model, ranks.device, needed.step)
+    heap.limit_holes(model, ranks.device, needed.step)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     flops = meters.step_flops(model, shape.rows * shape.length, shape.length, shape.rows)
     return Trainer(step, flops, sum(p.nbytes for p in model.parameters()) + 3 * trained)
@@ -310,6 +311,20 @@ def train_alone(side: str, job: dict, steps: int):
     )
 
 
+def answer_alone(side: str, folder: str, shape: str, device: str, dtype: str, cached: bool):
+    """Print as JSON: logits of the first token, and the seconds it takes, a few times."""
+    kind, place = getattr(torch, dtype), torch.device(device)
+    if side == "ours":
+        model = our_model(Path(folder), device, kind)
+        contender = our_first_token(model, *question(model.config, shape, place, kind), cached)
+    else:
+        model = their_model(Path(folder), device, kind)
+        contender = their_first_token(model, *question(read_config(Path(folder)), shape, place, kind))
+    logits = contender.check()[0, :1000].tolist()  # which also warms up
+    contender.seconds()
+    print(json.dumps({"logits": logits, "seconds": [contender.seconds() for _ in range(5)]}))
+
+
 def alone(code: str, *arguments) -> str:
     """What Python code prints in a new process, in this folder. Raises ValueError with the last line of its error."""
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=HERE, capture_output=True, text=True)
@@ -319,8 +334,13 @@ def alone(code: str, *arguments) -> str:
 
 
 def training_process(side: str, job: Job, steps: int) -> dict:
-    code = "import json, sys, contenders as c; c.train_alone(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]))"
-    return json.loads(alone(code, side, json.dumps(asdict(job)), steps).splitlines()[-1])
+    return reported("train_alone", side, asdict(job), steps)
+
+
+def reported(function: str, *arguments) -> dict:
+    """What a function of this file prints as JSON, run in a process of its own."""
+    code = f"import json, sys, contenders; contenders.{function}(*json.loads(sys.argv[1]))"
+    return json.loads(alone(code, json.dumps(arguments)).splitlines()[-1])
 
 
 # From nothing to the first token, as a user would write it; then the most memory that the process ever had.
@@ -361,6 +381,7 @@ def our_model(folder: Path, device: str, dtype: torch.dtype, bits: int = 16) -> 
     """Loaded as sample.py does, but that nothing ends an answer."""
     model = load_model(folder, device, dtype, bits=bits)
     model.config.eos_token_ids = []
+    heap.keep_freed(model.device)
     return model
 
 
@@ -427,6 +448,13 @@ def their_answer(model: nn.Module, inputs: dict[str, torch.Tensor], tokens: int,
     """Greedy, to exactly so many tokens."""
     exact = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False, "use_cache": True}
     return model.generate(**inputs, **exact, pad_token_id=0, **options)
+
+
+def question(config: LlavaConfig, shape: str, device: torch.device, dtype: torch.dtype):
+    """A prompt with a picture, and its pixels: the first row of the training batch without its answer."""
+    size, batch = SHAPES[shape], batch_of(config, SHAPES[shape])
+    prompt = batch["input_ids"][0, : size.length - size.supervised].tolist()
+    return prompt, batch["pixel_values"][:1].to(device, dtype)
 
 
 def our_first_token(model: Llava, prompt: list[int], pixels: torch.Tensor, cached: bool) -> Contender:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import answering
 import grader
+import heap
 import probes
 import runs
 from adapters import base_of, load_adapted
@@ -175,6 +176,7 @@ def run(args: argparse.Namespace):
     ranks = Ranks(args.device)
     device = str(ranks.device)
     model, tokenizer = load_adapted(base, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
+    heap.keep_freed(model.device)
     choose_image_mode(args, model.config)
     if args.task == "probes":
         plan = ranks.on_first(plan_probes, args, folder, model.config)

@@ -349,7 +349,7 @@ class Decoder(nn.Module):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.recompute = False  # in training: keep only what goes into a layer, and run it again for the gradients
-        self.watch = None  # in training: is told what comes out of each layer, see memory.GiveBack
+        self.watch = None  # in training: is told what comes out of each layer, see heap.GiveBack
         self.norm = make_norm(config)
         self.compiled = None  # a layer's forward for one token of an answer, see compile_decoding
 

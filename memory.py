@@ -6,9 +6,7 @@ So whatever the model does is in it: what is recomputed, logits in chunks, a mat
 """
 
 import copy
-import ctypes
 import os
-import platform
 import weakref
 from dataclasses import dataclass
 
@@ -20,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import linear
-from llava import Decoder, Llava
+from llava import Llava
 from nf4 import NF4Linear
 from sharding import trained_parameters
 
@@ -163,51 +161,6 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-class GiveBack:
-    """To train on a CPU: freed memory is kept for the next step, until the process holds more than `limit` bytes.
-
-    By itself glibc gives every block above 32 MB back to the system and fetches it again, page by page: in each step
-    the gradients of a vocabulary. And it never gives back the holes that smaller ones leave, though torch asks for
-    aligned blocks, which do not fit where one of the same size was: they come to a third of what a step takes.
-    """
-
-    def __init__(self, limit: int):
-        self.limit, self.libc, self.pages = limit, ctypes.CDLL(None), os.open("/proc/self/statm", os.O_RDONLY)
-        self.libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
-        self.libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor is the heap's end cut off
-
-    def __del__(self):
-        os.close(self.pages)
-
-    def __call__(self, x: torch.Tensor):
-        """Look between two layers, and again when the gradient of x is known."""
-        self.look()
-        if x.requires_grad:
-            x.register_hook(self.look)
-
-    def look(self, gradient: torch.Tensor | None = None):
-        if int(os.pread(self.pages, 99, 0).split()[1]) * os.sysconf("SC_PAGE_SIZE") > self.limit:
-            self.libc.malloc_trim(0)
-
-
-def keep_freed(model: nn.Module, device: torch.device, step: int):
-    """Have GiveBack look after a model that is ready to train. Other C libraries stay as they are, and so does a glibc
-    that was told what to map (MALLOC_MMAP_THRESHOLD_).
-
-    Args: step: bytes that a step takes, of which a quarter may be lost to holes, and 200 MB in any case.
-    """
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        watch = GiveBack(resident() + step + max(step // 4, 200_000_000))
-        for decoder in (module for module in model.modules() if isinstance(module, Decoder)):
-            decoder.watch = watch
-
-
-def resident() -> int:
-    """Bytes of memory that this process has, on Linux."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def refuse(found: Estimate, free: int):

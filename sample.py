@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+import heap
 import runs
 from adapters import base_of, load_adapted
 from data import prepare_picture
@@ -128,6 +129,7 @@ def main():
         folder = args.model or (base_of(args.adapter) if args.adapter else runs.newest_run(1, 2))
         device = choose_device(args.device)
         model, tokenizer = load_adapted(folder, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
+        heap.keep_freed(model.device)
         if args.compile:
             compile_decoding(model)
         generator = torch.Generator(device).manual_seed(args.seed)

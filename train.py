@@ -31,6 +31,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import heap
 import memory
 import meters
 import plots
@@ -169,7 +170,7 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
         compile_layers(model)
     sharding.place(model, args.shard, ranks, arithmetic(ranks.device, args.dtype))
     optimizer = make_optimizer(model, args, ranks)
-    memory.keep_freed(model, ranks.device, needed.step)
+    heap.limit_holes(model, ranks.device, needed.step)
     start, skipped, watched = go_on(ranks, run, model, optimizer)
     network = sharding.make_network(model, args.shard)
     loader = iter(make_loader(dataset, args, ranks, pad_id, start, group))

@@ -129,9 +129,9 @@ def test_what_cannot_fit_is_refused_before_it_starts(tiny, command, tmp_path, mo
 
 
 FAULTS = """
-import resource, sys, torch, memory
+import resource, sys, torch, heap
 if sys.argv[1] == "kept":
-    watch = memory.GiveBack(10**12)
+    assert heap.keep_freed(torch.device("cpu"))
 for _ in range(3):
     torch.zeros(2**24)  # 64 MB
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -149,23 +149,23 @@ def test_what_is_freed_is_not_fetched_again():
 
 
 HOLES = """
-import torch, memory
-watch = memory.GiveBack(memory.resident() + 200_000_000)
+import torch, heap
+watch = heap.GiveBack(heap.keep_freed(torch.device("cpu")), heap.resident() + 200_000_000)
 kept = [torch.ones(2**18) for _ in range(800)][::2]  # of 800 MB every other one, so that no end of the heap is free
-before = memory.resident()
+before = heap.resident()
 x = torch.ones(1, requires_grad=True)
 watch(2 * x)
-print(before - memory.resident())
+print(before - heap.resident())
 watch.limit += 10**12
 freed = [torch.ones(2**18) for _ in range(300)]
 del freed
-before = memory.resident()
+before = heap.resident()
 y = 2 * x
 watch(y)
 watch.limit = 0
-held = before - memory.resident()
+held = before - heap.resident()
 y.backward()
-print(held, before - memory.resident())
+print(held, before - heap.resident())
 """
 
 
