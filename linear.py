@@ -160,7 +160,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     compiling, large = torch.compiler.is_compiling(), weight.numel() >= LARGE
     if not cpu or (torch.is_grad_enabled() and weight.requires_grad):
         return F.linear(x, weight, bias)
-    if ONEDNN and large and dtype == weight.dtype == torch.float32 and not compiling:
+    if ONEDNN and large and rows > 1 and dtype == weight.dtype == torch.float32 and not compiling:
         if torch.is_grad_enabled():
             return FrozenProduct.apply(x, bias, lambda dtype: weight)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
