@@ -153,28 +153,37 @@ class Linear(nn.Linear):
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., C) times the transpose of weight (N, C), plus bias (N,): what torch.nn.functional.linear gives."""
     rows, dtype, cpu = x.numel() // x.shape[-1], arithmetic_of(x), x.device.type == "cpu"
+    learning = torch.is_grad_enabled()
     if cpu and dtype.itemsize == 2 and EMULATED and rows > PIECES:
         return widened(x, weight, bias, dtype)
     if weight.dtype.itemsize > dtype.itemsize:  # autocast would round it, too, and keep that for the gradients
         weight = remade(lambda weight: weight.to(dtype), weight)
-    compiling, large = torch.compiler.is_compiling(), weight.numel() >= LARGE
-    if not cpu or (torch.is_grad_enabled() and weight.requires_grad):
-        return F.linear(x, weight, bias)
-    if ONEDNN and large and rows > 1 and dtype == weight.dtype == torch.float32 and not compiling:
-        if torch.is_grad_enabled():
+    if cpu and rows > 1 and suits_onednn(x, weight) and not (learning and weight.requires_grad):
+        if learning:
             return FrozenProduct.apply(x, bias, lambda dtype: weight)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    if torch.is_grad_enabled():
-        return F.linear(x, weight, bias)
-    if rows == 1 and compiling:  # becomes one loop over the matrix, of which no product is kept
-        y = (weight.float() * x.float().flatten()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
-    elif rows == 1 and large and dtype.itemsize == 2 and not EMULATED and not ONEDNN:
-        y = torch.mv(weight.to(dtype), x.to(dtype).flatten()).view(*x.shape[:-1], -1)
-    elif rows <= FEW and large and len(weight) % PIECES == 0 and dtype == torch.float32 and weight.is_contiguous():
-        y = in_pieces(x, weight)
-    else:
-        return F.linear(x, weight, bias)
-    return y if bias is None else y + bias
+    if cpu and rows <= FEW and not learning:
+        y = of_few_rows(x, weight, dtype)
+        return y if bias is None else y + bias
+    return F.linear(x, weight, bias)
+
+
+def suits_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether it is the faster way. Gradients of weights are no product of this form: MKL is as fast at them."""
+    large = weight.numel() >= LARGE and x.dtype == weight.dtype == torch.float32
+    return ONEDNN and large and not torch.compiler.is_compiling() and arithmetic_of(x) == torch.float32
+
+
+def of_few_rows(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x (..., C) of at most FEW rows times the transpose of weight (N, C), without gradients: bytes per second."""
+    one, large = x.numel() == x.shape[-1], weight.numel() >= LARGE
+    if one and torch.compiler.is_compiling():  # becomes one loop over the matrix, of which no product is kept
+        return (weight.float() * x.float().flatten()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+    if one and large and dtype.itemsize == 2 and not EMULATED and not ONEDNN:
+        return torch.mv(weight.to(dtype), x.to(dtype).flatten()).view(*x.shape[:-1], -1)
+    if large and len(weight) % PIECES == 0 and dtype == torch.float32 and weight.is_contiguous():
+        return in_pieces(x, weight)
+    return F.linear(x, weight)
 
 
 class FrozenProduct(torch.autograd.Function):
