@@ -348,9 +348,10 @@ FIRST_TOKEN = {
     "ours": """
 import sys, torch
 from pathlib import Path
-from sample import Chat
+from sample import Chat, heap
 from adapters import load_adapted
 model, tokenizer = load_adapted(Path(sys.argv[1]), None, sys.argv[3], getattr(torch, sys.argv[4]))
+heap.keep_freed(model.device)
 print("".join(Chat(model, tokenizer, Path(sys.argv[2]), max_new_tokens=1).ask("What is this?")).encode())
 """,
     "theirs": """
