@@ -246,8 +246,8 @@ def hashes(paths: list[Path]) -> list[str]:
 
 
 CODE = (
-    "clip llava linear anyres images data templates tokenizer bpe weights tensors layouts configs nf4 lora adapters "
-    "answering"
+    "clip llava linear tied anyres images data templates tokenizer bpe weights tensors layouts configs nf4 lora "
+    "adapters answering"
 )
 
 

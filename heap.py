@@ -56,9 +56,9 @@ class GiveBack:
 def limit_holes(model: nn.Module, device: torch.device, step: int):
     """Keep what is freed, within limits, when the model is ready to train.
 
-    Args: step: bytes that a step takes, of which a quarter may be lost to holes, and 200 MB in any case.
+    Args: step: bytes that a step takes, of which a quarter may be lost to holes, and 250 MB in any case.
     """
     if libc := keep_freed(device):
-        watch = GiveBack(libc, resident() + step + max(step // 4, 200_000_000))
+        watch = GiveBack(libc, resident() + step + max(step // 4, 250_000_000))
         for decoder in (module for module in model.modules() if isinstance(module, Decoder)):
             decoder.watch = watch

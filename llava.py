@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from anyres import Size, pack, tile_grid
 from clip import CLIPVisionConfig, CLIPVisionModel
-from linear import Linear, attend, lean, leave_out, narrowed, need_compiler, normed, product, remade
+from linear import Linear, attend, lean, leave_out, need_compiler, normed, remade
+from tied import TiedEmbedding, TiedHead
 
 IGNORE = -100  # the label of a token that is not trained on
 LOSS_CHUNK = 4096  # supervised tokens whose logits exist at one time
@@ -151,70 +152,6 @@ def rotary_angles(positions: torch.Tensor, config: TextConfig) -> tuple[torch.Te
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn the pairs (i, i + D/2) of x (B, H, T, D): Hugging Face's half-split layout, not Meta's interleaved one."""
     return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype)
-
-
-class TiedEmbedding(nn.Embedding):
-    """An embedding (V, C) that is the head's matrix, too (Press & Wolf 2016, arXiv 1608.05859).
-
-    In training its gradient is made once, when all activations are gone: the head's part of it, as large as the
-    vocabulary, is known first of all, but waits in `owed` as the two factors it is the product of.
-    """
-
-    def __init__(self, *shape: int):
-        super().__init__(*shape)
-        self.owed = []  # gradients (N, V) of logits, and the states (N, C) they were made from
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and self.weight.requires_grad:
-            return TiedRows.apply(self.weight, input_ids, self.owed)
-        return super().forward(input_ids)
-
-
-class TiedRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weight: torch.Tensor, input_ids: torch.Tensor, owed: list) -> torch.Tensor:
-        ctx.like, ctx.owed = weight.detach(), owed
-        ctx.save_for_backward(input_ids)
-        return F.embedding(input_ids, weight)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
-        (ids,) = ctx.saved_tensors
-        of_weight = None
-        while ctx.owed:
-            of_logits, hidden = ctx.owed.pop()
-            part = (of_logits.T @ hidden).to(ctx.like.dtype)
-            of_weight = part if of_weight is None else of_weight.add_(part)
-        of_weight = torch.zeros_like(ctx.like) if of_weight is None else of_weight
-        return of_weight.index_add_(0, ids.flatten(), gradient.flatten(0, -2).to(of_weight.dtype)), None, None
-
-
-class TiedHead(Linear):
-    """Logits (..., V) of states (..., C), by the matrix of an embedding."""
-
-    def __init__(self, embedding: TiedEmbedding):
-        vocabulary, width = embedding.weight.shape
-        super().__init__(width, vocabulary, bias=False, device="meta")
-        self.weight, self.owed = embedding.weight, embedding.owed
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and self.weight.requires_grad:
-            return TiedProduct.apply(x, self.weight, self.owed)
-        return super().forward(x)
-
-
-class TiedProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, owed: list) -> torch.Tensor:
-        ctx.owed, x = owed, narrowed(x)
-        ctx.save_for_backward(x, weight)
-        return product(x, weight)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
-        x, weight = ctx.saved_tensors
-        ctx.owed.append((gradient.flatten(0, -2), x.flatten(0, -2)))
-        return product(gradient, weight.to(gradient.dtype).T), None, None
 
 
 class KVCache:
