@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from linear import Linear, attend, lean, normed, remade
+from linear import Linear, attend, lean, normed, projected
 from schema import known
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)  # of CLIP's training pictures, RGB in 0..1
@@ -123,7 +123,7 @@ class CLIPMLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(remade(lambda x: x * torch.sigmoid(1.702 * x), self.fc1(x)))  # quick_gelu
+        return projected(self.fc2, lambda x: x * torch.sigmoid(1.702 * x), self.fc1(x))  # quick_gelu
 
 
 class CLIPEncoderLayer(nn.Module):

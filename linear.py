@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 SHORT = 320  # positions
 FEW = 32  # rows
@@ -94,6 +95,15 @@ def remade(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torc
         RECIPES[storage._cdata] = value.grad_fn
         weakref.finalize(storage, RECIPES.pop, storage._cdata, None)
     return value
+
+
+def projected(layer: nn.Module, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """layer(function(*inputs)), of which only the inputs are kept. What a layer such as LoRA's makes before its product
+    is more than `remade` knows of; a checkpoint makes it again, and goes no further than it has to."""
+    plain = isinstance(layer, nn.Linear) or torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    if plain:
+        return layer(remade(function, *inputs))
+    return checkpoint(lambda *inputs: layer(function(*inputs)), *inputs, use_reentrant=False)
 
 
 def lean() -> torch.autograd.graph.saved_tensors_hooks:

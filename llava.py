@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anyres import Size, pack, tile_grid
 from clip import CLIPVisionConfig, CLIPVisionModel
-from linear import Linear, attend, lean, leave_out, need_compiler, normed, remade
+from linear import Linear, attend, lean, leave_out, need_compiler, normed, projected
 from tied import TiedEmbedding, TiedHead
 
 IGNORE = -100  # the label of a token that is not trained on
@@ -227,8 +227,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gated = remade(lambda gate, up: F.silu(gate) * up, self.gate_proj(x), self.up_proj(x))
-        return self.down_proj(gated)
+        return projected(self.down_proj, lambda gate, up: F.silu(gate) * up, self.gate_proj(x), self.up_proj(x))
 
 
 class GeluMLP(nn.Module):
@@ -240,7 +239,7 @@ class GeluMLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(remade(lambda up: F.gelu(up, approximate="tanh"), self.up_proj(x)))
+        return projected(self.down_proj, lambda up: F.gelu(up, approximate="tanh"), self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):

@@ -135,8 +135,7 @@ def test_an_mlp_keeps_what_goes_into_its_activation_and_makes_no_product_twice(m
     module, x = mlp(kind), torch.randn(4, 32, 64)
     alive, gradients, flops = costs(module, x)
     assert alive == (wide * 256 + 64) * 4 * 32 * 4  # and y
-    for name in ("llava.remade", "clip.remade"):
-        monkeypatch.setattr(name, lambda function, *inputs: function(*inputs))
+    monkeypatch.setattr("linear.remade", lambda function, *inputs: function(*inputs))
     more, want, same = costs(module, x)
     assert more >= alive + 256 * 4 * 32 * 4 and flops == same
     assert all(map(torch.equal, gradients, want))
@@ -168,14 +167,28 @@ def test_what_is_made_again_is_not_kept_and_changes_no_gradient(monkeypatch, mod
     monkeypatch.setattr(linear, "EMULATED", False)
     model = small_llava(model_type=model_type).train()
     kept, gradients = learnt(model, narrow)
-    for name in ("llava", "linear"):
-        monkeypatch.setattr(f"{name}.remade", lambda function, *inputs: function(*inputs))
+    monkeypatch.setattr("linear.remade", lambda function, *inputs: function(*inputs))
     more, want = learnt(model, narrow)
     layer = 4 * 24 * (2 * 64 + 344) * (2 if narrow else 4)  # two norms' outputs and the MLP's product
     layer += 2 * sum(p.numel() for p in model.language_model.model.layers[0].parameters() if p.ndim == 2) * narrow
     assert more - kept > 2.5 * layer  # of three layers; the last has fewer tokens in its MLP
     assert not linear.RECIPES
     assert len(gradients) == len(want) and all(map(torch.equal, gradients, want))
+
+
+def test_lora_keeps_nothing_of_an_mlp_but_what_goes_into_its_activation():
+    model = small_llava()
+    model.requires_grad_(False)
+    add_lora(model, {"llm": 4}, None, 0.5, ["down_proj"])
+    mlp, x = model.language_model.model.layers[0].mlp.train(), torch.randn(4, 32, 64, requires_grad=True)
+    with linear.lean(), memory.Counted(mlp.parameters()) as counted:
+        counted.count(x)
+        before = counted.now
+        y = mlp(x)
+        kept = counted.now - before
+    assert kept <= 4 * 4 * 32 * (2 * 344 + 64) + 10_000  # gate, up, y; the generator
+    y.sum().backward()
+    assert mlp.down_proj.lora_B.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("narrow", [False, True])
