@@ -51,7 +51,7 @@ class TiedHead(Linear):
 
     def __init__(self, embedding: TiedEmbedding):
         vocabulary, width = embedding.weight.shape
-        super().__init__(width, vocabulary, bias=False, device="meta")
+        super().__init__(width, vocabulary, bias=False)  # draws what is not used: a seed keeps its model
         self.weight, self.owed = embedding.weight, embedding.owed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

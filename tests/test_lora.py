@@ -443,8 +443,8 @@ def test_two_ranks_end_where_one_does(tiny, tmp_path, name, shard):
     finish([*argv, "--out", tmp_path / "alone"])
     finish([*argv, "--out", tmp_path / "two"], ranks=2)
     one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("alone", "two"))
-    for key, tensor in one.items():  # as a whole: where a gradient is all but zero, AdamW steps by its rounding
-        assert (other[key] - tensor).norm() <= 2e-4 * tensor.norm()
+    for key, tensor in one.items():
+        torch.testing.assert_close(other[key], tensor, rtol=1e-3, atol=2e-5)
 
 
 def test_every_checkpoint_holds_adapter_and_projector(tiny, tmp_path, command, monkeypatch):
