@@ -246,7 +246,7 @@ def hashes(paths: list[Path]) -> list[str]:
 
 
 CODE = (
-    "clip llava linear tied anyres images data templates tokenizer bpe weights tensors layouts configs nf4 lora "
+    "clip llava step linear tied anyres images data templates tokenizer bpe weights tensors layouts configs nf4 lora "
     "adapters answering"
 )
 

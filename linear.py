@@ -45,11 +45,11 @@ def need_compiler(device: torch.device):
         raise ValueError("--compile needs a C++ compiler here: g++, or the one that CXX names")
 
 
-def leave_out(model: nn.Module):
-    """Before compiling: layers that say `compiles = False` are to run as they are."""
+def prepare(model: nn.Module):
+    """Before compiling: let layers do what they have to."""
     for module in model.modules():
-        if not getattr(module, "compiles", True):  # no decorator: it takes a second to import
-            module.forward = torch.compiler.disable(module.forward)
+        if hasattr(module, "before_compiling"):
+            module.before_compiling()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,6 +228,16 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torc
         q, k, v = (remade(torch.Tensor.float, x) for x in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, **options)
         return remade(lambda y: y.to(dtype), y)
+
+
+def attend_alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The same for a single token, of which q (B, KV, H / KV, D) are the heads. On a CPU the compiler gets it written
+    out, and makes it part of a loop it has anyway, where the kernel takes longer to be called than to work."""
+    if not torch.compiler.is_compiling() or q.device.type != "cpu":
+        return attend(q, k, v, attn_mask=mask)
+    scores = (q[..., None, :].float() * k[..., None, :, :].float()).sum(-1) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)  # (B, KV, H / KV, S)
+    return (weights[..., None] * v[..., None, :, :].float()).sum(-2).to(q.dtype)
 
 
 def widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from anyres import Size, pack, tile_grid
 from clip import CLIPVisionConfig, CLIPVisionModel
-from linear import Linear, attend, lean, leave_out, need_compiler, normed, projected
+from linear import Linear, attend, attend_alone, lean, need_compiler, normed, prepare, projected
+from step import Step, as_graph
 from tied import TiedEmbedding, TiedHead
 
 IGNORE = -100  # the label of a token that is not trained on
@@ -210,7 +211,7 @@ class Attention(nn.Module):
                 k, v = keys, values
         if x.shape[1] == 1:  # heads that share keys, as tokens of one head: read once for all of them
             q = q.reshape(*k.shape[:2], -1, self.head_dim)  # (B, KV, H / KV, D)
-            y = attend(q, k, v, attn_mask=mask)
+            y = attend_alone(q, k, v, mask)
             return self.o_proj(y.reshape(len(x), 1, -1))
         # Without a mask the kernel may take its fast path.
         y = attend(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
@@ -288,21 +289,29 @@ class Decoder(nn.Module):
         self.watch = None  # in training: is told what comes out of each layer, see heap.GiveBack
         self.norm = make_norm(config)
         self.compiled = None  # a layer's forward for one token of an answer, see compile_decoding
+        self.record = None  # what makes one call of all that a token takes, see Step
 
     def forward(
-        self, embeddings: torch.Tensor, padding: torch.Tensor | None = None, cache: KVCache | None = None, keep=None
+        self,
+        embeddings: torch.Tensor,
+        padding: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        keep=None,
+        places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states (B, T, C) of T new token embeddings (B, T, C), after what the cache holds.
 
         Args: padding (B,): paddings at the left of each row, for generating in batches; None: none. In training rows
         are padded at the right, where causality already hides the padding, and no mask is needed. keep: an index of
         (B, T), such as a mask, of the N tokens whose states (N, C) are asked for: the last MLP reads no others.
+        places (T,): those of the new tokens in the cache, if they are in a tensor already.
         """
         batch, new = embeddings.shape[:2]
         start = cache.used if cache is not None else 0
         if start + new > (limit := cache.length if cache is not None else self.config.max_position_embeddings):
             raise ValueError(f"{start + new} tokens do not fit: the context holds {limit}")
-        places = torch.arange(start, start + new, device=embeddings.device)
+        if places is None:
+            places = torch.arange(start, start + new, device=embeddings.device)
         positions, mask = places.expand(batch, new), None
         if padding is not None:
             positions = (positions - padding[:, None]).clamp(min=0)
@@ -543,25 +552,26 @@ def generate(
     new = [row[cache.used :] for row in rows]
     x = model.embed(torch.tensor(new, device=model.device), vision_features, image_sizes)
     padding = padding if padding.any() else None
-    running = [True] * len(prompts)
-    for _step in range(steps):
-        hidden = model.language_model.model(x, padding, cache, keep=(slice(None), -1))  # (B, C)
+    running, step = [True] * len(prompts), Step(model.language_model, padding, cache)
+    logits = step.read(x)
+    for left in reversed(range(steps)):
         cache.ids += new[0]
-        logits = model.language_model.lm_head(hidden)
         logits[:, config.image_token_index :][:, :1] = -torch.inf  # a placeholder is not a word
         ids = choose(logits, temperature, top_k, top_p, generator)
         new = [[i] for i in ids.tolist()]
         yield [i if alive else None for (i,), alive in zip(new, running)]
         running = [alive and i not in config.eos_token_ids for (i,), alive in zip(new, running)]
-        if not any(running):
+        if not left or not any(running):
             return
-        x = model.language_model.model.embed_tokens(ids)[:, None]  # (B, 1, C)
+        logits = step(ids)
 
 
 def compile_decoding(model: Llava):
     """Let torch.compile write what a layer does for one token of an answer; one layer stands for all, so it takes
-    seconds. Raises ValueError without a compiler."""
+    seconds. A GPU runs all of them as one graph then. Raises ValueError without a compiler."""
     need_compiler(model.device)
-    leave_out(model)
-    model.language_model.model.compiled = torch.compile(DecoderLayer.forward)
+    prepare(model)
+    decoder = model.language_model.model
+    decoder.compiled = torch.compile(DecoderLayer.forward)
+    decoder.record = as_graph if model.device.type == "cuda" else None
     model.language_model.lm_head.compile()

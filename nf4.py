@@ -17,8 +17,9 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from linear import FrozenProduct, narrowed
+from linear import FrozenProduct, arithmetic_of, narrowed, product
 
 BLOCK, NESTED_BLOCK = 64, 256  # numbers that share an absmax; absmax that share one themselves
 CHUNK = 1 << 18  # numbers worked on at a time: they stay in the cache, and no matrix is ever whole in float32
@@ -130,6 +131,41 @@ def dequantise_absmax(codes: torch.Tensor, nested: torch.Tensor, offset: torch.T
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# to be compiled
+
+
+def in_halves(packed: torch.Tensor, block: int) -> torch.Tensor:
+    """The codes of each block in another order: the i-th byte holds those of the numbers i and i + block / 2, where it
+    held 2 i and 2 i + 1, so that a loop over its high halves, or low ones, goes through neighbours."""
+    codes = torch.stack([packed >> 4, packed & 15], dim=-1).view(-1, 2, block // 2)
+    return (codes[:, 0] << 4 | codes[:, 1]).view(-1, 1)
+
+
+def in_pairs(halves: torch.Tensor, block: int) -> torch.Tensor:
+    """The other way round."""
+    halves = halves.view(-1, block // 2)
+    codes = torch.cat([halves >> 4, halves & 15], dim=1).view(-1, 2)
+    return (codes[:, 0] << 4 | codes[:, 1])[:, None]
+
+
+def looked_up(codes: torch.Tensor, bit: int, values: tuple[float, ...] = CODES) -> torch.Tensor | float:
+    """What the four bits from `bit` down stand for, by a tree of choices, which a compiled loop has in its registers;
+    of a table it would make a loop that reads number by number."""
+    if len(values) == 1:
+        return values[0]
+    half = len(values) // 2
+    below, above = (looked_up(codes, bit // 2, part) for part in (values[:half], values[half:]))
+    return torch.where(codes & bit != 0, above, below)
+
+
+def of_halves(halves: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, block: int):
+    """`dequantise` of codes that are `in_halves`, as one loop, which becomes that of the product they are for."""
+    codes = halves.view(-1, 1, block // 2).int()
+    numbers = torch.cat([looked_up(codes, 128), looked_up(codes, 8)], dim=1)  # (blocks, 2, block / 2)
+    return (numbers * absmax[:, None, None]).to(dtype).view(shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # a layer
 
 
@@ -140,12 +176,10 @@ class NF4Linear(nn.Module):
     weight was before, and is made into again.
     """
 
-    compiles = False  # torch 2.13's compiler makes wrong numbers of the absmax that are looked up
-
     def __init__(self, parts: dict[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype, block: int = BLOCK):
         super().__init__()
         self.out_features, self.in_features = shape
-        self.dtype, self.block = dtype, block
+        self.dtype, self.block, self.halved = dtype, block, False
         for name, tensor in parts.items():  # parameters, which move with the model; not buffers, which DDP sends around
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.register_parameter("bias", None)
@@ -159,19 +193,49 @@ class NF4Linear(nn.Module):
             parts |= zip(("absmax", "nested_absmax", "nested_offset"), quantise_absmax(absmax))
         return cls(parts, tuple(weight.shape), weight.dtype)
 
+    @property
+    def packed(self) -> torch.Tensor:
+        """The codes in bitsandbytes' order."""
+        return in_pairs(self.weight, self.block) if self.halved else self.weight
+
     def dequantise(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight (out, in) in the type it had, and then, if one is named, in another."""
-        absmax, kept = self.absmax, self.dtype
+        absmax, kept, shape = self.absmax, self.dtype, (self.out_features, self.in_features)
         if kept == torch.float32 and dtype is not None:
             kept = dtype  # which rounds once, as going through float32 would
         if hasattr(self, "nested_absmax"):
             absmax = dequantise_absmax(absmax, self.nested_absmax, self.nested_offset)
-        weight = dequantise(self.weight, absmax, (self.out_features, self.in_features), kept, self.block)
+        if torch.compiler.is_compiling():
+            weight = of_halves(self.weight, absmax, shape, kept, self.block)
+        else:
+            weight = dequantise(self.packed, absmax, shape, kept, self.block)
         return weight if dtype is None else weight.to(dtype)
 
+    def before_compiling(self):
+        """Put the codes in the order for it, and undo the double quantisation: 0.37 bits more for each number, but of
+        an absmax whose own is looked up torch 2.13's compiler makes wrong numbers."""
+        if self.out_features * self.in_features % self.block:  # no decorator: it takes a second to import
+            self.forward = torch.compiler.disable(self.forward)
+            return
+        if hasattr(self, "nested_absmax"):
+            absmax = dequantise_absmax(self.absmax, self.nested_absmax, self.nested_offset)
+            self.absmax = nn.Parameter(absmax, requires_grad=False)
+            del self.nested_absmax, self.nested_offset
+        if not self.halved:
+            self.weight.data = in_halves(self.weight, self.block)
+            self.halved = True
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = FrozenProduct.apply(narrowed(x), None, self.dequantise)
+        if not torch.is_grad_enabled():
+            y = self.product(x)
+        elif torch.compiler.is_compiling():  # which would keep the weight, if it were not told not to
+            y = checkpoint(self.product, x, use_reentrant=False)
+        else:
+            y = FrozenProduct.apply(narrowed(x), None, self.dequantise)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return product(narrowed(x), self.dequantise(arithmetic_of(x)))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -198,7 +262,7 @@ def to_files(name: str, linear: NF4Linear) -> dict[str, torch.Tensor]:
     double = hasattr(linear, "nested_absmax")
     state = {"quant_type": "nf4", "blocksize": linear.block, "dtype": str(linear.dtype).removeprefix("torch.")}
     state |= {"shape": [linear.out_features, linear.in_features]}
-    tensors = {"": linear.weight, ".absmax": linear.absmax, ".quant_map": code_book(linear.weight.device)}
+    tensors = {"": linear.packed, ".absmax": linear.absmax, ".quant_map": code_book(linear.weight.device)}
     if double:
         offset = float(linear.nested_offset)
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}

@@ -45,7 +45,7 @@ from data import CaptionPairs, DataError, Records, Samples, Skips, collate, name
 from files import publish, verify
 from flags import read_flags
 from images import BadImage
-from linear import leave_out, need_compiler
+from linear import need_compiler, prepare
 from llava import IGNORE, DecoderLayer, Llava
 from lora import add_lora
 from mixture import Source, batches, check_mixing, counts_of, open_sources, order_of
@@ -218,7 +218,7 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
 
 def compile_layers(model: nn.Module):
     """Let torch.compile write what a layer does: once for all of a kind, so it takes seconds, not minutes."""
-    leave_out(model)
+    prepare(model)
     for module in model.modules():
         if isinstance(module, (DecoderLayer, CLIPEncoderLayer)):
             module.compile()

@@ -9,15 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import linear
 import memory
 import train
 from clip import CLIPMLP, CLIPVisionConfig
-from llava import GeluMLP, KVCache, Llava, LlavaConfig, RMSNorm, SwiGLU, TextConfig, compile_decoding, generate
+from llava import (
+    GeluMLP,
+    KVCache,
+    Llava,
+    LlavaConfig,
+    RMSNorm,
+    SwiGLU,
+    TextConfig,
+    compile_decoding,
+    generate,
+)
 from lora import add_lora, find_linears, lora_layers
 from nf4 import NF4Linear
+from step import as_graph
 from weights import load_both
 
 
@@ -265,6 +277,30 @@ def test_compiled_decoding_says_the_same(kind):
     torch.compiler.reset()
     assert list(generate(model, prompts[:1], features[:1], max_new_tokens=8)) == alone
     assert list(generate(model, prompts, features, max_new_tokens=8)) == want
+
+
+def replayed(function):
+    """What as_graph makes, of aten's operations in place of a GPU's kernels: tensors stay where they are, numbers of
+    Python's stay what they were when it was recorded."""
+    graph, nothing = make_fx(lambda nothing: function())(torch.zeros(1)), torch.zeros(1)
+    return lambda: graph(nothing)
+
+
+CUDA = pytest.param(as_graph, "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("record, device", [pytest.param(replayed, "cpu"), CUDA])
+def test_a_recorded_step_goes_on_as_one_that_is_run(model_type, record, device):
+    model, features = small_llava(model_type=model_type).to(device), torch.randn(2, 4, 32, device=device)
+    prompts = [[5, 299, 299, 299, 299, 7, 8], [299, 299, 299, 299, 9]]
+    want = list(generate(model, prompts, features, max_new_tokens=12))
+    alone = list(generate(model, prompts[:1], features[:1], max_new_tokens=12))
+    recorded = []
+    model.language_model.model.record = lambda function: recorded.append(record(function)) or recorded[-1]
+    assert list(generate(model, prompts, features, max_new_tokens=12)) == want
+    assert list(generate(model, prompts[:1], features[:1], max_new_tokens=12)) == alone
+    assert len(recorded) == 2
 
 
 def test_a_program_that_compiles_nothing_does_not_import_the_compiler():

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,41 @@ def test_under_autocast_it_computes_in_bfloat16():
     assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
     y.float().sum().backward()
     assert x.grad.dtype == torch.float32
+
+
+def test_ready_to_be_compiled_it_is_what_it_was():
+    torch.manual_seed(0)
+    layer, x = NF4Linear.of(torch.randn(48, 100)), torch.randn(3, 100)  # rows begin within a block
+    want, codes, y = layer.dequantise(), layer.packed.clone(), layer(x)
+    layer.before_compiling()
+    layer.before_compiling()
+    assert not torch.equal(layer.weight, codes) and torch.equal(layer.packed, codes)
+    assert torch.equal(layer.dequantise(), want) and torch.equal(layer(x), y)
+    again = nf4.of_halves(layer.weight, layer.absmax, (48, 100), torch.float32, 64)
+    assert torch.equal(again, want)
+    stored = nf4.to_files("w", layer)
+    assert torch.equal(stored["w"], codes) and "w.nested_absmax" not in stored
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_it_computes_the_same_and_keeps_no_weight(dtype):
+    torch.manual_seed(0)
+    layer = NF4Linear.of(torch.randn(192, 320, dtype=dtype))  # of 960 absmax, the last 192 are no whole block
+    x = torch.randn(40, 320, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    (want,) = torch.autograd.grad(y.square().sum(), x)
+    layer.before_compiling()
+    layer.compile()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = layer(x)
+    torch.testing.assert_close(found, y)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), x)[0], want)
+    assert all(t.numel() < 192 * 320 for t in kept if t.is_floating_point())
+    with torch.inference_mode():
+        one = layer(x[:1])  # a loop of its own, whose sums are in another order
+    assert (one - y[:1]).abs().max() <= {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype] * y.abs().max()
 
 
 def test_weights_are_counted_as_if_they_were_whole():
