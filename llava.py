@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from anyres import Size, pack, tile_grid
 from clip import CLIPVisionConfig, CLIPVisionModel
 from linear import Linear, attend, attend_alone, lean, need_compiler, normed, prepare, projected
-from step import Step, as_graph
+from step import Step, as_graph, unguarded
 from tied import TiedEmbedding, TiedHead
 
 IGNORE = -100  # the label of a token that is not trained on
@@ -289,7 +289,7 @@ class Decoder(nn.Module):
         self.watch = None  # in training: is told what comes out of each layer, see heap.GiveBack
         self.norm = make_norm(config)
         self.compiled = None  # a layer's forward for one token of an answer, see compile_decoding
-        self.record = None  # what makes one call of all that a token takes, see Step
+        self.record = None  # what to make of a token's step once it is warm, see step.py
 
     def forward(
         self,
@@ -573,5 +573,5 @@ def compile_decoding(model: Llava):
     prepare(model)
     decoder = model.language_model.model
     decoder.compiled = torch.compile(DecoderLayer.forward)
-    decoder.record = as_graph if model.device.type == "cuda" else None
+    decoder.record = as_graph if model.device.type == "cuda" else unguarded
     model.language_model.lm_head.compile()
