@@ -169,9 +169,9 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     if weight.dtype.itemsize > dtype.itemsize:  # autocast would round it, too, and keep that for the gradients
         weight = remade(lambda weight: weight.to(dtype), weight)
     if cpu and rows > 1 and suits_onednn(x, weight) and not (learning and weight.requires_grad):
-        if learning:
+        if learning and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return FrozenProduct.apply(x, bias, lambda dtype: weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return by_onednn(x, weight, bias)
     if cpu and rows <= FEW and not learning:
         y = of_few_rows(x, weight, dtype)
         return y if bias is None else y + bias
@@ -181,7 +181,19 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 def suits_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether it is the faster way. Gradients of weights are no product of this form: MKL is as fast at them."""
     large = weight.numel() >= LARGE and x.dtype == weight.dtype == torch.float32
-    return ONEDNN and large and not torch.compiler.is_compiling() and arithmetic_of(x) == torch.float32
+    return ONEDNN and large and arithmetic_of(x) == torch.float32
+
+
+@torch.library.custom_op("llava::by_onednn", mutates_args=())
+def by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """oneDNN's product, as an operator of ours, which the compiler calls as it is; of torch's it asks that the weight
+    be a constant, as in no model that is compiled a layer for all."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@by_onednn.register_fake
+def shape_of_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
 
 
 def of_few_rows(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -65,6 +65,20 @@ def test_by_onednn_a_frozen_product_and_its_gradients_are_the_same(monkeypatch, 
         torch.testing.assert_close(got, exact, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch was built without oneDNN")
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("learning", [False, True])
+def test_by_onednn_a_compiled_product_is_the_same(monkeypatch, learning):
+    monkeypatch.setattr(linear, "ONEDNN", True)
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 5, 512, requires_grad=learning), torch.randn(1024, 512), torch.randn(1024)
+    want = linear.product(x, weight, bias)
+    found = torch.compile(linear.product, fullgraph=True)(x, weight, bias)
+    torch.testing.assert_close(found, want)
+    if learning:
+        torch.testing.assert_close(*(torch.autograd.grad(y.sin().sum(), x)[0] for y in (found, want)))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_one_row_of_16_bits(monkeypatch, dtype):
     monkeypatch.setattr(linear, "EMULATED", False)
