@@ -23,6 +23,7 @@ from weights import load_model, save_model
 
 REPOSITORY = Path(lora.__file__).parent
 SHAPES = [(64, 64), (48, 40), (1, 1), (3, 33), (7, 9), (5, 64), (1, 63), (2, 8192), (300, 100)]
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -227,10 +228,11 @@ def test_ready_to_be_compiled_it_is_what_it_was():
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_it_computes_the_same_and_keeps_no_weight(dtype):
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_compiled_it_computes_the_same_and_keeps_no_weight(dtype, device):
     torch.manual_seed(0)
-    layer = NF4Linear.of(torch.randn(192, 320, dtype=dtype))  # of 960 absmax, the last 192 are no whole block
-    x = torch.randn(40, 320, dtype=dtype, requires_grad=True)
+    layer = NF4Linear.of(torch.randn(192, 320, dtype=dtype, device=device))  # 960 absmax: no whole block at the end
+    x = torch.randn(40, 320, dtype=dtype, device=device, requires_grad=True)
     y = layer(x)
     (want,) = torch.autograd.grad(y.square().sum(), x)
     layer.before_compiling()
