@@ -205,7 +205,7 @@ class NF4Linear(nn.Module):
             kept = dtype  # which rounds once, as going through float32 would
         if hasattr(self, "nested_absmax"):
             absmax = dequantise_absmax(absmax, self.nested_absmax, self.nested_offset)
-        if torch.compiler.is_compiling():
+        if self.halved and torch.compiler.is_compiling():
             weight = of_halves(self.weight, absmax, shape, kept, self.block)
         else:
             weight = dequantise(self.packed, absmax, shape, kept, self.block)
