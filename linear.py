@@ -245,7 +245,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torc
 def attend_alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The same for a single token, of which q (B, KV, H / KV, D) are the heads. On a CPU the compiler gets it written
     out, and makes it part of a loop it has anyway, where the kernel takes longer to be called than to work."""
-    if not torch.compiler.is_compiling() or q.device.type != "cpu":
+    if mask is None or q.device.type != "cpu" or not torch.compiler.is_compiling():
         return attend(q, k, v, attn_mask=mask)
     scores = (q[..., None, :].float() * k[..., None, :, :].float()).sum(-1) * q.shape[-1] ** -0.5
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)  # (B, KV, H / KV, S)

@@ -63,10 +63,21 @@ def as_graph(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]
 
 def unguarded(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     """A function of compiled ones that has run before, without asking each of them again whether it still fits: only
-    what tells one from another is looked at (torch.compiler.set_stance; a tenth of a small model's step)."""
+    what tells one from another is looked at (torch.compiler.set_stance; a tenth of a small model's step).
+
+    Torch compiles a layer for so many cases and no more, and runs it uncompiled in any other, which this forbids: then
+    all is asked again.
+    """
+    asking = False
 
     def run() -> torch.Tensor:
-        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
-            return function()
+        nonlocal asking
+        if not asking:
+            try:
+                with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
+                    return function()
+            except RuntimeError:
+                asking = True
+        return function()
 
     return run

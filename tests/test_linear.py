@@ -16,17 +16,7 @@ import linear
 import memory
 import train
 from clip import CLIPMLP, CLIPVisionConfig
-from llava import (
-    GeluMLP,
-    KVCache,
-    Llava,
-    LlavaConfig,
-    RMSNorm,
-    SwiGLU,
-    TextConfig,
-    compile_decoding,
-    generate,
-)
+from llava import GeluMLP, KVCache, Llava, LlavaConfig, RMSNorm, SwiGLU, TextConfig, compile_decoding, generate
 from lora import add_lora, find_linears, lora_layers
 from nf4 import NF4Linear
 from step import as_graph
@@ -288,10 +278,14 @@ def test_compiled_decoding_says_the_same(kind):
     features = torch.randn(2, 4, 32, dtype=model.dtype)
     want = list(generate(model, prompts, features, max_new_tokens=8))
     alone = list(generate(model, prompts[:1], features[:1], max_new_tokens=8))
+    single = list(generate(model, [[5]], max_new_tokens=4))  # read as a token of an answer is, but without a mask
     compile_decoding(model)
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    assert list(generate(model, [[5]], max_new_tokens=4)) == single
     assert list(generate(model, prompts[:1], features[:1], max_new_tokens=8)) == alone
     assert list(generate(model, prompts, features, max_new_tokens=8)) == want
+    assert not torch._dynamo.utils.counters["graph_break"]  # a layer is one piece
 
 
 def replayed(function):
