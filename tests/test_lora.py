@@ -91,9 +91,8 @@ def test_dropout_leaves_out_its_share_and_keeps_the_mean(share, dtype):
     torch.manual_seed(0)
     x = torch.ones(1003, 997, dtype=dtype, requires_grad=True)
     y = lora.dropped_out(x, share)
-    assert set(y.unique().tolist()) == {0, y.max().item()} and y.max().item() == pytest.approx(
-        1 / (1 - share), rel=4e-3
-    )
+    nothing, kept = y.unique().tolist()
+    assert nothing == 0 and kept == pytest.approx(1 / (1 - share), rel=4e-3)
     for left_out in (y == 0).float().mean(dim=0), (y == 0).float().mean(dim=1):  # rows and columns, binomial
         assert (left_out - share).abs().max() < 6 * (share * (1 - share) / 997) ** 0.5
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y)
