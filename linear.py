@@ -5,8 +5,6 @@ is bytes per second. In training it is the activations, kept for the gradients, 
 are cheap to make again. Figures, and of which machines, are in LOG.md.
 """
 
-import os
-import shutil
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -40,9 +38,16 @@ def not_emulated():
 
 
 def need_compiler(device: torch.device):
-    """Raise ValueError where torch.compile would look for a C++ compiler and find none."""
-    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise ValueError("--compile needs a C++ compiler here: g++, or the one that CXX names")
+    """Let torch.compile show that it works: on a CPU it takes a C++ compiler (CXX, or g++) and Python's headers.
+
+    Raises ValueError, of one line, if it does not.
+    """
+    try:
+        torch.compile(torch.sin)(torch.zeros(1, device=device))
+    except RuntimeError as error:  # its message has the compiler's whole command in it
+        lines = str(error).splitlines()
+        reason = next((line for line in lines if "error:" in line), lines[0])
+        raise ValueError(f"--compile does not work here: {reason}") from None
 
 
 def prepare(model: nn.Module):

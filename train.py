@@ -168,6 +168,7 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
     if args.compile:
         need_compiler(ranks.device)
         compile_layers(model)
+        ranks.say("--compile: the first steps will take half a minute")
     sharding.place(model, args.shard, ranks, arithmetic(ranks.device, args.dtype))
     optimizer = make_optimizer(model, args, ranks)
     heap.limit_holes(model, ranks.device, needed.step)

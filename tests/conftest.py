@@ -8,6 +8,7 @@ import torch
 
 import shapes
 import train
+from linear import need_compiler
 from tokenizer import Tokenizer
 from weights import load_model, save_model
 
@@ -26,6 +27,15 @@ def command():
             script.main()
 
     return call
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    """For a test that compiles: where that does not work, it is skipped."""
+    try:
+        need_compiler(torch.device("cpu"))
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

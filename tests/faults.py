@@ -155,9 +155,10 @@ class Bench:
         finish([*self.flags["stage 2"], "--out", root / "both"], ranks=2)
         self.flags["LoRA"] = [*self.flags["stage 2"], "--lora", "llm"]
         self.flags["QLoRA"] = [*self.flags["LoRA"], "--bits", 4]
-        for name in ("LoRA", "QLoRA"):
+        self.flags["compiled"] = [*self.flags["stage 2"], "--compile"]
+        for name in ("LoRA", "QLoRA", "compiled"):
             finish([*self.flags[name], "--out", root / name])
-        folders = {"stage 1": "first", "stage 2": "second", "LoRA": "LoRA", "QLoRA": "QLoRA"}
+        folders = {"stage 1": "first", "stage 2": "second"} | {name: name for name in ("LoRA", "QLoRA", "compiled")}
         self.untouched = {name: weights_hash(root / folder) for name, folder in folders.items()}
         self.untouched_by_two = weights_hash(root / "both")
 
@@ -172,7 +173,7 @@ class Bench:
 # trials: each yields rows of the table
 
 
-KINDS = (("stage 1", 1), ("stage 2", 1), ("stage 2", 2), ("LoRA", 1), ("QLoRA", 1))
+KINDS = (("stage 1", 1), ("stage 2", 1), ("stage 2", 2), ("LoRA", 1), ("QLoRA", 1), ("compiled", 1))
 
 
 def every_step(bench: Bench, kinds=KINDS):

@@ -1,6 +1,7 @@
 """What is fast or lean must be the same: products of few rows and of 16 bits, activations made again, compiling."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from lora import add_lora, find_linears, lora_layers
 from nf4 import NF4Linear
 from step import as_graph
 from weights import load_both
+
+HERE = Path(linear.__file__).parent
 
 
 @pytest.mark.parametrize("rows", [1, 2, 32, 33])
@@ -56,7 +59,7 @@ def test_by_onednn_a_frozen_product_and_its_gradients_are_the_same(monkeypatch, 
 
 
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch was built without oneDNN")
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("learning", [False, True])
 def test_by_onednn_a_compiled_product_is_the_same(monkeypatch, learning):
     monkeypatch.setattr(linear, "ONEDNN", True)
@@ -259,7 +262,7 @@ def small_llava(**text) -> Llava:
     return Llava(LlavaConfig(text, vision, image_token_index=299, eos_token_ids=[])).eval()
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "gpt2", "four bits", "lora"])
 def test_compiled_decoding_says_the_same(kind):
     model = small_llava(model_type="gpt2" if kind == "gpt2" else "llama")
@@ -314,13 +317,22 @@ def test_a_recorded_step_goes_on_as_one_that_is_run(model_type, record, device):
 
 def test_a_program_that_compiles_nothing_does_not_import_the_compiler():
     code = "import sys, sample, train, eval; sys.exit('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(linear.__file__).parent).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
 
 
-def test_compiling_without_a_compiler_is_one_line(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match=r"C\+\+ compiler"):
-        compile_decoding(small_llava())
+@pytest.mark.parametrize("cxx, reason", [("none", "No working C++ compiler found"), ("bare", "No such file")])
+def test_compiling_without_a_compiler_is_one_line(tmp_path, cxx, reason):
+    bare = tmp_path / "bare"  # a compiler is there, what it is to include is not
+    bare.write_text('#!/bin/sh\nexec g++ -nostdinc "$@"\n')
+    bare.chmod(0o755)
+    if cxx == "bare" and not shutil.which("g++"):
+        pytest.skip("no g++ to take the headers from")
+    code = "import torch, linear; linear.need_compiler(torch.device('cpu'))"
+    found = {"CXX": str(tmp_path / cxx), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=HERE, env=os.environ | found, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ValueError: --compile does not work here: ") and reason in last and len(last) < 300
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
@@ -361,7 +373,7 @@ def test_a_mapped_model_is_the_copied_one_and_never_reaches_its_file(tiny):
     assert file.read_bytes() == before
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.usefixtures("compiler")
 def test_a_compiled_run_has_the_same_losses(tiny, command, tmp_path):
     command(train, *tiny.flags["stage2"], "--compile", "--out", tmp_path / "run")
     torch.compiler.reset()

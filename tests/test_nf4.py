@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -226,7 +225,7 @@ def test_ready_to_be_compiled_it_is_what_it_was():
     assert torch.equal(stored["w"], codes) and "w.nested_absmax" not in stored
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_compiled_it_computes_the_same_and_keeps_no_weight(dtype, device):
