@@ -298,6 +298,8 @@ def memory_of(field: str) -> int:
 
 def train_alone(side: str, job: dict, steps: int):
     """Print as JSON: the first loss, seconds of the steps after it, peak bytes of training above the bare import."""
+    if side == "ours":
+        heap.start_anew()  # as train.py does
     bare(side)
     job = Job(**job)
     device, before = torch.device(job.device), memory_of("VmRSS")

@@ -9,6 +9,7 @@ of the same size was: in training they come to a third of what a step takes. Fig
 import ctypes
 import os
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -17,13 +18,30 @@ from torch import nn
 from llava import Decoder
 
 MMAP_MAX, TRIM_THRESHOLD = -4, -1  # of mallopt(3)
+TUNABLES, WITHOUT_LISTS = "GLIBC_TUNABLES", "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 STATM = Path("/proc/self/statm")
 
 
+def to_be_told(device: torch.device) -> bool:
+    """Whether the C library does as is said here: not to work on a GPU, and not if the user has told it what to map."""
+    return device.type == "cpu" and platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ
+
+
+def start_anew():
+    """Start this program once more, without glibc's lists of small blocks: only from its environment does it take that.
+
+    Before every tensor is a small block, which its alignment leaves over. In a list it counts as used, and stands
+    between two holes that otherwise would be one.
+    """
+    if os.environ.get(TUNABLES) == WITHOUT_LISTS:
+        del os.environ[TUNABLES]  # programs that this one starts are as they are
+    elif TUNABLES not in os.environ and to_be_told(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+        os.execve(sys.executable, sys.orig_argv, os.environ | {TUNABLES: WITHOUT_LISTS})
+
+
 def keep_freed(device: torch.device) -> ctypes.CDLL | None:
-    """Let the C library keep what is freed; returns it, or None where it is left alone: to work on a GPU, if it is not
-    glibc, and if it was told what to map (MALLOC_MMAP_THRESHOLD_)."""
-    if device.type != "cpu" or platform.libc_ver()[0] != "glibc" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+    """Let the C library keep what is freed; returns it, or None where it is left alone."""
+    if not to_be_told(device):
         return None
     libc = ctypes.CDLL(None)
     libc.mallopt(MMAP_MAX, 0)  # no block is a mapping of its own
@@ -56,9 +74,9 @@ class GiveBack:
 def limit_holes(model: nn.Module, device: torch.device, step: int):
     """Keep what is freed, within limits, when the model is ready to train.
 
-    Args: step: bytes that a step takes, of which a quarter may be lost to holes, and 250 MB in any case.
+    Args: step: bytes that a step takes, of which a sixth may be lost to holes, and 150 MB in any case.
     """
     if libc := keep_freed(device):
-        watch = GiveBack(libc, resident() + step + max(step // 4, 250_000_000))
+        watch = GiveBack(libc, resident() + step + max(step // 6, 150_000_000))
         for decoder in (module for module in model.modules() if isinstance(module, Decoder)):
             decoder.watch = watch

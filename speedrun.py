@@ -46,7 +46,7 @@ def plan(
     probing = ["eval.py", "--task", "probes", "--model", str(out / "stage2"), "--out", str(out / "probes")]
     draw = ["shapes.py", "--out", str(world), "--n", str(int(1000 * minutes)), "--seed", str(seed)]
     ablated = [  # the same stage 2 on a new projector, as LLaVA would start it; first, so that the newest run is whole
-        train("no-stage1", 2, 640, "no-stage1", *towers, *compiled),
+        train("no-stage1", 2, 720, "no-stage1", *towers, *compiled),
         evaluate("ablation evaluation", "no-stage1", "answers.jsonl"),
     ]
     return [
@@ -55,7 +55,7 @@ def plan(
         train("decoder", 0, 110, "stage0", *decoder),
         train("stage1", 1, 24, "stage1", *towers, "--whiten"),
         *(ablated if ablation else []),
-        train("stage2", 2, 640, "stage2", "--model", str(out / "stage1"), *compiled),
+        train("stage2", 2, 720, "stage2", "--model", str(out / "stage1"), *compiled),
         evaluate("evaluation", "stage2", "answers.jsonl"),
         evaluate("blind evaluation", "stage2", "answers-blank.jsonl", "--blank"),
         ("probes", probing, out / "probes/probes.json"),

@@ -653,4 +653,5 @@ def main():
 
 
 if __name__ == "__main__":
+    heap.start_anew()
     main()

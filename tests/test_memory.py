@@ -1,5 +1,6 @@
 """The estimate of a training step's memory against what torch's allocator gives out, and against 7B's known sums."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -176,3 +177,27 @@ def test_above_its_limit_holes_go_back_to_the_system_forward_and_backward():
     (forward,), (held, backward) = (map(int, line.split()) for line in lines)
     assert forward > 300e6  # of 400
     assert abs(held) < 10e6 and backward > 200e6  # what is below the limit stays
+
+
+GROWN = """
+import os, sys, torch, heap
+if sys.argv[1] == "anew":
+    heap.start_anew()
+heap.keep_freed(torch.device("cpu"))
+small = [torch.empty(2**18) for _ in range(20)]
+first, end = min(t.data_ptr() for t in small), torch.empty(2**18)  # so that what is freed is not the heap's end
+del small
+large = torch.empty(19 * 2**18)
+print(sys.argv[1:], "GLIBC_TUNABLES" in os.environ, first <= large.data_ptr() < first + 20 * 2**20)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is left alone where there is a GPU")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of another C library")
+def test_started_anew_a_program_has_its_arguments_and_one_hole_where_many_tensors_were():
+    root, plain = Path(memory.__file__).parent, {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    for how, one in (("plain", False), ("anew", True)):
+        command = [sys.executable, "-c", GROWN, how, "a b"]
+        assert subprocess.check_output(command, cwd=root, env=plain, text=True).strip() == f"{[how, 'a b']} False {one}"
+    told = plain | {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=5"}  # is the user's, and stays
+    assert subprocess.check_output(command, cwd=root, env=told, text=True).startswith("['anew', 'a b'] True")
