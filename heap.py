@@ -3,7 +3,9 @@
 By itself glibc gives large blocks and the heap's end back to the system when they are freed, and fetches them again
 page by page: in each step of training the gradients of a vocabulary, in each answer the activations of the prompt. And
 it never gives back the holes that smaller blocks leave, though torch asks for aligned ones, which do not fit where one
-of the same size was: in training they come to a third of what a step takes. Figures are in LOG.md.
+of the same size was, and though what alignment leaves over keeps neighbouring holes apart: in training they come to a
+third of what a step takes. So what is freed is kept, holes may grow together, and some of them are given back after
+all. Figures are in LOG.md.
 """
 
 import ctypes
@@ -22,26 +24,32 @@ TUNABLES, WITHOUT_LISTS = "GLIBC_TUNABLES", "glibc.malloc.tcache_count=0:glibc.m
 STATM = Path("/proc/self/statm")
 
 
-def to_be_told(device: torch.device) -> bool:
-    """Whether the C library does as is said here: not to work on a GPU, and not if the user has told it what to map."""
-    return device.type == "cpu" and platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ
+def to_be_told() -> bool:
+    """Whether the C library is the one that is meant here, and was not told what to map by the user."""
+    return platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ
+
+
+def started_directly() -> bool:
+    """Whether Python was given this program, and not a debugger or profiler that runs it and would not survive."""
+    first = next((arg for arg in sys.orig_argv[1:] if arg == "-c" or not arg.startswith("-")), None)
+    return first == sys.argv[0]
 
 
 def start_anew():
-    """Start this program once more, without glibc's lists of small blocks: only from its environment does it take that.
+    """Start this program once more, without glibc's lists of small blocks: it is told so in the environment only.
 
-    Before every tensor is a small block, which its alignment leaves over. In a list it counts as used, and stands
-    between two holes that otherwise would be one.
+    Before a tensor is a small block, which its alignment left over. In a list it counts as used, and stands between
+    two holes that otherwise would be one.
     """
     if os.environ.get(TUNABLES) == WITHOUT_LISTS:
         del os.environ[TUNABLES]  # programs that this one starts are as they are
-    elif TUNABLES not in os.environ and to_be_told(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+    elif TUNABLES not in os.environ and started_directly() and not torch.cuda.is_available() and to_be_told():
         os.execve(sys.executable, sys.orig_argv, os.environ | {TUNABLES: WITHOUT_LISTS})
 
 
 def keep_freed(device: torch.device) -> ctypes.CDLL | None:
-    """Let the C library keep what is freed; returns it, or None where it is left alone."""
-    if not to_be_told(device):
+    """Let the C library keep what is freed; returns it, or None where it is left alone, as to work on a GPU."""
+    if device.type != "cpu" or not to_be_told():
         return None
     libc = ctypes.CDLL(None)
     libc.mallopt(MMAP_MAX, 0)  # no block is a mapping of its own
