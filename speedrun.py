@@ -69,7 +69,8 @@ def worth_compiling(minutes: float) -> list[str]:
     print("trying torch's compiler ...", flush=True)
     tried = subprocess.run([sys.executable, "-c", TRIAL], capture_output=True, text=True)
     if tried.returncode:
-        print(f"stage 2 will take a third longer: {tried.stderr.splitlines()[-1]}", file=sys.stderr)
+        reason = tried.stderr.splitlines()[-1].removeprefix("ValueError: ")
+        print(f"stage 2 will take a third longer: {reason}", file=sys.stderr)
         return []
     return ["--compile"]
 
