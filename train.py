@@ -144,9 +144,11 @@ class Stop:
         self.asked = number
         self.__exit__()
 
-    def __exit__(self, *_):
+    def __exit__(self, kind=None, error=None, trace=None):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.asked and isinstance(error, RuntimeError):  # a terminal tells a compiler at work, too, which then fails
+            raise KeyboardInterrupt from None
 
 
 def ignore_signals(worker: int):

@@ -259,6 +259,17 @@ def test_a_signal_saves_and_ends(tiny, tmp_path, number):
     assert step == len(rows) and f"after step {step};" in line
 
 
+def test_what_fails_once_it_was_told_to_stop_has_been_interrupted(tiny, command, tmp_path, monkeypatch, capsys):
+    def compiler(*_):
+        signal.raise_signal(signal.SIGINT)  # as a terminal tells it to every process, the C++ compiler among them
+        raise RuntimeError("C++ compile error")
+
+    monkeypatch.setattr(train, "measured_step", compiler)
+    with pytest.raises(SystemExit) as caught:
+        command(train, *tiny.flags["stage2"], "--out", tmp_path / "run")
+    assert caught.value.code == 130 and "what was saved is whole" in capsys.readouterr().err
+
+
 def test_a_second_signal_does_not_wait(tiny, tmp_path):
     code = f"""
 import os, signal, sys, time
