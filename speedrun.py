@@ -2,8 +2,8 @@
 
     python speedrun.py --minutes 15        (bash speedrun.sh installs first)
 
-One dial, the minutes, sets sizes and steps; they do not depend on how fast the machine is, so the same dial and seed
-give the same numbers. A run that was stopped goes on where it was, and the minutes of the step it was in
+One dial, the minutes, sets sizes and steps; they do not depend on how fast the machine is, so on one machine the same
+dial and seed give the same numbers. A run that was stopped goes on where it was, and the minutes of the step it was in
 count from there. The report is out/speedrun/report.md.
 """
 
@@ -95,7 +95,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     times_file = args.out / "minutes.json"
     times = json.loads(times_file.read_text()) if times_file.exists() else {}
-    compiled = worth_compiling(args.minutes)
+    compiled = [] if "stage2" in times else worth_compiling(args.minutes)
     for name, command, done in plan(args.minutes, args.seed, args.out, args.ablation, compiled):
         if name in times:
             continue
