@@ -30,7 +30,7 @@ def to_be_told() -> bool:
 
 
 def started_directly() -> bool:
-    """Whether Python was given this program, and not a debugger or profiler that runs it and would not survive."""
+    """Whether Python was given this program itself, and not a debugger or profiler, which runs it and may be lost."""
     first = next((arg for arg in sys.orig_argv[1:] if arg == "-c" or not arg.startswith("-")), None)
     return first == sys.argv[0]
 
