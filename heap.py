@@ -63,10 +63,14 @@ def resident() -> int:
 
 
 class GiveBack:
-    """Gives all that is free back to the system when the process holds more than `limit` bytes."""
+    """Gives all that is free back to the system when the process holds more than `limit` bytes.
 
-    def __init__(self, libc: ctypes.CDLL, limit: int):
-        self.libc, self.limit = libc, limit
+    What it holds then is no hole. If that leaves no room for `holes`, something came after the limit was set, such as
+    torch's compiler, and the limit moves up: else there would be a trim at every layer, and nothing gained.
+    """
+
+    def __init__(self, libc: ctypes.CDLL, limit: int, holes: int):
+        self.libc, self.limit, self.holes = libc, limit, holes
 
     def __call__(self, x: torch.Tensor):
         """Look between two layers, and again when the gradient of x is known."""
@@ -77,14 +81,16 @@ class GiveBack:
     def look(self, gradient: torch.Tensor | None = None):
         if resident() > self.limit:
             self.libc.malloc_trim(0)
+            self.limit = max(self.limit, resident() + self.holes)
 
 
 def limit_holes(model: nn.Module, device: torch.device, step: int):
     """Keep what is freed, within limits, when the model is ready to train.
 
-    Args: step: bytes that a step takes, of which a sixth may be lost to holes, and 150 MB in any case.
+    Args: step: bytes that a step takes; two thirds of it may be lost to holes, and 150 MB in any case.
     """
     if libc := keep_freed(device):
-        watch = GiveBack(libc, resident() + step + max(step // 6, 150_000_000))
+        holes = max(step * 2 // 3, 150_000_000)
+        watch = GiveBack(libc, resident() + step + holes, holes)
         for decoder in (module for module in model.modules() if isinstance(module, Decoder)):
             decoder.watch = watch

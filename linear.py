@@ -119,7 +119,9 @@ def lean() -> torch.autograd.graph.saved_tensors_hooks:
 
     def pack(kept: torch.Tensor):
         recipe = RECIPES.get(kept.untyped_storage()._cdata)
-        return kept if recipe is None else (recipe, kept.shape, kept.stride(), kept.storage_offset())
+        if recipe is None:
+            return kept.detach()  # an output that held what made it would never be freed, without a way back
+        return recipe, kept.shape, kept.stride(), kept.storage_offset()
 
     def unpack(kept) -> torch.Tensor:
         if torch.is_tensor(kept):

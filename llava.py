@@ -152,7 +152,8 @@ def rotary_angles(positions: torch.Tensor, config: TextConfig) -> tuple[torch.Te
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn the pairs (i, i + D/2) of x (B, H, T, D): Hugging Face's half-split layout, not Meta's interleaved one."""
-    return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype)
+    across = x.roll(x.shape[-1] // 2, dims=-1).mul_(sin.to(x.dtype))
+    return (x * cos.to(x.dtype)).add_(across)
 
 
 class KVCache:
@@ -473,6 +474,27 @@ class Llava(nn.Module):
             return summed_cross_entropy(self.language_model.lm_head, hidden, target[supervised])
 
 
+class CrossEntropy(torch.autograd.Function):
+    """torch's cross_entropy of logits (N, V) in float32, summed. But the gradient, the softmax less one at the target,
+    takes the place of the softmax's logarithms, where torch makes two more of that size. So it is made once only:
+    RuntimeError the second time."""
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logarithms = logits.float().log_softmax(dim=-1)
+        ctx.save_for_backward(logarithms, target)
+        return F.nll_loss(logarithms, target, reduction="sum")
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        logarithms, target = ctx.saved_tensors
+        if logarithms._version:
+            raise RuntimeError("the gradient of this loss was made before, in the place of what it is made of")
+        of_logits = logarithms.exp_().mul_(gradient)
+        of_logits[torch.arange(len(target), device=target.device), target] -= gradient
+        return of_logits, None
+
+
 def summed_cross_entropy(head: nn.Linear, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Sum over N tokens of -log p(target): hidden (N, C), target (N,) of ids. Zero, with gradients, if N is zero.
 
@@ -481,7 +503,7 @@ def summed_cross_entropy(head: nn.Linear, hidden: torch.Tensor, target: torch.Te
     """
 
     def part(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(head(hidden).float(), target, reduction="sum")
+        return CrossEntropy.apply(head(hidden), target)
 
     if len(target) <= LOSS_CHUNK:
         return part(hidden, target)

@@ -95,6 +95,7 @@ def lengths_of(labels: torch.Tensor) -> torch.Tensor:
 
 
 UPDATES_EVERY = 10  # steps between looks at how far the weights moved, which reads all of the optimizer's states
+PIECE = 2**22  # of their numbers looked at at a time: a whole embedding's would be the most memory of a run
 
 
 @torch.no_grad()
@@ -105,9 +106,11 @@ def update_norms(optimizer: torch.optim.Optimizer, ranks: Ranks, shard: str) -> 
         beta1, beta2 = group["betas"]
         for p in group["params"]:
             if state := local(optimizer).state.get(p):
-                m, v, step = own_slice(state["exp_avg"]), own_slice(state["exp_avg_sq"]), float(state["step"])
-                move = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + group["eps"])
-                squares[group["component"]] += move.float().square().sum() * group["lr"] ** 2
+                step = float(state["step"])
+                moments = (own_slice(state[name]).flatten().split(PIECE) for name in ("exp_avg", "exp_avg_sq"))
+                for m, v in zip(*moments):
+                    move = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + group["eps"])
+                    squares[group["component"]] += move.float().square().sum() * group["lr"] ** 2
     if shard != "ddp":  # each rank has seen its own share
         for square in squares.values():
             ranks.add_up(square)

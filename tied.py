@@ -11,6 +11,8 @@ from torch import nn
 
 from linear import Linear, narrowed, product
 
+ROWS = 4096  # of the gradient made at a time: in 16 bits they are made apart
+
 
 class TiedEmbedding(nn.Embedding):
     """torch.nn.Embedding, of (V, C) numbers."""
@@ -37,12 +39,11 @@ class TiedRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         (ids,) = ctx.saved_tensors
-        of_weight = None
+        of_weight = torch.zeros_like(ctx.like)
         while ctx.owed:
             of_logits, hidden = ctx.owed.pop()
-            part = (of_logits.T @ hidden).to(ctx.like.dtype)
-            of_weight = part if of_weight is None else of_weight.add_(part)
-        of_weight = torch.zeros_like(ctx.like) if of_weight is None else of_weight
+            for piece, part in zip(of_weight.split(ROWS), of_logits.T.split(ROWS)):
+                piece += part @ hidden
         return of_weight.index_add_(0, ids.flatten(), gradient.flatten(0, -2).to(of_weight.dtype)), None, None
 
 

@@ -2,14 +2,17 @@
 
 import json
 import math
+from contextlib import suppress
 from itertools import combinations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import llava
+import memory
 from clip import CLIPVisionConfig
 from configs import read_text_config
 from llava import (
@@ -381,6 +384,39 @@ def test_loss_of_three_tokens():
     assert loss == pytest.approx(-math.log(0.6 * 0.3 * 0.5), abs=1e-6)
     assert sum(round(-math.log(q), 2) for q in (0.6, 0.3, 0.5)) == pytest.approx(2.40)
     assert loss == pytest.approx(2.40, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 64])
+def test_the_loss_is_torchs_and_of_the_size_of_logits_there_are_two(tokens, dtype):
+    torch.manual_seed(0)
+    head = nn.Linear(8, 1000, bias=False, dtype=dtype)
+    hidden, target = torch.randn(tokens, 8, dtype=dtype), torch.randint(0, 1000, (tokens,))
+    losses, gradients, peaks = [], [], []
+    for loss_of in (summed_cross_entropy, lambda *args: F.cross_entropy(head(hidden).float(), target, reduction="sum")):
+        with memory.Counted(head.parameters()) as counted:
+            losses.append(loss_of(head, hidden, target))
+            (gradient,) = torch.autograd.grad(losses[-1] / 3, head.weight)
+        gradients.append(gradient)
+        peaks.append(counted.peak - head.weight.nbytes)
+    assert torch.equal(*losses)
+    torch.testing.assert_close(*gradients)
+    logits = tokens * 1000 * torch.float32.itemsize
+    most = 2 * logits if dtype == torch.float32 else 2.5 * logits  # they come in 16 bits
+    assert peaks[0] < most + 40_000 and (tokens < 64 or peaks[1] > most + 0.4 * logits)
+
+
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_the_gradient_of_a_loss_is_not_made_twice(monkeypatch, chunk):
+    monkeypatch.setattr(llava, "LOSS_CHUNK", chunk)
+    head = nn.Linear(8, 10)
+    loss = summed_cross_entropy(head, torch.randn(3, 8), torch.tensor([1, 2, 3]))
+    loss.backward(retain_graph=True)
+    want = head.weight.grad.clone()
+    with suppress(RuntimeError):  # where chunks are made again, so is what it is made of
+        loss.backward()
+        want *= 2
+    torch.testing.assert_close(head.weight.grad, want)
 
 
 def batch_with_loss(model):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from memory_accuracy import KINDS, SPEEDRUN, SPEEDRUN_TOWER, allocated, batch_for, shaped
 
+import heap
 import linear
 import memory
 import train
@@ -151,7 +152,7 @@ def test_what_is_freed_is_not_fetched_again():
 
 HOLES = """
 import torch, heap
-watch = heap.GiveBack(heap.keep_freed(torch.device("cpu")), heap.resident() + 200_000_000)
+watch = heap.GiveBack(heap.keep_freed(torch.device("cpu")), heap.resident() + 200_000_000, 0)
 kept = [torch.ones(2**18) for _ in range(800)][::2]  # of 800 MB every other one, so that no end of the heap is free
 before = heap.resident()
 x = torch.ones(1, requires_grad=True)
@@ -177,6 +178,22 @@ def test_above_its_limit_holes_go_back_to_the_system_forward_and_backward():
     (forward,), (held, backward) = (map(int, line.split()) for line in lines)
     assert forward > 300e6  # of 400
     assert abs(held) < 10e6 and backward > 200e6  # what is below the limit stays
+
+
+class Libc:
+    trims = 0
+
+    def malloc_trim(self, pad: int):
+        self.trims += 1
+
+
+@pytest.mark.skipif(not heap.STATM.exists(), reason="no Linux")
+def test_where_nothing_is_a_hole_the_limit_moves_up():
+    libc = Libc()
+    watch = heap.GiveBack(libc, limit=heap.resident() // 2, holes=100_000_000)
+    watch(torch.zeros(1))
+    watch(torch.zeros(1))
+    assert libc.trims == 1 and heap.resident() < watch.limit < heap.resident() + 200_000_000
 
 
 GROWN = """

@@ -85,7 +85,8 @@ def test_lengths_leave_out_the_padding():
 
 
 @pytest.mark.parametrize("steps", [1, 7])
-def test_update_norms_are_how_far_the_weights_moved(steps):
+def test_update_norms_are_how_far_the_weights_moved(monkeypatch, steps):
+    monkeypatch.setattr(meters, "PIECE", 100)
     torch.manual_seed(0)
     llava, args = model(), train.read_flags("", ["--stage", "2", "--lr", "1e-3", "--steps", "20"])
     train.choose_trainable(llava, args.train)
