@@ -3,9 +3,9 @@
 By itself glibc gives large blocks and the heap's end back to the system when they are freed, and fetches them again
 page by page: in each step of training the gradients of a vocabulary, in each answer the activations of the prompt. And
 it never gives back the holes that smaller blocks leave, though torch asks for aligned ones, which do not fit where one
-of the same size was, and though what alignment leaves over keeps neighbouring holes apart: in training they come to a
-third of what a step takes. So what is freed is kept, holes may grow together, and some of them are given back after
-all. Figures are in LOG.md.
+of the same size was, and though what alignment leaves over keeps neighbouring holes apart: in training they come to
+half of what a step takes. So what is freed is kept, holes may grow together, and if they become too many they are given
+back after all. Figures are in LOG.md.
 """
 
 import ctypes
@@ -87,10 +87,10 @@ class GiveBack:
 def limit_holes(model: nn.Module, device: torch.device, step: int):
     """Keep what is freed, within limits, when the model is ready to train.
 
-    Args: step: bytes that a step takes; two thirds of it may be lost to holes, and 150 MB in any case.
+    Args: step: bytes that a step takes; as many may be lost to holes, and 150 MB in any case.
     """
     if libc := keep_freed(device):
-        holes = max(step * 2 // 3, 150_000_000)
+        holes = max(step, 150_000_000)
         watch = GiveBack(libc, resident() + step + holes, holes)
         for decoder in (module for module in model.modules() if isinstance(module, Decoder)):
             decoder.watch = watch
