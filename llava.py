@@ -476,8 +476,8 @@ class Llava(nn.Module):
 
 class CrossEntropy(torch.autograd.Function):
     """torch's cross_entropy of logits (N, V) in float32, summed. But the gradient, the softmax less one at the target,
-    takes the place of the softmax's logarithms, where torch makes two more of that size. So it is made once only:
-    RuntimeError the second time."""
+    takes the place of the softmax's logarithms, where torch makes two more of that size. RuntimeError if it is asked
+    for twice."""
 
     @staticmethod
     def forward(ctx, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from contextlib import suppress
+from contextlib import nullcontext
 from itertools import combinations
 
 import pytest
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import linear
 import llava
 import memory
 from clip import CLIPVisionConfig
@@ -406,17 +407,20 @@ def test_the_loss_is_torchs_and_of_the_size_of_logits_there_are_two(tokens, dtyp
     assert peaks[0] < most + 40_000 and (tokens < 64 or peaks[1] > most + 0.4 * logits)
 
 
-@pytest.mark.parametrize("chunk", [2, 100])
-def test_the_gradient_of_a_loss_is_not_made_twice(monkeypatch, chunk):
-    monkeypatch.setattr(llava, "LOSS_CHUNK", chunk)
-    head = nn.Linear(8, 10)
-    loss = summed_cross_entropy(head, torch.randn(3, 8), torch.tensor([1, 2, 3]))
-    loss.backward(retain_graph=True)
-    want = head.weight.grad.clone()
-    with suppress(RuntimeError):  # where chunks are made again, so is what it is made of
-        loss.backward()
-        want *= 2
-    torch.testing.assert_close(head.weight.grad, want)
+@pytest.mark.parametrize("keeping", [nullcontext, linear.lean])
+def test_the_gradient_of_a_loss_is_made_twice_in_chunks_only(monkeypatch, keeping):
+    head, hidden, target = nn.Linear(8, 10), torch.randn(3, 8), torch.tensor([1, 2, 3])
+
+    def twice():
+        with keeping():
+            loss = summed_cross_entropy(head, hidden, target)
+        once = torch.autograd.grad(loss, head.weight, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(loss, head.weight), once)
+
+    with pytest.raises(RuntimeError, match=r"made before|modified by an inplace"):  # in lean() torch does not look
+        twice()
+    monkeypatch.setattr(llava, "LOSS_CHUNK", 2)  # what is made again is as new
+    twice()
 
 
 def batch_with_loss(model):
