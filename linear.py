@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 SHORT = 320  # positions
 FEW = 32  # rows
-LARGE = 1 << 18  # numbers in a matrix; a smaller one stays in the cache
+LARGE = 1 << 18  # numbers in a matrix, or in what it is multiplied by; a smaller one stays in the cache
 PIECES = 8
 EMULATED = torch.backends.cpu.get_cpu_capability() == "AVX2"  # such a CPU has no arithmetic in 16 bits
 CPUINFO = Path("/proc/cpuinfo")
@@ -175,7 +175,9 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
         return widened(x, weight, bias, dtype)
     if weight.dtype.itemsize > dtype.itemsize:  # autocast would round it, too, and keep that for the gradients
         weight = remade(lambda weight: weight.to(dtype), weight)
-    if cpu and rows > 1 and suits_onednn(x, weight) and not (learning and weight.requires_grad):
+    if cpu and rows > 1 and suits_onednn(x, weight):
+        if learning and weight.requires_grad:
+            return TrainedProduct.apply(x, weight, bias)
         if learning and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return FrozenProduct.apply(x, bias, lambda dtype: weight)
         return by_onednn(x, weight, bias)
@@ -186,19 +188,26 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 
 def suits_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether it is the faster way. Gradients of weights are no product of this form: MKL is as fast at them."""
-    large = weight.numel() >= LARGE and x.dtype == weight.dtype == torch.float32
-    return ONEDNN and large and arithmetic_of(x) == torch.float32
+    """Whether it is the faster way."""
+    large = weight.numel() >= LARGE or x.numel() >= LARGE
+    return ONEDNN and large and x.dtype == weight.dtype == arithmetic_of(x) == torch.float32
 
 
-@torch.library.custom_op("llava::by_onednn", mutates_args=())
 def by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """oneDNN's product, as an operator of ours, which the compiler calls as it is; of torch's it asks that the weight
-    be a constant, as in no model that is compiled a layer for all."""
+    """oneDNN's product, without gradients."""
+    if torch.compiler.is_compiling():
+        return opaque(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-@by_onednn.register_fake
+@torch.library.custom_op("llava::by_onednn", mutates_args=())
+def opaque(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The same as an operator of ours, which the compiler calls as it is; of torch's it asks that the weight be a
+    constant, as in no model that is compiled a layer for all. Each call takes 0.1 ms more."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@opaque.register_fake
 def shape_of_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
@@ -231,6 +240,26 @@ class FrozenProduct(torch.autograd.Function):
             product(gradient, ctx.make(gradient.dtype).T) if of_x else None,
             gradient.flatten(0, -2).sum(0) if of_bias else None,
             None,
+        )
+
+
+class TrainedProduct(torch.autograd.Function):
+    """x W^T + b, whose gradient of W is no product of that form: torch's own is the faster at it."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)  # (rows, N)
+        return (
+            product(gradient, weight.T) if of_x else None,
+            rows.T @ x.flatten(0, -2) if of_weight else None,
+            rows.sum(0) if of_bias else None,
         )
 
 

@@ -40,18 +40,21 @@ def test_few_rows_in_pieces_are_the_whole_product(rows, bias):
 
 
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch was built without oneDNN")
-@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("rows, wide", [(1, 512), (5, 512), (40, 512), (1400, 64)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_by_onednn_a_frozen_product_and_its_gradients_are_the_same(monkeypatch, rows, biased):
+@pytest.mark.parametrize("trained", [False, True])
+def test_by_onednn_a_product_and_its_gradients_are_the_same(monkeypatch, rows, wide, biased, trained):
     monkeypatch.setattr(linear, "ONEDNN", True)
     torch.manual_seed(0)
-    x, weight = torch.randn(3, rows, 512, requires_grad=True), torch.randn(1024, 512)
-    bias = torch.randn(1024, requires_grad=True) if biased else None
+    x = torch.randn(3, rows, wide, requires_grad=True)
+    weight = torch.randn(2 * wide, wide, requires_grad=trained)
+    bias = torch.randn(2 * wide, requires_grad=True) if biased else None
     with torch.no_grad():
         alone = linear.product(x, weight, bias)
     found = linear.product(x, weight, bias)
-    assert torch.equal(found, alone) and "FrozenProduct" in type(found.grad_fn).__name__
-    kept = [t for t in (x, bias) if t is not None]
+    way = "TrainedProduct" if trained else "FrozenProduct"
+    assert torch.equal(found, alone) and way in type(found.grad_fn).__name__
+    kept = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
     want = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-4)
     for got, exact in zip(torch.autograd.grad(found.sin().sum(), kept), torch.autograd.grad(want.sin().sum(), kept)):
