@@ -188,7 +188,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 
 def suits_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether it is the faster way."""
+    """Whether oneDNN is the faster one: in float32, and not for what is small on both sides."""
     large = weight.numel() >= LARGE or x.numel() >= LARGE
     return ONEDNN and large and x.dtype == weight.dtype == arithmetic_of(x) == torch.float32
 
@@ -244,7 +244,7 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class TrainedProduct(torch.autograd.Function):
-    """x W^T + b, whose gradient of W is no product of that form: torch's own is the faster at it."""
+    """x W^T + b, of a W that trains: its gradient is no product of that form, and MKL is as fast at it or faster."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
