@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from linear import Linear, attend, lean, normed, projected
-from schema import known
+from fast.linear import Linear, attend, lean, normed, projected
+from formats.schema import known
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)  # of CLIP's training pictures, RGB in 0..1
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
-# What each byte of each channel becomes, (3, 256): looked up, a picture is normalised five times as fast as computed.
+# What each byte of each channel becomes, (3, 256): looked up, a picture is normalized five times as fast as computed.
 # 1/255 is multiplied in float64, as transformers does: in float32 the last bit would differ.
 LEVELS = ((np.arange(256) * (1 / 255)).astype(np.float32) - MEAN[:, None]) / STD[:, None]
 
@@ -182,7 +182,7 @@ class CLIPVisionTransformer(nn.Module):
     def hidden_state(self, pixel_values: torch.Tensor, layer: int = -1) -> torch.Tensor:
         """Hidden state `layer` in Hugging Face's count: 0 is the pre-LN output, i + 1 the output of block i.
 
-        Args: pixel_values (B, 3, S, S), normalised by CLIP's mean and std; S must be the configured image size.
+        Args: pixel_values (B, 3, S, S), normalized by CLIP's mean and std; S must be the configured image size.
         Returns (B, 1 + P, C), class token first, without a final norm. Blocks after `layer` are never run.
         """
         side = self.config.image_size
@@ -256,9 +256,9 @@ class CLIPModel(nn.Module):
         self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))  # log of 1 / temperature
-        self.apply(self.initialise)
+        self.apply(self.initialize)
 
-    def initialise(self, module: nn.Module):
+    def initialize(self, module: nn.Module):
         """OpenAI's scales, simplified: width^-1/2 everywhere, the residual branches shrunk by depth."""
         depth = 2 * self.config.vision_config.num_hidden_layers
         if isinstance(module, nn.Linear):
@@ -312,17 +312,17 @@ def clip_loss(pictures: torch.Tensor, texts: torch.Tensor, logit_scale: torch.Te
 def preprocess(image: Image.Image, size: int) -> torch.Tensor:
     """CLIP's preprocessing of an RGB picture: (3, size, size) float32, bit-equal to CLIPImageProcessor (PIL backend).
 
-    The shorter side is resized to `size` (bicubic on bytes), the centre is cut out and normalised.
+    The shorter side is resized to `size` (bicubic on bytes), the center is cut out and normalized.
     """
     width, height = image.size
     short, long = min(width, height), max(width, height)
     other = int(size * long / short)
     new = (size, other) if width <= height else (other, size)
     left, top = (new[0] - size) // 2, (new[1] - size) // 2
-    return normalise(image.resize(new, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size)))
+    return normalize(image.resize(new, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size)))
 
 
-def normalise(image: Image.Image) -> torch.Tensor:
+def normalize(image: Image.Image) -> torch.Tensor:
     """The bytes of an RGB picture as 0..1, less MEAN, over STD: (3, H, W) float32."""
     rgb = np.asarray(image)  # (H, W, 3)
     pixels = np.empty((3, *rgb.shape[:2]), np.float32)

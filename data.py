@@ -1,6 +1,6 @@
 """From LLaVA's JSON to batches: pictures, samples, and a look at both.
 
-python data.py show a.json --model DIR                print a record, what is trained on in colour
+python data.py show a.json --model DIR                print a record, what is trained on in color
 python data.py check a.json b.json:2 --images DIR     everything that is wrong with a mixture; status 1 if anything is
 """
 
@@ -23,16 +23,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from anyres import Size, count_tokens, cut_tiles
-from clip import normalise, preprocess
-from configs import read_config
-from files import flush
-from images import BadImage, check_file, open_image, pad_to_square, resolve_inside, size_of
+from clip import normalize, preprocess
+from formats.configs import read_config
+from inputs.files import flush
+from inputs.images import BadImage, check_file, open_image, pad_to_square, resolve_inside, size_of
+from inputs.mixture import Source, open_sources
+from inputs.records import DataError, Fault, alone, cut_dialogue, images_of, read_records, turns_of
+from inputs.templates import TEMPLATES, render
+from inputs.tokenizer import Tokenizer
 from llava import IGNORE
-from mixture import Source, open_sources
-from records import DataError, Fault, alone, cut_dialogue, images_of, read_records, turns_of
-from templates import TEMPLATES, render
-from tokenizer import Tokenizer
+from variants.anyres import Size, count_tokens, cut_tiles
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pictures
@@ -58,15 +58,15 @@ def prepare_picture(image: Image.Image, config) -> Picture:
         pixels = image_pixels(image, vision.image_size, config.image_mode)
         return Picture(pixels[None], size, vision.num_patches)
     tiles = cut_tiles(image, pinpoints, vision.image_size)
-    pixels = torch.stack([normalise(tile) for tile in tiles])
+    pixels = torch.stack([normalize(tile) for tile in tiles])
     return Picture(pixels, size, count_tokens(size, pinpoints, vision.image_size, vision.patch_size))
 
 
 def image_pixels(image: Image.Image, size: int, mode: str) -> torch.Tensor:
-    """An RGB picture made square, `size` pixels a side: "pad" keeps all of it, "square" cuts out the centre."""
+    """An RGB picture made square, `size` pixels a side: "pad" keeps all of it, "square" cuts out the center."""
     if mode not in ("pad", "square"):
         raise ValueError(f"image mode {mode!r} is neither pad nor square")
-    return normalise(pad_to_square(image, size)) if mode == "pad" else preprocess(image, size)
+    return normalize(pad_to_square(image, size)) if mode == "pad" else preprocess(image, size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,7 +476,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(required=True)
-    add = commands.add_parser("show", help="print one record with what is trained on in colour")
+    add = commands.add_parser("show", help="print one record with what is trained on in color")
     add.set_defaults(run=show)
     add.add_argument("data", help="LLaVA's JSON")
     add.add_argument("--model", type=Path, required=True, help="folder of a model")

@@ -16,23 +16,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import answering
-import grader
-import heap
-import probes
-import runs
-from adapters import base_of, load_adapted
-from answering import Cost
-from files import to_json, write_json
-from images import BadImage
+from evaluation import answering, grader
+from evaluation.answering import Cost
+from evaluation.predictions import Item, load, read_predictions, shown
+from evaluation.submissions import server_format, write_submission
+from evaluation.tasks import TASKS, prompt_of, read_items, unpack_pictures
+from fast import heap
+from formats.adapters import base_of, load_adapted
+from formats.weights import DTYPES, choose_dtype
+from inputs.files import to_json, write_json
+from inputs.images import BadImage
+from inputs.records import SURROGATE, DataError
+from inputs.templates import TEMPLATES
 from llava import LlavaConfig
-from predictions import Item, load, read_predictions, shown
-from ranks import Ranks
-from records import SURROGATE, DataError
-from submissions import server_format, write_submission
-from tasks import TASKS, prompt_of, read_items, unpack_pictures
-from templates import TEMPLATES
-from weights import DTYPES, choose_dtype
+from training import runs
+from training.ranks import Ranks
+from world import probes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is asked
@@ -268,7 +267,7 @@ def read_flags() -> argparse.Namespace:
     add("--limit", type=int, help="only the first questions; of the probes, scenes per condition (100)")
     add("--suffix", help="what questions end with; default: LLaVA-1.5's for the task")
     add("--image-mode", choices=("pad", "square"), help="how pictures are made square; default: pad for benchmarks")
-    add("--blank", action="store_true", help="show mean-coloured pictures: what the language alone gives away")
+    add("--blank", action="store_true", help="show mean-colored pictures: what the language alone gives away")
     add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
     add("--submission", type=Path, metavar="FILE", help="also write what the benchmark's server takes")

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from anyres import Size, pack, tile_grid
 from clip import CLIPVisionConfig, CLIPVisionModel
-from linear import Linear, attend, attend_alone, lean, need_compiler, normed, prepare, projected
-from step import Step, as_graph, unguarded
-from tied import TiedEmbedding, TiedHead
+from fast.linear import Linear, attend, attend_alone, lean, need_compiler, normed, prepare, projected
+from fast.step import Step, as_graph, unguarded
+from fast.tied import TiedEmbedding, TiedHead
+from inputs.templates import IGNORE
+from variants.anyres import Size, pack, tile_grid
 
-IGNORE = -100  # the label of a token that is not trained on
 LOSS_CHUNK = 4096  # supervised tokens whose logits exist at one time
 
 
@@ -350,9 +350,9 @@ class CausalLM(nn.Module):
             self.lm_head = TiedHead(self.model.embed_tokens)
         else:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.apply(self.initialise)
+        self.apply(self.initialize)
 
-    def initialise(self, module: nn.Module):
+    def initialize(self, module: nn.Module):
         """Normal(width^-1/2), what writes into the residual stream shrunk by its depth. GPT-2's 0.02 is meant for its
         width: at 128 it leaves attention uniform for hundreds of steps (loss after 200 steps 0.80 against 0.55)."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -460,7 +460,7 @@ class Llava(nn.Module):
     ) -> torch.Tensor:
         """Summed cross-entropy (a float32 scalar) over the supervised tokens of a right-padded batch.
 
-        Args: input_ids, labels (B, T), labels IGNORE where nothing is learnt; pictures as pixel_values (N, 3, S, S) or
+        Args: input_ids, labels (B, T), labels IGNORE where nothing is learned; pictures as pixel_values (N, 3, S, S) or
         as vision_features (N, P, C) computed before, image_sizes as in embed. The caller divides by the number of
         supervised tokens, which only it knows over all micro-batches and ranks. Equation 3 of the LLaVA paper, before
         the mean.

@@ -77,12 +77,12 @@ def plain(weight: torch.Tensor, bias: nn.Parameter | None) -> nn.Linear:
 def weight_of(layer: LoRALinear | Base) -> torch.Tensor:
     """The weight (out, in) of a layer without its update, a copy."""
     base = layer.base if isinstance(layer, LoRALinear) else layer
-    return base.dequantise() if isinstance(base, NF4Linear) else base.weight.detach().clone()
+    return base.dequantize() if isinstance(base, NF4Linear) else base.weight.detach().clone()
 
 
-def scale_of(rank: int, alpha: float, rank_stabilised: bool = False) -> float:
-    """alpha / r; "rank-stabilised", alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732)."""
-    return alpha / (math.sqrt(rank) if rank_stabilised else rank)
+def scale_of(rank: int, alpha: float, rank_stabilized: bool = False) -> float:
+    """alpha / r; "rank-stabilized", alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732)."""
+    return alpha / (math.sqrt(rank) if rank_stabilized else rank)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -146,8 +146,8 @@ def merge(model: nn.Module):
 
 
 def main():
-    """Merge or quantise; what a user can mend ends in one line and status 1."""
-    import adapters  # which imports this file: here, where nothing else does
+    """Merge or quantize; what a user can mend ends in one line and status 1."""
+    from formats import adapters  # which imports this file: here, where nothing else does
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -159,15 +159,15 @@ def main():
     merging.add_argument("--vision", type=Path, help="CLIP's folder, for an adapter of LLaVA's authors on a decoder")
     bits = "4: onto the weights that four bits make of the base's, which is what QLoRA was trained on"
     merging.add_argument("--bits", type=int, choices=(4, 16), default=16, help=bits)
-    quantising = commands.add_parser("quantize", help="write a model with its decoder's layers in NF4")
+    quantizing = commands.add_parser("quantize", help="write a model with its decoder's layers in NF4")
     for name in ("source", "target"):
-        quantising.add_argument(name, type=Path)
+        quantizing.add_argument(name, type=Path)
     args = parser.parse_args()
     try:
         if args.command == "merge":
             adapters.merge_folder(args.base, args.adapter, args.out, args.bits, args.vision)
         else:
-            adapters.quantise_folder(args.source, args.target)
+            adapters.quantize_folder(args.source, args.target)
     except (ValueError, OSError) as error:
         sys.exit(f"lora.py: {error}")
 

@@ -2,7 +2,7 @@
 
 A matrix is cut into blocks of 64 numbers. A block is divided by its largest magnitude, its absmax, and every number
 becomes the nearest of 16 values: those that cut a normal distribution into equally likely parts, zero among them. Two
-codes share a byte. The absmax are put into 8 bits in the same way ("double quantisation"), in blocks of 256, so that a
+codes share a byte. The absmax are put into 8 bits in the same way ("double quantization"), in blocks of 256, so that a
 number takes 4 + 8 / 64 + 32 / (64 x 256) = 4.127 bits in all.
 
     W (out, in) --> codes: 4 bits each, absmax: 8 bits per 64 codes, absmax of the absmax: 32 bits per 16,384 codes
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from linear import FrozenProduct, arithmetic_of, narrowed, product
+from fast.linear import FrozenProduct, arithmetic_of, narrowed, product
 
 BLOCK, NESTED_BLOCK = 64, 256  # numbers that share an absmax; absmax that share one themselves
 CHUNK = 1 << 18  # numbers worked on at a time: they stay in the cache, and no matrix is ever whole in float32
@@ -69,17 +69,17 @@ def middles(values: torch.Tensor) -> torch.Tensor:
 # there and back
 
 
-def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed codes (ceil(N / 2), 1) uint8 and absmax (ceil(N / 64),) float32 of N numbers of any shape and float type.
 
     The first of two codes is the high half of its byte; an odd count is filled up with the code of zero.
     """
     flat = weight.detach().reshape(-1)
-    packed, absmax = zip(*(quantise_part(part) for part in flat.split(CHUNK)))
+    packed, absmax = zip(*(quantize_part(part) for part in flat.split(CHUNK)))
     return torch.cat(packed)[: (len(flat) + 1) // 2, None], torch.cat(absmax)
 
 
-def quantise_part(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_part(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of a part that begins where a block begins, flat; the last block is filled up with zeros."""
     ragged = len(part) % BLOCK
     x = F.pad(part.float(), (0, -len(part) % BLOCK)).view(-1, BLOCK)
@@ -92,7 +92,7 @@ def quantise_part(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (codes[:, 0] << 4 | codes[:, 1]).to(torch.uint8), absmax
 
 
-def dequantise(
+def dequantize(
     packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, ...], dtype=torch.float32, block: int = BLOCK
 ) -> torch.Tensor:
     """The numbers (shape) behind packed codes and their absmax, multiplied in float32 and rounded to `dtype`."""
@@ -110,11 +110,11 @@ def dequantise(
     return numbers.view(shape)
 
 
-def quantise_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Double quantisation: codes (N,) uint8, absmax of the absmax (ceil(N / 256),), and the mean taken off before.
+def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Double quantization: codes (N,) uint8, absmax of the absmax (ceil(N / 256),), and the mean taken off before.
 
     Rounds to the nearest value, as bitsandbytes does on a GPU. On a CPU it rounds through a table of 65,536 entries,
-    which puts one or two codes in a thousand on the neighbour; what a stored code stands for is the same everywhere.
+    which puts one or two codes in a thousand on the neighbor; what a stored code stands for is the same everywhere.
     """
     offset = absmax.mean()
     x = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
@@ -124,7 +124,7 @@ def quantise_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     return codes.flatten()[: len(absmax)].to(torch.uint8), nested, offset
 
 
-def dequantise_absmax(codes: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+def dequantize_absmax(codes: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """The absmax (N,) float32 behind their codes."""
     values = nested_code_book(codes.device).index_select(0, codes.int())
     return values * nested.repeat_interleave(NESTED_BLOCK)[: len(codes)] + offset
@@ -136,7 +136,7 @@ def dequantise_absmax(codes: torch.Tensor, nested: torch.Tensor, offset: torch.T
 
 def in_halves(packed: torch.Tensor, block: int) -> torch.Tensor:
     """The codes of each block in another order: the i-th byte holds those of the numbers i and i + block / 2, where it
-    held 2 i and 2 i + 1, so that a loop over its high halves, or low ones, goes through neighbours."""
+    held 2 i and 2 i + 1, so that a loop over its high halves, or low ones, goes through neighbors."""
     codes = torch.stack([packed >> 4, packed & 15], dim=-1).view(-1, 2, block // 2)
     return (codes[:, 0] << 4 | codes[:, 1]).view(-1, 1)
 
@@ -159,7 +159,7 @@ def looked_up(codes: torch.Tensor, bit: int, values: tuple[float, ...] = CODES) 
 
 
 def of_halves(halves: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, block: int):
-    """`dequantise` of codes that are `in_halves`, as one loop, which becomes that of the product they are for."""
+    """`dequantize` of codes that are `in_halves`, as one loop, which becomes that of the product they are for."""
     codes = halves.view(-1, 1, block // 2).int()
     numbers = torch.cat([looked_up(codes, 128), looked_up(codes, 8)], dim=1)  # (blocks, 2, block / 2)
     return (numbers * absmax[:, None, None]).to(dtype).view(shape)
@@ -186,11 +186,11 @@ class NF4Linear(nn.Module):
 
     @classmethod
     def of(cls, weight: torch.Tensor, double: bool = True) -> "NF4Linear":
-        """Quantise a weight (out, in)."""
-        packed, absmax = quantise(weight)
+        """Quantize a weight (out, in)."""
+        packed, absmax = quantize(weight)
         parts = {"weight": packed, "absmax": absmax}
         if double:
-            parts |= zip(("absmax", "nested_absmax", "nested_offset"), quantise_absmax(absmax))
+            parts |= zip(("absmax", "nested_absmax", "nested_offset"), quantize_absmax(absmax))
         return cls(parts, tuple(weight.shape), weight.dtype)
 
     @property
@@ -198,27 +198,27 @@ class NF4Linear(nn.Module):
         """The codes in bitsandbytes' order."""
         return in_pairs(self.weight, self.block) if self.halved else self.weight
 
-    def dequantise(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight (out, in) in the type it had, and then, if one is named, in another."""
         absmax, kept, shape = self.absmax, self.dtype, (self.out_features, self.in_features)
         if kept == torch.float32 and dtype is not None:
             kept = dtype  # which rounds once, as going through float32 would
         if hasattr(self, "nested_absmax"):
-            absmax = dequantise_absmax(absmax, self.nested_absmax, self.nested_offset)
+            absmax = dequantize_absmax(absmax, self.nested_absmax, self.nested_offset)
         if self.halved and torch.compiler.is_compiling():
             weight = of_halves(self.weight, absmax, shape, kept, self.block)
         else:
-            weight = dequantise(self.packed, absmax, shape, kept, self.block)
+            weight = dequantize(self.packed, absmax, shape, kept, self.block)
         return weight if dtype is None else weight.to(dtype)
 
     def before_compiling(self):
-        """Put the codes in the order for it, and undo the double quantisation: 0.37 bits more for each number, but of
+        """Put the codes in the order for it, and undo the double quantization: 0.37 bits more for each number, but of
         an absmax whose own is looked up torch 2.13's compiler makes wrong numbers."""
         if self.out_features * self.in_features % self.block:  # no decorator: it takes a second to import
             self.forward = torch.compiler.disable(self.forward)
             return
         if hasattr(self, "nested_absmax"):
-            absmax = dequantise_absmax(self.absmax, self.nested_absmax, self.nested_offset)
+            absmax = dequantize_absmax(self.absmax, self.nested_absmax, self.nested_offset)
             self.absmax = nn.Parameter(absmax, requires_grad=False)
             del self.nested_absmax, self.nested_offset
         if not self.halved:
@@ -231,11 +231,11 @@ class NF4Linear(nn.Module):
         elif torch.compiler.is_compiling():  # which would keep the weight, if it were not told not to
             y = checkpoint(self.product, x, use_reentrant=False)
         else:
-            y = FrozenProduct.apply(narrowed(x), None, self.dequantise)
+            y = FrozenProduct.apply(narrowed(x), None, self.dequantize)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        return product(narrowed(x), self.dequantise(arithmetic_of(x)))
+        return product(narrowed(x), self.dequantize(arithmetic_of(x)))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -243,10 +243,10 @@ class NF4Linear(nn.Module):
 
 def count_weights(module: nn.Module) -> int:
     """Numbers in the matrices and vectors of a module, however many bits each has."""
-    quantised = [part for part in module.modules() if isinstance(part, NF4Linear)]
-    packed = {id(p) for part in quantised for name, p in part.named_parameters() if name != "bias"}
+    quantized = [part for part in module.modules() if isinstance(part, NF4Linear)]
+    packed = {id(p) for part in quantized for name, p in part.named_parameters() if name != "bias"}
     whole = sum(p.numel() for p in module.parameters() if id(p) not in packed)  # a tied one once
-    return whole + sum(part.in_features * part.out_features for part in quantised)
+    return whole + sum(part.in_features * part.out_features for part in quantized)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,9 +283,9 @@ def read_state(name: str, kind: str, tensor: torch.Tensor) -> dict:
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         sound = False
     if not sound:
-        raise ValueError(f"{name}: its quantisation state cannot be read")
+        raise ValueError(f"{name}: its quantization state cannot be read")
     if kind != "nf4" or state.get("nested_blocksize", NESTED_BLOCK) != NESTED_BLOCK:
-        raise ValueError(f"{name} is quantised as {kind}, in blocks of {block}; only nf4 is read")
+        raise ValueError(f"{name} is quantized as {kind}, in blocks of {block}; only nf4 is read")
     return state | {"dtype": dtype}
 
 

@@ -1,7 +1,7 @@
 """Ask a model about a picture.
 
     python sample.py --image cat.jpg                           describe it
-    python sample.py --image cat.jpg --prompt "What colour?"   one question
+    python sample.py --image cat.jpg --prompt "What color?"   one question
     python sample.py --prompt "Hello"                          no picture; a decoder alone answers too
 
 On a terminal, without --prompt, it is a conversation. Standard output holds the answer and nothing else.
@@ -17,16 +17,16 @@ from pathlib import Path
 
 import torch
 
-import heap
-import runs
-from adapters import base_of, load_adapted
 from data import prepare_picture
-from images import BadImage, open_image
+from fast import heap
+from formats.adapters import base_of, load_adapted
+from formats.weights import DTYPES, choose_dtype
+from inputs.images import BadImage, open_image
+from inputs.templates import prompt_ids, stop_text
+from inputs.tokenizer import Tokenizer
 from llava import KVCache, Llava, compile_decoding, generate
-from ranks import choose_device
-from templates import prompt_ids, stop_text
-from tokenizer import Tokenizer
-from weights import DTYPES, choose_dtype
+from training import runs
+from training.ranks import choose_device
 
 DESCRIBE = "Describe the picture."
 

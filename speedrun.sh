@@ -7,4 +7,4 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source environment.sh plots
-exec python speedrun.py "$@"
+exec python -m world.speedrun "$@"

@@ -31,30 +31,25 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import heap
-import memory
-import meters
-import plots
-import recipes
-import runs
-import shapes
-import sharding
-from adapters import is_adapter, sample_weights, save_adapter
 from clip import CLIPEncoderLayer, save_clip
 from data import CaptionPairs, DataError, Records, Samples, Skips, collate, name_skipped, picture_faults, refuse_bad
-from files import publish, verify
-from flags import read_flags
-from images import BadImage
-from linear import need_compiler, prepare
+from fast import heap
+from fast.linear import need_compiler, prepare
+from formats.adapters import is_adapter, sample_weights, save_adapter
+from formats.weights import load_both, save_model
+from inputs.files import publish, verify
+from inputs.images import BadImage
+from inputs.mixture import Source, batches, check_mixing, counts_of, open_sources, order_of
+from inputs.templates import TEMPLATES, end_ids
+from inputs.tokenizer import Tokenizer, train_bpe
 from llava import IGNORE, DecoderLayer, Llava
 from lora import add_lora
-from mixture import Source, batches, check_mixing, counts_of, open_sources, order_of
 from nf4 import NF4Linear
-from ranks import Ranks, arithmetic, autocast
-from templates import TEMPLATES, end_ids
-from tokenizer import Tokenizer, train_bpe
-from towers import Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
-from weights import load_both, save_model
+from training import memory, meters, plots, recipes, runs, sharding
+from training.flags import read_flags
+from training.ranks import Ranks, arithmetic, autocast
+from training.towers import Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
+from world import shapes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
@@ -160,7 +155,7 @@ def ignore_signals(worker: int):
 def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: int, save, group: int = 1, held_out=None):
     """Train `model`, whose forward(**batch) is the summed loss of a batch, and publish it in the run's folder.
 
-    Args: save: writes the finished model into a folder. group: neighbours in the data that stay in one batch.
+    Args: save: writes the finished model into a folder. group: neighbors in the data that stay in one batch.
     held_out: a dataset whose loss is watched, or None.
     Raises ValueError if it cannot go on, naming the last good checkpoint; SystemExit when a signal ends it.
     """

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import shapes
 import train
-from linear import need_compiler
-from tokenizer import Tokenizer
-from weights import load_model, save_model
+from fast.linear import need_compiler
+from formats.weights import load_model, save_model
+from inputs.tokenizer import Tokenizer
+from world import shapes
 
 torch.set_num_threads(1)  # sums over more threads end in other bits, and results are compared bit by bit
 

@@ -1,0 +1,1 @@
+"""Our speed and memory beside the reference libraries, paired in one run; a tool that nothing imports."""

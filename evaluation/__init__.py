@@ -1,0 +1,1 @@
+"""Benchmarks: their files, how a question is asked, how an answer is scored; eval.py and world/ call it."""

@@ -1,0 +1,5 @@
+"""python -m formats inspect|convert, see weights.py."""
+
+from formats.weights import main
+
+main()

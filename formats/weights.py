@@ -1,0 +1,493 @@
+"""Checkpoints that people have: loaded strictly, and saved so that their tools load them.
+
+    python -m formats inspect DIR        what a folder holds, without loading it
+    python -m formats convert SRC DST    any of these as a folder of ours (which is also transformers')
+
+It reads CLIP (Hugging Face's and OpenAI's names), LLaMA and its relatives, GPT-2, llama2.c, LLaVA as transformers 4 and
+5 write it, and as its authors do. Every tensor of a file is used exactly once or is a known extra, every parameter is
+filled, every shape fits and every number is finite; or nothing is loaded, and one line says what differs.
+"""
+
+import argparse
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import nf4
+from clip import CLIPConfig, CLIPModel
+from formats.configs import config_to_json, read_config, write_processor
+from formats.layouts import (
+    CLIP_LAYOUTS,
+    EXTRAS,
+    LLAVA_LAYOUTS,
+    REST_OF_CLIP,
+    SAME,
+    Layout,
+    choose_layout,
+    gpt2,
+    is_extra,
+    llama,
+    match,
+    pattern_of,
+)
+from formats.tensors import NUMBERS, Lazy, find_llama2c, open_tensors, read_llama2c
+from inputs.files import publish, read_json, write_json
+from inputs.templates import TEMPLATES, end_ids
+from inputs.tokenizer import Tokenizer
+from llava import Llava, LlavaConfig
+
+MERGED = "merged.json"  # which adapters a model has in its weights
+SHARD_BYTES = 5_000_000_000  # of a file that is written; larger ones are unwieldy to copy
+FLOATS = {name: NUMBERS[name] for name in ("F32", "F16", "BF16", "F64")}  # in safetensors
+FLOATS |= {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}  # in torch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# filling a model
+
+
+def fill(
+    model: nn.Module,
+    tensors: dict[str, Lazy],
+    layouts: dict[str, Layout],
+    source: Path | str,
+    extras=(),
+    skip: str = "",
+    bits: int = 16,
+    copy: bool = True,
+    **to,
+):
+    """Give every parameter of `model` its tensor from the file; all names and shapes are checked before any is read.
+
+    Args: model: may be on the meta device. extras: names, in our spelling, that need no place. skip: a part of
+    the model, if any, that is filled from elsewhere. bits: 4 puts the decoder's layers into NF4. copy: see load_both.
+    to: device, dtype.
+    Raises ValueError with the first differences, and their likely cause.
+    """
+    wanted = {name: p for name, p in model.named_parameters() if not (skip and name.startswith(skip))}
+    layout = layouts[choose_layout(list(tensors), layouts)]
+    sources, wrong = {}, []
+    for name, lazy in tensors.items():
+        found = match(name, layout)
+        if is_extra(name, EXTRAS) or (found and all(is_extra(ours, extras) for ours in found[0])):
+            continue
+        if not found or not all(ours in wanted for ours in found[0]):
+            wrong.append(f"{name} not expected")
+            continue
+        if lazy.dtype not in FLOATS and (lazy.dtype != "NF4" or found[1] is not SAME):
+            wrong.append(f"{name} is {lazy.dtype}, should be {', '.join(list(FLOATS)[:4])}")
+        for ours, part in zip(found[0], found[1].split(torch.empty(lazy.shape, device="meta"))):
+            if ours in sources:
+                wrong.append(f"{name} given twice")
+            elif part.shape != wanted[ours].shape:
+                wrong.append(f"{name} is {tuple(part.shape)}, should be {tuple(wanted[ours].shape)}")
+        sources |= dict.fromkeys(found[0], name)
+    wrong = [f"{name} missing" for name in wanted if name not in sources] + wrong
+    if wrong:
+        raise ValueError(f"{source}: {len(wrong)} tensors differ: {'; '.join(wrong[:5])}{likely_cause(wrong)}")
+    for name in dict.fromkeys(sources.values()):
+        ours, change = match(name, layout)
+        tensor = tensors[name].read()
+        if isinstance(tensor, nf4.NF4Linear):
+            place(model, ours[0], tensor.to(to["device"]) if in_layers(ours[0]) else tensor.dequantize().to(**to))
+            continue
+        for target, part in zip(ours, change.split(tensor)):
+            small = bits == 4 and in_layers(target)  # quantized as it comes, so that no more than one is ever whole
+            part = part.to(to["device"]) if small else part.to(copy=copy, **to).contiguous()
+            # Here, for what fits into the file's dtype may not fit into this one. The extremes tell, for a NaN is both,
+            # and are found in a twentieth of the time of isfinite(part).
+            if part.numel() and not torch.stack(torch.aminmax(part)).isfinite().all():
+                raise ValueError(f"{source}: {name} holds numbers that are not finite in {to['dtype']}")
+            place(model, target, nf4.NF4Linear.of(part) if small else part)
+
+
+def in_layers(name: str) -> bool:
+    """Whether this is a matrix of the decoder's layers: those are in NF4, or can be, and nothing else."""
+    return name.startswith("language_model.model.layers.") and name.endswith("_proj.weight")
+
+
+class WithoutNumbers(TorchFunctionMode):
+    """Modules built within get no random numbers: they are filled anyway, and for tensors that are not there torch
+    draws them in Python, which takes two seconds to import."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
+def place(model: nn.Module, name: str, value: torch.Tensor | nf4.NF4Linear):
+    """Put a tensor where the parameter `name` is, or a layer where the one is whose weight that is."""
+    owner, _, leaf = name.rpartition(".")
+    if isinstance(value, nf4.NF4Linear):
+        value.bias = model.get_submodule(owner).bias
+        model.set_submodule(owner, value)
+    else:
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+
+
+def likely_cause(wrong: list[str]) -> str:
+    """What usually lies behind such differences; "" if nothing comes to mind."""
+    missing = [line.split()[0] for line in wrong if line.endswith(" missing")]
+    parts = {name.split(".")[0] for name in missing}
+    if missing == [HEAD]:
+        return ". If head and embedding are one tensor, its config.json lacks tie_word_embeddings"
+    if parts == {"vision_tower"}:
+        return ". It has no vision tower: name CLIP's folder with --vision"
+    if EMBEDDING in missing and parts <= {"vision_tower", "language_model"} and len(missing) == len(wrong):
+        return ". It has no decoder: name the decoder's folder with --llm" + ", CLIP's with --vision" * (len(parts) - 1)
+    if len(wrong) > 5 and not missing:
+        return ". The config.json belongs to a smaller model, or to a part of this one"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole models
+
+
+HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+
+
+def load_model(
+    folder: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    vision: Path | None = None,
+    llm: Path | None = None,
+    bits: int = 16,
+) -> Llava:
+    """A LLaVA, or a decoder alone, from any of the layouts; dtype None keeps the file's.
+
+    Args: vision: CLIP's folder, for a LLaVA whose files leave it out (liuhaotian/llava-v1.5-7b); llm: the decoder's,
+    for one that is a projector only (the release of its stage 1); bits: 4 keeps the matrices of the decoder's layers in
+    NF4. The model is built without memory and filled tensor by tensor, so the peak is the weights and the largest
+    tensor. Raises ValueError, in one line, naming the file and the first differing tensors.
+    """
+    config, tensors = open_model(Path(folder))
+    return build(config, tensors, Path(folder), device, dtype, vision, llm, bits)
+
+
+def load_both(
+    folder: str | Path, device: str, dtype: torch.dtype | None, bits: int = 16, copy: bool = True
+) -> tuple[Llava, Tokenizer]:
+    """A model and its tokenizer, which is read first: if it is missing, nobody waits for the weights to hear of it.
+
+    Args: copy: False leaves on a CPU what has its type already in the mapped file, which is to stay as it is for as
+    long; read when it is first used, that takes no time at all.
+    """
+    config, tensors = open_model(Path(folder))
+    tokenizer = load_tokenizer(folder, config)
+    return build(config, tensors, Path(folder), device, dtype, bits=bits, copy=copy), tokenizer
+
+
+def build(
+    config: LlavaConfig,
+    tensors: dict[str, Lazy],
+    folder: Path,
+    device: str,
+    dtype: torch.dtype | None,
+    vision: Path | None = None,
+    llm: Path | None = None,
+    bits: int = 16,
+    copy: bool = True,
+) -> Llava:
+    """The model of what open_model found; for the arguments see load_model and load_both."""
+    if vision is not None and config.vision_config is None:
+        raise ValueError(f"{folder}: a decoder alone; --vision and --llm of train.py make a LLaVA of it")
+    if llm is not None:
+        tensors = join_decoder(tensors, folder, llm)
+    dtype = dtype or usual_dtype(tensors)
+    with torch.device("meta"), WithoutNumbers():
+        model = Llava(config)
+    tied = config.text_config.tie_word_embeddings
+    extras = (HEAD,) if tied else ()
+    if vision is not None:
+        load_tower(model, vision, device, dtype)
+    skip = "" if vision is None else "vision_tower."
+    source = folder if llm is None else f"{folder} with {llm}"
+    fill(model, tensors, LLAVA_LAYOUTS, source, extras, skip, bits, copy, device=device, dtype=dtype)
+    if tied:
+        model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
+        check_head(tensors, source)
+    return model.eval()
+
+
+def placed(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
+    """The tensors of a file that have a place in a LLaVA, under our names; q, k and v in one under that of q."""
+    layout = LLAVA_LAYOUTS[choose_layout(list(tensors), LLAVA_LAYOUTS)]
+    return {found[0][0]: lazy for name, lazy in tensors.items() if (found := match(name, layout))}
+
+
+def join_decoder(tensors: dict[str, Lazy], folder: Path, llm: Path) -> dict[str, Lazy]:
+    """The tensors of a projector, and those of its decoder. Raises ValueError if there is a decoder already."""
+    if any(name.startswith("language_model.") for name in placed(tensors)):
+        raise ValueError(f"{folder}: has a decoder; --llm is for what has none")
+    return open_tensors(llm) | tensors
+
+
+def usual_dtype(tensors: dict[str, Lazy]) -> torch.dtype:
+    """What most of the parameters are in; of tables that a file holds besides, the dtype says nothing."""
+    sizes = Counter()
+    for lazy in placed(tensors).values():
+        if lazy.dtype != "NF4":
+            sizes[FLOATS.get(lazy.dtype, torch.float32)] += math.prod(lazy.shape)  # others are refused by fill
+    return max(sizes, key=sizes.get, default=torch.float32)
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def choose_dtype(name: str, device: str) -> torch.dtype:
+    """What to answer in: the named dtype, or of "auto" bfloat16 on a GPU that has it and float32 elsewhere."""
+    if name == "auto":
+        name = "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
+    return getattr(torch, name)
+
+
+def open_model(folder: Path) -> tuple[LlavaConfig, dict[str, Lazy]]:
+    """A model's description and its tensors, none of them read yet."""
+    if llama2c := find_llama2c(folder):
+        return read_llama2c(llama2c)
+    return read_config(folder), open_tensors(folder)
+
+
+def check_head(tensors: dict[str, Lazy], source: Path | str):
+    """A file may hold the head of a tied model once more, but not another one. Raises ValueError."""
+    found = placed(tensors)
+    if any(found[name].dtype == "NF4" for name in (HEAD, EMBEDDING) if name in found):
+        raise ValueError(f"{source}: its head or embedding is in four bits, and the two are one")
+    if HEAD in found and not torch.equal(found[HEAD].read(), found[EMBEDDING].read()):
+        raise ValueError(f"{source}: config.json ties head and embedding, but the file holds two different ones")
+
+
+def load_tower(model: Llava, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    """Fill the vision tower of `model` from a CLIP, whole or only its vision part, under HF's or OpenAI's names."""
+    fill(model.vision_tower, open_tensors(folder), CLIP_LAYOUTS, folder, REST_OF_CLIP, device=device, dtype=dtype)
+
+
+def load_clip(folder: str | Path) -> CLIPModel:
+    """A whole CLIP, text tower included, for comparing pictures with texts."""
+    folder = Path(folder)
+    with torch.device("meta"), WithoutNumbers():
+        model = CLIPModel(CLIPConfig.from_dict(read_json(folder / "config.json")))
+    fill(model, open_tensors(folder), CLIP_LAYOUTS, folder, device="cpu", dtype=torch.float32)
+    return model.eval()
+
+
+def load_tokenizer(folder: str | Path, config: LlavaConfig) -> Tokenizer:
+    """The folder's tokenizer, and what each of it and the config has to know of the other.
+
+    The picture's token gets the id that the config gives it, and is <image> from now on, whatever it was called; and
+    what ends an answer in the config's template ends it. Raises ValueError where they contradict each other.
+    """
+    tokenizer = Tokenizer.load(folder)
+    index, names = config.image_token_index, {i: name for name, i in tokenizer.specials.items()}
+    if config.vision_config is not None:
+        if index <= tokenizer.codec.highest_id and index not in names:
+            raise ValueError(f"{folder}: image_token_index of config.json, {index}, is an ordinary token")
+        name = names.get(index, "<image>")
+        if name in [tokenizer.roles.get(role) for role in ("bos", "eos", "pad")]:
+            raise ValueError(f"{folder}: image_token_index of config.json, {index}, is the token {name}")
+        if tokenizer.specials.get("<image>", index) != index:
+            raise ValueError(f"{folder}: <image> is {tokenizer.specials['<image>']}, but config.json says {index}")
+        tokenizer.specials.pop(name, None)
+        tokenizer.specials["<image>"], tokenizer.roles["image"] = index, "<image>"
+    roles = [tokenizer.roles.get(role) for role in ("image", "pad")]  # may be added, or are never looked up
+    used = [i for name, i in tokenizer.specials.items() if name not in roles]
+    if max(tokenizer.codec.highest_id, *used) >= config.text_config.vocab_size:
+        rows = config.text_config.vocab_size
+        raise ValueError(f"{folder}: its tokenizer has ids up to {tokenizer.vocab_size - 1}, its embedding {rows} rows")
+    config.eos_token_ids = sorted({*config.eos_token_ids, *end_ids(config.template, tokenizer)})
+    return tokenizer
+
+
+@torch.no_grad()
+def grow_vocabulary(model: Llava, size: int):
+    """Make room for `size` ids, in steps of 64; new rows are the mean of the old, so they are never the likeliest."""
+    text = model.config.text_config
+    if size <= text.vocab_size:
+        return
+    new = -(-size // 64) * 64 - text.vocab_size
+    embedding, head = model.language_model.model.embed_tokens, model.language_model.lm_head
+    for module in (embedding, head):
+        rows = module.weight.float().mean(0, keepdim=True).expand(new, -1).to(module.weight.dtype)
+        module.weight = nn.Parameter(torch.cat([module.weight, rows]))
+    if text.tie_word_embeddings:
+        head.weight = embedding.weight
+    text.vocab_size += new
+    embedding.num_embeddings = head.out_features = text.vocab_size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
+
+
+def save_model(model: Llava, folder: str | Path, weights: dict[str, torch.Tensor] | None = None):
+    """Write config.json and model.safetensors (in shards, if large) as transformers' own classes load them.
+
+    A LLaVA of the LLaMA family with the mlp2x_gelu projector is a LlavaForConditionalGeneration, a decoder alone a
+    LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or GPT2LMHeadModel.
+
+    Args: weights: what its parameters are, by name, where the model itself holds them narrowed or in slices.
+    """
+    folder, config = Path(folder), model.config
+    weights = model.state_dict() if weights is None else weights
+    state = {key: value.detach().contiguous() for key, value in weights.items()}
+    quantized = quantized_state(model, state)
+    if config.text_config.tie_word_embeddings:
+        state.pop(HEAD, None)  # the same tensor as the embedding; stored once
+    if config.vision_config is None:
+        state = rename_back(state, gpt2("transformer.") if config.text_config.gpt2 else llama("model.", ""))
+    write_shards(state, folder)
+    write_json(folder / "config.json", config_to_json(config) | quantized)
+    ends = {"eos_token_id": config.eos_token_ids, "pad_token_id": config.pad_token_id}
+    write_json(folder / "generation_config.json", ends)
+    if config.vision_config is not None:
+        write_processor(config, folder)
+
+
+def publish_model(model: Llava, tokenizer: Tokenizer, target: Path, merged: list[str]):
+    """Make a model's folder appear whole. Args: merged: hashes of the adapters that it has in its weights."""
+
+    def write(folder: Path):
+        save_model(model, folder)
+        tokenizer.save(folder)
+        if merged:
+            write_json(folder / MERGED, {"adapters": merged})
+
+    publish(target, write)
+
+
+def merged_into(folder: Path) -> list[str]:
+    """Hashes of the adapters that a model has in its weights."""
+    return read_json(folder / MERGED).get("adapters", []) if (folder / MERGED).exists() else []
+
+
+def quantized_state(model: Llava, state: dict[str, torch.Tensor]) -> dict:
+    """Put what bitsandbytes writes of a layer in NF4 in the place of ours, and return what config.json says of it."""
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, nf4.NF4Linear)}
+    if not layers:
+        return {}
+    if model.config.text_config.gpt2:
+        raise ValueError("a GPT-2 cannot be written in four bits: its files hold q, k and v in one")
+    for path, layer in layers.items():
+        for name, _ in layer.named_parameters():
+            if name != "bias":
+                state.pop(f"{path}.{name}")
+        state |= nf4.to_files(f"{path}.weight", layer)
+    values = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
+    values |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}
+    values |= {"bnb_4bit_use_double_quant": all(hasattr(layer, "nested_absmax") for layer in layers.values())}
+    values |= {"bnb_4bit_compute_dtype": str(model.dtype).removeprefix("torch.")}
+    values |= {"llm_int8_skip_modules": ["vision_tower", "multi_modal_projector", "lm_head"]}
+    return {"quantization_config": values}
+
+
+def rename_back(state: dict[str, torch.Tensor], layout: Layout) -> dict[str, torch.Tensor]:
+    """The same tensors under the names of a layout, parts joined."""
+    renamed = {}
+    for theirs, ours, change in layout:
+        pattern = pattern_of(ours[0])
+        for found in filter(None, map(pattern.fullmatch, state)):
+            parts = tuple(state[name.format(**found.groupdict())] for name in ours)
+            renamed[theirs.format(**found.groupdict())] = change.join(parts).contiguous()
+    return renamed
+
+
+def write_shards(state: dict[str, torch.Tensor], folder: Path):
+    """model.safetensors; or model-00001-of-00003.safetensors and so on, with an index."""
+    shards, size = [{}], 0
+    for name, tensor in state.items():
+        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    where = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in state.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
+
+
+def inspect(folder: Path):
+    """Print what a folder holds: layout, geometry, parameters, dtype, template, memory per precision."""
+    tensors = open_model(folder)[1] if find_llama2c(folder) else open_tensors(folder)
+    layouts = LLAVA_LAYOUTS | CLIP_LAYOUTS
+    name = choose_layout(list(tensors), layouts)
+    placed = sum(match(key, layouts[name]) is not None or is_extra(key, EXTRAS) for key in tensors)
+    count = sum(math.prod(lazy.shape) for lazy in tensors.values())
+    dtypes = Counter(lazy.dtype for lazy in tensors.values())
+    rows = {"layout": name, "tensors": f"{len(tensors)}, of which {placed} are known to this layout"}
+    rows |= {"parameters": f"{count:,}", "dtype": ", ".join(f"{dtype} ({n})" for dtype, n in dtypes.most_common())}
+    sizes = {"float32": 4, "bfloat16": 2, "8-bit": 1, "4-bit": 0.5}
+    rows["memory"] = ", ".join(f"{size * count / 1e9:.2f} GB as {dtype}" for dtype, size in sizes.items())
+    if name in LLAVA_LAYOUTS and ((folder / "config.json").exists() or find_llama2c(folder)):
+        config, _ = open_model(folder)
+        text, vision = config.text_config, config.vision_config
+        rows["decoder"] = (
+            f"{text.model_type}, width {text.hidden_size}, {text.num_hidden_layers} layers, {text.num_attention_heads} "
+            f"heads ({text.num_key_value_heads} of keys and values), vocabulary {text.vocab_size:,}, "
+            f"context {text.max_position_embeddings:,}"
+        )
+        if vision is not None:
+            rows["vision tower"] = (
+                f"width {vision.hidden_size}, {vision.num_hidden_layers} layers, pictures of {vision.image_size} "
+                f"pixels in {vision.num_patches} patches; projector {config.projector_type}"
+            )
+        rows["template"] = config.template
+    for key, value in rows.items():
+        print(f"{key:<14}{value}")
+
+
+def convert(source: Path, target: Path, vision: Path | None, llm: Path | None, template: str | None):
+    """Any model as a folder of ours, in its own dtype."""
+    if target.exists():
+        raise ValueError(f"{target}: exists already")
+    config, tensors = open_model(source)
+    config.template = template or config.template
+    tokenizer = load_tokenizer(llm or source, config)
+    model = build(config, tensors, source, "cpu", None, vision, llm)
+    if config.vision_config is not None:
+        grow_vocabulary(model, tokenizer.vocab_size)
+
+    publish_model(model, tokenizer, target, merged_into(source))
+
+
+def main():
+    """Inspect or convert; what a user can mend ends in one line and status 1."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    look = commands.add_parser("inspect", help="print what a folder or file holds, without loading it")
+    look.add_argument("folder", type=Path)
+    change = commands.add_parser("convert", help="write a folder of ours, which transformers loads too")
+    change.add_argument("source", type=Path)
+    change.add_argument("target", type=Path)
+    change.add_argument("--vision", type=Path, help="CLIP's folder, for a LLaVA whose files leave it out")
+    change.add_argument("--llm", type=Path, help="the decoder's folder, for one that is only a projector")
+    change.add_argument("--template", choices=TEMPLATES, help="the conversation template, if the folder's is not right")
+    args = parser.parse_args()
+    try:
+        if args.command == "inspect":
+            inspect(args.folder)
+        else:
+            convert(args.source, args.target, args.vision, args.llm, args.template)
+    except (ValueError, OSError) as error:
+        sys.exit(f"formats: {error}")

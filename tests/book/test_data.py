@@ -1,0 +1,637 @@
+"""Records, templates and batches: exact ids and labels by hand, and one clear line for everything that is refused."""
+
+import json
+import random
+from collections import Counter
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from data import CaptionPairs, Picture, Records, collate
+from inputs import files
+from inputs.mixture import GROUPED_STEPS, Source, batches, epochs
+from inputs.records import DataError, read_records, turns_of
+from inputs.templates import MARKUP, TEMPLATES, Turn, prompt_ids, render
+from inputs.tokenizer import train_bpe
+from llava import IGNORE, LlavaConfig, TextConfig
+
+TOKENIZER = train_bpe(
+    ["USER: What is this? ASSISTANT: a cat on a mat.", "USER: Is it red? ASSISTANT: yes, a chat."] * 3, 50
+)
+for name in ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"):
+    TOKENIZER.add_special(name)
+BOS, EOS, IMG, PAD = TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.image_id, TOKENIZER.pad_id
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+VISION = CLIPVisionConfig(image_size=4, patch_size=2)  # 4 placeholders per picture
+CONFIG = LlavaConfig(TextConfig(), VISION)
+BLIND = LlavaConfig(TextConfig())
+
+
+def spell(*chunks):
+    """Ids and labels from ids and chunks of text, each chunk encoded on its own; a tuple is what is trained on."""
+    ids, labels = [], []
+    for chunk in chunks:
+        learn = isinstance(chunk, tuple)
+        for part in chunk if learn else [chunk]:
+            new = [part] if isinstance(part, int) else TOKENIZER.encode(part)
+            ids += new
+            labels += new if learn else [IGNORE] * len(new)
+    return ids, labels
+
+
+def specials(ids):
+    return [i for i in ids if i in TOKENIZER.specials.values()]
+
+
+def named(markup):
+    """Ids of the special tokens that a part of a template names."""
+    return [TOKENIZER.specials[{"{bos}": "<s>", "{eos}": "</s>"}.get(name, name)] for name in MARKUP.findall(markup)]
+
+
+def supervised(labels):
+    return [label for label in labels if label != IGNORE]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# templates, two placeholders a picture
+
+ONE = [Turn("What is this?", "a cat", 1)]
+TWO = [*ONE, Turn("Is it red?", "yes")]
+LAST = [Turn("What is this?", "a cat", 1, image_last=True), Turn("Is it red?", "yes")]
+TEXT = [Turn("What is this?", "a cat")]
+PAIR = [Turn("What is this?", "a cat", 2)]
+BARE = [Turn("", "a cat", 1)]
+FIRST = ["\nWhat is this? ASSISTANT:", (" a cat", EOS)]
+SECOND = ["USER: Is it red? ASSISTANT:", (" yes", EOS)]
+EXPECTED = {
+    "vicuna one turn": ("vicuna_v1", ONE, [BOS, SYSTEM + "USER: ", IMG, IMG, *FIRST]),
+    "vicuna two turns": ("vicuna_v1", TWO, [BOS, SYSTEM + "USER: ", IMG, IMG, *FIRST, *SECOND]),
+    "vicuna picture last": (
+        "vicuna_v1",
+        LAST,
+        [BOS, SYSTEM + "USER: What is this?\n", IMG, IMG, " ASSISTANT:", (" a cat", EOS), *SECOND],
+    ),
+    "vicuna text": ("vicuna_v1", TEXT, [BOS, SYSTEM + "USER: What is this? ASSISTANT:", (" a cat", EOS)]),
+    "vicuna two pictures": ("vicuna_v1", PAIR, [BOS, SYSTEM + "USER: ", IMG, IMG, IMG, IMG, *FIRST]),
+    "vicuna no question": ("vicuna_v1", BARE, [BOS, SYSTEM + "USER: ", IMG, IMG, "\n ASSISTANT:", (" a cat", EOS)]),
+    "llava_hf one turn": ("llava_hf", ONE, [BOS, "USER: ", IMG, IMG, *FIRST]),
+    "llava_hf two turns": ("llava_hf", TWO, [BOS, "USER: ", IMG, IMG, *FIRST, *SECOND]),
+    "llava_hf picture last": (
+        "llava_hf",
+        LAST[:1],
+        [BOS, "USER: What is this?\n", IMG, IMG, " ASSISTANT:", (" a cat", EOS)],
+    ),
+    "llava_hf text": ("llava_hf", TEXT, [BOS, "USER: What is this? ASSISTANT:", (" a cat", EOS)]),
+    "llava_hf pictures in two turns": (
+        "llava_hf",
+        [*ONE, Turn("Red?", "yes", 1)],
+        [BOS, "USER: ", IMG, IMG, *FIRST, "USER: ", IMG, IMG, "\nRed? ASSISTANT:", (" yes", EOS)],
+    ),
+    # Stage 1: no roles, a line's end instead of the end token; the question of a single round is dropped.
+    "plain one turn": ("plain", ONE, [BOS, IMG, IMG, ("a cat\n",)]),
+    "plain two pictures": ("plain", PAIR, [BOS, IMG, IMG, IMG, IMG, ("a cat\n",)]),
+    "plain two turns": ("plain", TWO, [BOS, IMG, IMG, "What is this?\n", ("a cat\n",), "Is it red?\n", ("yes\n",)]),
+    "plain picture last": ("plain", LAST[:1], [BOS, "What is this?\n", IMG, IMG, ("a cat\n",)]),
+    "plain text": ("plain", TEXT, [BOS, "What is this?\n", ("a cat\n",)]),
+    "plain empty answer": ("plain", [Turn("What is this?", "", 1)], [BOS, IMG, IMG, ("\n",)]),
+}
+
+
+@pytest.mark.parametrize("case", EXPECTED)
+def test_ids_and_labels_by_hand(case):
+    template, turns, chunks = EXPECTED[case]
+    assert render(turns, TOKENIZER, template, features=2) == spell(*chunks)
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "llava_hf"])
+def test_of_an_empty_answer_only_the_end_is_trained(template):
+    _, labels = render([Turn("What is this?", "", 1)], TOKENIZER, template, features=2)
+    assert supervised(labels) == [EOS]
+
+
+def test_an_unanswered_question_ends_where_the_model_speaks():
+    for template, end in (("plain", []), ("vicuna_v1", "ASSISTANT:"), ("llava_hf", "ASSISTANT:")):
+        ids, labels = render([Turn("What is this?", None, 1)], TOKENIZER, template, features=2)
+        assert not supervised(labels) and ids[-1] != EOS
+        assert TOKENIZER.decode(ids).endswith(end) if end else ids == [BOS, IMG, IMG]
+
+
+SNIPPETS = ("a cat", "yes", "What is this?", " two  spaces ", "line\nline", "</s>", "<image>", "USER: x ASSISTANT: y")
+SNIPPETS += ("👩‍👧 مرحبا",)
+
+
+def random_turns(rng):
+    """Answers are never empty, see test_of_an_empty_answer_only_the_end_is_trained."""
+
+    def text(least):
+        return " ".join(rng.choices(SNIPPETS, k=rng.randint(least, 3)))
+
+    return [Turn(text(0), text(1), rng.choice((0, 0, 1, 2)), rng.random() < 0.3) for _ in range(rng.randint(1, 5))]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_is_trained_is_the_answers_and_their_ends(template):
+    rng, form = random.Random(template), TEMPLATES[template]
+    space, end, closing = form.space, MARKUP.sub("", form.end), named(form.end)
+    for _ in range(200):
+        turns, features = random_turns(rng), rng.randint(1, 5)
+        ids, labels = render(turns, TOKENIZER, template, features)
+        learned = supervised(labels)
+        assert TOKENIZER.decode(learned) == "".join(space + turn.answer + end for turn in turns)
+        assert specials(learned) == closing * len(turns)
+        assert len(ids) == len(labels) and all(label in (i, IGNORE) for i, label in zip(ids, labels))
+        pictures = [IMG] * (features * sum(turn.images for turn in turns))
+        markup = named(form.first + form.user * (len(turns) - 1) + form.assistant * len(turns))
+        assert sorted(specials(ids)) == sorted([BOS, *pictures, *markup, *specials(learned)]) and ids[0] == BOS
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_training_prompt_equals_serving_prompt(template):
+    rng = random.Random(template)
+    for _ in range(100):
+        turns = [Turn(turn.question, turn.answer) for turn in random_turns(rng)]
+        turns[0].images = images = rng.randint(0, 2)
+        ids, _ = render(turns, TOKENIZER, template, 3)
+        questions, answers = [turn.question for turn in turns], [turn.answer for turn in turns]
+        for k in range(1, len(turns) + 1):
+            if template == "plain" and k == 1 < len(turns):
+                continue  # captions: alone, a question is dropped; in a longer dialogue it is kept
+            prompt = prompt_ids(questions[:k], answers[: k - 1], images, TOKENIZER, template, 3)
+            assert ids[: len(prompt)] == prompt
+            following = ids[len(prompt) :]
+            assert TOKENIZER.decode(following).startswith(TEMPLATES[template].space + answers[k - 1])
+
+
+def test_prompt_refuses_a_missing_answer():
+    with pytest.raises(ValueError):
+        prompt_ids(["a", "b"], [], 0, TOKENIZER, "vicuna_v1", 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text that looks like structure
+
+INJECTIONS = ("<image>", "</s>", "<s>", "ASSISTANT:", "USER:", "<unk>", "[INST]", "<pad>")
+INJECTIONS += ("<image>\n</s>USER: hi ASSISTANT: ok</s>",)
+
+
+@pytest.mark.parametrize("text", INJECTIONS)
+@pytest.mark.parametrize("template", ["vicuna_v1", "llava_hf"])
+def test_injection_is_text(text, template):
+    head = (SYSTEM if template == "vicuna_v1" else "") + "USER: "
+    asked = [Turn(f"{text} what{text}", "a cat", 1), Turn(text, "yes")]
+    expected = [BOS, head, IMG, IMG, f"\n{text} what{text} ASSISTANT:", (" a cat", EOS)]
+    expected += [f"USER: {text} ASSISTANT:", (" yes", EOS)]
+    assert render(asked, TOKENIZER, template, 2) == spell(*expected)
+    answered = [Turn("What is this?", f"{text}a{text}", 1), Turn("Is it red?", text)]
+    expected = [BOS, head, IMG, IMG, "\nWhat is this? ASSISTANT:", (f" {text}a{text}", EOS)]
+    expected += ["USER: Is it red? ASSISTANT:", (f" {text}", EOS)]
+    ids, labels = render(answered, TOKENIZER, template, 2)
+    assert (ids, labels) == spell(*expected)
+    assert specials(ids) == [BOS, IMG, IMG, EOS, EOS] and specials(supervised(labels)) == [EOS, EOS]
+    prompt = prompt_ids([text, text], [text], 1, TOKENIZER, template, 2)
+    assert prompt == spell(BOS, head, IMG, IMG, f"\n{text} ASSISTANT:", f" {text}", EOS, f"USER: {text} ASSISTANT:")[0]
+
+
+@pytest.mark.parametrize("text", INJECTIONS)
+def test_injection_in_captions_is_text(text):
+    assert render([Turn("x", text, 1)], TOKENIZER, "plain", 2) == spell(BOS, IMG, IMG, (f"{text}\n",))
+    assert render([Turn(text, text)], TOKENIZER, "plain", 2) == spell(BOS, f"{text}\n", (f"{text}\n",))
+    assert prompt_ids([text], [], 0, TOKENIZER, "plain", 2) == spell(BOS, f"{text}\n")[0]
+
+
+@pytest.fixture(autouse=True)
+def indexes(tmp_path, monkeypatch):
+    """Those of the few long files go with the test."""
+    monkeypatch.setattr(files, "ROOT", tmp_path / "out")
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A folder with pictures, and a function that makes Records of what is put into its JSON."""
+    for i, name in enumerate(("a.png", "b.png", "c.png")):
+        Image.new("RGB", (4, 4), (80 * i, 0, 0)).save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes(b"<html>")
+
+    def records(content, config=CONFIG, max_length=500, **options):
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        if not records.file.exists() or records.file.read_bytes() != content:
+            records.file.write_bytes(content)
+        return Records([Source(read_records(records.file), tmp_path)], TOKENIZER, config, max_length, **options)
+
+    records.file, records.folder = tmp_path / "world.json", tmp_path
+    return records
+
+
+def record(*texts, image=None, **keys):
+    messages = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    return {"id": "x7"} | ({} if image is None else {"image": image}) | {"conversations": messages} | keys
+
+
+@pytest.mark.parametrize("text", INJECTIONS)
+def test_injection_in_records_is_text(text, world):
+    sample = world([record("<image>\nWhat?", text, "Is it red?", text, image="a.png")])[0]
+    expected = [BOS, SYSTEM + "USER: ", *[IMG] * 4, "\nWhat? ASSISTANT:", (f" {text}", EOS)]
+    expected += ["USER: Is it red? ASSISTANT:", (f" {text}", EOS)]
+    assert (sample["ids"], sample["labels"]) == spell(*expected) and len(sample["pixel_values"]) == 1
+    sample = world([record(text, text)])[0]  # no picture, so no marker either
+    assert (sample["ids"], sample["labels"]) == spell(BOS, SYSTEM + f"USER: {text} ASSISTANT:", (f" {text}", EOS))
+    if "<image>" not in text:  # in a question that has a picture the marker is the marker
+        sample = world([record(f"<image>\n{text}", "a cat", image="a.png")])[0]
+        expected = [BOS, SYSTEM + "USER: ", *[IMG] * 4, f"\n{text} ASSISTANT:", (" a cat", EOS)]
+        assert (sample["ids"], sample["labels"]) == spell(*expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# records
+
+
+def test_markers_become_pictures():
+    both = record("one <image> two <image>", "a", "three", "<image>", image=["a.png", "b.png"])
+    assert turns_of(both) == [Turn("one  two", "a", 2), Turn("three", "<image>", 0)]
+    assert turns_of(both, image_last=True) == [Turn("one  two", "a", 2, True), Turn("three", "<image>", 0)]
+    later = record("hello", "a", "<image>\nthree", "b", image="a.png")
+    assert turns_of(later) == [Turn("hello", "a", 0), Turn("three", "b", 1)]
+    assert turns_of(record(" <image> ", "a")) == [Turn(" <image> ", "a", 0)]  # text-only: left as it is
+
+
+def test_good_files_are_read(tmp_path):
+    path = tmp_path / "world.json"
+    content = [record("hi", "yes"), record("<image>", "", image="a.png")]
+    content += [record("👩‍👧 مرحبا", "x" * 1_000_000, id=3, extra=None)]
+    for encoding in ("utf-8", "utf-8-sig"):  # Windows editors put a byte order mark in front
+        path.write_text(json.dumps(content, ensure_ascii=False), encoding=encoding)
+        assert list(read_records(path)) == content
+
+
+GOOD = json.dumps(record("hi", "yes"))
+BAD_JSON = {
+    "NaN": (f'[{GOOD}, {{"id": NaN}}]', "NaN"),
+    "infinity": ('[{"id": -Infinity}]', "Infinity"),
+    "duplicate keys": ('[{"id": 1, "id": 2}]', "twice"),
+    "nested duplicate keys": ('[{"conversations": [{"value": "a", "value": "b"}]}]', "twice"),
+    "trailing comma": (f"[{GOOD},]", "not JSON"),
+    "two lists": (f"[{GOOD}][{GOOD}]", "not JSON"),
+    "JSON lines": (f"{GOOD}\n{GOOD}\n", "not JSON"),
+    "cut off": (f"[{GOOD[:-20]}", "not JSON"),
+    "control character": ('["\x01"]', "not JSON"),
+    "nesting": ("[" * 200_000, "deep"),
+    "nested objects": ('{"a":' * 200_000, "deep"),
+    "5000 digits": (f'[{{"id": {"9" * 5000}}}]', "not JSON"),
+    "not UTF-8": (b'["\xff"]', "not JSON"),
+    "half a surrogate, raw": (b'["\xed\xa0\x80"]', "not JSON"),
+    "empty file": ("", "not JSON"),
+    "null": ("null", "list"),
+    "object": (GOOD, "list"),
+    "empty list": ("[]", "list"),
+    "text": ('"[]"', "list"),
+}
+
+
+def refusal(path, action, *parts):
+    """Assert that `action` raises a DataError of one printable line that names `path` and says `parts`."""
+    with pytest.raises(DataError) as caught:
+        action()
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and len(message.splitlines()) == 1, message
+    said = message.replace(str(path), "").replace(str(path.parent), "")  # pytest's folders are named after the test
+    assert all(part in said for part in parts), message
+    message.encode()
+
+
+@pytest.mark.parametrize("kind", BAD_JSON)
+def test_bad_json_is_refused(kind, tmp_path):
+    content, reason = BAD_JSON[kind]
+    path = tmp_path / "world.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refusal(path, lambda: read_records(path), reason)
+
+
+def test_no_such_file(tmp_path):
+    refusal(tmp_path / "none.json", lambda: read_records(tmp_path / "none.json"), "No such file")
+    refusal(tmp_path, lambda: read_records(tmp_path), "directory")
+
+
+def turns(*pairs):
+    return record(conversations=[{"from": role, "value": value} for role, value in pairs])
+
+
+UNREADABLE = {
+    "null": (None, "not an object"),
+    "list": ([], "not an object"),
+    "no conversations": ({"id": "x7"}, "no conversations"),
+    "conversations null": (record(conversations=None), "no conversations"),
+    "conversations empty": (record(), "no conversations"),
+    "conversations object": (record(conversations={"from": "human"}), "no conversations"),
+    "gpt first": (turns(("gpt", "a"), ("human", "b")), "turn 0"),
+    "two humans": (turns(("human", "a"), ("human", "b")), "turn 1"),
+    "two answers": (turns(("human", "a"), ("gpt", "b"), ("gpt", "c"), ("human", "d")), "turn 2"),
+    "unanswered": (record("a", "b", "c"), "no answer"),
+    "question alone": (record("a"), "no answer"),
+    "value number": (turns(("human", "a"), ("gpt", 3)), "turn 1 has no text"),
+    "value null": (turns(("human", None), ("gpt", "b")), "turn 0 has no text"),
+    "value list": (turns(("human", ["a"]), ("gpt", "b")), "turn 0 has no text"),
+    "no value": (record(conversations=[{"from": "human"}]), "turn 0 has no text"),
+    "message text": (record(conversations=["a", "b"]), "turn 0 has no text"),
+    "unknown role": (turns(("user", "a"), ("gpt", "b")), "'user'"),
+    "role missing": (record(conversations=[{"value": "a"}]), "None"),
+    "role list": (turns((["human"], "a"), ("gpt", "b")), "['human']"),
+    "half a surrogate": (record("a\ud800", "b"), "surrogate"),
+    "half a surrogate in an answer": (record("a", "\udc00b"), "turn 1"),
+    "two markers, one picture": (record("<image><image>", "a", image="a.png"), "2 <image> markers for 1 pictures"),
+    "one marker, two pictures": (record("<image>", "a", image=["a.png", "b.png"]), "1 <image> markers for 2 pictures"),
+    "no marker": (record("what?", "a", image="a.png"), "0 <image> markers for 1 pictures"),
+    "marker in the answer only": (record("what?", "<image>", image="a.png"), "0 <image> markers for 1 pictures"),
+    "image number": (record("<image>", "a", image=3), "3 is not a path"),
+    "image empty": (record("<image>", "a", image=""), "'' is not a path"),
+    "image null in a list": (record("<image>", "a", image=[None]), "None is not a path"),
+    "unknown template": (record("a", "b", template="v9"), "'v9'"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_bad_records_are_refused_at_the_start(kind, world):
+    content, reason = UNREADABLE[kind]
+    name = "record 1 (id 'x7'): " if isinstance(content, dict) else "record 1: "
+    refusal(world.file, lambda: world([record("hi", "yes"), content]), name, reason)
+
+
+@pytest.mark.parametrize("template", [[], {}])
+def test_a_template_must_be_a_name(template, world):
+    refusal(world.file, lambda: world([record("a", "b", template=template)]), "record 0 (id 'x7')", "template")
+
+
+UNUSABLE = {
+    "absolute": ("/etc/passwd", "leaves"),
+    "parent": ("../a.png", "leaves"),
+    "parent inside": ("x/../../a.png", "leaves"),
+    "address": ("http://example.org/a.png", "address"),
+    "file address": ("file:///etc/passwd", "address"),
+    "missing": ("none.png", "no such file"),
+    "missing folder": ("none/a.png", "no such file"),
+    "not a picture": ("broken.png", "not a picture"),
+    "folder": (".", "not a regular file"),
+    "zero byte": ("a\0.png", "not a file name"),
+    "long": ("a" * 5000, "aaa"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_bad_pictures_are_refused(kind, world):
+    name, reason = UNUSABLE[kind]
+    records = world([record("hi", "yes"), record("<image>", "a", image=name)])
+    assert records[0]["pixel_values"] == []
+    refusal(world.file, lambda: records[1], "record 1 (id 'x7'): ", reason)
+
+
+def test_unusual_names_are_names(world):
+    names = [
+        "in a folder/a b.png",
+        "猫 é.png",
+        "Screenshot at 9.41\u202fAM.png",
+        "a..b.png",
+        "%2e%2e.png",
+    ]  # macOS has U+202F
+    (world.folder / "in a folder").mkdir()
+    for name in names:
+        Image.new("RGB", (4, 4)).save(world.folder / name)
+    records = world([record("<image>", "a", image=name) for name in [*names, "in a folder/../a.png"]])
+    assert all(len(records[i]["pixel_values"]) == 1 for i in range(len(records)))
+
+
+@pytest.mark.parametrize("name", ["a\nb.png", "a\ud800.png", "a\udc80.png"])
+def test_names_that_cannot_be_printed_in_a_line(name, world):
+    refusal(world.file, lambda: world([record("<image>", "a", image=name)])[0], "record 0 (id 'x7'): ")
+
+
+def test_a_picture_needs_a_tower(world):
+    records = world([record("hi", "yes"), record("<image>", "a", image="a.png")], BLIND)
+    assert supervised(records[0]["labels"]) == [*TOKENIZER.encode(" yes"), EOS]
+    refusal(world.file, lambda: records[1], "record 1 (id 'x7'): ", "no vision tower")
+
+
+def test_truncation_cuts_text_and_never_a_picture(world):
+    content = [record("<image>\nWhat?", "a cat", "<image>\nIs it red?", "yes", image=["a.png", "b.png"])]
+    ids, labels = render(turns_of(content[0]), TOKENIZER, "vicuna_v1", 4)
+    needed = max(i for i, token in enumerate(ids) if token == IMG) + 1  # the first answer is before the second picture
+    for length in range(1, len(ids) + 2):
+        records = world(content, max_length=length)
+        if length < needed:
+            refusal(world.file, lambda records=records: records[0], "record 0 (id 'x7'): ", f"{length} tokens")
+        else:
+            assert records[0]["ids"] == ids[:length] and records[0]["labels"] == labels[:length]
+
+
+def test_a_dialogue_must_leave_room_for_its_answer(world):
+    content = [record("hi", "yes"), record("<image>\nWhat?", "a cat", image="a.png")]
+    prompt = len(prompt_ids(["What?"], [], 1, TOKENIZER, "vicuna_v1", 4))
+    refusal(world.file, lambda: world(content, max_length=prompt)[1], "record 1 (id 'x7'): ", f"{prompt} tokens")
+    assert len(supervised(world(content, max_length=prompt + 1)[1]["labels"])) == 1
+
+
+def test_template_and_order_of_records(world):
+    content = [record("<image>\nWhat?", "a cat", image="a.png"), record("Hi", "yes", template="plain")]
+    records = world(content, template="llava_hf")
+    assert records[0]["ids"] == spell(BOS, "USER: ", *[IMG] * 4, "\nWhat? ASSISTANT:", " a cat", EOS)[0]
+    assert records[1]["ids"] == spell(BOS, "Hi\n", "yes\n")[0]  # a record's own template wins
+    first, last = [IMG] * 4 + TOKENIZER.encode("\nWhat? ASSISTANT:"), TOKENIZER.encode("USER: What?\n") + [IMG] * 4
+    either = world([content[0]] * 60, template="llava_hf", image_order="either", seed=3)
+    seen = [either[i]["ids"] for i in range(60)]
+    front = [ids[1 + len(TOKENIZER.encode("USER: ")) :][: len(first)] == first for ids in seen]
+    assert front == [ids[1:][: len(last)] != last for ids in seen] and 15 < sum(front) < 45
+    assert [either[i]["ids"] for i in range(60)] == seen  # the coin belongs to the record, not to the visit
+    blind = world(content, template="llava_hf", text_only=True)[0]  # what the decoder's own pretraining reads
+    assert blind["ids"] == spell(BOS, "USER: What? ASSISTANT:", " a cat", EOS)[0] and blind["pixel_values"] == []
+
+
+def test_pictures_come_in_the_order_of_the_record(world):
+    sample = world([record("<image><image><image>", "a", image=["c.png", "a.png", "b.png"])])[0]
+    reds = [picture[0].mean().item() for picture in sample["pixel_values"]]
+    assert reds[1] < reds[2] < reds[0] and sample["pixel_values"][0].shape == (3, 4, 4)
+    records = world([record("<image>", "a", image="b.png"), record("<image>", "b", image=["a.png"]), record("hi", "a")])
+    folder = str(world.folder)
+    assert records.pictures() == {(folder, "b.png"): 0, (folder, "a.png"): 1}
+    assert records.pictures(1) == {(folder, "b.png"): 0}
+    known = {"b.png": torch.ones(1, 4, 2), "a.png": torch.zeros(1, 4, 2)}  # of a frozen tower
+    records.features = {(folder, name): Picture(features, (4, 4), 4) for name, features in known.items()}
+    assert torch.equal(records[0]["vision_features"][0], torch.ones(4, 2)) and "pixel_values" not in records[0]
+    assert records[2]["vision_features"] == []
+
+
+def test_dialogues_are_cut_into_single_questions(world):
+    content = [
+        record("Hi", "yes", "<image>\nWhat?", "a cat", "Is it <image> red?", "no", image=["a.png", "b.png"]),
+        record("<image>\nWhat?", "a dog", "Where?", "here", image="c.png", template="plain"),
+        record("<image>", "<image>", "so?", "a"),  # no picture, so no marker either
+    ]
+    whole, single, pairs = world(content), world(content, questions=1), world(content, questions=2)
+    assert (len(whole), len(single), len(pairs)) == (3, 7, 4)
+    start = SYSTEM + "USER: "
+    for i, expected in enumerate(
+        (
+            [BOS, start + "Hi ASSISTANT:", (" yes", EOS)],
+            [BOS, start, *[IMG] * 4, "\nWhat? ASSISTANT:", (" a cat", EOS)],
+            [BOS, start, *[IMG] * 8, "\nIs it  red? ASSISTANT:", (" no", EOS)],
+            [BOS, *[IMG] * 4, ("a dog\n",)],
+            [BOS, *[IMG] * 4, ("here\n",)],
+            [BOS, start + "<image> ASSISTANT:", (" <image>", EOS)],
+            [BOS, start + "so? ASSISTANT:", (" a", EOS)],
+        )
+    ):
+        assert (single[i]["ids"], single[i]["labels"]) == spell(*expected), i
+    reds = [[float(picture[0].mean()) for picture in single[i]["pixel_values"]] for i in range(7)]
+    assert [len(pictures) for pictures in reds] == [0, 1, 2, 1, 1, 0, 0] and reds[2][0] == reds[1][0] < reds[2][1]
+    assert pairs[0]["ids"] == render(turns_of(content[0])[:2], TOKENIZER, "vicuna_v1", 4)[0]
+    seen = {name: index for (_, name), index in single.pictures().items()}
+    assert seen == {"a.png": 1, "b.png": 2, "c.png": 3} and single.where(4).endswith("record 1 (id 'x7')")
+    assert [sample["ids"] for sample in world(content, questions=3)] == [sample["ids"] for sample in whole]
+
+
+def captions(world, *content):
+    world.file.write_text(json.dumps(content))
+    config = CLIPConfig(VISION, CLIPTextConfig(max_position_embeddings=6))
+    return CaptionPairs([Source(read_records(world.file), world.folder)], TOKENIZER, config, "pad")
+
+
+def test_caption_pairs(world):
+    long = "a cat on a mat. " * 5
+    seen = record("<image>", "a", image="a.png"), record("<image>", long, image="b.png")
+    pairs = captions(world, record("hi", "x"), *seen)
+    assert len(pairs) == 2 and pairs[0]["ids"] == [BOS, *TOKENIZER.encode("a"), EOS]
+    assert pairs[1]["ids"] == [BOS, *TOKENIZER.encode(long)[:4], EOS]
+    assert pairs[1]["pixel_values"][0].shape == (3, 4, 4)
+    refusal(world.file, lambda: captions(world, record("hi", "x")), "no record has a picture")
+
+
+def test_caption_pairs_of_a_list_of_one(world):
+    assert len(captions(world, record("<image>", "a", image=["a.png"]))[0]["pixel_values"]) == 1
+
+
+def test_caption_pairs_of_a_dialogue(world):
+    """A picture's text is all that is said about it: one answer of many ("no") would tell CLIP nothing."""
+    pairs = captions(world, record("<image>\nWhat?", "a cat", "Is it red?", "no", image="a.png"))
+    pairs.config.text_config.max_position_embeddings = 100
+    assert TOKENIZER.decode(pairs[0]["ids"]) == "What? a cat. Is it red? no."
+
+
+def test_caption_pairs_name_the_record_of_the_file(world):
+    pairs = captions(world, record("hi", "x"), record("<image>", "a", image="none.png"))
+    refusal(world.file, lambda: pairs[0], "record 1 (id 'x7'): ", "no such file")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches
+
+
+def test_collate_pads_on_the_right():
+    def picture(value):
+        return torch.full((3, 4, 4), float(value))
+
+    samples = [
+        {"ids": [1, 2, 3], "labels": [IGNORE, 2, 3], "pixel_values": [picture(1)]},
+        {"ids": [4, 5, 6, 7, 8], "labels": [IGNORE, IGNORE, 6, 7, 8], "pixel_values": []},
+        {"ids": [9], "labels": [9], "pixel_values": [picture(2), picture(3)]},
+    ]
+    batch = collate(samples, PAD)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, PAD, PAD], [4, 5, 6, 7, 8], [9, PAD, PAD, PAD, PAD]]
+    out = IGNORE
+    assert batch["labels"].tolist() == [[out, 2, 3, out, out], [out, out, 6, 7, 8], [9, out, out, out, out]]
+    assert batch["pixel_values"].shape == (3, 3, 4, 4) and batch["pixel_values"][:, 0, 0, 0].tolist() == [1, 2, 3]
+    assert batch["vision_features"] is None and batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+
+
+def test_collate_without_pictures_and_with_features():
+    text = {"ids": [1], "labels": [1], "pixel_values": []}
+    assert collate([text, text], PAD)["pixel_values"] is None
+    seen = [{"ids": [1], "labels": [1], "vision_features": [torch.full((4, 2), float(i))]} for i in range(3)]
+    batch = collate([*seen, {"ids": [1], "labels": [1], "vision_features": []}], PAD)
+    assert batch["vision_features"][:, 0, 0].tolist() == [0, 1, 2] and batch["pixel_values"] is None
+
+
+def run(count, batch_size, seed=0, start=0, stop=30, world=1, group=1, lengths=None):
+    """steps[s][r]: the indices of rank r at step s."""
+    take = epochs([count], [1.0], seed, group)
+    ranks = [list(batches(take, batch_size, seed, start, stop, rank, world, group, lengths)) for rank in range(world)]
+    return [list(step) for step in zip(*ranks, strict=True)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 7, 16, 33])
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 16, 40])
+def test_every_record_once_an_epoch(count, batch_size):
+    steps = run(count, batch_size, stop=-(-4 * count // batch_size))
+    assert all(len(ranks[0]) == batch_size for ranks in steps)  # none is short, at the end of an epoch either
+    flat = [index for ranks in steps for index in ranks[0]]
+    epochs = [flat[i * count : (i + 1) * count] for i in range(4)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    assert count < 16 or len(set(map(tuple, epochs))) == 4  # each in an order of its own
+
+
+def some_lengths(count):
+    return np.random.default_rng(3).integers(5, 200, count)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_records_of_like_length_share_a_batch(world):
+    count, size = 2 * 8 * GROUPED_STEPS, 8  # two blocks of steps to an epoch
+    lengths = some_lengths(count)
+    steps = [list(chain(*ranks)) for ranks in run(count, size, stop=4 * GROUPED_STEPS, world=world, lengths=lengths)]
+    flat = list(chain(*steps))
+    assert sorted(flat[:count]) == sorted(flat[count:]) == list(range(count)) and flat[:count] != flat[count:]
+    spread = [max(lengths[i] for i in step) - min(lengths[i] for i in step) for step in steps]
+    mixed = [max(lengths[i] for i in step) - min(lengths[i] for i in step) for (step,) in run(count, size)]
+    assert np.mean(spread) < 0.2 * np.mean(mixed)
+    means = [np.mean([lengths[i] for i in step]) for step in steps[:GROUPED_STEPS]]
+    assert means not in (sorted(means), sorted(means)[::-1])  # long and short ones come in no order
+
+
+def test_every_record_once_an_epoch_when_grouped_by_length():
+    # Blocks of steps and epochs need not meet: every record still comes as often as any other.
+    seen = Counter(chain(*(ranks[0] for ranks in run(50, 8, stop=25 * GROUPED_STEPS, lengths=some_lengths(50)))))
+    assert set(seen.values()) == {8 * GROUPED_STEPS // 2}
+
+
+def test_resuming_in_the_middle_of_a_block_of_like_lengths():
+    whole = run(200, 8, stop=40, world=2, lengths=some_lengths(200))
+    for start in (0, 1, 7, 15, 16, 17, 39):
+        assert run(200, 8, start=start, stop=40, world=2, lengths=some_lengths(200)) == whole[start:]
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_the_same_batches_whatever_the_number_of_ranks(group):
+    alone = run(22, 8, group=group)
+    for world in (2, 4):
+        shared = run(22, 8, world=world, group=group)
+        assert all(len(part) == 8 // world for ranks in shared for part in ranks)
+        assert [sorted(chain(*ranks)) for ranks in shared] == [sorted(ranks[0]) for ranks in alone]
+
+
+def test_resuming_gives_the_rest_of_the_run():
+    for world, group in ((1, 1), (2, 1), (2, 4)):
+        whole = run(20, 8, world=world, group=group)
+        for start in (0, 1, 2, 5, 13, 30):
+            assert run(20, 8, start=start, world=world, group=group) == whole[start:]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_groups_stay_together(world):
+    # As train.py asks for it: the records, the batch and each rank's share hold whole groups.
+    for ranks in run(24, 16, world=world, group=4):
+        for part in ranks:
+            assert part == [4 * (index // 4) + i for index in part[::4] for i in range(4)]
+
+
+def test_an_incomplete_group_is_not_lost():
+    steps = run(10, 5, stop=8, group=4)
+    flat = [index for ranks in steps for index in ranks[0]]
+    assert all(sorted(flat[i : i + 10]) == list(range(10)) for i in range(0, 40, 10))
+
+
+def test_seeds_differ():
+    assert run(30, 6, seed=1) == run(30, 6, seed=1) != run(30, 6, seed=2)
+    assert run(30, 6, seed=1)[0] != run(30, 6, seed=1)[5]

@@ -1,0 +1,692 @@
+"""LoRA against peft: outputs, gradients, twenty steps; its files both ways; training that goes on; merging."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import BATCH
+from faults import finish, kill_at
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_weights import STORIES, here, rewrite, theirs_of
+
+import eval as evaluation
+import lora
+import sample
+import train
+from data import Records, collate
+from formats import configs, weights
+from formats.adapters import attach, load_adapted, merge_folder, read_adapter, sample_weights, save_adapter
+from formats.weights import load_model, save_model
+from inputs.files import read_json
+from inputs.mixture import Source
+from inputs.records import read_records
+from inputs.tokenizer import Tokenizer
+from llava import IGNORE
+from lora import LoRALinear, add_lora, find_linears, lora_layers
+from nf4 import NF4Linear
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def batch(tiny):
+    """Eight dialogues about pictures, and one without a picture."""
+    config, tokenizer = load_model(tiny.stage2).config, Tokenizer.load(tiny.stage2)
+    dataset = Records([Source(read_records(tiny.world / "instruct.json"), tiny.world)], tokenizer, config, 1024)
+    return collate([dataset[i] for i in range(BATCH)], tokenizer.pad_id)
+
+
+def adapted(folder, ranks=None, seed=0, bits=16, **options):
+    """A model with LoRA whose B is not zero, and what add_lora says of it."""
+    torch.manual_seed(seed)
+    model = load_model(folder, bits=bits).requires_grad_(False)
+    layers = add_lora(model, ranks or {"llm": 4}, options.pop("alpha", None), options.pop("dropout", 0.0), **options)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
+    return model, layers
+
+
+def saved(model, layers, base, folder, dropout=0.0):
+    """Its adapter's folder, with the projector in it."""
+    folder.mkdir()
+    trained = {name: p.detach() for name, p in model.named_parameters() if ".lora_" in name or "projector" in name}
+    save_adapter(trained, folder, model.config, layers, dropout, base, sample_weights(model, layers))
+    return folder
+
+
+def mean_loss(model, batch):
+    return model(**batch) / (batch["labels"][:, 1:] != IGNORE).sum()
+
+
+def logits_of(model, batch):
+    features = model.vision_features(batch["pixel_values"])
+    hidden = model.language_model.model(model.embed(batch["input_ids"], features))
+    return model.language_model.lm_head(hidden)
+
+
+def for_peft(batch):
+    return {name: batch[name] for name in ("input_ids", "labels", "pixel_values")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the layer
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_it_starts_as_the_base_bit_for_bit(tiny, batch, bits):
+    base, model = load_model(tiny.stage2, bits=bits), load_model(tiny.stage2, bits=bits)
+    add_lora(model, {"llm": 4, "vision": 8}, None, 0.0)
+    with torch.no_grad():
+        assert torch.equal(logits_of(model, batch), logits_of(base, batch))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_leaves_out_its_share_and_keeps_the_mean(share, dtype):
+    torch.manual_seed(0)
+    x = torch.ones(1003, 997, dtype=dtype, requires_grad=True)
+    y = lora.dropped_out(x, share)
+    nothing, kept = y.unique().tolist()
+    assert nothing == 0 and kept == pytest.approx(1 / (1 - share), rel=4e-3)
+    for left_out in (y == 0).float().mean(dim=0), (y == 0).float().mean(dim=1):  # rows and columns, binomial
+        assert (left_out - share).abs().max() < 6 * (share * (1 - share) / 997) ** 0.5
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y)
+
+
+def test_a_is_drawn_as_kaiming_has_it_and_b_is_zero():
+    torch.manual_seed(0)
+    layer = LoRALinear(torch.nn.Linear(400, 300), 64, 0.5)
+    bound = 1 / math.sqrt(400)
+    assert layer.lora_A.weight.abs().max() <= bound and not layer.lora_B.weight.any()
+    assert layer.lora_A.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+
+
+def test_dropout_is_on_what_goes_into_a_and_in_training_only():
+    layer = LoRALinear(torch.nn.Linear(512, 4, bias=False), 2, 1.0, dropout=0.5)
+    torch.nn.init.ones_(layer.lora_A.weight)
+    torch.nn.init.ones_(layer.lora_B.weight)
+    torch.nn.init.zeros_(layer.base.weight)
+    x = torch.ones(1, 512)
+    assert layer.eval()(x)[0].tolist() == [1024.0] * 4
+    torch.manual_seed(1)
+    noisy = layer.train()(x)[0]
+    assert len(set(noisy.tolist())) == 1 and noisy[0] != 1024 and abs(noisy[0] - 1024) < 200
+
+
+def test_rank_stabilized_divides_by_the_root():
+    assert lora.scale_of(8, 16, rank_stabilized=True) == pytest.approx(5.656854)
+    assert lora.scale_of(8, 16) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which layers
+
+
+def test_layers_are_named_by_their_whole_path(tiny):
+    model = load_model(tiny.stage2)
+    llm, vision = find_linears(model, "llm"), find_linears(model, "vision")
+    assert len(llm) == 2 * 7 and all(path.startswith("language_model.model.layers.") for path in llm)
+    assert len(vision) == 1 * 6 and all(path.startswith("vision_tower.") for path in vision)  # of two, one is used
+    layers = add_lora(model, {"llm": 4}, None, 0.0, ["q_proj", "v_proj"])  # the tower has layers of these names too
+    ends = {f"self_attn.{name}_proj" for name in "qv"}
+    assert set(layers) == {f"language_model.model.layers.{i}.{end}" for i in (0, 1) for end in ends}
+    assert set(lora_layers(model)) == set(layers) and set(layers.values()) == {(4, 8)}
+
+
+@pytest.mark.parametrize("ranks, names, words", [
+    ({"llm": 0}, None, "a rank of 0"),
+    ({"llm": 4, "vision": 10_000}, None, "a rank of 10000"),
+    ({"llm": 4}, ["q_prj"], "'q_prj'"),
+    ({"llm": 4}, ["fc1"], "'fc1'"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_refused(tiny, ranks, names, words):
+    model = load_model(tiny.stage2)
+    with pytest.raises(ValueError, match=words):
+        add_lora(model, ranks, None, 0.0, names)
+    assert not lora_layers(model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# peft
+
+
+@pytest.fixture(scope="module")
+def peft():
+    pytest.importorskip("transformers")
+    return pytest.importorskip("peft")
+
+
+def their_model(folder):
+    import transformers
+
+    return transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+
+
+def their_halves(theirs, name):
+    """A and B of one of our layers, in peft's model."""
+    path = name.replace("language_model.model.", "model.language_model.")
+    layer = theirs.base_model.model.get_submodule(path.replace("vision_tower.vision_model.", "model.vision_tower."))
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
+@pytest.mark.parametrize("ranks", [{"llm": 4}, {"llm": 4, "vision": 8}])
+def test_output_gradients_and_twenty_steps_are_pefts(peft, tiny, batch, tmp_path, ranks):
+    ours, layers = adapted(tiny.stage2, ranks)
+    folder = saved(ours, layers, tiny.stage2, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(their_model(tiny.stage2), folder, is_trainable=True).train()
+    ours.train().multi_modal_projector.requires_grad_(True)
+    assert {p.shape for p in theirs.parameters() if p.requires_grad} == {
+        p.shape for p in ours.parameters() if p.requires_grad
+    }
+    optimizers = [
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+        for model in (ours, theirs)
+    ]
+    for step in range(20):
+        loss, expected = mean_loss(ours, batch), theirs(**for_peft(batch)).loss
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6), step
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        expected.backward()
+        if step == 0:
+            for path, layer in lora_layers(ours).items():
+                for own, other in zip((layer.lora_A.weight, layer.lora_B.weight), their_halves(theirs, path)):
+                    torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-6)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+PATTERNS = {
+    "plain": {},
+    "rank_pattern": {"rank_pattern": {"q_proj": 8, "layers.1.mlp.up_proj": 2}, "alpha_pattern": {"k_proj": 3}},
+    "rslora": {"use_rslora": True},
+    "modules_to_save": {"modules_to_save": ["multi_modal_projector"]},
+}
+
+
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_an_adapter_that_peft_wrote(peft, tiny, batch, tmp_path, kind):
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=16,
+        init_lora_weights=False,
+        target_modules=["q_proj", "k_proj", "up_proj", "fc1"],
+        exclude_modules=r".*vision_tower.*layers\.1\..*",
+        **PATTERNS[kind],
+    )
+    theirs = peft.get_peft_model(their_model(tiny.stage2), config)
+    for name, p in theirs.named_parameters():
+        if "modules_to_save" in name:
+            p.data.add_(0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, _ = load_adapted(tiny.stage2, tmp_path / "theirs", "cpu", torch.float32)
+    with torch.no_grad():
+        expected = theirs.eval()(**for_peft(batch)).logits
+        torch.testing.assert_close(logits_of(ours, batch), expected, rtol=1e-4, atol=1e-4)
+    ranks = {path.split(".")[-1]: len(layer.lora_A.weight) for path, layer in lora_layers(ours).items()}
+    assert ranks["q_proj"] == (8 if kind == "rank_pattern" else 4)
+
+
+def test_a_gpt2_adapter_whose_q_k_and_v_are_one(peft, tmp_path):
+    theirs = theirs_of("gpt2")
+    theirs.save_pretrained(tmp_path / "base")
+    layers = ["c_attn", "c_proj", "c_fc"]
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=layers, fan_in_fan_out=True, init_lora_weights=False)
+    theirs = peft.get_peft_model(theirs, config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = load_model(tmp_path / "base")
+    attach(ours, read_adapter(tmp_path / "adapter"))
+    ids = torch.randint(0, 99, (2, 17))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        torch.testing.assert_close(ours.language_model.lm_head(ours.language_model.model(ours.embed(ids))), expected)
+        lora.merge(ours)
+        merged = ours.language_model.lm_head(ours.language_model.model(ours.embed(ids)))
+        torch.testing.assert_close(merged, theirs.merge_and_unload()(ids).logits)
+
+
+def test_an_adapter_of_llavas_authors(tmp_path, monkeypatch, tiny, peft):
+    """A decoder alone below, the projector in a pickle beside it, the tower elsewhere."""
+    whole = load_model(tiny.stage2)
+    tower = dict(vars(whole.config.vision_config))
+    monkeypatch.setitem(configs.TOWERS, "tiny-clip", tower)
+    base, folder = tmp_path / "vicuna", tmp_path / "llava-lora"
+    decoder = load_model(tiny.decoder)
+    assert decoder.config.vision_config is None
+    shutil.copytree(tiny.decoder, base)
+    model, _ = adapted(tiny.stage2)
+    decoder_state = decoder.state_dict()
+    for name, p in model.state_dict().items():  # the adapted model's decoder is the one that the folder holds
+        if name.replace(".base.", ".") in decoder_state and ".lora_" not in name:
+            p.copy_(decoder_state[name.replace(".base.", ".")])
+    folder.mkdir()
+    halves = {name: p.detach() for name, p in model.named_parameters() if ".lora_" in name}
+    named = {name.replace("language_model.model.", "base_model.model.model."): p for name, p in halves.items()}
+    save_file({name: p.contiguous() for name, p in named.items()}, folder / WEIGHTS)
+    projector = {name: p.detach() for name, p in model.named_parameters() if "projector" in name}
+    renamed = {f"base_model.model.{name}": p for name, p in rewrite(projector, "authors'").items()}
+    torch.save(renamed, folder / "non_lora_trainables.bin")
+    config = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj"],
+        "base_model_name_or_path": "x",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    text = dict(vars(whole.config.text_config))
+    text |= {
+        "mm_vision_tower": "someone/tiny-clip",
+        "mm_hidden_size": tower["hidden_size"],
+        "mm_vision_select_layer": -2,
+    }
+    text |= {"mm_vision_select_feature": "patch", "mm_use_im_start_end": False, "image_aspect_ratio": "pad"}
+    text |= {"mm_projector_type": "mlp2x_gelu", "model_type": "llava"}
+    (folder / "config.json").write_text(json.dumps(text))
+    ours, _ = load_adapted(base, folder, "cpu", torch.float32, vision=tiny.clip)
+    ids, features = torch.tensor([[5, 6, 7, 8]]), ours.vision_features(torch.randn(1, 3, 72, 72))
+    with torch.no_grad():
+        assert torch.equal(ours.multi_modal_projector(features), model.multi_modal_projector(features))
+        hidden, wanted = (m.language_model.model(m.embed(ids)) for m in (ours, model))
+    assert torch.equal(hidden, wanted)
+    merge_folder(base, folder, tmp_path / "merged", vision=tiny.clip)
+    merged = load_model(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(merged.language_model.model(merged.embed(ids)), wanted, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# merging
+
+
+def test_merged_is_unmerged(tiny, batch, tmp_path, command, capsys):
+    model, layers = adapted(tiny.stage2, {"llm": 4, "vision": 4})
+    folder = saved(model, layers, tiny.stage2, tmp_path / "adapter")
+    command(lora, "merge", tiny.stage2, folder, tmp_path / "merged")
+    assert "differ by at most" in capsys.readouterr().out
+    merged = load_model(tmp_path / "merged")
+    with torch.no_grad():
+        expected = logits_of(model.eval(), batch)
+        assert (logits_of(merged, batch) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert (logits_of(load_model(tiny.stage2), batch) - expected).abs().max() > 1e-2 * expected.abs().max()
+    command(sample, "--model", tmp_path / "merged", "--prompt", "What is it?", "--max-new-tokens", 4)
+    assert "already" in refusal(command, sample, "--model", tmp_path / "merged", "--adapter", folder, "--prompt", "a")
+    command(lora, "quantize", tmp_path / "merged", tmp_path / "four")
+    command(weights, "convert", tmp_path / "merged", tmp_path / "again")
+    for copy in ("four", "again"):
+        assert "already" in refusal(command, lora, "merge", tmp_path / copy, folder, tmp_path / "twice")
+    for base in (tmp_path / "merged", tiny.stage2):  # a second time, onto itself or into the same place
+        target = tmp_path / ("twice" if base != tiny.stage2 else "merged")
+        with pytest.raises(SystemExit, match="already"):
+            command(lora, "merge", base, folder, target)
+    assert not (tmp_path / "twice").exists()
+
+
+def test_merging_in_place_twice_is_an_error(tiny):
+    model, _ = adapted(tiny.stage2)
+    lora.merge(model)
+    with pytest.raises(ValueError, match="no LoRA to merge"):
+        lora.merge(model)
+
+
+def test_an_update_of_zero_is_not_merged(tiny, tmp_path, command):
+    model = load_model(tiny.stage2)
+    layers = add_lora(model, {"llm": 4}, None, 0.0)
+    folder = saved(model, layers, tiny.stage2, tmp_path / "adapter")
+    with pytest.raises(SystemExit, match="zero everywhere"):
+        command(lora, "merge", tiny.stage2, folder, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_onto_four_bits_it_merges_into_the_dequantized_weights(tiny, tmp_path, command, capsys):
+    command(lora, "quantize", tiny.stage2, tmp_path / "four")
+    model, layers = adapted(tmp_path / "four")
+    folder = saved(model, layers, tmp_path / "four", tmp_path / "adapter")
+    capsys.readouterr()
+    command(lora, "merge", tmp_path / "four", folder, tmp_path / "merged")
+    told = capsys.readouterr().out
+    assert "differ by at most" in told and "was in four bits, this is in float32" in told
+    command(lora, "merge", tiny.stage2, folder, tmp_path / "same", "--bits", 4)
+    assert "was in four bits" in capsys.readouterr().out
+    merged, same = load_model(tmp_path / "merged"), load_model(tmp_path / "same").state_dict()
+    assert all(torch.equal(same[name], tensor) for name, tensor in merged.state_dict().items())
+    assert not any(isinstance(module, NF4Linear) for module in merged.modules())
+    for path, layer in lora_layers(model).items():
+        expected = layer.base.dequantize() + layer.lora_B.weight @ layer.lora_A.weight * layer.scale
+        torch.testing.assert_close(merged.get_submodule(path).weight, expected, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+
+RUNS = {
+    "lora": ["--lora", "llm"],
+    "qlora": ["--lora", "llm", "--bits", 4],
+    "both": ["--lora", "both", "--lora-rank", 8],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory, command):
+    """A finished run of each kind, and the flags that repeat it."""
+    root = tmp_path_factory.mktemp("lora")
+    folders = {}
+    for name, more in RUNS.items():
+        folders[name] = root / name
+        command(train, *tiny.flags["stage2"], *more, "--lr", 1e-2, "--out", folders[name])
+    return folders
+
+
+def test_the_projector_may_stay_as_it_is(tiny, tmp_path, command):
+    command(train, *repeat(tiny, "lora"), "--train", "", "--out", tmp_path / "run")
+    kept = load_file(tmp_path / "run" / WEIGHTS)
+    assert kept and all(".lora_" in name for name in kept)
+    load_adapted(tiny.stage1, tmp_path / "run", "cpu", torch.float32)
+
+
+def repeat(tiny, name):
+    return [*tiny.flags["stage2"], *RUNS[name], "--lr", 1e-2]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_trained_is_what_is_saved_and_nothing_else_moved(tiny, runs, name):
+    base = load_model(tiny.stage1)
+    model, _ = load_adapted(runs[name], None, "cpu", torch.float32, 4 if name == "qlora" else 16)
+    with safe_open(runs[name] / WEIGHTS, "pt") as file:
+        keys = set(file.keys())
+    layers, projector = lora_layers(model), dict(base.multi_modal_projector.named_parameters())
+    assert len(keys) == 2 * len(layers) + len(projector)
+    assert any(layer.lora_B.weight.any() for layer in layers.values())
+    for key, p in projector.items():
+        assert not torch.equal(dict(model.multi_modal_projector.named_parameters())[key], p), key
+    for path, p in base.named_parameters():
+        owner, _, leaf = path.rpartition(".")
+        module = model.get_submodule(owner)
+        if "projector" in path or isinstance(getattr(module, "base", module), NF4Linear):
+            continue
+        assert torch.equal(getattr(getattr(module, "base", module), leaf), p), path
+    assert not (runs[name] / "model.safetensors").exists()
+
+
+def test_the_base_in_four_bits_does_not_move(tiny, runs):
+    before = load_model(tiny.stage1, bits=4).state_dict()
+    model, _ = load_adapted(runs["qlora"], None, "cpu", torch.float32, 4)
+    after = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if "projector" not in name)
+
+
+def log_of(folder):
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_killed_and_resumed_ends_in_the_same_bits(tiny, runs, tmp_path, name):
+    argv = [*repeat(tiny, name), "--out", tmp_path / "run"]
+    kill_at(argv, ("train.train_step", "", 4, tmp_path / "here"))
+    finish([*argv, "--resume"])
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (runs[name] / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("more", [["--accumulate", 2], ["--recompute"], ["--offload-states"], ["--cache-gb", 0]])
+def test_however_the_work_is_done_it_ends_alike(tiny, command, tmp_path, more):
+    """Dropout falls on other places in other micro-batches, and so there is none."""
+    argv = [*repeat(tiny, "qlora"), "--lora-dropout", 0]
+    command(train, *argv, "--out", tmp_path / "plain")
+    command(train, *argv, *more, "--out", tmp_path / "other")
+    one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("plain", "other"))
+    for name, tensor in one.items():  # as a whole: where a gradient is all but zero, AdamW steps by its rounding
+        assert (other[name] - tensor).norm() <= 1e-3 * tensor.norm()
+    if more == ["--offload-states"]:
+        assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("shard", ["ddp", "zero1", "fsdp"])
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_two_ranks_end_where_one_does(tiny, tmp_path, name, shard):
+    argv = [*repeat(tiny, name), "--lora-dropout", 0, "--steps", 3, "--shard", shard]
+    if name == "qlora" and shard == "fsdp":
+        return
+    finish([*argv, "--out", tmp_path / "alone"])
+    finish([*argv, "--out", tmp_path / "two"], ranks=2)
+    one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("alone", "two"))
+    for key, tensor in one.items():
+        torch.testing.assert_close(other[key], tensor, rtol=1e-3, atol=2e-5)
+
+
+def test_every_checkpoint_holds_adapter_and_projector(tiny, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(train.runs.Run, "finish", lambda *_: None)
+    command(train, *repeat(tiny, "lora"), "--out", tmp_path / "run")
+    kept = load_file(tmp_path / "run" / "latest" / "trained.safetensors")
+    assert any("lora_A" in name for name in kept) and any("projector" in name for name in kept)
+    assert all("lora_" in name or "projector" in name for name in kept)
+
+
+def test_gradients_reach_the_updates_below_frozen_embeddings(tiny, batch):
+    model, _ = adapted(tiny.stage2, bits=4)
+    model.train()
+    gradients = []
+    for recompute in (False, True):
+        model.language_model.model.recompute = recompute
+        model.zero_grad()
+        model(**batch).backward()
+        gradients.append([layer.lora_A.weight.grad.clone() for layer in lora_layers(model).values()])
+    assert all(g.any() and torch.equal(g, h) for g, h in zip(*gradients))
+
+
+def test_sample_and_eval_take_an_adapter(tiny, runs, command, capsys, tmp_path):
+    picture = next((tiny.world / "heldout-0").rglob("*.png"))
+    flags = ["--image", picture, "--max-new-tokens", 8, "--device", "cpu"]
+    command(sample, "--model", tiny.stage1, "--adapter", runs["lora"], *flags)
+    told = capsys.readouterr().out
+    command(sample, "--model", runs["lora"], *flags)  # its base is where it says
+    assert capsys.readouterr().out == told
+    command(sample, "--model", tiny.stage1, "--adapter", runs["qlora"], "--bits", 4, *flags)
+    questions = ["--questions", tiny.world / "questions.jsonl", "--images", tiny.world, "--limit", 3, "--device", "cpu"]
+    command(evaluation, "--model", tiny.stage1, "--adapter", runs["lora"], *questions, "--out", tmp_path / "a.jsonl")
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_peft_loads_what_training_wrote(peft, tiny, runs, batch, name):
+    theirs = peft.PeftModel.from_pretrained(their_model(tiny.stage1), runs[name]).eval()
+    ours, _ = load_adapted(tiny.stage1, runs[name], "cpu", torch.float32)
+    with torch.no_grad():
+        expected = theirs(**for_peft(batch)).logits
+        torch.testing.assert_close(logits_of(ours, batch), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input
+
+
+def refusal(command, script, *argv):
+    with pytest.raises(SystemExit) as caught:
+        command(script, *argv)
+    line = caught.value.code
+    assert isinstance(line, str) and len(line.splitlines()) == 1, line
+    return line
+
+
+def test_another_base_is_refused(tiny, runs, babbler, tmp_path, command):
+    """Of the same shape, but with other weights; a decoder alone."""
+    picture = next((tiny.world / "heldout-0").rglob("*.png"))
+    assert "held other weights" in refusal(
+        command, sample, "--model", babbler, "--adapter", runs["lora"], "--image", picture
+    )
+    assert "other weights" in refusal(command, lora, "merge", babbler, runs["lora"], tmp_path / "merged")
+    assert "vision_tower" in refusal(command, lora, "merge", tiny.decoder, runs["both"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def broken(runs, folder, change):
+    """A copy of an adapter with its configuration and tensors changed."""
+    shutil.copytree(runs["lora"], folder)
+    values, tensors = read_json(folder / "adapter_config.json"), load_file(folder / WEIGHTS)
+    change(values, tensors)
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    save_file(tensors, folder / WEIGHTS)
+    return folder
+
+
+A = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+BROKEN = {
+    "another rank": (lambda v, t: v.update(r=5), "its rank is 5"),
+    "rank 0": (lambda v, t: v.update(r=0), "r of"),
+    "no alpha": (lambda v, t: v.pop("lora_alpha"), "lora_alpha of"),
+    "a half": (lambda v, t: t.pop(A), "lacks lora_A"),
+    "not LoRA": (lambda v, t: v.update(peft_type="IA3"), "IA3"),
+    "DoRA": (lambda v, t: v.update(use_dora=True), "use_dora"),
+    "a start that moves the base": (lambda v, t: v.update(init_lora_weights="pissa"), "pissa"),
+    "biases": (lambda v, t: v.update(bias="all"), "bias"),
+    "alpha is no number": (lambda v, t: v.update(lora_alpha=math.nan), "lora_alpha of"),
+    "patterns are none": (lambda v, t: v.update(rank_pattern=[1]), "rank_pattern cannot be read"),
+    "a pattern is none": (lambda v, t: v.update(rank_pattern={"(": 1}), "rank_pattern cannot be read"),
+    "whole numbers": (lambda v, t: t.update({A: t[A].to(torch.int32)}), "should be F32"),
+    "nowhere": (lambda v, t: t.update({A.replace("layers.0", "blocks.0"): t.pop(A)}), "belong to no part"),
+    "no such layer": (
+        lambda v, t: [t.update({k.replace("s.0.", "s.9."): t.pop(k)}) for k in [*t] if "s.0.self" in k],
+        "9",
+    ),
+    "not finite": (lambda v, t: t[A].fill_(math.inf), "not finite"),
+    "nothing": (lambda v, t: [t.pop(key) for key in list(t) if "lora" in key], "holds no LoRA"),
+    "another shape": (lambda v, t: t.update({A: F.pad(t[A], (0, 1))}), "another base"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_adapter_is_named(tiny, runs, tmp_path, command, kind):
+    change, words = BROKEN[kind]
+    folder = broken(runs, tmp_path / "adapter", change)
+    assert words in refusal(command, lora, "merge", tiny.stage1, folder, tmp_path / "merged")
+    assert words in refusal(command, sample, "--model", tiny.stage1, "--adapter", folder, "--prompt", "a")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_what_is_no_adapter_or_no_base(tiny, runs, tmp_path, command):
+    assert "no adapter" in refusal(command, sample, "--model", tiny.stage1, "--adapter", tiny.stage2, "--prompt", "a")
+    assert "no adapter" in refusal(command, lora, "merge", tiny.stage1, tiny.stage2, tmp_path / "merged")
+    orphan = broken(runs, tmp_path / "orphan", lambda v, t: v.update(base_model_name_or_path="someone/model"))
+    assert "--model" in refusal(command, sample, "--model", orphan, "--prompt", "a")
+    argv = [*tiny.flags["stage2"][:2], "--model", runs["lora"], *tiny.flags["stage2"][4:], "--out", tmp_path / "run"]
+    assert "is an adapter" in refusal(command, train, *argv)
+    line = refusal(command, sample, "--model", runs["lora"], "--adapter", runs["qlora"], "--prompt", "a")
+    assert "is an adapter" in line
+
+
+@pytest.mark.parametrize("note", [5, [1, [2]], {"x": 5}, [[1, 2]]])
+def test_a_note_on_the_base_that_is_none(tiny, runs, tmp_path, command, note):
+    folder = broken(runs, tmp_path / "adapter", lambda v, t: None)
+    path = next(iter(read_adapter(runs["lora"]).base))
+    text = json.dumps({path: note} if isinstance(note, (int, list)) else note)
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={"base": text})
+    line = refusal(command, sample, "--model", tiny.stage1, "--adapter", folder, "--prompt", "a")
+    assert "cannot be read" in line
+
+
+def test_four_bits_do_not_train(tiny, tmp_path, command):
+    command(lora, "quantize", tiny.stage1, tmp_path / "four")
+    argv = ["--stage", 2, "--model", tmp_path / "four", *tiny.flags["stage2"][4:], "--out", tmp_path / "run"]
+    assert "is in four bits" in refusal(command, train, *argv)
+    command(train, *argv, "--train", "projector")
+
+
+def test_an_adapter_keeps_the_template_of_its_base_if_it_names_none(tiny, runs, tmp_path):
+    folder = broken(runs, tmp_path / "adapter", lambda v, t: None)
+    values = read_json(folder / "config.json")
+    for key in ("template", "image_mode"):
+        values.pop(key)
+    (folder / "config.json").write_text(json.dumps(values))
+    base = load_model(tiny.stage1).config
+    found = load_adapted(tiny.stage1, folder, "cpu", torch.float32)[0].config
+    assert (found.template, found.image_mode) == (base.template, base.image_mode)
+
+
+def test_without_a_base_an_adapters_own_is_taken(tiny, runs, command, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command(sample, "--adapter", runs["lora"], "--prompt", "What is it?", "--max-new-tokens", 4, "--device", "cpu")
+    told = capsys.readouterr().out
+    flags = ["--prompt", "What is it?", "--max-new-tokens", 4, "--device", "cpu"]
+    command(sample, "--model", tiny.stage1, "--adapter", runs["lora"], *flags)
+    assert capsys.readouterr().out == told
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--bits", 4], "--bits 4 needs --lora"),
+    (["--lora", "llm", "--train", "projector,llm"], "leaves the towers as they are"),
+    (["--lora", "llm", "--lora-dropout", 1], "--lora-dropout"),
+    (["--lora", "llm", "--bits", 4, "--shard", "fsdp"], "--shard zero1"),
+    (["--lora", "llm", "--vision", "clip"], "--model"),
+    (["--lora", "llm", "--stage", 1], "stage 2"),
+    (["--lora", "all"], "--lora"),
+    (["--train", ""], "--train names nothing"),
+    (["--lora-rank", 8], "--lora-rank needs --lora"),
+    (["--lora", "llm", "--lora-alpha", 0], "--lora-alpha"),
+    (["--lora", "llm", "--lora-alpha", "nan"], "--lora-alpha"),
+])  # fmt: skip
+def test_flags_that_make_no_sense(capsys, argv, words):
+    with pytest.raises(SystemExit):
+        train.read_flags("", ["--stage", "2", *map(str, argv)])
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--lora", "llm", "--lora-rank", 0], "a rank of 0"),
+    (["--lora", "llm", "--lora-layers", "q_prj"], "'q_prj'"),
+    (["--lora", "vision", "--lora-layers", "o_proj"], "'o_proj'"),
+    (["--lora", "both", "--lora-layers", "o_proj"], "no layer of vision is called o_proj"),
+])  # fmt: skip
+def test_ranks_and_layers_that_make_no_sense(tiny, command, tmp_path, argv, words):
+    assert words in refusal(command, train, *tiny.flags["stage2"], *argv, "--out", tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a real decoder
+
+
+@here
+def test_qlora_on_a_real_decoder(peft, tmp_path):
+    """stories260K in four bits learns another story; peft loads what it learned, and merged it says the same."""
+    import transformers
+
+    base = tmp_path / "base"
+    model = load_model(STORIES)
+    base.mkdir()
+    save_model(model, base)
+    tokenizer = Tokenizer.load(STORIES)
+    tokenizer.save(base)
+    text = (
+        "Once upon a time, there was a red robot named Bolt. Bolt lived on the moon and loved to fix old radios. " * 2
+    )
+    ids = torch.tensor([tokenizer.encode(text)[:200]])
+    model, layers = adapted(base, {"llm": 8}, bits=4)
+    for layer in lora_layers(model).values():
+        torch.nn.init.zeros_(layer.lora_B.weight)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _step in range(40):
+        loss = model.train()(ids, ids) / (ids.shape[1] - 1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    print(f"loss {losses[0]:.2f} to {losses[-1]:.2f}")
+    assert losses[-1] < losses[0] / 3
+    folder = saved(model, layers, base, tmp_path / "adapter")
+    ours = load_model(base)
+    attach(ours, read_adapter(folder))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, folder).eval()
+    merge_folder(base, folder, tmp_path / "merged")
+    merged = load_model(tmp_path / "merged")
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        for own in (ours, merged):
+            logits = own.language_model.lm_head(own.language_model.model(own.embed(ids)))
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

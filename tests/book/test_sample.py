@@ -1,0 +1,269 @@
+"""Asking: what is printed, what the model is shown, and one clear line where there is nothing to answer."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sample
+from data import Records
+from formats.weights import load_model
+from inputs.mixture import open_sources
+from inputs.tokenizer import Tokenizer
+
+REPOSITORY = Path(sample.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def llava(babbler):
+    return load_model(babbler), Tokenizer.load(babbler)
+
+
+@pytest.fixture(scope="module")
+def record(tiny):
+    return json.loads((tiny.world / "instruct.json").read_text())[0]
+
+
+@pytest.fixture(scope="module")
+def picture(tiny, record):
+    return tiny.world / record["image"]
+
+
+@pytest.fixture
+def ask(command, babbler, capsys):
+    """What sample.py prints on standard output."""
+
+    def call(*argv, model=babbler, length=12):
+        flags = ["--model", model, "--device", "cpu", "--max-new-tokens", length]
+        command(sample, *flags, *argv)
+        return capsys.readouterr().out
+
+    return call
+
+
+def refusal(ask, *argv, **more):
+    with pytest.raises(SystemExit) as caught:
+        ask(*argv, **more)
+    line = caught.value.code
+    assert isinstance(line, str) and line.startswith("sample.py: ") and len(line.splitlines()) == 1, line
+    return line
+
+
+def say(monkeypatch, *answers):
+    """Let the model answer with these ids, one list a question; returns the prompts it is given."""
+    prompts, left = [], list(answers)
+
+    def generate(model, batch, *_, **__):
+        prompts.extend(batch)
+        yield from ([i] for i in left.pop(0))
+
+    monkeypatch.setattr(sample, "generate", generate)
+    return prompts
+
+
+def bytes_of(tokenizer, text):
+    """One id a byte: no character beyond ASCII is whole in a token."""
+    return [tokenizer.codec.ranks[bytes([byte])] for byte in text.encode()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is printed
+
+
+def test_json_is_one_line_that_says_everything(ask, picture, llava):
+    out = ask("--image", picture, "--prompt", "What is this?", "--json")
+    result = json.loads(out)
+    assert out.endswith("\n") and len(out.splitlines()) == 1
+    assert set(result) == {"text", "ids", "prompt_ids", "stop", "tokens_per_s"}
+    assert result["ids"] and result["tokens_per_s"] > 0
+    assert llava[1].decode(result["ids"]).lstrip().startswith(result["text"])
+    assert result["stop"] == ("eos" if result["ids"][-1] == llava[1].eos_id else "length")
+
+
+def test_standard_output_holds_the_answer_and_nothing_else(ask, babbler, picture):
+    text = json.loads(ask("--image", picture, "--prompt", "What is this?", "--json"))["text"]
+    assert text
+    assert ask("--image", picture, "--prompt", "What is this?") == text + "\n"
+    argv = ["--model", babbler, "--device", "cpu", "--max-new-tokens", "12", "--image", picture]
+    command = [sys.executable, REPOSITORY / "sample.py", *argv, "--prompt", "What is this?"]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+    assert (result.returncode, result.stdout.decode(), result.stderr) == (0, text + "\n", b"")
+
+
+def test_a_full_answer_ends_for_its_length(ask, picture):
+    result = json.loads(ask("--image", picture, "--prompt", "What is this?", "--json", length=1))
+    assert len(result["ids"]) == 1 and result["stop"] in ("length", "eos")
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_why_it_stopped(ask, llava, monkeypatch, ends):
+    tokenizer = llava[1]
+    say(monkeypatch, bytes_of(tokenizer, " a cat") + [tokenizer.eos_id] * ends)
+    result = json.loads(ask("--prompt", "What is this?", "--json"))
+    assert (result["text"], result["stop"]) == ("a cat", "eos" if ends else "length")
+    assert (result["ids"][-1] == tokenizer.eos_id) == ends
+
+
+@pytest.mark.parametrize("text", ["né ☃ 🙂 end", " 🙂", "plain", "  two  spaces "])
+def test_pieces_join_to_the_text_and_no_character_is_cut(llava, monkeypatch, text):
+    model, tokenizer = llava
+    say(monkeypatch, [*bytes_of(tokenizer, text), tokenizer.eos_id])
+    chat = sample.Chat(model, tokenizer, None)
+    pieces = list(chat.ask("Well?"))
+    assert "".join(pieces) == chat.last["text"] == text.lstrip()
+    assert len(pieces) > 1 or len(text.strip()) == 1
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_an_answer_that_ends_inside_a_character(ask, llava, monkeypatch):
+    ids = bytes_of(llava[1], "a 🙂")[:-1]
+    say(monkeypatch, ids, ids)
+    assert ask("--prompt", "Well?") == json.loads(ask("--prompt", "Well?", "--json"))["text"] + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the model is shown
+
+
+def test_the_prompt_is_what_training_showed(ask, tiny, record, picture, llava):
+    model, tokenizer = llava
+    question = record["conversations"][0]["value"].removeprefix("<image>\n")
+    prompt = json.loads(ask("--image", picture, "--prompt", question, "--json", length=1))["prompt_ids"]
+    sources = open_sources([str(tiny.world / "instruct.json")], None)
+    trained = Records(sources, tokenizer, model.config, 1024)[0]["ids"]
+    assert prompt == trained[: len(prompt)]
+    assert prompt.count(tokenizer.image_id) == model.config.vision_config.num_patches == 9
+
+
+def test_the_picture_matters_and_is_looked_at_once(llava, picture, tiny, monkeypatch):
+    model, tokenizer = llava
+    looks, see = [], model.vision_features
+    monkeypatch.setattr(model, "vision_features", lambda pixels: looks.append(pixels) or see(pixels))
+    chat = sample.Chat(model, tokenizer, picture, max_new_tokens=12)
+    said = ["".join(chat.ask(question)) for question in ("What is this?", "What is this?")]
+    other = sample.Chat(model, tokenizer, next((tiny.world / "heldout-0/0000").iterdir()), max_new_tokens=12)
+    assert len({*said, "".join(other.ask("What is this?"))}) == 3 and len(looks) == 2
+
+
+@pytest.mark.parametrize("text", ["What does <image> mean?", "</s>", "<s><pad> end", "USER: ASSISTANT: yes</s>"])
+def test_text_is_only_text(ask, llava, picture, text):
+    tokenizer = llava[1]
+    specials = set(tokenizer.specials.values())
+    prompt = json.loads(ask("--prompt", text, "--json", length=1))["prompt_ids"]
+    assert [i for i in prompt if i in specials] == [tokenizer.bos_id]
+    assert text in tokenizer.decode(prompt)
+    prompt = json.loads(ask("--image", picture, "--prompt", text, "--json", length=1))["prompt_ids"]
+    assert [i for i in prompt if i in specials] == [tokenizer.bos_id] + [tokenizer.image_id] * 9
+
+
+def test_a_conversation_holds_what_was_said_before(llava, picture, monkeypatch):
+    model, tokenizer = llava
+    prompts = say(monkeypatch, [*bytes_of(tokenizer, " a cat"), tokenizer.eos_id], bytes_of(tokenizer, " no"))
+    chat = sample.Chat(model, tokenizer, picture)
+    assert "".join(chat.ask("What is this?")) == "a cat" and "".join(chat.ask("Is it red?")) == "no"
+    first, second = prompts
+    before = [*first, *tokenizer.encode(" a cat"), tokenizer.eos_id]
+    assert second[: len(before)] == before
+    assert second[len(before) :] == tokenizer.encode("USER: Is it red? ASSISTANT:")
+
+
+def test_a_terminal_may_converse(llava, monkeypatch, capsys):
+    model, tokenizer = llava
+    prompts = say(monkeypatch, bytes_of(tokenizer, " yes"), bytes_of(tokenizer, " no"))
+    lines = iter(["Is it?", "Sure?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    sample.converse(sample.Chat(model, tokenizer, None))
+    assert capsys.readouterr().out == "yes\nno\n" and len(prompts) == 2
+
+
+def test_without_a_picture_a_llava_answers_too(ask, llava):
+    result = json.loads(ask("--prompt", "Is the cat red?", "--json"))
+    assert result["ids"] and llava[1].image_id not in result["prompt_ids"]
+
+
+def test_a_decoder_alone_answers_and_sees_nothing(ask, tiny, picture):
+    assert json.loads(ask("--prompt", "Is the cat red?", "--json", model=tiny.decoder))["ids"]
+    assert "vision tower" in refusal(ask, "--image", picture, "--prompt", "Is it red?", model=tiny.decoder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# chance
+
+
+def test_greedy_answers_repeat(ask, picture):
+    argv = ["--image", picture, "--prompt", "What is this?"]
+    assert ask(*argv) == ask(*argv) == ask(*argv, "--seed", 5) != "\n"
+
+
+def test_a_seed_repeats_its_draw(ask):
+    drawn = [
+        json.loads(ask("--prompt", "What?", "--temperature", 1.5, "--seed", seed, "--json"))["ids"]
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    narrow = ["--prompt", "What?", "--temperature", 1.5, "--seed", 1]
+    assert ask(*narrow, "--top-k", 1) == ask(*narrow, "--top-p", 1e-9) == ask("--prompt", "What?")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one line for what a user can mend
+
+
+def test_a_prompt_longer_than_the_context_is_measured(ask, picture, llava):
+    text = "red cat " * 600
+    tokens = len(llava[1].encode("\n" + text + " ASSISTANT:")) + len(llava[1].encode("USER: ")) + 9 + 1
+    line = refusal(ask, "--image", picture, "--prompt", text)
+    assert tokens > 1024 and str(tokens) in line and "1024" in line
+
+
+def test_a_picture_that_is_none_is_named(ask, tmp_path):
+    (tmp_path / "page.jpg").write_text("<html>")
+    for name in ("nowhere.jpg", "page.jpg"):
+        assert name in refusal(ask, "--image", tmp_path / name, "--prompt", "What is this?")
+
+
+def test_without_a_model_both_ways_to_one_are_named(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        command(sample, "--prompt", "Hello")
+    line = caught.value.code
+    assert line.startswith("sample.py: ") and len(line.splitlines()) == 1
+    assert "train.py" in line and "speedrun.sh" in line and "name a folder" in line
+
+
+def test_a_folder_without_a_model_is_named(command, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        command(sample, "--model", tmp_path, "--prompt", "Hello")
+    assert str(tmp_path / "config.json") in caught.value.code and len(caught.value.code.splitlines()) == 1
+
+
+def test_a_missing_tokenizer_is_named_before_the_weights_are_read(command, tiny, tmp_path):
+    data = (tiny.stage2 / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:-4] + b"\xff" * 4)  # a NaN, for which they would be refused
+    (tmp_path / "config.json").write_bytes((tiny.stage2 / "config.json").read_bytes())
+    with pytest.raises(SystemExit) as caught:
+        command(sample, "--model", tmp_path, "--prompt", "Hello")
+    assert "tokenizer.json" in caught.value.code and len(caught.value.code.splitlines()) == 1
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "cuda:99", "CUDA"])
+def test_a_device_that_is_not_there_is_named(command, tiny, device):
+    with pytest.raises(SystemExit) as caught:
+        command(sample, "--model", tiny.stage2, "--prompt", "Hello", "--device", device)
+    assert f"--device {device}" in caught.value.code and len(caught.value.code.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flag", ["--temperature=nan", "--temperature=inf", "--seed=-1", f"--seed={2**64}"])
+def test_a_number_that_is_none_is_named(command, tiny, capsys, flag):
+    with pytest.raises(SystemExit) as caught:
+        command(sample, "--model", tiny.stage2, "--prompt", "Hello", flag)
+    assert caught.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flag", ["--temperature=-1", "--top-p=0", "--top-p=1.1", "--top-k=-1", "--max-new-tokens=0"])
+def test_a_wrong_flag_is_named(command, tiny, capsys, flag):
+    with pytest.raises(SystemExit) as caught:
+        command(sample, "--model", tiny.stage2, "--prompt", "Hello", flag)
+    assert caught.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,330 @@
+"""A run's folder under everything that can befall it: damage, a second writer, signals, a disk that is full."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import train
+from inputs import files
+from training import runs, sharding
+
+REPOSITORY = Path(train.__file__).parent
+RANKS = train.Ranks("cpu")
+
+
+def trained_by(steps):
+    """A small model and its optimizer after so many steps."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = sharding.make_adamw([{"params": list(model.parameters())}], "ddp", lr=0.1)
+    for _ in range(steps):
+        model(torch.ones(3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def same(one, two):
+    """Whether two pairs of model and optimizer hold the same bits."""
+    states = [sharding.training_state(*pair, RANKS) for pair in (one, two)]
+    assert [list(state) for state in states[0].values()] == [list(state) for state in states[1].values()]
+    tensors = [[value for file in state.values() for value in file.values()] for state in states]
+    return all(torch.equal(a, b) for a, b in zip(*tensors))
+
+
+def opened(folder, resume=False):
+    run = runs.Run(folder, {"stage": 1, "lr": 0.1}, resume)
+    run.open()
+    run.start(0)
+    return run
+
+
+def save(run, step):
+    model, optimizer = trained_by(step)
+    state = sharding.training_state(model, optimizer, RANKS)
+    run.save_checkpoint(step, state, sharding.gathered(state, optimizer, RANKS), 2, "checkpoint")
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A run with checkpoints after steps 2 and 4."""
+    run = opened(tmp_path / "run")
+    for step in (2, 4):
+        save(run, step)
+    return run
+
+
+def newest(folder):
+    """What a resume would find: (step, model and optimizer)."""
+    path = runs.Run(folder, {"stage": 1}, resume=True).newest_good()
+    pair = trained_by(0)
+    return sharding.restore(path, *pair), pair
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def test_a_checkpoint_brings_back_every_bit(two):
+    step, pair = newest(two.folder)
+    assert step == 4 and same(pair, trained_by(4)) and not same(pair, trained_by(2))
+
+
+def test_our_files_are_those_safetensors_writes(tmp_path):
+    tensors = {"a": torch.randn(3, 2), "b": torch.randn(()), "c": torch.randn(5, dtype=torch.bfloat16)}
+    tensors |= {"d": torch.arange(6).view(2, 3).T, "e": torch.empty(0, 4), "f": torch.tensor([1, 255]).byte()}
+    files.write_tensors(tmp_path / "x.safetensors", tensors, iter(tensors.values()))
+    back = load_file(tmp_path / "x.safetensors")
+    assert list(back) == list(tensors) and all(torch.equal(back[key], tensors[key]) for key in tensors)
+    assert all(back[key].dtype == tensors[key].dtype for key in tensors)
+
+
+def test_the_newest_are_kept_and_latest_points_at_the_last(two):
+    save(two, 6)
+    assert [path.name for path in two.checkpoints()] == ["checkpoint-000004", "checkpoint-000006"]
+    assert (two.folder / "latest").resolve() == two.checkpoints()[-1].resolve()
+
+
+def test_what_a_kill_left_half_written_is_swept(two):
+    torn = two.folder / "checkpoint-000006.partial"
+    torn.mkdir()
+    (torn / "trained.safetensors").write_bytes(b"\x10")
+    runs.Run(two.folder, {"stage": 1}, resume=True).open()
+    assert not torn.exists() and newest(two.folder)[0] == 4
+
+
+def damaged(two, tmp_path, number, change):
+    """The outcome of a resume after `change(path)` on one file of the newest checkpoint."""
+    folder = tmp_path / f"copy-{number}"
+    shutil.copytree(two.folder, folder, symlinks=True)
+    path = change(folder / "checkpoint-000004")
+    step, pair = newest(folder)
+    assert step == 2 and same(pair, trained_by(2))
+    shutil.rmtree(folder)
+    return path
+
+
+def test_cut_at_every_64th_any_file_is_found_and_the_one_before_it_used(two, tmp_path, capsys):
+    names = sorted(path.name for path in two.checkpoints()[-1].iterdir())
+    assert names == ["manifest.json", "optimizer.safetensors", "state.json", "trained.safetensors"]
+    for name in names:
+        for part in range(64):
+
+            def cut(folder, name=name, part=part):
+                data = (folder / name).read_bytes()
+                (folder / name).write_bytes(data[: len(data) * part // 64])
+
+            damaged(two, tmp_path, part, cut)
+            line = capsys.readouterr().err
+            assert name in line and "put aside" in line and len(line.splitlines()) == 1
+
+
+def test_five_hundred_flipped_bits_are_found(two, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    paths = sorted(two.checkpoints()[-1].iterdir())
+    for number in range(500):
+
+        def flip(folder, number=number):
+            path = folder / paths[number % len(paths)].name
+            data = bytearray(path.read_bytes())
+            bit = int(torch.randint(8 * len(data), (), generator=generator))
+            data[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(data)
+
+        damaged(two, tmp_path, number, flip)
+
+
+def test_a_file_too_many_and_one_too_few_are_found(two, tmp_path):
+    damaged(two, tmp_path, 0, lambda folder: (folder / "more.json").write_text("{}"))
+    damaged(two, tmp_path, 1, lambda folder: (folder / "state.json").unlink())
+
+
+def test_when_all_are_damaged_nothing_is_trained_over(two):
+    for path in two.checkpoints():
+        (path / "state.json").write_text("{}")
+    for _ in range(2):  # and asking again does not help
+        with pytest.raises(ValueError, match="every checkpoint is damaged"):
+            newest(two.folder)
+    assert len(list(two.folder.glob("checkpoint-*.damaged"))) == 2
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_before_it_stays(two):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # as close to a full disk as one gets without a disk
+    try:
+        with pytest.raises(ValueError) as caught:
+            save(two, 6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    needed = sum(t.nbytes for file in sharding.training_state(*trained_by(6), RANKS).values() for t in file.values())
+    line = str(caught.value)
+    assert "checkpoint-000006" in line and "File too large" in line and f"{needed} bytes needed" in line
+    assert "the last good checkpoint" in line and "checkpoint-000004" in line and len(line.splitlines()) == 1
+    assert newest(two.folder)[0] == 4 and not list(two.folder.glob("*.partial"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole runs
+
+
+def test_a_folder_one_cannot_write_to(tiny, command):
+    with pytest.raises(SystemExit) as caught:
+        command(train, *tiny.flags["stage1"], "--out", "/proc/no-such-place/run")
+    assert "/proc/no-such-place" in caught.value.code and len(caught.value.code.splitlines()) == 1
+
+
+def test_only_one_process_trains_into_a_folder(tmp_path):
+    folder = tmp_path / "run"
+    code = f"import pathlib, runs; run = runs.Run(pathlib.Path({str(folder)!r}), {{'stage': 1}}, False); run.open()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code + "\nprint('held', flush=True); import time; time.sleep(60)"],
+        stdout=subprocess.PIPE,
+        cwd=REPOSITORY,
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="another process"):
+            opened(folder)
+    finally:
+        holder.kill()
+        holder.wait()
+    opened(folder)  # a dead process holds nothing
+
+
+@pytest.mark.parametrize("flag, value", [("--lr", 1e-5), ("--seed", 5), ("--max-length", 500), ("--steps", 9)])
+def test_a_resumed_run_is_the_same_run(tiny, command, tmp_path, monkeypatch, flag, value):
+    argv = [*tiny.flags["stage1"], "--out", tmp_path / "run"]
+    step = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *args: 1 / 0 if args[-1] == 3 else step(*args))
+    with pytest.raises(ZeroDivisionError):
+        command(train, *argv)
+    monkeypatch.setattr(train, "train_step", step)
+    with pytest.raises(SystemExit) as caught:
+        command(train, *argv, "--resume", flag, value)
+    assert flag in caught.value.code and str(value) in caught.value.code and "--allow-changes" in caught.value.code
+    command(train, *argv, "--resume", flag, value, "--allow-changes")
+    assert json.loads((tmp_path / "run/run.json").read_text())["finished"]
+
+
+def test_weights_only(tiny, command, tmp_path, monkeypatch):
+    """--init-from begins at step 0 with the weights of a checkpoint, and a new optimizer."""
+    argv = [*tiny.flags["stage2"], "--keep", 5]
+    monkeypatch.setattr(runs.Run, "finish", lambda *_: None)  # which drops the checkpoints
+    command(train, *argv, "--out", tmp_path / "first")
+    monkeypatch.undo()
+    command(train, *argv, "--out", tmp_path / "second", "--init-from", tmp_path / "first/latest")
+    rows = [json.loads(line) for line in (tmp_path / "second/log.jsonl").read_text().splitlines()]
+    before = [json.loads(line) for line in (tmp_path / "first/log.jsonl").read_text().splitlines()]
+    assert rows[0]["step"] == 1 and rows[0]["loss"] < before[0]["loss"] - 0.5
+    (tmp_path / "first/latest/trained.safetensors").write_bytes(b"")
+    with pytest.raises(SystemExit) as caught:
+        command(train, *argv, "--out", tmp_path / "third", "--init-from", tmp_path / "first/latest")
+    assert "trained.safetensors" in caught.value.code
+
+
+def signalled(tiny, folder, *numbers):
+    """Exit status and last line of a run that gets these signals once it has made two steps."""
+    argv = [*tiny.flags["stage1"], "--out", folder, "--steps", 100_000, "--save-every", 50_000]
+    process = subprocess.Popen(
+        [sys.executable, REPOSITORY / "train.py", *map(str, argv)], stderr=subprocess.PIPE, text=True
+    )
+    end = time.monotonic() + 60
+    while not (folder / "log.jsonl").exists() or (folder / "log.jsonl").read_bytes().count(b"\n") < 2:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    for number in numbers:
+        process.send_signal(number)
+    output = process.communicate(timeout=60)[1]
+    return process.returncode, output.splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends(tiny, tmp_path, number):
+    status, line = signalled(tiny, tmp_path / "run", number)
+    assert status == 128 + number and "stopped after step" in line and "--resume" in line
+    step = json.loads((tmp_path / "run/latest/state.json").read_text())["step"]
+    rows = [json.loads(row) for row in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert step == len(rows) and f"after step {step};" in line
+
+
+def test_what_fails_once_it_was_told_to_stop_has_been_interrupted(tiny, command, tmp_path, monkeypatch, capsys):
+    def compiler(*_):
+        signal.raise_signal(signal.SIGINT)  # as a terminal tells it to every process, the C++ compiler among them
+        raise RuntimeError("C++ compile error")
+
+    monkeypatch.setattr(train, "measured_step", compiler)
+    with pytest.raises(SystemExit) as caught:
+        command(train, *tiny.flags["stage2"], "--out", tmp_path / "run")
+    assert caught.value.code == 130 and "what was saved is whole" in capsys.readouterr().err
+
+
+def test_a_second_signal_does_not_wait(tiny, tmp_path):
+    code = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(REPOSITORY)!r})
+import train
+step = train.train_step
+def slow(*args):
+    if args[-1] == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    return step(*args)
+train.train_step = slow
+sys.argv = ["train.py", *{[str(value) for value in (*tiny.flags["stage1"], "--out", tmp_path / "run")]!r}]
+train.main()
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=50, capture_output=True).returncode == -signal.SIGTERM
+    assert not (tmp_path / "run/latest").exists()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_left_out(tiny, command, tmp_path, monkeypatch, number):
+    """Its loss is not logged as a number, the weights stay, and what follows is trained on as if it had not been."""
+    forward, calls = train.Llava.forward, []
+
+    def poisoned(self, *args, **more):
+        calls.append(0)
+        return forward(self, *args, **more) * (number if len(calls) == 4 else 1.0)  # the first is memory.py's, no step
+
+    monkeypatch.setattr(train.Llava, "forward", poisoned)
+    command(train, *tiny.flags["stage2"], "--out", tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "skipped" in row] == [3] and rows[2]["loss"] is None
+    assert str(number) in rows[2]["skipped"]
+    assert json.loads((tmp_path / "run/run.json").read_text())["skipped"] == 1
+    clean = [json.loads(line)["loss"] for line in (tiny.stage2 / "log.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows[:2]] == clean[:2] and rows[3]["loss"] < clean[0]
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny, command, tmp_path):
+    flags = [*tiny.flags["stage2"], "--lr", 1e39, "--save-every", 1, "--clip-grad", 0]
+    with pytest.raises(SystemExit) as caught:
+        command(train, *flags, "--out", tmp_path / "run")
+    assert "step 1: weights are not finite" in caught.value.code
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_process_that_hangs_ends_and_says_where(tiny, tmp_path):
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(REPOSITORY)!r})
+import train
+train.train_step = lambda *args: time.sleep(60)
+sys.argv = ["train.py", *{[str(v) for v in (*tiny.flags["stage1"], "--timeout", 1, "--out", tmp_path / "run")]!r}]
+train.main()
+"""
+    result = subprocess.run([sys.executable, "-c", code], timeout=50, capture_output=True, text=True)
+    assert result.returncode == 1 and "Timeout" in result.stderr and "measured_step" in result.stderr
+    assert os.listdir(tmp_path / "run")
