@@ -1,0 +1,26 @@
+"""Error handling that all scripts share: an error the user can fix is one line, not a traceback."""
+
+import signal
+import sys
+from collections.abc import Callable
+
+
+def run(main: Callable[[], None], name: str):
+    """Call `main()`; `name` starts the error line, as in "train.py".
+
+    ValueError (BadImage is one) and OSError print one line on stderr and exit with status 1. Ctrl-C prints one line
+    and exits with status 130. Any other exception is a bug in this project and keeps its traceback.
+    """
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"{name}: {one_line(f'{error.filename}: {error.strerror}' if error.filename else str(error))}")
+    except ValueError as error:
+        sys.exit(f"{name}: {one_line(str(error))}")
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.splitlines())
