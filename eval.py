@@ -22,7 +22,7 @@ from evaluation.predictions import Item, load, read_predictions, shown
 from evaluation.submissions import server_format, write_submission
 from evaluation.tasks import TASKS, prompt_of, read_items, unpack_pictures
 from fast import heap
-from formats.adapters import base_of, load_adapted
+from formats.adapters import base_of_adapter, load_with_adapter
 from formats.weights import DTYPES, choose_dtype
 from inputs.files import to_json, write_json
 from inputs.images import BadImage
@@ -169,12 +169,12 @@ def choose_image_mode(args: argparse.Namespace, config: LlavaConfig):
 
 def run(args: argparse.Namespace):
     """Answer what is not answered yet, on all ranks, then score on the first."""
-    base = args.model or (base_of(args.adapter) if args.adapter else runs.newest_run(1, 2))
+    base = args.model or (base_of_adapter(args.adapter) if args.adapter else runs.newest_run(1, 2))
     folders = [base, args.adapter] if args.adapter else [base]
     folder = folders[-1]  # where answers go, and whose name they have
     ranks = Ranks(args.device)
     device = str(ranks.device)
-    model, tokenizer = load_adapted(base, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
+    model, tokenizer = load_with_adapter(base, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
     heap.keep_freed(model.device)
     choose_image_mode(args, model.config)
     if args.task == "probes":

@@ -19,7 +19,7 @@ import torch
 
 from data import prepare_picture
 from fast import heap
-from formats.adapters import base_of, load_adapted
+from formats.adapters import base_of_adapter, load_with_adapter
 from formats.weights import DTYPES, choose_dtype
 from inputs.images import BadImage, open_image
 from inputs.templates import prompt_ids, stop_text
@@ -126,9 +126,9 @@ def main():
     """Answer once or converse; bad input ends in one line and status 1."""
     args = read_flags()
     try:
-        folder = args.model or (base_of(args.adapter) if args.adapter else runs.newest_run(1, 2))
+        folder = args.model or (base_of_adapter(args.adapter) if args.adapter else runs.newest_run(1, 2))
         device = choose_device(args.device)
-        model, tokenizer = load_adapted(folder, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
+        model, tokenizer = load_with_adapter(folder, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
         heap.keep_freed(model.device)
         if args.compile:
             compile_decoding(model)

@@ -36,7 +36,7 @@ from data import CaptionPairs, DataError, Records, Samples, Skips, collate, name
 from fast import heap
 from fast.linear import need_compiler, prepare
 from formats.adapters import is_adapter, sample_weights, save_adapter
-from formats.weights import load_both, save_model
+from formats.weights import load_checkpoint, save_model
 from inputs.files import publish, verify
 from inputs.images import BadImage
 from inputs.mixture import Source, batches, check_mixing, counts_of, open_sources, order_of
@@ -510,7 +510,7 @@ def train_llava(args, ranks: Ranks, folder: Path):
         ranks.say(f"going on from {args.model}")
         if is_adapter(args.model):
             raise ValueError(f"{args.model} is an adapter: `python lora.py merge` makes a model of it and its base")
-        model, tokenizer = load_both(args.model, "cpu", torch.float32, args.bits)
+        model, tokenizer = load_checkpoint(args.model, "cpu", torch.float32, args.bits)
     if model.config.vision_config is None:
         raise ValueError(f"{args.model} is a decoder without a vision tower: build a LLaVA with --vision and --llm")
     recipes.check_model(args, model.config)

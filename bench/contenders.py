@@ -350,8 +350,8 @@ FIRST_TOKEN = {
 import sys, torch
 from pathlib import Path
 from sample import Chat, heap
-from formats.adapters import load_adapted
-model, tokenizer = load_adapted(Path(sys.argv[1]), None, sys.argv[3], getattr(torch, sys.argv[4]))
+from formats.adapters import load_with_adapter
+model, tokenizer = load_with_adapter(Path(sys.argv[1]), None, sys.argv[3], getattr(torch, sys.argv[4]))
 heap.keep_freed(model.device)
 print("".join(Chat(model, tokenizer, Path(sys.argv[2]), max_new_tokens=1).ask("What is this?")).encode())
 """,

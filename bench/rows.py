@@ -26,7 +26,7 @@ from bench.pairing import Contender, Limits, Row, pair, rate_row, size_row, time
 from data import prepare_picture
 from fast.linear import EMULATED
 from formats.configs import read_config
-from formats.weights import load_both, load_model
+from formats.weights import load_checkpoint, load_model
 from inputs.images import open_image
 from inputs.tokenizer import Tokenizer
 from llava import KVCache, Llava, compile_decoding
@@ -274,7 +274,7 @@ def cache_bytes(bench: Bench, name: str, shape: str) -> Iterator[Row]:
 def second_question(bench: Bench, name: str, shape: str) -> Iterator[Row]:
     """Milliseconds to the first token of a second question about the same picture; theirs reads all of it again."""
     folder, dtype = bench.folder(shape), getattr(torch, bench.dtype)
-    model, tokenizer = load_both(folder, str(bench.device), dtype)
+    model, tokenizer = load_checkpoint(folder, str(bench.device), dtype)
     model.config.eos_token_ids = []
     path, told = picture_file(bench.root / "pictures"), []
 

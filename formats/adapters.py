@@ -22,12 +22,12 @@ from torch import nn
 
 from formats.configs import config_to_json, read_config
 from formats.layouts import LLAVA_LAYOUTS, Layout, choose_layout, llama, match
-from formats.tensors import Lazy, open_tensors
+from formats.tensors import LazyTensor, open_tensors
 from formats.weights import (
     FLOATS,
     build,
     grow_vocabulary,
-    load_both,
+    load_checkpoint,
     load_tokenizer,
     merged_into,
     open_model,
@@ -200,7 +200,7 @@ def weights_file(folder: Path) -> Path:
     return path
 
 
-def sort_tensors(tensors: dict[str, Lazy]) -> tuple[dict[str, dict[str, Lazy]], dict[str, Lazy]]:
+def sort_tensors(tensors: dict[str, LazyTensor]) -> tuple[dict[str, dict[str, LazyTensor]], dict[str, LazyTensor]]:
     """A and B by the path of their layer, and all others by name, as the base calls them."""
     pairs, whole = {}, {}
     for name, lazy in tensors.items():
@@ -212,7 +212,7 @@ def sort_tensors(tensors: dict[str, Lazy]) -> tuple[dict[str, dict[str, Lazy]], 
     return pairs, whole
 
 
-def read_layer(path: Path, name: str, pair: dict[str, Lazy], values: dict, layout: Layout) -> dict:
+def read_layer(path: Path, name: str, pair: dict[str, LazyTensor], values: dict, layout: Layout) -> dict:
     """A, B and scale of a layer of theirs; where q, k and v are one matrix there, B is cut in three, and A shared."""
     rank, alpha = of_layer(values, "r", "rank_pattern", name), of_layer(values, "lora_alpha", "alpha_pattern", name)
     if set(pair) != {"A", "B"}:
@@ -290,7 +290,7 @@ def refuse_other_base(model: Llava, adapter: Adapter):
     check_base(model, adapter)
 
 
-def load_adapted(
+def load_with_adapter(
     folder: Path,
     adapter: Path | None,
     device: str,
@@ -304,16 +304,16 @@ def load_adapted(
     decoder in NF4; vision: CLIP's folder, for an adapter of LLaVA's authors, whose base is a decoder alone.
     """
     if adapter is None and not is_adapter(folder):
-        return load_both(folder, device, dtype, bits, copy=False)
+        return load_checkpoint(folder, device, dtype, bits, copy=False)
     if adapter is None:
-        adapter, folder = folder, base_of(folder)
-    return build_adapted(folder, read_adapter(adapter), device, dtype, bits, vision)
+        adapter, folder = folder, base_of_adapter(folder)
+    return build_with_adapter(folder, read_adapter(adapter), device, dtype, bits, vision)
 
 
-def build_adapted(
+def build_with_adapter(
     folder: Path, found: Adapter, device: str, dtype: torch.dtype | None, bits: int, vision: Path | None
 ) -> tuple[Llava, Tokenizer]:
-    """A base and its tokenizer, with an adapter that was read on it; for the arguments see load_adapted."""
+    """A base and its tokenizer, with an adapter that was read on it; for the arguments see load_with_adapter."""
     if is_adapter(folder):
         raise ValueError(f"{folder} is an adapter: --model is the base below {found.folder}")
     if found.sha256 in merged_into(folder):
@@ -330,7 +330,7 @@ def build_adapted(
     return model, tokenizer
 
 
-def base_of(folder: Path) -> Path:
+def base_of_adapter(folder: Path) -> Path:
     """The base of an adapter, where its file says. Raises ValueError if it is not there."""
     base = read_json(folder / CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or len(base) > 4000 or "\0" in base or not (Path(base) / "config.json").exists():
@@ -357,12 +357,12 @@ def logits(model: Llava) -> torch.Tensor:
 def merge_folder(base: Path, adapter: Path, out: Path, bits: int = 16, vision: Path | None = None):
     """Write `base` with the adapter in its weights; never in four bits, though the base may be, or is made so here.
 
-    Raises ValueError, nothing written, if that would not be the same model. For the arguments see load_adapted.
+    Raises ValueError, nothing written, if that would not be the same model. For the arguments see load_with_adapter.
     """
     if out.exists():
         raise ValueError(f"{out}: exists already")
     found = read_adapter(adapter)
-    model, tokenizer = build_adapted(base, found, "cpu", None, bits, vision)
+    model, tokenizer = build_with_adapter(base, found, "cpu", None, bits, vision)
     apart, largest, narrow = merge_checked(model, found)
     if model.config.vision_config is not None:
         grow_vocabulary(model, tokenizer.vocab_size)  # a decoder alone has no room for <image>
@@ -401,7 +401,7 @@ def quantize_folder(source: Path, target: Path):
     _, tensors = open_model(source)
     if any(lazy.dtype == "NF4" for lazy in tensors.values()):
         raise ValueError(f"{source}: is in four bits already")
-    model, tokenizer = load_both(source, "cpu", None, bits=4)
+    model, tokenizer = load_checkpoint(source, "cpu", None, bits=4)
 
     publish_model(model, tokenizer, target, merged_into(source))
     layers = [module for module in model.modules() if isinstance(module, NF4Linear)]

@@ -26,7 +26,7 @@ HEADER_BYTES = 10_000_000  # of a file that is read: room for some hundred thous
 
 
 @dataclass
-class Lazy:
+class LazyTensor:
     """A tensor that is still in its file. read() makes it, on the CPU, perhaps as a view of the mapped file."""
 
     shape: tuple[int, ...]
@@ -34,7 +34,7 @@ class Lazy:
     read: Callable[[], torch.Tensor]
 
 
-def open_tensors(path: Path) -> dict[str, Lazy]:
+def open_tensors(path: Path) -> dict[str, LazyTensor]:
     """Every tensor of a folder or file by name, none read yet; a weight in NF4 is one, read as an NF4Linear.
 
     Raises ValueError, in one line, if something is off.
@@ -42,7 +42,7 @@ def open_tensors(path: Path) -> dict[str, Lazy]:
     return gather_quantized(open_files(path), path)
 
 
-def gather_quantized(tensors: dict[str, Lazy], source: Path) -> dict[str, Lazy]:
+def gather_quantized(tensors: dict[str, LazyTensor], source: Path) -> dict[str, LazyTensor]:
     """The same, with all that a file holds of a weight in NF4 under that weight's name."""
     for key in [name for name in tensors if nf4.STATE in name]:
         name, _, kind = key.rpartition(nf4.STATE)
@@ -52,11 +52,11 @@ def gather_quantized(tensors: dict[str, Lazy], source: Path) -> dict[str, Lazy]:
         def read(name=name, state=state, parts=parts) -> nf4.NF4Linear:
             return nf4.from_files(f"{source}: {name}", state, {end: part.read() for end, part in parts.items()})
 
-        tensors[name] = Lazy(tuple(state["shape"]), "NF4", read)
+        tensors[name] = LazyTensor(tuple(state["shape"]), "NF4", read)
     return tensors
 
 
-def open_files(path: Path) -> dict[str, Lazy]:
+def open_files(path: Path) -> dict[str, LazyTensor]:
     """The tensors as the files have them, a weight in NF4 still in pieces; for the rest see open_tensors."""
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
@@ -74,7 +74,7 @@ def open_files(path: Path) -> dict[str, Lazy]:
     raise ValueError(f"{path}: holds neither model.safetensors nor pytorch_model.bin, nor an index of one")
 
 
-def read_safetensors(path: Path) -> dict[str, Lazy]:
+def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     """The library checks offsets and sizes; it lets pass a key given twice and a space in front, and we do not."""
     try:
         with path.open("rb") as file:
@@ -88,7 +88,7 @@ def read_safetensors(path: Path) -> dict[str, Lazy]:
         header.pop("__metadata__", None)
         with safe_open(path, "pt"):
             return {
-                name: Lazy(tuple(e["shape"]), e["dtype"], partial(mapped, path, 8 + length, e))
+                name: LazyTensor(tuple(e["shape"]), e["dtype"], partial(mapped, path, 8 + length, e))
                 for name, e in header.items()
             }
     except OSError as error:
@@ -117,7 +117,7 @@ def mapped(path: Path, start: int, entry: dict) -> torch.Tensor:
     return torch.from_numpy(content).view(dtype).view(entry["shape"])
 
 
-def read_pickle(path: Path) -> dict[str, Lazy]:
+def read_pickle(path: Path) -> dict[str, LazyTensor]:
     """A .bin file, through torch.load(weights_only=True) and in no other way: a plain unpickle runs foreign code."""
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
         raise ValueError(f"{path}: reading a pickle needs torch 2.10, whose weights_only is mended; this is older")
@@ -131,12 +131,12 @@ def read_pickle(path: Path) -> dict[str, Lazy]:
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path}: holds something else than tensors by name")
     return {
-        name: Lazy(tuple(value.shape), str(value.dtype).removeprefix("torch."), lambda value=value: value)
+        name: LazyTensor(tuple(value.shape), str(value.dtype).removeprefix("torch."), lambda value=value: value)
         for name, value in state.items()
     }
 
 
-def read_shards(index: Path, reader: Callable[[Path], dict[str, Lazy]]) -> dict[str, Lazy]:
+def read_shards(index: Path, reader: Callable[[Path], dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
     """All tensors that an index distributes over files beside it, each in the one file that the index names."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
@@ -170,7 +170,7 @@ def find_llama2c(folder: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def read_llama2c(path: Path) -> tuple[LlavaConfig, dict[str, Lazy]]:
+def read_llama2c(path: Path) -> tuple[LlavaConfig, dict[str, LazyTensor]]:
     """llama2.c's version 0: seven int32, then float32 matrices, kind by kind. Raises ValueError if the size is wrong.
 
     Its RoPE turns the pairs (2i, 2i + 1) and ours (i, i + D/2), so the rows of q and k are put in another order.
@@ -209,7 +209,7 @@ def read_llama2c(path: Path) -> tuple[LlavaConfig, dict[str, Lazy]]:
             whole = pairs.transpose(2, 3).reshape(shape)
         for i, tensor in enumerate(whole if name.startswith(layer) else [whole]):
             full = name.format(i) if name == "lm_head.weight" else f"model.{name.format(i)}"
-            tensors[full] = Lazy(tuple(tensor.shape), "F32", lambda tensor=tensor: tensor)
+            tensors[full] = LazyTensor(tuple(tensor.shape), "F32", lambda tensor=tensor: tensor)
     del tensors["model.RoPE"]
     text = TextConfig(vocab, width, hidden, layers, heads, kv_heads, max_position_embeddings=context)
     text.rms_norm_eps, text.tie_word_embeddings = 1e-5, tied

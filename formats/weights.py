@@ -36,7 +36,7 @@ from formats.layouts import (
     match,
     pattern_of,
 )
-from formats.tensors import NUMBERS, Lazy, find_llama2c, open_tensors, read_llama2c
+from formats.tensors import NUMBERS, LazyTensor, find_llama2c, open_tensors, read_llama2c
 from inputs.files import publish, read_json, write_json
 from inputs.templates import TEMPLATES, end_ids
 from inputs.tokenizer import Tokenizer
@@ -52,9 +52,9 @@ FLOATS |= {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()
 # filling a model
 
 
-def fill(
+def load_tensors(
     model: nn.Module,
-    tensors: dict[str, Lazy],
+    tensors: dict[str, LazyTensor],
     layouts: dict[str, Layout],
     source: Path | str,
     extras=(),
@@ -66,8 +66,8 @@ def fill(
     """Give every parameter of `model` its tensor from the file; all names and shapes are checked before any is read.
 
     Args: model: may be on the meta device. extras: names, in our spelling, that need no place. skip: a part of
-    the model, if any, that is filled from elsewhere. bits: 4 puts the decoder's layers into NF4. copy: see load_both.
-    to: device, dtype.
+    the model, if any, that is filled from elsewhere. bits: 4 puts the decoder's layers into NF4. copy: see
+    load_checkpoint. to: device, dtype.
     Raises ValueError with the first differences, and their likely cause.
     """
     wanted = {name: p for name, p in model.named_parameters() if not (skip and name.startswith(skip))}
@@ -95,7 +95,9 @@ def fill(
         ours, change = match(name, layout)
         tensor = tensors[name].read()
         if isinstance(tensor, nf4.NF4Linear):
-            place(model, ours[0], tensor.to(to["device"]) if in_layers(ours[0]) else tensor.dequantize().to(**to))
+            set_parameter(
+                model, ours[0], tensor.to(to["device"]) if in_layers(ours[0]) else tensor.dequantize().to(**to)
+            )
             continue
         for target, part in zip(ours, change.split(tensor)):
             small = bits == 4 and in_layers(target)  # quantized as it comes, so that no more than one is ever whole
@@ -104,7 +106,7 @@ def fill(
             # and are found in a twentieth of the time of isfinite(part).
             if part.numel() and not torch.stack(torch.aminmax(part)).isfinite().all():
                 raise ValueError(f"{source}: {name} holds numbers that are not finite in {to['dtype']}")
-            place(model, target, nf4.NF4Linear.of(part) if small else part)
+            set_parameter(model, target, nf4.NF4Linear.of(part) if small else part)
 
 
 def in_layers(name: str) -> bool:
@@ -112,9 +114,9 @@ def in_layers(name: str) -> bool:
     return name.startswith("language_model.model.layers.") and name.endswith("_proj.weight")
 
 
-class WithoutNumbers(TorchFunctionMode):
-    """Modules built within get no random numbers: they are filled anyway, and for tensors that are not there torch
-    draws them in Python, which takes two seconds to import."""
+class skip_init(TorchFunctionMode):
+    """Context in which new modules are not initialized, like torch.nn.utils.skip_init but for a whole model: every
+    parameter is read from a file anyway, and initializing tensors on the meta device takes seconds."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -123,7 +125,7 @@ class WithoutNumbers(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def place(model: nn.Module, name: str, value: torch.Tensor | nf4.NF4Linear):
+def set_parameter(model: nn.Module, name: str, value: torch.Tensor | nf4.NF4Linear):
     """Put a tensor where the parameter `name` is, or a layer where the one is whose weight that is."""
     owner, _, leaf = name.rpartition(".")
     if isinstance(value, nf4.NF4Linear):
@@ -174,7 +176,7 @@ def load_model(
     return build(config, tensors, Path(folder), device, dtype, vision, llm, bits)
 
 
-def load_both(
+def load_checkpoint(
     folder: str | Path, device: str, dtype: torch.dtype | None, bits: int = 16, copy: bool = True
 ) -> tuple[Llava, Tokenizer]:
     """A model and its tokenizer, which is read first: if it is missing, nobody waits for the weights to hear of it.
@@ -189,7 +191,7 @@ def load_both(
 
 def build(
     config: LlavaConfig,
-    tensors: dict[str, Lazy],
+    tensors: dict[str, LazyTensor],
     folder: Path,
     device: str,
     dtype: torch.dtype | None,
@@ -198,13 +200,13 @@ def build(
     bits: int = 16,
     copy: bool = True,
 ) -> Llava:
-    """The model of what open_model found; for the arguments see load_model and load_both."""
+    """The model of what open_model found; for the arguments see load_model and load_checkpoint."""
     if vision is not None and config.vision_config is None:
         raise ValueError(f"{folder}: a decoder alone; --vision and --llm of train.py make a LLaVA of it")
     if llm is not None:
         tensors = join_decoder(tensors, folder, llm)
     dtype = dtype or usual_dtype(tensors)
-    with torch.device("meta"), WithoutNumbers():
+    with torch.device("meta"), skip_init():
         model = Llava(config)
     tied = config.text_config.tie_word_embeddings
     extras = (HEAD,) if tied else ()
@@ -212,30 +214,30 @@ def build(
         load_tower(model, vision, device, dtype)
     skip = "" if vision is None else "vision_tower."
     source = folder if llm is None else f"{folder} with {llm}"
-    fill(model, tensors, LLAVA_LAYOUTS, source, extras, skip, bits, copy, device=device, dtype=dtype)
+    load_tensors(model, tensors, LLAVA_LAYOUTS, source, extras, skip, bits, copy, device=device, dtype=dtype)
     if tied:
         model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
         check_head(tensors, source)
     return model.eval()
 
 
-def placed(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
+def by_our_name(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     """The tensors of a file that have a place in a LLaVA, under our names; q, k and v in one under that of q."""
     layout = LLAVA_LAYOUTS[choose_layout(list(tensors), LLAVA_LAYOUTS)]
     return {found[0][0]: lazy for name, lazy in tensors.items() if (found := match(name, layout))}
 
 
-def join_decoder(tensors: dict[str, Lazy], folder: Path, llm: Path) -> dict[str, Lazy]:
+def join_decoder(tensors: dict[str, LazyTensor], folder: Path, llm: Path) -> dict[str, LazyTensor]:
     """The tensors of a projector, and those of its decoder. Raises ValueError if there is a decoder already."""
-    if any(name.startswith("language_model.") for name in placed(tensors)):
+    if any(name.startswith("language_model.") for name in by_our_name(tensors)):
         raise ValueError(f"{folder}: has a decoder; --llm is for what has none")
     return open_tensors(llm) | tensors
 
 
-def usual_dtype(tensors: dict[str, Lazy]) -> torch.dtype:
+def usual_dtype(tensors: dict[str, LazyTensor]) -> torch.dtype:
     """What most of the parameters are in; of tables that a file holds besides, the dtype says nothing."""
     sizes = Counter()
-    for lazy in placed(tensors).values():
+    for lazy in by_our_name(tensors).values():
         if lazy.dtype != "NF4":
             sizes[FLOATS.get(lazy.dtype, torch.float32)] += math.prod(lazy.shape)  # others are refused by fill
     return max(sizes, key=sizes.get, default=torch.float32)
@@ -251,16 +253,16 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def open_model(folder: Path) -> tuple[LlavaConfig, dict[str, Lazy]]:
+def open_model(folder: Path) -> tuple[LlavaConfig, dict[str, LazyTensor]]:
     """A model's description and its tensors, none of them read yet."""
     if llama2c := find_llama2c(folder):
         return read_llama2c(llama2c)
     return read_config(folder), open_tensors(folder)
 
 
-def check_head(tensors: dict[str, Lazy], source: Path | str):
+def check_head(tensors: dict[str, LazyTensor], source: Path | str):
     """A file may hold the head of a tied model once more, but not another one. Raises ValueError."""
-    found = placed(tensors)
+    found = by_our_name(tensors)
     if any(found[name].dtype == "NF4" for name in (HEAD, EMBEDDING) if name in found):
         raise ValueError(f"{source}: its head or embedding is in four bits, and the two are one")
     if HEAD in found and not torch.equal(found[HEAD].read(), found[EMBEDDING].read()):
@@ -269,15 +271,17 @@ def check_head(tensors: dict[str, Lazy], source: Path | str):
 
 def load_tower(model: Llava, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
     """Fill the vision tower of `model` from a CLIP, whole or only its vision part, under HF's or OpenAI's names."""
-    fill(model.vision_tower, open_tensors(folder), CLIP_LAYOUTS, folder, REST_OF_CLIP, device=device, dtype=dtype)
+    load_tensors(
+        model.vision_tower, open_tensors(folder), CLIP_LAYOUTS, folder, REST_OF_CLIP, device=device, dtype=dtype
+    )
 
 
 def load_clip(folder: str | Path) -> CLIPModel:
     """A whole CLIP, text tower included, for comparing pictures with texts."""
     folder = Path(folder)
-    with torch.device("meta"), WithoutNumbers():
+    with torch.device("meta"), skip_init():
         model = CLIPModel(CLIPConfig.from_dict(read_json(folder / "config.json")))
-    fill(model, open_tensors(folder), CLIP_LAYOUTS, folder, device="cpu", dtype=torch.float32)
+    load_tensors(model, open_tensors(folder), CLIP_LAYOUTS, folder, device="cpu", dtype=torch.float32)
     return model.eval()
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, clip_loss
 from data import CaptionPairs, Records
 from formats.configs import read_vision_config
-from formats.weights import grow_vocabulary, load_both, load_tower
+from formats.weights import grow_vocabulary, load_checkpoint, load_tower
 from inputs.tokenizer import Tokenizer
 from llava import IGNORE, Llava, LlavaConfig, TextConfig
 
@@ -111,7 +111,7 @@ def assemble(vision: Path, llm: Path, projector: str, seed: int) -> tuple[Llava,
     Its template is the decoder's own, and of a decoder that was never taught one, LLaVA-1.5's. The vocabulary gets a
     token for the picture if it has none, and grows in steps of 64, as in transformers' converter.
     """
-    decoder, tokenizer = load_both(llm, "cpu", torch.float32)
+    decoder, tokenizer = load_checkpoint(llm, "cpu", torch.float32)
     config = decoder.config
     config.vision_config, config.projector_type = read_vision_config(vision), projector
     config.template = "vicuna_v1" if config.template == "raw" else config.template

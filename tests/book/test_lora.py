@@ -19,7 +19,7 @@ import sample
 import train
 from data import Records, collate
 from formats import configs, weights
-from formats.adapters import attach, load_adapted, merge_folder, read_adapter, sample_weights, save_adapter
+from formats.adapters import attach, load_with_adapter, merge_folder, read_adapter, sample_weights, save_adapter
 from formats.weights import load_model, save_model
 from inputs.files import read_json
 from inputs.mixture import Source
@@ -224,7 +224,7 @@ def test_an_adapter_that_peft_wrote(peft, tiny, batch, tmp_path, kind):
         if "modules_to_save" in name:
             p.data.add_(0.1)
     theirs.save_pretrained(tmp_path / "theirs")
-    ours, _ = load_adapted(tiny.stage2, tmp_path / "theirs", "cpu", torch.float32)
+    ours, _ = load_with_adapter(tiny.stage2, tmp_path / "theirs", "cpu", torch.float32)
     with torch.no_grad():
         expected = theirs.eval()(**for_peft(batch)).logits
         torch.testing.assert_close(logits_of(ours, batch), expected, rtol=1e-4, atol=1e-4)
@@ -288,7 +288,7 @@ def test_an_adapter_of_llavas_authors(tmp_path, monkeypatch, tiny, peft):
     text |= {"mm_vision_select_feature": "patch", "mm_use_im_start_end": False, "image_aspect_ratio": "pad"}
     text |= {"mm_projector_type": "mlp2x_gelu", "model_type": "llava"}
     (folder / "config.json").write_text(json.dumps(text))
-    ours, _ = load_adapted(base, folder, "cpu", torch.float32, vision=tiny.clip)
+    ours, _ = load_with_adapter(base, folder, "cpu", torch.float32, vision=tiny.clip)
     ids, features = torch.tensor([[5, 6, 7, 8]]), ours.vision_features(torch.randn(1, 3, 72, 72))
     with torch.no_grad():
         assert torch.equal(ours.multi_modal_projector(features), model.multi_modal_projector(features))
@@ -387,7 +387,7 @@ def test_the_projector_may_stay_as_it_is(tiny, tmp_path, command):
     command(train, *repeat(tiny, "lora"), "--train", "", "--out", tmp_path / "run")
     kept = load_file(tmp_path / "run" / WEIGHTS)
     assert kept and all(".lora_" in name for name in kept)
-    load_adapted(tiny.stage1, tmp_path / "run", "cpu", torch.float32)
+    load_with_adapter(tiny.stage1, tmp_path / "run", "cpu", torch.float32)
 
 
 def repeat(tiny, name):
@@ -397,7 +397,7 @@ def repeat(tiny, name):
 @pytest.mark.parametrize("name", RUNS)
 def test_what_trained_is_what_is_saved_and_nothing_else_moved(tiny, runs, name):
     base = load_model(tiny.stage1)
-    model, _ = load_adapted(runs[name], None, "cpu", torch.float32, 4 if name == "qlora" else 16)
+    model, _ = load_with_adapter(runs[name], None, "cpu", torch.float32, 4 if name == "qlora" else 16)
     with safe_open(runs[name] / WEIGHTS, "pt") as file:
         keys = set(file.keys())
     layers, projector = lora_layers(model), dict(base.multi_modal_projector.named_parameters())
@@ -416,7 +416,7 @@ def test_what_trained_is_what_is_saved_and_nothing_else_moved(tiny, runs, name):
 
 def test_the_base_in_four_bits_does_not_move(tiny, runs):
     before = load_model(tiny.stage1, bits=4).state_dict()
-    model, _ = load_adapted(runs["qlora"], None, "cpu", torch.float32, 4)
+    model, _ = load_with_adapter(runs["qlora"], None, "cpu", torch.float32, 4)
     after = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if "projector" not in name)
 
@@ -495,7 +495,7 @@ def test_sample_and_eval_take_an_adapter(tiny, runs, command, capsys, tmp_path):
 @pytest.mark.parametrize("name", RUNS)
 def test_peft_loads_what_training_wrote(peft, tiny, runs, batch, name):
     theirs = peft.PeftModel.from_pretrained(their_model(tiny.stage1), runs[name]).eval()
-    ours, _ = load_adapted(tiny.stage1, runs[name], "cpu", torch.float32)
+    ours, _ = load_with_adapter(tiny.stage1, runs[name], "cpu", torch.float32)
     with torch.no_grad():
         expected = theirs(**for_peft(batch)).logits
         torch.testing.assert_close(logits_of(ours, batch), expected, rtol=1e-4, atol=1e-4)
@@ -603,7 +603,7 @@ def test_an_adapter_keeps_the_template_of_its_base_if_it_names_none(tiny, runs, 
         values.pop(key)
     (folder / "config.json").write_text(json.dumps(values))
     base = load_model(tiny.stage1).config
-    found = load_adapted(tiny.stage1, folder, "cpu", torch.float32)[0].config
+    found = load_with_adapter(tiny.stage1, folder, "cpu", torch.float32)[0].config
     assert (found.template, found.image_mode) == (base.template, base.image_mode)
 
 

@@ -17,7 +17,7 @@ import train
 from clip import CLIPMLP, CLIPVisionConfig
 from fast import linear
 from fast.step import as_graph
-from formats.weights import load_both
+from formats.weights import load_checkpoint
 from llava import GeluMLP, KVCache, Llava, LlavaConfig, RMSNorm, SwiGLU, TextConfig, compile_decoding, generate
 from lora import add_lora, find_linears, lora_layers
 from nf4 import NF4Linear
@@ -376,8 +376,8 @@ def test_a_second_turn_reads_only_what_is_new(model_type):
 def test_a_mapped_model_is_the_copied_one_and_never_reaches_its_file(tiny):
     file = next(tiny.stage2.glob("*.safetensors"))
     before = file.read_bytes()
-    copied, _ = load_both(tiny.stage2, "cpu", torch.float32)
-    mapped, _ = load_both(tiny.stage2, "cpu", torch.float32, copy=False)
+    copied, _ = load_checkpoint(tiny.stage2, "cpu", torch.float32)
+    mapped, _ = load_checkpoint(tiny.stage2, "cpu", torch.float32, copy=False)
     assert all(torch.equal(a, b) for a, b in zip(copied.parameters(), mapped.parameters()))
     with torch.no_grad():
         for p in mapped.parameters():

@@ -862,7 +862,7 @@ def test_what_ends_an_answer_in_the_template_ends_it(tiny, tmp_path):
     model.config.template, model.config.eos_token_ids = "llava_llama_3", [tokenizer.eos_id]
     save_model(model, tmp_path)
     tokenizer.save(tmp_path)
-    model, tokenizer = weights.load_both(tmp_path, "cpu", torch.float32)
+    model, tokenizer = weights.load_checkpoint(tmp_path, "cpu", torch.float32)
     assert model.config.eos_token_ids == sorted([tokenizer.eos_id, end])
 
 

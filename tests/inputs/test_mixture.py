@@ -576,7 +576,7 @@ def test_bad_input_ends_in_one_line_before_any_work(kind, stage, mine, tiny, com
     if stage == "clip" and kind.startswith("shares"):
         says = "neighbors"
     (mine.folder / "noise.json").write_text("<html>")
-    monkeypatch.setattr(train, "load_both", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(train, "load_checkpoint", lambda *_: pytest.fail("the model is loaded"))
     monkeypatch.setattr(train, "new_decoder", lambda *_: pytest.fail("the model is made"))
     monkeypatch.setattr(train, "train_bpe", lambda *_, **__: pytest.fail("the vocabulary is learned"))
     argv = ["--images", mine.pictures, *argv] if "--images" not in argv else argv

@@ -33,7 +33,7 @@ import benchmarks  # noqa: E402
 import eval as evaluation  # noqa: E402
 from evaluation import answering, captions  # noqa: E402
 from evaluation.ptb import ptb_words  # noqa: E402
-from formats.weights import load_both  # noqa: E402
+from formats.weights import load_checkpoint  # noqa: E402
 
 DATA = Path(os.environ.get("LLAVA_DATA", REPOSITORY / "../shared/data")).resolve()
 
@@ -512,7 +512,7 @@ def try_kills(args, count: int, ranks: int = 1) -> list[tuple[str, str]]:
 def try_batches(args, count: int) -> list[tuple[str, str]]:
     """Wall time of answering alone, and in batches of 64, pictures and all; the model is loaded before."""
     torch.set_num_threads(1)
-    model, tokenizer = load_both(args.model, "cpu", torch.float32)
+    model, tokenizer = load_checkpoint(args.model, "cpu", torch.float32)
     questions, seconds, texts = evaluation.read_lines(args.world / "questions.jsonl")[:count], {}, {}
     ask = partial(
         answering.answer_batch, model, tokenizer, images=args.world, max_new_tokens=128, cost=answering.Cost()
