@@ -28,8 +28,8 @@ from formats.configs import read_config
 from inputs.files import flush
 from inputs.images import BadImage, check_file, open_image, pad_to_square, resolve_inside, size_of
 from inputs.mixture import Source, open_sources
-from inputs.records import DataError, Fault, alone, cut_dialogue, images_of, read_records, turns_of
-from inputs.templates import TEMPLATES, render
+from inputs.records import DataError, Fault, alone, cut_dialogue, image_paths, read_records, turns_of
+from inputs.templates import TEMPLATES, render_dialogue
 from inputs.tokenizer import Tokenizer
 from llava import IGNORE
 from variants.anyres import Size, count_tokens, cut_tiles
@@ -39,27 +39,27 @@ from variants.anyres import Size, count_tokens, cut_tiles
 
 
 @dataclass
-class Picture:
-    """A picture ready for the tower. pixels (N, 3, S, S): one square, or with anyres the whole and its tiles."""
+class PreparedImage:
+    """An image ready for the tower. pixels (N, 3, S, S): one square, or with anyres the whole and its tiles."""
 
     pixels: torch.Tensor
     size: Size  # height and width as it came
     tokens: int  # placeholders it takes in a prompt
 
 
-def load_picture(root: str | Path, name: str, config) -> Picture:
+def load_image(root: str | Path, name: str, config) -> PreparedImage:
     """One picture below the folder `root`, as the LlavaConfig `config` wants it. Raises BadImage."""
-    return prepare_picture(open_image(resolve_inside(root, name)), config)
+    return prepare_image(open_image(resolve_inside(root, name)), config)
 
 
-def prepare_picture(image: Image.Image, config) -> Picture:
+def prepare_image(image: Image.Image, config) -> PreparedImage:
     vision, size, pinpoints = config.vision_config, (image.height, image.width), config.image_grid_pinpoints
     if not pinpoints:
         pixels = image_pixels(image, vision.image_size, config.image_mode)
-        return Picture(pixels[None], size, vision.num_patches)
+        return PreparedImage(pixels[None], size, vision.num_patches)
     tiles = cut_tiles(image, pinpoints, vision.image_size)
     pixels = torch.stack([normalize(tile) for tile in tiles])
-    return Picture(pixels, size, count_tokens(size, pinpoints, vision.image_size, vision.patch_size))
+    return PreparedImage(pixels, size, count_tokens(size, pinpoints, vision.image_size, vision.patch_size))
 
 
 def image_pixels(image: Image.Image, size: int, mode: str) -> torch.Tensor:
@@ -198,28 +198,28 @@ class Records(Samples):
         self.tokenizer, self.config = tokenizer, config
         self.max_length, self.image_order, self.seed, self.text_only = max_length, image_order, seed, text_only
         self.template = template or config.template
-        self.features: dict[tuple[str, str], Picture] = {}  # of a frozen tower, in the place of pixels (see train.py)
+        self.features: dict[tuple[str, str], PreparedImage] = {}  # of a frozen tower: used instead of pixels
 
-    def names(self, index: int, record: dict) -> list[tuple[str, str]]:
+    def image_names(self, index: int, record: dict) -> list[tuple[str, str]]:
         """Folder and name of each picture that a sample shows."""
-        return [] if self.text_only else [(str(self.source(index).images), name) for name in images_of(record)]
+        return [] if self.text_only else [(str(self.source(index).images), name) for name in image_paths(record)]
 
-    def render(self, record: dict, tokens: list[int], image_last: bool) -> tuple[list[int], list[int]]:
+    def render_record(self, record: dict, tokens: list[int], image_last: bool) -> tuple[list[int], list[int]]:
         """Ids and labels, whole. Args: tokens: of each picture."""
         turns = turns_of(record, image_last)
         if self.text_only:
             turns = [replace(turn, images=0) for turn in turns]
-        return render(turns, self.tokenizer, record.get("template", self.template), tokens)
+        return render_dialogue(turns, self.tokenizer, record.get("template", self.template), tokens)
 
     def sample(self, index: int) -> dict:
         record = self.record(index)
-        names = self.names(index, record)
+        names = self.image_names(index, record)
         if names and self.config.vision_config is None:
             raise DataError("has a picture, but the model has no vision tower")
         image_last = self.image_order == "either" and np.random.default_rng([self.seed, index]).random() < 0.5
-        pictures = [self.features.get(name) or load_picture(*name, self.config) for name in names]
+        pictures = [self.features.get(name) or load_image(*name, self.config) for name in names]
         tokens = [picture.tokens for picture in pictures]
-        ids, labels = self.render(record, tokens, image_last)
+        ids, labels = self.render_record(record, tokens, image_last)
         ids, labels = ids[: self.max_length], labels[: self.max_length]
         if ids.count(self.tokenizer.image_id) != sum(tokens) or labels.count(IGNORE) == len(labels):
             raise DataError(f"its picture and question leave no room for an answer in {self.max_length} tokens")
@@ -228,22 +228,22 @@ class Records(Samples):
         sizes = [picture.size for picture in pictures] if self.config.image_grid_pinpoints else []
         return {"ids": ids, "labels": labels, kind: tiles, "image_sizes": sizes}
 
-    def pictures(self, most: int | None = None) -> dict[tuple[str, str], int]:
+    def images(self, most: int | None = None) -> dict[tuple[str, str], int]:
         """Every picture once (or the first so many), by folder and name, with the sample it is first seen in."""
         found = {}
         for index in range(len(self)):
             if most and len(found) >= most:
                 break
-            for name in self.names(index, self.record(index)):
+            for name in self.image_names(index, self.record(index)):
                 found.setdefault(name, index)
         return found
 
-    def load(self, pictures: dict[tuple[str, str], int]) -> dict[tuple[str, str], Picture]:
-        """Some of `pictures()`, ready for the tower. One that is broken is left out where samples may be skipped."""
+    def load(self, pictures: dict[tuple[str, str], int]) -> dict[tuple[str, str], PreparedImage]:
+        """Some of `images()`, ready for the tower. One that is broken is left out where samples may be skipped."""
         found = {}
         for name, index in pictures.items():
             try:
-                found[name] = load_picture(*name, self.config)
+                found[name] = load_image(*name, self.config)
             except BadImage as error:
                 if not self.skips:
                     raise DataError(f"{self.where(index)}: {error}") from None
@@ -283,8 +283,8 @@ class Records(Samples):
     def length(self, first: int, index: int) -> int:
         """Tokens of sample `first` + `index`, negative without a picture."""
         record = self.record(first + index)
-        tokens = [self.tokens_of(*name) for name in self.names(first + index, record)]
-        ids, _ = self.render(record, tokens, image_last=False)
+        tokens = [self.tokens_of(*name) for name in self.image_names(first + index, record)]
+        ids, _ = self.render_record(record, tokens, image_last=False)
         return len(ids) if tokens else -len(ids)
 
     def tokens_of(self, folder: str, name: str) -> int:
@@ -358,7 +358,7 @@ class CaptionPairs(Samples):
 
     def __init__(self, sources: list[Source], tokenizer, config, image_mode: str):
         usable = [(source, source.usable()) for source in sources]
-        seen = [(source, part[source.file.images[part] == 1]) for source, part in usable]
+        seen = [(source, part[source.file.image_counts[part] == 1]) for source, part in usable]
         seen = [(source, part) for source, part in seen if len(part)]
         if not seen:
             raise DataError(f"{sources[0].file.path}: no record has a picture")
@@ -370,7 +370,7 @@ class CaptionPairs(Samples):
         room = self.config.text_config.max_position_embeddings - 2
         text = self.tokenizer.encode(text_about(record))[:room]
         ids = [self.tokenizer.bos_id, *text, self.tokenizer.eos_id]
-        path = resolve_inside(self.source(index).images, images_of(record)[0])
+        path = resolve_inside(self.source(index).images, image_paths(record)[0])
         pixels = image_pixels(open_image(path), self.config.vision_config.image_size, self.image_mode)
         labels = [IGNORE] * (len(ids) - 1) + ids[-1:]  # one for each pair: what the loss is divided by
         return {"ids": ids, "labels": labels, "pixel_values": [pixels]}
@@ -380,10 +380,10 @@ class CaptionPairs(Samples):
 # what is wrong with it
 
 
-def picture_faults(source: Source, decode: bool = False) -> dict[int, Fault]:
+def image_faults(source: Source, decode: bool = False) -> dict[int, Fault]:
     """The usable records whose pictures are not there (or, with decode, cannot be decoded), by number."""
     numbers = source.usable()
-    numbers = numbers[source.file.images[numbers] > 0]
+    numbers = numbers[source.file.image_counts[numbers] > 0]
     shown = each(partial(shown_by, source.file, numbers), len(numbers), f"pictures named in {source.file.path.name}")
     names = list(dict.fromkeys(chain.from_iterable(shown)))
     look = partial(picture_fault, source.images, names, decode)
@@ -396,7 +396,7 @@ def picture_faults(source: Source, decode: bool = False) -> dict[int, Fault]:
 
 
 def shown_by(file, numbers: np.ndarray, i: int) -> list[str]:
-    return images_of(file[numbers[i]])
+    return image_paths(file[numbers[i]])
 
 
 def picture_fault(root: Path, names: list[str], decode: bool, i: int) -> str:
@@ -418,10 +418,10 @@ def check(sources: list[Source], decode: bool) -> int:
     """Print what is wrong with each source, by kind, with the first records of each; returns how many are bad."""
     bad = 0
     for source in sources:
-        source.faults |= picture_faults(source, decode)
-        images = source.file.images
+        source.faults |= image_faults(source, decode)
+        images = source.file.image_counts
         print(f"{source.file.path}: {len(images):,} records, {int((images > 0).sum()):,} with pictures", end="")
-        print(f" ({source.file.pictures:,} different), weight {source.weight:g}; {len(source.faults):,} bad")
+        print(f" ({source.file.distinct_images:,} different), weight {source.weight:g}; {len(source.faults):,} bad")
         kinds = defaultdict(list)
         for fault in source.faults.values():
             kinds[kind_of(fault.reason)].append(fault)
@@ -452,7 +452,7 @@ def check_files(args: argparse.Namespace):
     if args.model and bad < total:
         config = read_config(args.model)
         dataset = Records(sources, Tokenizer.load(args.model), config, sys.maxsize, template=args.template)
-        if config.vision_config is None and any(source.file.pictures for source in sources):
+        if config.vision_config is None and any(source.file.distinct_images for source in sources):
             print("the model has no vision tower: its pictures are not counted in")
         print_lengths(np.concatenate([dataset.lengths_of(i) for i in range(len(sources))]))
     sys.exit(1 if bad else 0)
@@ -462,7 +462,7 @@ def show(args: argparse.Namespace):
     """`data.py show`: one record as the model reads it, what is trained on in green."""
     tokenizer = Tokenizer.load(args.model)
     turns = turns_of(read_records(args.data)[args.record])
-    ids, labels = render(turns, tokenizer, args.template or read_config(args.model).template, features=1)
+    ids, labels = render_dialogue(turns, tokenizer, args.template or read_config(args.model).template, features=1)
     names = {i: name for name, i in tokenizer.specials.items()}
     for i, label in zip(ids, labels):
         text = names.get(i) or tokenizer.decode([i])

@@ -23,7 +23,7 @@ from fast.linear import Linear, attend, attend_alone, lean, need_compiler, norme
 from fast.step import Step, as_graph, unguarded
 from fast.tied import TiedEmbedding, TiedHead
 from inputs.templates import IGNORE
-from variants.anyres import Size, pack, tile_grid
+from variants.anyres import Size, pack_tiles, tile_grid
 
 LOSS_CHUNK = 4096  # supervised tokens whose logits exist at one time
 
@@ -421,7 +421,7 @@ class Llava(nn.Module):
             return tokens.flatten(0, 1)
         grids = [tile_grid(size, config.image_grid_pinpoints, config.vision_config.image_size) for size in image_sizes]
         tiles = tokens.split([1 + rows * columns for rows, columns in grids])
-        return torch.cat([pack(*picture, self.image_newline) for picture in zip(tiles, image_sizes, grids)])
+        return torch.cat([pack_tiles(*picture, self.image_newline) for picture in zip(tiles, image_sizes, grids)])
 
     def embed(
         self,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from data import prepare_picture
+from data import prepare_image
 from fast import heap
 from formats.adapters import base_of_adapter, load_with_adapter
 from formats.weights import DTYPES, choose_dtype
@@ -41,7 +41,7 @@ class Chat:
         if image is not None:
             if model.config.vision_config is None:
                 raise ValueError("this model is a decoder without a vision tower: ask it without --image")
-            picture = prepare_picture(open_image(image), model.config)
+            picture = prepare_image(open_image(image), model.config)
             self.sizes, self.tokens = [picture.size], [picture.tokens]
             with torch.inference_mode():
                 self.features = model.vision_features(picture.pixels.to(model.device))

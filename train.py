@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from clip import CLIPEncoderLayer, save_clip
-from data import CaptionPairs, DataError, Records, Samples, Skips, collate, name_skipped, picture_faults, refuse_bad
+from data import CaptionPairs, DataError, Records, Samples, Skips, collate, image_faults, name_skipped, refuse_bad
 from fast import heap
 from fast.linear import need_compiler, prepare
 from formats.adapters import is_adapter, sample_weights, save_adapter
@@ -478,12 +478,12 @@ def tower_trains(model: Llava) -> bool:
 @torch.no_grad()
 def precompute_features(args, ranks: Ranks, model: Llava, dataset: Records):
     """Let a frozen tower see every picture once, if all features fit into --cache-gb; else each time it comes up."""
-    vision, count = model.config.vision_config, sum(source.file.pictures for source in dataset.sources)
+    vision, count = model.config.vision_config, sum(source.file.distinct_images for source in dataset.sources)
     tiles = [1 + math.prod(size) // vision.image_size**2 for size in model.config.image_grid_pinpoints or [(0, 0)]]
     gigabytes = count * max(tiles) * vision.num_patches * vision.hidden_size * 4 / 1e9
     if tower_trains(model) or gigabytes > args.cache_gb or not count:
         return
-    pictures = list(dataset.pictures().items())
+    pictures = list(dataset.images().items())
     model.vision_tower.to(ranks.device)
     for i in tqdm(range(0, len(pictures), 64), "features of the frozen tower", disable=not ranks.first, unit="batch"):
         part = dataset.load(dict(pictures[i : i + 64]))
@@ -535,7 +535,7 @@ def train_llava(args, ranks: Ranks, folder: Path):
     dataset = Records(sources, tokenizer, model.config, max_length, **options)
     allow_skips(args, ranks, run, dataset)
     held_out = Records(watched, tokenizer, model.config, max_length, **options) if watched else None
-    if args.whiten and args.vision and dataset.pictures(1):
+    if args.whiten and args.vision and dataset.images(1):
         whiten_projector(model, dataset)
     # What stands still is kept as it came, for the finished model's files; in training it is as narrow as can be.
     kept = [] if adapted or not ranks.first else model.named_parameters()
@@ -567,7 +567,7 @@ def data_files(args, ranks: Ranks, kind: str) -> list[Source]:
     else:
         sources = open_sources([str(world_of(args, ranks) / f"{kind}.json")], None)
     if args.skip_bad:  # one rank looks, so that all leave out the same
-        missing = ranks.agree([picture_faults(source) for source in sources] if ranks.first else None)
+        missing = ranks.agree([image_faults(source) for source in sources] if ranks.first else None)
         for source, faults in zip(sources, missing):
             source.faults |= faults
     refuse_bad(sources, args.skip_bad)

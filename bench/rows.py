@@ -23,7 +23,7 @@ from PIL import Image
 from bench import contenders as two
 from bench.contenders import SHAPES, Job
 from bench.pairing import Contender, Limits, Row, pair, rate_row, size_row, time_row, timed
-from data import prepare_picture
+from data import prepare_image
 from fast.linear import EMULATED
 from formats.configs import read_config
 from formats.weights import load_checkpoint, load_model
@@ -289,7 +289,7 @@ def second_question(bench: Bench, name: str, shape: str) -> Iterator[Row]:
 
     seconds()  # which also tells the prompt: theirs gets the same ids
     before, prompt = len(told[0]["prompt_ids"]) + len(told[0]["ids"]), told[1]["prompt_ids"]
-    pixels = prepare_picture(open_image(path), model.config).pixels.to(bench.device, dtype)
+    pixels = prepare_image(open_image(path), model.config).pixels.to(bench.device, dtype)
     other = bench.other(partial(two.their_model, folder, str(bench.device), dtype))
     theirs = other and two.their_first_token(other, prompt, pixels)
     ours = Contender(lambda: two.our_logits(model, [prompt], pixels), seconds)
@@ -359,7 +359,7 @@ def pictures(bench: Bench, name: str, shape: str) -> Iterator[Row]:
     config = read_config(folder)
 
     def ours() -> torch.Tensor:
-        return torch.stack([prepare_picture(open_image(path), config).pixels[0] for path in paths])
+        return torch.stack([prepare_image(open_image(path), config).pixels[0] for path in paths])
 
     def make() -> Callable:
         from transformers import AutoImageProcessor

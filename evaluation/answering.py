@@ -24,7 +24,7 @@ import PIL
 import torch
 from tqdm import tqdm
 
-from data import load_picture
+from data import load_image
 from inputs.files import fingerprint, read_json, whole_lines, write_json, write_whole
 from inputs.images import BadImage, check_file, resolve_inside
 from inputs.records import DataError
@@ -109,7 +109,7 @@ def load(images: Path, question: dict, config):
     if config.vision_config is None:
         raise DataError(f"question {question['question_id']} has a picture, but the model has no vision tower")
     try:
-        picture = load_picture(images, question["image"], config)
+        picture = load_image(images, question["image"], config)
     except BadImage as error:
         raise DataError(f"question {question['question_id']}: {error}") from None
     if question.get("blank"):

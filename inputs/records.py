@@ -8,7 +8,7 @@ above SMALL is kept, and memory-mapped by every process that reads it:
     out/index/<path>-<version>/     hashes; a file that changes, or this code, makes a new one
         spans.npy      (N, 2)  int64   byte at which a record starts, bytes it has
         rounds.npy     (N,)    int32   questions it asks
-        images.npy     (N,)    int32   pictures it shows
+        image_counts.npy  (N,) int32   images it shows
         facts.json     how many different pictures, and the faults: number, id and reason
         lengths-*.npy  tokens of each sample, see data.py
 """
@@ -60,7 +60,7 @@ def check_record(record: dict):
     """Raise ValueError with the reason if a record is not LLaVA's JSON, or says something about pictures it has not."""
     if not isinstance(record, dict):
         raise ValueError(f"is a {type(record).__name__}, not an object")
-    for path in images_of(record):
+    for path in image_paths(record):
         if not isinstance(path, str) or not path:
             raise ValueError(f"image {path!r} is not a path")
     messages = record.get("conversations")
@@ -80,7 +80,7 @@ def check_record(record: dict):
         raise ValueError("the last question has no answer")
     if record.get("template", "plain") not in list(TEMPLATES):
         raise ValueError(f"template {record['template']!r} is none of {', '.join(TEMPLATES)}")
-    images = len(images_of(record))
+    images = len(image_paths(record))
     markers = sum(message["value"].count(MARKER) for message in messages[::2])
     if images and markers != images:
         raise ValueError(f"{markers} {MARKER} markers for {images} pictures")
@@ -89,14 +89,14 @@ def check_record(record: dict):
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def images_of(record: dict) -> list[str]:
+def image_paths(record: dict) -> list[str]:
     image = record.get("image")
     return [] if image is None else image if isinstance(image, list) else [image]
 
 
 def turns_of(record: dict, image_last: bool = False) -> list[Turn]:
     """The dialogue of a record; its markers taken out of the questions, each picture put before (or after) its text."""
-    has_image = bool(images_of(record))
+    has_image = bool(image_paths(record))
     messages, turns = record["conversations"], []
     for human, gpt in zip(messages[::2], messages[1::2]):
         count = human["value"].count(MARKER) if has_image else 0
@@ -110,7 +110,7 @@ def cut_dialogue(record: dict, questions: int) -> list[dict]:
 
     Later answers often follow from earlier ones, so a model may learn them without a look at the picture.
     """
-    messages, images, pieces, shown = record["conversations"], images_of(record), [], 0
+    messages, images, pieces, shown = record["conversations"], image_paths(record), [], 0
     for start in range(0, len(messages), 2 * questions):
         first, *rest = messages[start : start + 2 * questions]
         again = MARKER * shown + "\n" if shown else ""
@@ -240,14 +240,14 @@ def build_index(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, np.nda
             if fault:
                 name = repr(record["id"])[:80] if isinstance(record, dict) and "id" in record else ""
                 faults.append([number, name, fault])
-            shown = [] if fault else images_of(record)
+            shown = [] if fault else image_paths(record)
             names.update(map(hash, shown))
             spans.extend(span)
             rounds.append(0 if fault else len(record["conversations"]) // 2)
             images.append(len(shown))
             bar.update(sum(span) - bar.n)
-    arrays = {"spans": np.array(spans).reshape(-1, 2), "rounds": np.array(rounds), "images": np.array(images)}
-    return arrays, {"pictures": len(names), "faults": faults}
+    arrays = {"spans": np.array(spans).reshape(-1, 2), "rounds": np.array(rounds), "image_counts": np.array(images)}
+    return arrays, {"distinct_images": len(names), "faults": faults}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,9 +257,9 @@ def build_index(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, np.nda
 class RecordFile:
     """The records of one JSON file, each read when it is asked for. Raises DataError if it is no list of records.
 
-    `spans`, `rounds`, `images`: see above. `pictures`: how many different ones. `faults`: why a number cannot be used.
-    An open file is not kept: opening costs less than the picture that follows, and no process that is forked or
-    spawned shares a position in it.
+    `spans`, `rounds`, `image_counts`: see above. `distinct_images`: the number of different ones. `faults`: why a record
+    cannot be used, by number. The file is opened for each record: that costs less than decoding its image, and no
+    process that is forked or spawned shares a position in it.
     """
 
     def __init__(self, path: str | Path):
@@ -275,7 +275,7 @@ class RecordFile:
                     arrays, facts = None, json.loads((self.folder / "facts.json").read_text())
         except OSError as error:
             raise DataError(f"{error.filename or path}: {error.strerror}") from None
-        self.pictures = facts["pictures"]
+        self.distinct_images = facts["distinct_images"]
         self.faults = {
             number: Fault(f"{path}: record {number}{name and f' (id {name})'}", reason)
             for number, name, reason in facts["faults"]
@@ -304,12 +304,12 @@ class RecordFile:
         return folder
 
     def attach(self, arrays: dict[str, np.ndarray] | None):
-        for name in ("spans", "rounds", "images"):
+        for name in ("spans", "rounds", "image_counts"):
             setattr(self, name, arrays[name] if arrays else np.load(self.folder / f"{name}.npy", mmap_mode="r"))
 
     def __getstate__(self) -> dict:
         """For a process that is spawned: it maps the same files, and no array travels."""
-        mapped = ("spans", "rounds", "images") if self.folder else ()
+        mapped = ("spans", "rounds", "image_counts") if self.folder else ()
         return {name: value for name, value in vars(self).items() if name not in mapped}
 
     def __setstate__(self, state: dict):

@@ -1,6 +1,6 @@
 """How a dialogue is written down: the conversation templates, and the one pass that makes ids and labels of it.
 
-`render` is the only place where a conversation becomes tokens; training, sampling and evaluation all go through it.
+`render_dialogue` is the only place where a conversation becomes tokens; training, sampling and evaluation share it.
 Nothing is ever searched for in text afterwards, so no answer can be mistaken for structure.
 """
 
@@ -123,7 +123,7 @@ class Transcript:
             self.text, self.starts = "", False
 
 
-def render(
+def render_dialogue(
     turns: list[Turn], tokenizer: Tokenizer, template: str, features: int | list[int]
 ) -> tuple[list[int], list[int]]:
     """Ids and labels of a dialogue, in one pass. This is a picture, two placeholders long, in stage 2:
@@ -171,7 +171,7 @@ def prompt_ids(
         Turn(question, answer, images if i == 0 else 0)
         for i, (question, answer) in enumerate(zip(questions, [*answers, None], strict=True))
     ]
-    return render(turns, tokenizer, template, features)[0]
+    return render_dialogue(turns, tokenizer, template, features)[0]
 
 
 def stop_text(template: str) -> str:

@@ -137,7 +137,7 @@ def whiten_projector(model: Llava, dataset: Records):
     which is what says where a patch is, are lifted by PLACE_GAIN: places then hold 10 % of what stage 2 gets to see.
     LLaVA itself does without. Measured over the first 512 pictures.
     """
-    pictures, layer = dataset.load(dataset.pictures(512)), model.multi_modal_projector.linear_1
+    pictures, layer = dataset.load(dataset.images(512)), model.multi_modal_projector.linear_1
     pixels = torch.cat([picture.pixels for picture in pictures.values()]).to(model.device)
     features = torch.cat([model.vision_features(part) for part in pixels.split(64)]).double()  # (N, P, C)
     mean = features.mean((0, 1))

@@ -29,7 +29,7 @@ def best_canvas(size: Size, pinpoints: list[Size]) -> Size:
     return tuple(max(pinpoints, key=kept_and_wasted))
 
 
-def fit(size: Size, canvas: Size) -> Size:
+def fit_to_canvas(size: Size, canvas: Size) -> Size:
     """The picture's size when it fills the canvas one way, its shape kept; the other side is rounded up."""
     (height, width), (most_high, most_wide) = size, canvas
     if most_wide / width < most_high / height:
@@ -41,7 +41,7 @@ def cut_tiles(image: Image.Image, pinpoints: list[Size], side: int) -> list[Imag
     """The whole squeezed into a square, then its tiles row by row, all `side` pixels square."""
     size = image.height, image.width
     canvas_size = best_canvas(size, pinpoints)
-    height, width = fit(size, canvas_size)
+    height, width = fit_to_canvas(size, canvas_size)
     canvas = Image.new("RGB", canvas_size[::-1])  # black
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     canvas.paste(resized, ((canvas_size[1] - width) // 2, (canvas_size[0] - height) // 2))
@@ -56,7 +56,7 @@ def tile_grid(size: Size, pinpoints: list[Size], side: int) -> Size:
     return canvas[0] // side, canvas[1] // side
 
 
-def picture_area(size: Size, grid: Size) -> tuple[slice, slice]:
+def image_area(size: Size, grid: Size) -> tuple[slice, slice]:
     """Which rows and columns of a grid of features the picture itself covers, the black bars left out."""
     (height, width), (rows, columns) = size, grid
     if width / height > columns / rows:
@@ -70,17 +70,17 @@ def count_tokens(size: Size, pinpoints: list[Size], side: int, patch: int) -> in
     """Tokens of a picture: the whole, then what is left of the tiles with a newline after each row."""
     per_side = side // patch
     tall, wide = tile_grid(size, pinpoints, side)
-    rows, columns = picture_area(size, (tall * per_side, wide * per_side))
+    rows, columns = image_area(size, (tall * per_side, wide * per_side))
     return per_side**2 + (rows.stop - rows.start) * (columns.stop - columns.start + 1)
 
 
-def pack(tokens: torch.Tensor, size: Size, grid: Size, newline: torch.Tensor) -> torch.Tensor:
+def pack_tiles(tokens: torch.Tensor, size: Size, grid: Size, newline: torch.Tensor) -> torch.Tensor:
     """Projected features of one picture, whole first and then its tiles (1 + n, P, C), as its tokens (T, C)."""
     per_side = math.isqrt(tokens.shape[1])
     tall, wide = grid
     tiles = tokens[1:].view(tall, wide, per_side, per_side, -1).transpose(1, 2)  # (tall, P_y, wide, P_x, C)
     tiles = tiles.reshape(tall * per_side, wide * per_side, -1)
-    rows, columns = picture_area(size, tiles.shape[:2])
+    rows, columns = image_area(size, tiles.shape[:2])
     tiles = tiles[rows, columns]
     ends = newline.to(tiles.dtype).expand(len(tiles), 1, -1)
     return torch.cat([tokens[0], torch.cat([tiles, ends], dim=1).flatten(0, 1)])

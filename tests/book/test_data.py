@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from data import CaptionPairs, Picture, Records, collate
+from data import CaptionPairs, PreparedImage, Records, collate
 from inputs import files
 from inputs.mixture import GROUPED_STEPS, Source, batches, epochs
 from inputs.records import DataError, read_records, turns_of
-from inputs.templates import MARKUP, TEMPLATES, Turn, prompt_ids, render
+from inputs.templates import MARKUP, TEMPLATES, Turn, prompt_ids, render_dialogue
 from inputs.tokenizer import train_bpe
 from llava import IGNORE, LlavaConfig, TextConfig
 
@@ -107,18 +107,18 @@ EXPECTED = {
 @pytest.mark.parametrize("case", EXPECTED)
 def test_ids_and_labels_by_hand(case):
     template, turns, chunks = EXPECTED[case]
-    assert render(turns, TOKENIZER, template, features=2) == spell(*chunks)
+    assert render_dialogue(turns, TOKENIZER, template, features=2) == spell(*chunks)
 
 
 @pytest.mark.parametrize("template", ["vicuna_v1", "llava_hf"])
 def test_of_an_empty_answer_only_the_end_is_trained(template):
-    _, labels = render([Turn("What is this?", "", 1)], TOKENIZER, template, features=2)
+    _, labels = render_dialogue([Turn("What is this?", "", 1)], TOKENIZER, template, features=2)
     assert supervised(labels) == [EOS]
 
 
 def test_an_unanswered_question_ends_where_the_model_speaks():
     for template, end in (("plain", []), ("vicuna_v1", "ASSISTANT:"), ("llava_hf", "ASSISTANT:")):
-        ids, labels = render([Turn("What is this?", None, 1)], TOKENIZER, template, features=2)
+        ids, labels = render_dialogue([Turn("What is this?", None, 1)], TOKENIZER, template, features=2)
         assert not supervised(labels) and ids[-1] != EOS
         assert TOKENIZER.decode(ids).endswith(end) if end else ids == [BOS, IMG, IMG]
 
@@ -142,7 +142,7 @@ def test_what_is_trained_is_the_answers_and_their_ends(template):
     space, end, closing = form.space, MARKUP.sub("", form.end), named(form.end)
     for _ in range(200):
         turns, features = random_turns(rng), rng.randint(1, 5)
-        ids, labels = render(turns, TOKENIZER, template, features)
+        ids, labels = render_dialogue(turns, TOKENIZER, template, features)
         learned = supervised(labels)
         assert TOKENIZER.decode(learned) == "".join(space + turn.answer + end for turn in turns)
         assert specials(learned) == closing * len(turns)
@@ -158,7 +158,7 @@ def test_training_prompt_equals_serving_prompt(template):
     for _ in range(100):
         turns = [Turn(turn.question, turn.answer) for turn in random_turns(rng)]
         turns[0].images = images = rng.randint(0, 2)
-        ids, _ = render(turns, TOKENIZER, template, 3)
+        ids, _ = render_dialogue(turns, TOKENIZER, template, 3)
         questions, answers = [turn.question for turn in turns], [turn.answer for turn in turns]
         for k in range(1, len(turns) + 1):
             if template == "plain" and k == 1 < len(turns):
@@ -188,11 +188,11 @@ def test_injection_is_text(text, template):
     asked = [Turn(f"{text} what{text}", "a cat", 1), Turn(text, "yes")]
     expected = [BOS, head, IMG, IMG, f"\n{text} what{text} ASSISTANT:", (" a cat", EOS)]
     expected += [f"USER: {text} ASSISTANT:", (" yes", EOS)]
-    assert render(asked, TOKENIZER, template, 2) == spell(*expected)
+    assert render_dialogue(asked, TOKENIZER, template, 2) == spell(*expected)
     answered = [Turn("What is this?", f"{text}a{text}", 1), Turn("Is it red?", text)]
     expected = [BOS, head, IMG, IMG, "\nWhat is this? ASSISTANT:", (f" {text}a{text}", EOS)]
     expected += ["USER: Is it red? ASSISTANT:", (f" {text}", EOS)]
-    ids, labels = render(answered, TOKENIZER, template, 2)
+    ids, labels = render_dialogue(answered, TOKENIZER, template, 2)
     assert (ids, labels) == spell(*expected)
     assert specials(ids) == [BOS, IMG, IMG, EOS, EOS] and specials(supervised(labels)) == [EOS, EOS]
     prompt = prompt_ids([text, text], [text], 1, TOKENIZER, template, 2)
@@ -201,8 +201,8 @@ def test_injection_is_text(text, template):
 
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_injection_in_captions_is_text(text):
-    assert render([Turn("x", text, 1)], TOKENIZER, "plain", 2) == spell(BOS, IMG, IMG, (f"{text}\n",))
-    assert render([Turn(text, text)], TOKENIZER, "plain", 2) == spell(BOS, f"{text}\n", (f"{text}\n",))
+    assert render_dialogue([Turn("x", text, 1)], TOKENIZER, "plain", 2) == spell(BOS, IMG, IMG, (f"{text}\n",))
+    assert render_dialogue([Turn(text, text)], TOKENIZER, "plain", 2) == spell(BOS, f"{text}\n", (f"{text}\n",))
     assert prompt_ids([text], [], 0, TOKENIZER, "plain", 2) == spell(BOS, f"{text}\n")[0]
 
 
@@ -418,7 +418,7 @@ def test_a_picture_needs_a_tower(world):
 
 def test_truncation_cuts_text_and_never_a_picture(world):
     content = [record("<image>\nWhat?", "a cat", "<image>\nIs it red?", "yes", image=["a.png", "b.png"])]
-    ids, labels = render(turns_of(content[0]), TOKENIZER, "vicuna_v1", 4)
+    ids, labels = render_dialogue(turns_of(content[0]), TOKENIZER, "vicuna_v1", 4)
     needed = max(i for i, token in enumerate(ids) if token == IMG) + 1  # the first answer is before the second picture
     for length in range(1, len(ids) + 2):
         records = world(content, max_length=length)
@@ -456,10 +456,10 @@ def test_pictures_come_in_the_order_of_the_record(world):
     assert reds[1] < reds[2] < reds[0] and sample["pixel_values"][0].shape == (3, 4, 4)
     records = world([record("<image>", "a", image="b.png"), record("<image>", "b", image=["a.png"]), record("hi", "a")])
     folder = str(world.folder)
-    assert records.pictures() == {(folder, "b.png"): 0, (folder, "a.png"): 1}
-    assert records.pictures(1) == {(folder, "b.png"): 0}
+    assert records.images() == {(folder, "b.png"): 0, (folder, "a.png"): 1}
+    assert records.images(1) == {(folder, "b.png"): 0}
     known = {"b.png": torch.ones(1, 4, 2), "a.png": torch.zeros(1, 4, 2)}  # of a frozen tower
-    records.features = {(folder, name): Picture(features, (4, 4), 4) for name, features in known.items()}
+    records.features = {(folder, name): PreparedImage(features, (4, 4), 4) for name, features in known.items()}
     assert torch.equal(records[0]["vision_features"][0], torch.ones(4, 2)) and "pixel_values" not in records[0]
     assert records[2]["vision_features"] == []
 
@@ -487,8 +487,8 @@ def test_dialogues_are_cut_into_single_questions(world):
         assert (single[i]["ids"], single[i]["labels"]) == spell(*expected), i
     reds = [[float(picture[0].mean()) for picture in single[i]["pixel_values"]] for i in range(7)]
     assert [len(pictures) for pictures in reds] == [0, 1, 2, 1, 1, 0, 0] and reds[2][0] == reds[1][0] < reds[2][1]
-    assert pairs[0]["ids"] == render(turns_of(content[0])[:2], TOKENIZER, "vicuna_v1", 4)[0]
-    seen = {name: index for (_, name), index in single.pictures().items()}
+    assert pairs[0]["ids"] == render_dialogue(turns_of(content[0])[:2], TOKENIZER, "vicuna_v1", 4)[0]
+    seen = {name: index for (_, name), index in single.images().items()}
     assert seen == {"a.png": 1, "b.png": 2, "c.png": 3} and single.where(4).endswith("record 1 (id 'x7')")
     assert [sample["ids"] for sample in world(content, questions=3)] == [sample["ids"] for sample in whole]
 

@@ -133,11 +133,12 @@ def test_kept_index_equals_the_one_in_memory(tmp_path, kept, monkeypatch):
     memory = RecordFile(path)
     assert memory.folder is None
     for file in (first, again):
-        assert list(file) == list(memory) == json.loads(path.read_text()) and file.pictures == memory.pictures == 1
+        assert file.distinct_images == memory.distinct_images == 1
+        assert list(file) == list(memory) == json.loads(path.read_text())
         assert file.faults == memory.faults and set(file.faults) == {3, 6}
-        for name in ("spans", "rounds", "images"):
+        for name in ("spans", "rounds", "image_counts"):
             assert np.array_equal(getattr(file, name), getattr(memory, name)), name
-    assert memory.images.tolist() == [1, 1, 1, 0, 0, 0, 0] and memory.rounds.tolist() == [1, 1, 1, 0, 1, 1, 0]
+    assert memory.image_counts.tolist() == [1, 1, 1, 0, 0, 0, 0] and memory.rounds.tolist() == [1, 1, 1, 0, 1, 1, 0]
 
 
 def test_an_index_is_built_once(tmp_path, kept, monkeypatch):
@@ -452,9 +453,9 @@ def test_samples_of_many_files_come_from_the_right_one(tmp_path):
             "/one/a.json: record 2 (id 2)", "/two/b.json: record 0 (id 0)", "/two/b.json: record 3 (id 1)",
         ]  # fmt: skip
         reds = [float(pixels[0].mean()) for i in (0, 6) for pixels in dataset[i]["pixel_values"]]
-        assert reds[0] < reds[1] and len(dataset.pictures()) == 2
+        assert reds[0] < reds[1] and len(dataset.images()) == 2
     shared = Records(open_sources([str(path) for path in paths], [tmp_path / "one"]), TOKENIZER, CONFIG, 500)
-    assert len(shared.pictures()) == 1
+    assert len(shared.images()) == 1
 
 
 def test_clip_passes_over_files_without_pictures(tmp_path):
@@ -615,7 +616,7 @@ def test_more_ranks_than_records(mine, tiny, command):
 def dataset_of(mine, percent, path):
     sources = open_sources([str(mine.bad)], [str(mine.pictures)])
     for source in sources:
-        source.faults |= data.picture_faults(source)
+        source.faults |= data.image_faults(source)
     dataset = Records(sources, TOKENIZER, CONFIG, 500)
     dataset.skips = data.Skips(percent, len(dataset), path)
     return dataset

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_data import TOKENIZER
 
-from inputs.templates import TEMPLATES, Turn, end_ids, render
+from inputs.templates import TEMPLATES, Turn, end_ids, render_dialogue
 from inputs.tokenizer import Tokenizer, train_bpe
 from llava import IGNORE
 
@@ -46,7 +46,7 @@ def written(ids):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_written_out_by_hand(template):
-    ids, labels = render(TURNS, TOKENIZER, template, features=1)
+    ids, labels = render_dialogue(TURNS, TOKENIZER, template, features=1)
     assert written(ids) == WRITTEN[template]
     learned = written([label for label in labels if label != IGNORE])
     form = TEMPLATES[template]
@@ -60,7 +60,7 @@ def test_written_out_by_hand(template):
 def test_a_special_token_that_the_tokenizer_has_not_is_named():
     plain = train_bpe(["abc"], 0)
     with pytest.raises(ValueError, match="start_header_id"):
-        render(TURNS, plain, "llava_llama_3", 1)
+        render_dialogue(TURNS, plain, "llava_llama_3", 1)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def llama2():
 
 @here
 def test_llavas_own_ids_of_stage_1(llama2):
-    ids, labels = render([Turn("Describe it.", "a cat on a mat", 1)], llama2, "plain", 1)
+    ids, labels = render_dialogue([Turn("Describe it.", "a cat on a mat", 1)], llama2, "plain", 1)
     assert ids == [1, -200, 263, 6635, 373, 263, 1775, 13]
     assert labels == [IGNORE, IGNORE, *ids[2:]]
 
@@ -82,7 +82,7 @@ def test_llavas_own_ids_of_stage_1(llama2):
 def test_llavas_own_ids_of_stage_2(llama2):
     """facts D3: the ids of LLaVA's preprocess_v1 for this sample, 60 of them, the last two trained."""
     question = "What is this?\nAnswer the question using a single word or phrase."
-    ids, labels = render([Turn(question, "Cat", 1)], llama2, "vicuna_v1", 1)
+    ids, labels = render_dialogue([Turn(question, "Cat", 1)], llama2, "vicuna_v1", 1)
     tail = [322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889, 3148, 1001, 29901, 29871, -200, 29871, 13]
     tail += [5618, 338, 445, 29973, 13, 22550, 278, 1139, 773, 263, 2323, 1734, 470, 16549, 29889]
     tail += [319, 1799, 9047, 13566, 29901, 10459, 2]
@@ -95,7 +95,7 @@ def test_llavas_own_ids_of_stage_2(llama2):
 def test_what_stands_after_an_end_token(llama2, legacy, user):
     """After </s> the old tokenizers put a space in front of USER and the newer do not; LLaVA trained with both."""
     llama2.legacy = legacy
-    ids, _ = render(TURNS, llama2, "vicuna_v1", 1)
+    ids, _ = render_dialogue(TURNS, llama2, "vicuna_v1", 1)
     end = ids.index(2)
     assert ids[end + 1 : end + 1 + len(user)] == user
     llama2.legacy = True

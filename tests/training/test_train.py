@@ -108,7 +108,7 @@ def whitened(tiny, monkeypatch):
         images = Records(
             sources(tiny.world / "captions.json", tiny.world), Tokenizer.load(tiny.stage1), model.config, 1024
         )
-        pictures = torch.cat([picture.pixels for picture in images.load(images.pictures()).values()])
+        pictures = torch.cat([picture.pixels for picture in images.load(images.images()).values()])
         layer = model.multi_modal_projector.linear_1
         with torch.no_grad():
             before = model.vision_features(pictures)
@@ -493,7 +493,7 @@ def test_a_batch_in_which_one_rank_sees_a_picture_is_among_them(ranks, tiny):
     dataset = Records(sources(ranks / "dialogues.json", tiny.world), tokenizer, config, 1024)
     order = epochs(dataset.sizes, [1.0], 0)
     seen = [
-        [len(dataset.names(i, dataset.record(i))) for i in step]
+        [len(dataset.image_names(i, dataset.record(i))) for i in step]
         for rank in (0, 1)
         for step in batches(order, BATCH, 0, 0, 3, rank=rank, world=2, lengths=dataset.lengths())
     ]

@@ -9,7 +9,7 @@ from test_llava import IMAGE, PAD, SHAPE, close, random_ids, randomized
 
 import train
 from clip import CLIPVisionConfig
-from data import Records, collate, prepare_picture
+from data import Records, collate, prepare_image
 from formats import weights
 from formats.configs import read_config
 from formats.weights import load_model, save_model
@@ -73,7 +73,7 @@ def theirs(tmp_path_factory):
 def test_tiles_and_logits_equal_transformers(theirs, size):
     model, processor, folder = theirs
     ours, image = load_model(folder), noise(*size)
-    picture = prepare_picture(image, ours.config)
+    picture = prepare_image(image, ours.config)
     seen = processor(image, return_tensors="pt")
     assert seen["image_sizes"].tolist() == [list(size)] == [list(picture.size)]
     assert torch.equal(seen["pixel_values"][0], picture.pixels)
@@ -139,7 +139,7 @@ def test_a_batch_of_pictures_of_different_sizes(tmp_path):
         together = model(**collate(samples, PAD))
         alone = [model(**collate([sample], PAD)) for sample in samples]
         torch.testing.assert_close(together, sum(alone))
-        pictures = [prepare_picture(noise(*size), model.config) for size in SIZES[:4]]
+        pictures = [prepare_image(noise(*size), model.config) for size in SIZES[:4]]
         prompts = [prompt_ids(["ab"], [], 1, tokenizer, "raw", [picture.tokens]) for picture in pictures]
         sizes, features = [p.size for p in pictures], [model.vision_features(p.pixels) for p in pictures]
         both = zip(*generate(model, prompts, torch.cat(features), sizes, max_new_tokens=8))
