@@ -257,9 +257,9 @@ def build_index(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, np.nda
 class RecordFile:
     """The records of one JSON file, each read when it is asked for. Raises DataError if it is no list of records.
 
-    `spans`, `rounds`, `image_counts`: see above. `distinct_images`: the number of different ones. `faults`: why a record
-    cannot be used, by number. The file is opened for each record: that costs less than decoding its image, and no
-    process that is forked or spawned shares a position in it.
+    `spans`, `rounds`, `image_counts`: see above. `distinct_images`: how many different ones. `faults`: by number, why a
+    record cannot be used. The file is opened for each record: that costs less than decoding its image, and no process
+    that is forked or spawned shares a position in it.
     """
 
     def __init__(self, path: str | Path):
