@@ -19,8 +19,9 @@ from pathlib import Path
 from evaluation import answering, grader
 from evaluation.answering import Cost
 from evaluation.predictions import Item, load, read_predictions, shown
+from evaluation.scores import accuracy_by_category
 from evaluation.submissions import server_format, write_submission
-from evaluation.tasks import TASKS, prompt_of, read_items, unpack_pictures
+from evaluation.tasks import TASKS, prompt_of, read_items, unpack_images
 from fast import heap
 from formats.adapters import base_of_adapter, load_with_adapter
 from formats.weights import DTYPES, choose_dtype
@@ -51,16 +52,16 @@ class Plan:
 
     @property
     def manifest(self) -> Path:
-        return beside(self.out, "manifest.json")
+        return sibling_file(self.out, "manifest.json")
 
 
-def beside(out: Path, name: str) -> Path:
+def sibling_file(out: Path, name: str) -> Path:
     """A file that goes with answers: in a run's folder by that name, elsewhere by the name of the answers too."""
     run = out.name == "answers.jsonl" and not (out.parent / "config.json").exists()
     return out.with_name(name if run else f"{out.stem}-{name}")
 
 
-def read_lines(path: Path) -> list[dict]:
+def read_questions(path: Path) -> list[dict]:
     """Our own questions. Raises DataError naming file, line and reason."""
     content, seen = load(path), set()
     if content == []:
@@ -68,7 +69,7 @@ def read_lines(path: Path) -> list[dict]:
     for number, row in enumerate(content if isinstance(content, list) else [content], 1):
         if not isinstance(row, dict) or not isinstance(row.get("question_id"), (int, str)):
             raise DataError(f"{path}: line {number}: needs a question_id, a number or a string")
-        kinds = {"text": str, "image": (str, type(None)), "answer": str, "category": str}
+        kinds = {"text": str, "image": (str, type(None)), "answer": str, "category": str, "metric": str}
         for key, kind in kinds.items():
             if not isinstance(row.get(key, None if key == "text" else ""), kind):
                 raise DataError(f"{path}: line {number}: {key} is not text")
@@ -77,6 +78,10 @@ def read_lines(path: Path) -> list[dict]:
         if row["question_id"] in seen:
             raise DataError(f"{path}: line {number}: question_id {row['question_id']!r} comes twice")
         seen.add(row["question_id"])
+        if "answer" in row:
+            row.setdefault("metric", probes.default_metric(row.get("category", "all"), path))
+        if row.get("metric", "exact") not in probes.METRICS:
+            raise DataError(f"{path}: line {number}: metric {row['metric']!r} is none of {', '.join(probes.METRICS)}")
     return content
 
 
@@ -86,20 +91,20 @@ def plan_lines(args: argparse.Namespace, folder: Path) -> Plan:
         raise DataError("--questions: several files need a --task that says what they are")
     (path,) = args.questions
     out = args.out or folder / ("answers-blank.jsonl" if args.blank else "answers.jsonl")
-    return Plan(read_lines(path)[: args.limit], [path], args.images or path.parent, out)
+    return Plan(read_questions(path)[: args.limit], [path], args.images or path.parent, out)
 
 
-def describe(question: dict, answer: str) -> dict:
+def answer_metadata(question: dict, answer: str) -> dict:
     """An answer's metadata: the category of its question and, where the truth is known, its score."""
     metadata = {"category": question.get("category", "all")}
     if "answer" in question and "probe" not in question:
-        metadata["score"] = probes.score(metadata["category"], answer, question["answer"])
+        metadata["score"] = probes.METRICS[question["metric"]](answer, question["answer"])
     return metadata
 
 
-def show_families(rows: list[dict], out: Path):
+def print_families(rows: list[dict], out: Path):
     rows = [row for row in rows if "score" in row["metadata"]]
-    for category, accuracy in (probes.table(rows) if rows else {}).items():
+    for category, accuracy in (accuracy_by_category(rows) if rows else {}).items():
         print(f"{category:<14}{accuracy:6.1f} %")
     print(f"{len(rows)} scored answers in {out}")
 
@@ -112,7 +117,7 @@ def plan_task(args: argparse.Namespace, folder: Path) -> Plan:
     images = args.images or (args.questions[0] if args.questions[0].is_dir() else args.questions[0].parent)
     if any(item.data for item in items):
         images = run / "pictures"
-        unpack_pictures(items, images)
+        unpack_images(items, images)
     questions = [
         {"question_id": item.id, "text": prompt_of(item, suffix), "image": item.image, **item.groups} for item in items
     ]
@@ -130,7 +135,7 @@ def finish_task(args: argparse.Namespace, items: list[Item], rows: list[dict], o
     elif all(item.truth is None for item in items):
         print("the files hold no answers to compare with: --submission writes what the server takes")
     else:
-        show_scores(TASKS[args.task].score(items, answers), beside(out, "scores.json"))
+        show_scores(TASKS[args.task].score(items, answers), sibling_file(out, "scores.json"))
 
 
 def plan_probes(args: argparse.Namespace, folder: Path, config: LlavaConfig) -> Plan:
@@ -189,20 +194,20 @@ def run(args: argparse.Namespace):
     form, first = TEMPLATES[model.config.template], plan.questions[0]
     picture = "<image>\n" if first.get("image") else ""
     settings["prompt"] = f"{form.first}{picture}{first['text']}{form.assistant}"
-    settings["pictures_sha256"] = ranks.on_first(answering.check_pictures, plan.questions, plan.images)
+    settings["pictures_sha256"] = ranks.on_first(answering.hash_images, plan.questions, plan.images)
     ranks.on_first(answering.keep_manifest, plan.manifest, plan.out, folders, plan.files, model, settings)
     cost = Cost()
     ask = partial(answering.answer_batch, model, tokenizer, images=plan.images, max_new_tokens=longest, cost=cost)
     name = folder.name + ("-blank" if args.blank else "")
-    rows = answering.answer_all(plan.questions, plan.out, args.batch_size, name, ask, describe, ranks)
+    rows = answering.answer_all(plan.questions, plan.out, args.batch_size, name, ask, answer_metadata, ranks)
     if ranks.first:
-        answering.show_cost(cost, beside(plan.out, "cost.json"), device)
+        answering.show_cost(cost, sibling_file(plan.out, "cost.json"), device)
         if args.task == "probes":
             finish_probes(plan, rows, model.config.vision_config.image_size)
         elif args.task:
             finish_task(args, plan.items, rows, plan.out)
         else:
-            show_families(rows, plan.out)
+            print_families(rows, plan.out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,8 +218,10 @@ def score_file(args: argparse.Namespace):
     """Score a file of answers, wherever it was made; with --grader, have it graded first."""
     items = read_items(args.score, args.references)
     answers = read_predictions(args.predictions, items)
-    tell("questions have no answer, which counts as wrong", items, [answer is None for answer in answers])
-    tell("questions have an empty answer", items, [answer is not None and not answer.strip() for answer in answers])
+    report_count("questions have no answer, which counts as wrong", items, [answer is None for answer in answers])
+    report_count(
+        "questions have an empty answer", items, [answer is not None and not answer.strip() for answer in answers]
+    )
     if args.submission:
         write_submission(args.score, items, answers, args.submission)
     if args.score in grader.REQUESTS and args.grades:
@@ -224,14 +231,14 @@ def score_file(args: argparse.Namespace):
             grader.grade(lines, args.grades, partial(grader.ask, args.grader))
         grades = grader.graded(items, lines, args.grades, args.score)
         unread = [grades[str(item.id)] is None for item in items]
-        tell("answers have no grade that can be read, which counts as the worst", items, unread)
+        report_count("answers have no grade that can be read, which counts as the worst", items, unread)
         score = grader.score_mmvet if args.score == "mmvet" else grader.score_llavabench
         show_scores(score(items, grades))
     elif not args.submission:
         show_scores(TASKS[args.score].score(items, answers))
 
 
-def tell(what: str, items: list[Item], which: list[bool]):
+def report_count(what: str, items: list[Item], which: list[bool]):
     """Say how many questions something is the case of, if it is of any, and name the first."""
     if any(which):
         first = shown(items[which.index(True)].id)

@@ -117,7 +117,7 @@ def load(images: Path, question: dict, config):
     return picture
 
 
-def check_pictures(questions: list[dict], images: Path) -> str:
+def hash_images(questions: list[dict], images: Path) -> str:
     """Raise DataError if a picture is not there: now, not after hours. Returns a hash of their names and sizes in bytes
     (the content of 80,000 would take minutes)."""
     wrong, sizes = [], {}

@@ -7,6 +7,20 @@ import re
 from collections import Counter
 
 # ---------------------------------------------------------------------------------------------------------------------
+# questions of your own
+
+
+def plain_form(text: str) -> str:
+    """The text in lower case, without punctuation."""
+    return re.sub(r"[^\w ]", "", text.lower()).strip()
+
+
+def exact_match(answer: str, truth: str) -> float:
+    """1 if answer and truth are equal, case and punctuation aside; otherwise 0."""
+    return float(plain_form(answer) == plain_form(truth))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # VQA: ten people's answers to one question
 
 NUMBERS = ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -32,7 +46,7 @@ CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in WORDS.split() for i i
 CONTRACTIONS["somebody'd"] = "somebodyd"  # the table's slip
 
 
-def normalize(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """The official form of an answer (GT-Vision-Lab/VQA, vqaEval.py): "Two dogs." is "2 dogs", "black/white" two words.
 
     A mark beside a space, anywhere, goes without a trace, one that never stands there leaves a space; and all go
@@ -52,7 +66,7 @@ def normalize_m4c(text: str) -> str:
 
     That of VQA, but for "it's", which becomes "it 's", and for commas and question marks, which go before all else.
     """
-    return normalize(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
+    return normalize_answer(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
 
 
 def agreement(answer: str, answers: list[str]) -> float:
@@ -68,13 +82,13 @@ def vqa_accuracy(answer: str, answers: list[str]) -> float:
     """VQA's official accuracy. Answers are normalized only if the people disagree; if not, letter for letter."""
     answer, *answers = (text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *answers))
     if len(set(answers)) > 1:
-        answer, *answers = map(normalize, (answer, *answers))
+        answer, *answers = map(normalize_answer, (answer, *answers))
     return agreement(answer, answers)
 
 
 def soft_accuracy(answer: str, answers: list[str]) -> float:
     """min(n / 3, 1), as the accuracy is often quoted: no leaving out, always normalized."""
-    return min(1, [*map(normalize, answers)].count(normalize(answer)) / 3)
+    return min(1, [*map(normalize_answer, answers)].count(normalize_answer(answer)) / 3)
 
 
 def m4c_accuracy(answer: str, answers: list[str]) -> float:
@@ -159,7 +173,7 @@ def yes_no_mme(text: str) -> str:
     return next((word for word in ("yes", "no") if word in start), "other")
 
 
-def existence(answers: list[str], labels: list[str], lmms: bool = False) -> dict[str, float]:
+def yes_no_scores(answers: list[str], labels: list[str], lmms: bool = False) -> dict[str, float]:
     """Accuracy, precision, recall, F1 and the share of yes, all in per cent; "yes" is what is to be found (POPE, Li et
     al. 2023). Args: answers: "yes", "no" or "other", which is wrong and, where "yes" is true, a miss; labels; lmms: as
     lmms-eval counts, to which only "no" is a miss, and whose share of yes is that of the labels."""
@@ -216,7 +230,9 @@ def overlap(answer: str, truth: str) -> dict[str, float]:
     says a true word twice raises them. "Exact match" there is the share of the answer's words that are different true
     words; `same` is what the name says.
     """
-    mine, its = (Counter(normalize(normalize(text.lower())).replace(",", "").split()) for text in (answer, truth))
+    mine, its = (
+        Counter(normalize_answer(normalize_answer(text.lower())).replace(",", "").split()) for text in (answer, truth)
+    )
     both, only = sum(mine[word] for word in mine if word in its), sum(its[word] for word in its if word not in mine)
     precision, recall = (both / sum(mine.values()), both / (both + only)) if both else (0.0, 0.0)
     f1 = 2 * precision * recall / (precision + recall) if both else 0.0
@@ -224,6 +240,17 @@ def overlap(answer: str, truth: str) -> dict[str, float]:
     return {"recall": recall, "precision": precision, "f1": f1, "exact match": exact, "same": float(mine == its)}
 
 
-def closed_right(answer: str, truth: str) -> bool:
+def contains_truth(answer: str, truth: str) -> bool:
     """Of a closed question: the true answer is somewhere in the given one, once both are normalized (LLaVA-Med)."""
-    return normalize(truth.lower()) in normalize(answer.lower())
+    return normalize_answer(truth.lower()) in normalize_answer(answer.lower())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The metrics that a question of your own may name under "metric": (answer, truth) to a score between 0 and 1.
+METRICS = {
+    "exact": exact_match,
+    "contains": lambda answer, truth: float(contains_truth(answer, truth)),
+    "relaxed": lambda answer, truth: float(relaxed(answer, truth)),
+    "anls": lambda answer, truth: anls(answer, [truth]),
+}

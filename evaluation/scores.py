@@ -11,10 +11,9 @@ from evaluation.captions import caption_scores
 from evaluation.metrics import (
     agreement,
     anls,
-    closed_right,
-    existence,
+    contains_truth,
     m4c_accuracy,
-    normalize,
+    normalize_answer,
     normalize_m4c,
     option_letter,
     overlap,
@@ -24,6 +23,7 @@ from evaluation.metrics import (
     vqa_accuracy,
     yes_no_llava,
     yes_no_mme,
+    yes_no_scores,
     yes_no_whole,
 )
 from inputs.records import DataError
@@ -54,6 +54,18 @@ def by_group(items: list, values: list[float], kinds: tuple[str, ...] = ()) -> d
             if not kinds or kind in kinds:
                 groups[f"{kind} {name}"].append(value)
     return {name: mean(groups[name]) for name in sorted(groups)}
+
+
+def accuracy_by_category(rows: list[dict]) -> dict[str, float]:
+    """The mean score, in per cent, over all rows ("overall") and in each category.
+
+    Args: rows: of an answers file, each with "category" and "score" in its metadata.
+    """
+    scores = defaultdict(list)
+    for row in rows:
+        scores[row["metadata"]["category"]].append(row["metadata"]["score"])
+    everything = [value for values in scores.values() for value in values]
+    return {"overall": mean(everything)} | {name: mean(values) for name, values in sorted(scores.items())}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,7 +167,7 @@ def pope(items: list, answers: list[str | None]) -> dict[str, float]:
         labels = [label for _, label in rows]
         for rule, read, lmms in (("", yes_no_llava, False), (" (lmms-eval)", yes_no_whole, True)):
             said = [opposite(label) if answer is None else read(answer) for answer, label in rows]
-            result |= {f"{split} {name}{rule}": value for name, value in existence(said, labels, lmms).items()}
+            result |= {f"{split} {name}{rule}": value for name, value in yes_no_scores(said, labels, lmms).items()}
         headline.append(result[f"{split} f1"])
     return {"mean f1": sum(headline) / len(headline)} | result
 
@@ -259,10 +271,12 @@ def medical(items: list, answers: list[str | None]) -> dict[str, float]:
     if opened:
         result |= {f"open {name}": mean([row[name] for row in opened]) for name in opened[0]}
     closed = [(truth, answer) for kind, truth, answer in rows if kind == "closed"]
-    right = [answer is not None and closed_right(answer, truth) for truth, answer in closed]
+    right = [answer is not None and contains_truth(answer, truth) for truth, answer in closed]
     if closed:
         result["closed accuracy"] = mean(right)
-        says = ["yes" in form or "no" in form for form in (normalize((answer or "").lower()) for _, answer in closed)]
+        says = [
+            "yes" in form or "no" in form for form in (normalize_answer((answer or "").lower()) for _, answer in closed)
+        ]
         kept = [hit and said for hit, said in zip(right, says) if hit or not said]
         result["closed accuracy (LLaVA-Med)"] = mean(kept) if kept else 0.0
     return result

@@ -336,7 +336,7 @@ def read_mmbench(paths: list[Path]) -> list[Item]:
     return items
 
 
-def unpack_pictures(items: list[Item], folder: Path):
+def unpack_images(items: list[Item], folder: Path):
     """Write the pictures that came in base64 into a folder, as files of the items' names, each in one step, unless it
     is there already. Raises DataError."""
     folder.mkdir(parents=True, exist_ok=True)

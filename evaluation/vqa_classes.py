@@ -12,7 +12,7 @@ from collections import Counter
 import torch
 from torch.nn import functional as F
 
-from evaluation.metrics import normalize
+from evaluation.metrics import normalize_answer
 
 PEOPLE = list[list[str]]  # of each question, what the people answered
 
@@ -20,7 +20,7 @@ PEOPLE = list[list[str]]  # of each question, what the people answered
 def answer_classes(people: PEOPLE, k: int = 3129, at_least: int = 1) -> list[str]:
     """The k answers most frequent among the most frequent ones of the questions, in the official form; ties by the
     alphabet. Args: at_least: questions it must be the answer of."""
-    counts = Counter(Counter(map(normalize, answers)).most_common(1)[0][0] for answers in people)
+    counts = Counter(Counter(map(normalize_answer, answers)).most_common(1)[0][0] for answers in people)
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [answer for answer, count in ranked[:k] if count >= at_least]
 
@@ -29,7 +29,7 @@ def soft_targets(people: PEOPLE, classes: list[str]) -> torch.Tensor:
     """min(n / 3, 1) of every class, n people having given it: (B, K) float32 in [0, 1]."""
     places, targets = {answer: i for i, answer in enumerate(classes)}, torch.zeros(len(people), len(classes))
     for row, answers in zip(targets, people):
-        for answer, count in Counter(map(normalize, answers)).items():
+        for answer, count in Counter(map(normalize_answer, answers)).items():
             if answer in places:
                 row[places[answer]] = min(count / 3, 1)
     return targets

@@ -2,8 +2,8 @@
 
     python eval.py --task probes --model out/speedrun/stage2
 
-Pictures and questions are drawn for it, from the held-out side of the world, as large as the model sees them. What the
-world's own questions are scored by stands here too.
+Pictures and questions are drawn for it, from the held-out side of the world, as large as the model sees them. The
+metric of the world's descriptions stands here too.
 """
 
 import random
@@ -15,45 +15,37 @@ from pathlib import Path
 
 from PIL import Image
 
-from evaluation.metrics import existence, yes_no_llava
+from evaluation import metrics
+from evaluation.metrics import plain_form, yes_no_llava, yes_no_scores
 from training import plots
 from world import shapes
 from world.shapes import COLORS, SHAPES, Scene, Thing
 
 # ---------------------------------------------------------------------------------------------------------------------
-# scores of the world's questions
+# the metric of the world's descriptions; its other questions are scored by exact match
 
 
-def normalized(text: str) -> str:
-    return re.sub(r"[^\w ]", "", text.lower()).strip()
-
-
-def score(category: str, answer: str, truth: str) -> float:
-    """1 or 0 for an exact match, case and punctuation aside; of a description, the F1 of the things it names."""
-    return things_f1(answer, truth) if category == "description" else float(normalized(answer) == normalized(truth))
-
-
-def things_f1(answer: str, truth: str) -> float:
-    """F1 over the named things. A shape is right if size, color, kind and place are; a sign if text and place are."""
-    named, wanted = mentions(answer), mentions(truth)
-    right = sum(min(named.count(thing), wanted.count(thing)) for thing in set(wanted))
+def objects_f1(answer: str, truth: str) -> float:
+    """F1 over the objects that two descriptions name. A shape is right if size, color, kind and position are; a sign if
+    text and position are."""
+    named, wanted = find_objects(answer), find_objects(truth)
+    right = sum(min(named.count(name), wanted.count(name)) for name in set(wanted))
     return 2 * right / (len(named) + len(wanted)) if right else 0.0
 
 
-def mentions(text: str) -> list[str]:
-    """Every thing a description of the embedded world names, with what is said about it up to the next one."""
-    thing = rf"(?:\w+ (?:{'|'.join(COLORS)}) (?:{'|'.join(SHAPES)})|sign that says \w+)"
-    return re.findall(rf"{thing} (?:in|at|on) the (?:top left|top right|bottom left|bottom right|\w+)", text.lower())
+def find_objects(text: str) -> list[str]:
+    """Every object that a description of the embedded world names, as "large red star in the top left"."""
+    name = rf"(?:\w+ (?:{'|'.join(COLORS)}) (?:{'|'.join(SHAPES)})|sign that says \w+)"
+    return re.findall(rf"{name} (?:in|at|on) the (?:top left|top right|bottom left|bottom right|\w+)", text.lower())
 
 
-def table(rows: list[dict]) -> dict[str, float]:
-    """Accuracy in per cent by category, and overall (the mean over questions)."""
-    scores = defaultdict(list)
-    for row in rows:
-        scores[row["metadata"]["category"]].append(row["metadata"]["score"])
-    result = {name: 100 * sum(values) / len(values) for name, values in sorted(scores.items())}
-    everything = [value for values in scores.values() for value in values]
-    return {"overall": 100 * sum(everything) / len(everything)} | result
+METRICS = metrics.METRICS | {"objects_f1": objects_f1}
+
+
+def default_metric(category: str, path: Path) -> str:
+    """The metric of a question that names none: exact match. Worlds written before questions named their metric are
+    recognized by the scenes.jsonl beside the question file; their descriptions are scored by the objects."""
+    return "objects_f1" if category == "description" and (path.parent / "scenes.jsonl").exists() else "exact"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,6 +168,7 @@ def probe_prior(count: int, rng: random.Random) -> list[dict]:
         if question:
             scenes = [shapes.make_scene(SEED, i, held_out=True)[0] for i in (index, index + 10**7)]
             same = {"text": question["text"], "truth": question["answer"], "category": question["category"]}
+            same |= {"metric": question["metric"]} if "metric" in question else {}
             rows.append(ask("language prior", "its picture", scenes[0], **same))
             rows.append(ask("language prior", "blank", scenes[0], **same, blank=True))
             rows.append(ask("language prior", "another picture", scenes[1], **same))
@@ -231,10 +224,10 @@ def text_height(text: str, scale: float, side: int) -> int:
 def right(row: dict, answer: str) -> float:
     """Whether a probe's answer is right: of a relation, what it concludes; of a sign, its text."""
     if row["probe"] == "relations":
-        return float(normalized(answer.split(", so ")[-1]) == normalized(row["answer"]))
+        return float(plain_form(answer.split(", so ")[-1]) == plain_form(row["answer"]))
     if row["probe"] == "reading":
-        return float(normalized(answer).split(" ")[-1] == row["answer"].lower())
-    return score(row.get("category", ""), answer, row["answer"])
+        return float(plain_form(answer).split(" ")[-1] == row["answer"].lower())
+    return METRICS[row.get("metric", "exact")](answer, row["answer"])
 
 
 def results(rows: list[dict], answers: list[str]) -> dict[str, dict[str, dict[str, float]]]:
@@ -247,11 +240,11 @@ def results(rows: list[dict], answers: list[str]) -> dict[str, dict[str, dict[st
         values = {"questions": len(pairs), "right": 100 * sum(right(*pair) for pair in pairs) / len(pairs)}
         if probe == "existence":
             said, labels = [yes_no_llava(answer) for _, answer in pairs], [row["answer"] for row, _ in pairs]
-            measured = existence(said, labels)
+            measured = yes_no_scores(said, labels)
             wanted = ("precision", "recall", "f1", "yes ratio") if "yes" in labels else ("yes ratio",)
             values |= {name: measured[name] for name in wanted}
         if probe == "counting":
-            numbers = [(int(form), int(row["answer"])) for row, a in pairs if (form := normalized(a)).isdecimal()]
+            numbers = [(int(form), int(row["answer"])) for row, a in pairs if (form := plain_form(a)).isdecimal()]
             off = [abs(said - truth) for said, truth in numbers]
             values |= {"numbers": len(numbers), "mean error": sum(off) / len(off) if off else None}
         found[probe][condition] = values

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from evaluation.scores import accuracy_by_category
 from training import plots
-from world.probes import table
 from world.shapes import FAMILIES, font_of
 
 STAGES = ("stage0/clip", "stage0/decoder", "stage1", "stage2")
@@ -54,9 +54,9 @@ def wrapped(lines: list[str], width: int, most: int) -> str:
 def write(out: Path, minutes: dict[str, float], dial: float):
     """Write report.md, report.json, loss.png and sheet.png from what the steps left in `out`."""
     answers, blind = read_rows(out / "stage2/answers.jsonl"), read_rows(out / "stage2/answers-blank.jsonl")
-    accuracy, blank = table(answers), table(blind)
+    accuracy, blank = accuracy_by_category(answers), accuracy_by_category(blind)
     ablated = read_rows(out / "no-stage1/answers.jsonl")
-    ablation = table(ablated) if ablated else {}
+    ablation = accuracy_by_category(ablated) if ablated else {}
     logs = {name: read_rows(out / name / "log.jsonl") for name in STAGES}
     plots.loss_curve(out / "loss.png", logs)
     sheet(out, answers)

@@ -573,7 +573,8 @@ def questions_of(seed: int, index: int, number: int) -> dict | None:
     if pair is None:
         return None
     image = image_name(seed, index, True)
-    return {"question_id": number, "image": image, "text": pair[0], "answer": pair[1], "category": family}
+    metric = {"metric": "objects_f1"} if family == "description" else {}  # of world/probes.py; the others: exact match
+    return {"question_id": number, "image": image, "text": pair[0], "answer": pair[1], "category": family} | metric
 
 
 def make_questions(seed: int, count: int) -> list[dict]:

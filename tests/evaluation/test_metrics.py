@@ -10,11 +10,10 @@ import torch
 from evaluation import vqa_classes
 from evaluation.metrics import (
     anls,
-    closed_right,
-    existence,
+    contains_truth,
     levenshtein,
     m4c_accuracy,
-    normalize,
+    normalize_answer,
     normalize_m4c,
     option_letter,
     overlap,
@@ -24,6 +23,7 @@ from evaluation.metrics import (
     vqa_accuracy,
     yes_no_llava,
     yes_no_mme,
+    yes_no_scores,
     yes_no_whole,
 )
 
@@ -51,7 +51,7 @@ def cases(name):
     ("somebody'd", "somebodyd"), ("let's", "let's"), ("ten\n", "10"), ("." * 40, "." * 8), ("", ""),
 ])  # fmt: skip
 def test_the_form_of_an_answer(text, form):
-    assert normalize(text) == form
+    assert normalize_answer(text) == form
 
 
 @pytest.mark.parametrize("text, form", [
@@ -148,11 +148,11 @@ def test_three_readings_of_yes_and_no(text, llava, whole, mme):
 
 def test_existence_by_hand():
     said, labels = ["yes", "yes", "no", "no", "other"], ["yes", "no", "no", "yes", "yes"]
-    figures = existence(said, labels)
+    figures = yes_no_scores(said, labels)
     assert figures == pytest.approx({"accuracy": 40, "precision": 50, "recall": 100 / 3, "f1": 40, "yes ratio": 40})
-    theirs = existence(said, labels, lmms=True)  # "other" is no miss
+    theirs = yes_no_scores(said, labels, lmms=True)  # "other" is no miss
     assert theirs == pytest.approx({"accuracy": 40, "precision": 50, "recall": 50, "f1": 50, "yes ratio": 60})
-    assert existence(["no"], ["yes"])["f1"] == 0 and existence(["no"], ["no"])["accuracy"] == 100
+    assert yes_no_scores(["no"], ["yes"])["f1"] == 0 and yes_no_scores(["no"], ["no"])["accuracy"] == 100
 
 
 @recorded
@@ -161,8 +161,8 @@ def test_pope_label_files(split, count):
     """Facts that hold for any scorer: all yes is right for the true half, the truth itself always."""
     path = METRICS / f"pope/coco_pope_{split}.json"
     labels = [json.loads(line)["label"] for line in path.read_text().splitlines()]
-    assert len(labels) == count and existence(labels, labels)["f1"] == 100
-    always = existence([yes_no_llava("Yes")] * count, labels)
+    assert len(labels) == count and yes_no_scores(labels, labels)["f1"] == 100
+    always = yes_no_scores([yes_no_llava("Yes")] * count, labels)
     share = labels.count("yes") / count
     assert always["accuracy"] == always["precision"] == pytest.approx(100 * share) and always["recall"] == 100
     assert always["f1"] == pytest.approx(200 * share / (1 + share)) and always["yes ratio"] == 100
@@ -191,7 +191,7 @@ def test_medical_measures_by_hand():
     assert found["recall"] == pytest.approx(3 / 4) and found["precision"] == 1  # lung counts twice, as it was said
     assert found["exact match"] == pytest.approx(2 / 3) and found["same"] == 0
     assert overlap("", "left")["f1"] == 0 and overlap("Left.", "left")["same"] == 1
-    assert closed_right("Yes, it is", "yes") and not closed_right("no", "yes")
+    assert contains_truth("Yes, it is", "yes") and not contains_truth("no", "yes")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

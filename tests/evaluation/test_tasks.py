@@ -14,7 +14,7 @@ from benchmarks import MAKERS, lines, write
 import eval as evaluation
 from evaluation import captions, grader, scores, submissions
 from evaluation.predictions import Item, read_predictions
-from evaluation.tasks import TASKS, prompt_of, read_items, unpack_pictures
+from evaluation.tasks import TASKS, prompt_of, read_items, unpack_images
 from inputs.records import DataError
 
 
@@ -252,7 +252,7 @@ def test_mmbench_vanilla_and_circular(tmp_path):
     said[1] = "D" if said[1] != "D" else "A"  # a rotation of question 0
     figures = scores.mmbench(items, said)
     assert figures["vanilla"] == 100 and figures["circular"] == 50
-    unpack_pictures(items, tmp_path / "pictures")
+    unpack_images(items, tmp_path / "pictures")
     assert (tmp_path / "pictures/1000001.jpg").read_bytes()[:2] == b"\xff\xd8"
 
 
@@ -367,11 +367,11 @@ def test_pictures_of_test_dev_are_those_of_the_test_set(tmp_path):
 
 def test_pictures_of_another_table_are_written_anew(tmp_path):
     for content in (b"half", b"one", b"another"):
-        unpack_pictures([Item(1, "", "1.jpg", data=base64.b64encode(content).decode())], tmp_path)
+        unpack_images([Item(1, "", "1.jpg", data=base64.b64encode(content).decode())], tmp_path)
         assert (tmp_path / "1.jpg").read_bytes() == content and len(list(tmp_path.iterdir())) == 1
     for data in ("é", "A"):
         with pytest.raises(DataError, match="question 2: its picture is not base64"):
-            unpack_pictures([Item(2, "", "2.jpg", data=data)], tmp_path)
+            unpack_images([Item(2, "", "2.jpg", data=data)], tmp_path)
 
 
 def test_a_line_of_mmbench_with_a_column_too_many_is_refused(tmp_path):

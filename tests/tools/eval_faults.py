@@ -513,7 +513,7 @@ def try_batches(args, count: int) -> list[tuple[str, str]]:
     """Wall time of answering alone, and in batches of 64, pictures and all; the model is loaded before."""
     torch.set_num_threads(1)
     model, tokenizer = load_checkpoint(args.model, "cpu", torch.float32)
-    questions, seconds, texts = evaluation.read_lines(args.world / "questions.jsonl")[:count], {}, {}
+    questions, seconds, texts = evaluation.read_questions(args.world / "questions.jsonl")[:count], {}, {}
     ask = partial(
         answering.answer_batch, model, tokenizer, images=args.world, max_new_tokens=128, cost=answering.Cost()
     )
@@ -521,7 +521,7 @@ def try_batches(args, count: int) -> list[tuple[str, str]]:
         for size in (64, 1):
             begin = time.perf_counter()
             rows = answering.answer_all(
-                questions, Path(folder) / f"{size}.jsonl", size, "model", ask, evaluation.describe
+                questions, Path(folder) / f"{size}.jsonl", size, "model", ask, evaluation.answer_metadata
             )
             seconds[size], texts[size] = time.perf_counter() - begin, [row["text"] for row in rows]
     same = sum(a == b for a, b in zip(texts[1], texts[64]))
