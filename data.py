@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from clip import normalize, preprocess
 from formats.configs import read_config
-from inputs.files import flush
+from inputs.files import fsync
 from inputs.images import BadImage, check_file, open_image, pad_to_square, resolve_inside, size_of
 from inputs.mixture import Source, open_sources
 from inputs.records import DataError, Fault, alone, cut_dialogue, image_paths, read_records, turns_of
@@ -276,7 +276,7 @@ class Records(Samples):
             if not path.exists():
                 unfinished = path.with_suffix(".partial.npy")
                 np.save(unfinished, measure())
-                flush(unfinished)
+                fsync(unfinished)
                 os.replace(unfinished, path)
         return np.load(path, mmap_mode="r")
 

@@ -31,7 +31,7 @@ from inputs.records import SURROGATE, DataError
 from inputs.templates import TEMPLATES
 from llava import LlavaConfig
 from training import runs
-from training.ranks import Ranks
+from training.ranks import Distributed
 from world import probes
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,15 +177,15 @@ def run(args: argparse.Namespace):
     base = args.model or (base_of_adapter(args.adapter) if args.adapter else runs.newest_run(1, 2))
     folders = [base, args.adapter] if args.adapter else [base]
     folder = folders[-1]  # where answers go, and whose name they have
-    ranks = Ranks(args.device)
+    ranks = Distributed(args.device)
     device = str(ranks.device)
     model, tokenizer = load_with_adapter(base, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
     heap.keep_freed(model.device)
     choose_image_mode(args, model.config)
     if args.task == "probes":
-        plan = ranks.on_first(plan_probes, args, folder, model.config)
+        plan = ranks.on_main(plan_probes, args, folder, model.config)
     else:
-        plan = ranks.on_first(plan_task if args.task else plan_lines, args, folder)
+        plan = ranks.on_main(plan_task if args.task else plan_lines, args, folder)
     if args.blank:
         plan.questions = [question | {"blank": True} for question in plan.questions]
     longest = args.max_new_tokens or (TASKS[args.task].max_new_tokens if args.task in TASKS else 128)
@@ -194,13 +194,13 @@ def run(args: argparse.Namespace):
     form, first = TEMPLATES[model.config.template], plan.questions[0]
     picture = "<image>\n" if first.get("image") else ""
     settings["prompt"] = f"{form.first}{picture}{first['text']}{form.assistant}"
-    settings["pictures_sha256"] = ranks.on_first(answering.hash_images, plan.questions, plan.images)
-    ranks.on_first(answering.keep_manifest, plan.manifest, plan.out, folders, plan.files, model, settings)
+    settings["pictures_sha256"] = ranks.on_main(answering.hash_images, plan.questions, plan.images)
+    ranks.on_main(answering.keep_manifest, plan.manifest, plan.out, folders, plan.files, model, settings)
     cost = Cost()
     ask = partial(answering.answer_batch, model, tokenizer, images=plan.images, max_new_tokens=longest, cost=cost)
     name = folder.name + ("-blank" if args.blank else "")
     rows = answering.answer_all(plan.questions, plan.out, args.batch_size, name, ask, answer_metadata, ranks)
-    if ranks.first:
+    if ranks.is_main:
         answering.show_cost(cost, sibling_file(plan.out, "cost.json"), device)
         if args.task == "probes":
             finish_probes(plan, rows, model.config.vision_config.image_size)

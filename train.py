@@ -37,7 +37,7 @@ from fast import heap
 from fast.linear import need_compiler, prepare
 from formats.adapters import is_adapter, sample_weights, save_adapter
 from formats.weights import load_checkpoint, save_model
-from inputs.files import publish, verify
+from inputs.files import publish_folder, verify_manifest
 from inputs.images import BadImage
 from inputs.mixture import Source, batches, check_mixing, counts_of, open_sources, order_of
 from inputs.templates import TEMPLATES, end_ids
@@ -46,8 +46,9 @@ from llava import IGNORE, DecoderLayer, Llava
 from lora import add_lora
 from nf4 import NF4Linear
 from training import memory, meters, plots, recipes, runs, sharding
+from training.checkpoint import checkpoint_tensors, gather_tensors, restore_checkpoint
 from training.flags import read_flags
-from training.ranks import Ranks, arithmetic, autocast
+from training.ranks import Distributed, autocast, compute_dtype
 from training.towers import Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
 from world import shapes
 
@@ -63,18 +64,18 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def settle(args, ranks: Ranks, run: runs.Run, records: int):
+def settle(args, ranks: Distributed, run: runs.Run, records: int):
     """What only the data can say is how many steps make --epochs; then all is known, printed and kept in run.json."""
     if args.epochs:
         args.steps = recipes.steps_of(args.epochs, records, args.batch_size)
-        ranks.say(f"{args.epochs:g} epochs of {records:,} records: {args.steps:,} steps")
+        ranks.print0(f"{args.epochs:g} epochs of {records:,} records: {args.steps:,} steps")
     if run.old:
-        run.refuse_change("steps", args.steps, args.allow_changes)
+        run.check_unchanged("steps", args.steps, args.allow_changes)
     run.values["steps"] = args.steps
-    ranks.say(recipes.describe(args))
+    ranks.print0(recipes.describe(args))
 
 
-def make_optimizer(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, args: argparse.Namespace, ranks: Distributed) -> torch.optim.Optimizer:
     """AdamW over what trains: a group per component, each with its own rate, matrices with weight decay."""
     rates = {"vision_tower": args.lr_vision, "multi_modal_projector": args.lr_projector}
     groups = {}
@@ -88,32 +89,34 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> 
                 "weight_decay": decay,
             }
             groups.setdefault((component, decay), group)["params"].append(p)
-    ranks.say(f"{'trains':<24}{'parameters':>14}{'rate':>10}{'decay':>8}")
+    ranks.print0(f"{'trains':<24}{'parameters':>14}{'rate':>10}{'decay':>8}")
     for group in groups.values():
         count = sum(p.numel() for p in group["params"])
-        ranks.say(f"{group['component']:<24}{count:>14,}{group['peak']:>10.1e}{group['weight_decay']:>8g}")
+        ranks.print0(f"{group['component']:<24}{count:>14,}{group['peak']:>10.1e}{group['weight_decay']:>8g}")
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    ranks.say(f"{'(frozen)':<24}{frozen:>14,}")
+    ranks.print0(f"{'(frozen)':<24}{frozen:>14,}")
     return sharding.make_adamw(
         list(groups.values()), args.shard, args.offload_states, lr=args.lr, betas=(0.9, args.beta2)
     )
 
 
-def micro_batch(args, ranks: Ranks) -> int:
+def micro_batch(args, ranks: Distributed) -> int:
     """Samples that a rank sees at a time. Raises ValueError if the batch cannot be cut so."""
-    share = args.batch_size // ranks.world // args.accumulate
-    if share * ranks.world * args.accumulate != args.batch_size:
-        raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {ranks.world} ranks x {args.accumulate}")
+    share = args.batch_size // ranks.world_size // args.accumulate
+    if share * ranks.world_size * args.accumulate != args.batch_size:
+        raise ValueError(
+            f"--batch-size {args.batch_size} is not a multiple of {ranks.world_size} ranks x {args.accumulate}"
+        )
     return share
 
 
-def make_loader(dataset: Samples, args, ranks: Ranks, pad_id: int, start: int, group: int) -> DataLoader:
+def make_loader(dataset: Samples, args, ranks: Distributed, pad_id: int, start: int, group: int) -> DataLoader:
     """Micro-batches of every step from `start` on; the order is a pure function of (seed, step, rank)."""
     share, total = micro_batch(args, ranks), args.steps * args.batch_size
     weights = [source.weight for source in dataset.sources]
     order = order_of(dataset.sizes, weights, args.seed, total, args.mixing, args.shares, group)
     lengths = dataset.lengths() if isinstance(dataset, Records) else None
-    steps = batches(order, args.batch_size, args.seed, start, args.steps, ranks.rank, ranks.world, group, lengths)
+    steps = batches(order, args.batch_size, args.seed, start, args.steps, ranks.rank, ranks.world_size, group, lengths)
     micro = (step[i * share : (i + 1) * share] for step in steps for i in range(args.accumulate))
     pinned = ranks.device.type == "cuda"
     collated = partial(collate, pad_id=pad_id)
@@ -152,7 +155,9 @@ def ignore_signals(worker: int):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: int, save, group: int = 1, held_out=None):
+def fit(
+    args, ranks: Distributed, run: runs.Run, model: nn.Module, dataset, pad_id: int, save, group: int = 1, held_out=None
+):
     """Train `model`, whose forward(**batch) is the summed loss of a batch, and publish it in the run's folder.
 
     Args: save: writes the finished model into a folder. group: neighbors in the data that stay in one batch.
@@ -165,16 +170,16 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
     if args.compile:
         need_compiler(ranks.device)
         compile_layers(model)
-        ranks.say("--compile: the first steps will take half a minute")
-    sharding.place(model, args.shard, ranks, arithmetic(ranks.device, args.dtype))
+        ranks.print0("--compile: the first steps will take half a minute")
+    sharding.shard_model(model, args.shard, ranks, compute_dtype(ranks.device, args.dtype))
     optimizer = make_optimizer(model, args, ranks)
     heap.limit_holes(model, ranks.device, needed.step)
     start, skipped, watched = go_on(ranks, run, model, optimizer)
-    network = sharding.make_network(model, args.shard)
+    network = sharding.wrap_model(model, args.shard)
     loader = iter(make_loader(dataset, args, ranks, pad_id, start, group))
-    boards = meters.Boards(args.board if ranks.first else [], run.folder, run.values)
+    boards = meters.Boards(args.board if ranks.is_main else [], run.folder, run.values)
     bar = tqdm(
-        range(start, args.steps), run.folder.name, args.steps, initial=start, disable=not ranks.first, unit="step"
+        range(start, args.steps), run.folder.name, args.steps, initial=start, disable=not ranks.is_main, unit="step"
     )
     with Stop() as stop:
         for step in bar:
@@ -185,18 +190,20 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
             if looking:
                 row["val_loss"] = held_out_loss(args, ranks, model, held_out, pad_id)
                 watched.append(row["val_loss"])
-            if ranks.first:
+            if ranks.is_main:
                 run.write_row(row)
                 boards.write(row)
                 bar.set_postfix({key: row[key] for key in ("loss", "tokens_per_s", "data_wait")}, refresh=False)
             if skipped > args.max_skips:
-                raise ValueError(f"step {step + 1}: {row['skipped']}, {skipped} steps in a row; {run.last_good()}")
+                raise ValueError(
+                    f"step {step + 1}: {row['skipped']}, {skipped} steps in a row; {run.last_checkpoint_hint()}"
+                )
             better = looking and args.patience and row["val_loss"] == min(watched)
             if better:
                 save_checkpoint(args, ranks, run, model, optimizer, step + 1, "best")
             if step + 1 == args.steps or (looking and out_of_patience(watched, args.patience)):
                 break
-            stopping = ranks.largest(stop.asked)
+            stopping = ranks.all_reduce_max(stop.asked)
             due = (step + 1) % args.save_every == 0 and not skipped  # what makes steps fail may be in the weights
             if due or stopping or better:  # a resume before the best one would have to find it again
                 save_checkpoint(args, ranks, run, model, optimizer, step + 1)
@@ -204,14 +211,16 @@ def fit(args, ranks: Ranks, run: runs.Run, model: nn.Module, dataset, pad_id: in
                 check_weights(args, ranks, run, model, step + 1)
             if stopping:
                 bar.close()
-                ranks.say(f"stopped after step {step + 1}; the same command with --out {run.folder} --resume goes on")
+                ranks.print0(
+                    f"stopped after step {step + 1}; the same command with --out {run.folder} --resume goes on"
+                )
                 raise SystemExit(128 + stopping)
     faulthandler.cancel_dump_traceback_later()
-    if best := ranks.on_first(run.checkpoints, "best"):
-        ranks.say(f"{best[-1].name} had the smallest loss on held-out data, {min(watched):.4f}: it is kept")
-        sharding.restore(best[-1], model)
+    if best := ranks.on_main(run.checkpoints, "best"):
+        ranks.print0(f"{best[-1].name} had the smallest loss on held-out data, {min(watched):.4f}: it is kept")
+        restore_checkpoint(best[-1], model)
     check_weights(args, ranks, run, model, args.steps)
-    ranks.on_first(finish, run, partial(save, sharding.whole_weights(model, ranks)))
+    ranks.on_main(finish, run, partial(save, sharding.gather_weights(model, ranks)))
 
 
 def compile_layers(model: nn.Module):
@@ -222,15 +231,15 @@ def compile_layers(model: nn.Module):
             module.compile()
 
 
-def check_memory(args, ranks: Ranks, model: nn.Module, dataset, pad_id: int) -> memory.Estimate:
+def check_memory(args, ranks: Distributed, model: nn.Module, dataset, pad_id: int) -> memory.Estimate:
     """Say what a rank will hold, and return it. Raises ValueError if that cannot fit."""
     batch = largest_batch(dataset, micro_batch(args, ranks), pad_id)
-    needed = memory.estimate(model, args.shard, ranks.world, arithmetic(ranks.device, args.dtype), batch)
+    needed = memory.estimate(model, args.shard, ranks.world_size, compute_dtype(ranks.device, args.dtype), batch)
     if args.offload_states and ranks.device.type == "cuda":
         needed.states = 0  # but for one parameter's
     free = memory.free_bytes(ranks.device)
-    ranks.say(f"{needed}; there are {free / 1e9:.3g}")
-    memory.refuse(needed, free)
+    ranks.print0(f"{needed}; there are {free / 1e9:.3g}")
+    memory.check_fits(needed, free)
     return needed
 
 
@@ -244,12 +253,12 @@ def largest_batch(dataset: Samples, rows: int, pad_id: int) -> dict | None:
     return collate((samples * rows)[:rows], pad_id) if samples else None
 
 
-def go_on(ranks: Ranks, run: runs.Run, model: nn.Module, optimizer) -> tuple[int, int, list[float]]:
+def go_on(ranks: Distributed, run: runs.Run, model: nn.Module, optimizer) -> tuple[int, int, list[float]]:
     """Take the run's folder, and what its newest checkpoint holds: its step, and what `Run.start` returns."""
-    ranks.on_first(run.open)
-    checkpoint = ranks.on_first(run.newest_good)
-    start = sharding.restore(checkpoint, model, optimizer) if checkpoint else 0
-    return start, *ranks.on_first(run.start, start)
+    ranks.on_main(run.open)
+    checkpoint = ranks.on_main(run.newest_valid_checkpoint)
+    start = restore_checkpoint(checkpoint, model, optimizer) if checkpoint else 0
+    return start, *ranks.on_main(run.start, start)
 
 
 def out_of_patience(losses: list[float], patience: int | None) -> bool:
@@ -258,11 +267,11 @@ def out_of_patience(losses: list[float], patience: int | None) -> bool:
 
 
 @torch.no_grad()
-def held_out_loss(args, ranks: Ranks, model: nn.Module, dataset, pad_id: int) -> float:
+def held_out_loss(args, ranks: Distributed, model: nn.Module, dataset, pad_id: int) -> float:
     """Mean loss per supervised token of a dataset, a part of it on each rank."""
     model.eval()
     share, sums = micro_batch(args, ranks), torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    for first in range(ranks.rank * share, len(dataset) + ranks.rank * share, share * ranks.world):
+    for first in range(ranks.rank * share, len(dataset) + ranks.rank * share, share * ranks.world_size):
         # Slices of the weights are gathered by all ranks together, so one that has nothing left takes part with any.
         samples = [dataset[i] for i in range(first, min(first + share, len(dataset)))]
         batch = to_device(collate(samples or [dataset[0]], pad_id), ranks.device)
@@ -270,7 +279,7 @@ def held_out_loss(args, ranks: Ranks, model: nn.Module, dataset, pad_id: int) ->
             loss = model(**batch)
         if samples:
             sums += torch.stack([loss.double(), (batch["labels"][:, 1:] != IGNORE).sum().double()])
-    ranks.add_up(sums)
+    ranks.all_reduce(sums)
     if args.shard == "fsdp" and dist.is_initialized():
         model.reshard()  # after a forward pass alone it stays whole
     model.train()
@@ -281,23 +290,23 @@ def to_device(batch: dict, device: torch.device) -> dict:
     return {key: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for key, v in batch.items()}
 
 
-def save_checkpoint(args, ranks: Ranks, run: runs.Run, model: nn.Module, optimizer, step: int, kind="checkpoint"):
+def save_checkpoint(args, ranks: Distributed, run: runs.Run, model: nn.Module, optimizer, step: int, kind="checkpoint"):
     """All ranks hand over what they hold, rank 0 writes. Raises ValueError as check_weights and Run's own do."""
     check_weights(args, ranks, run, model, step)
-    state = sharding.training_state(model, optimizer, ranks)
-    values = sharding.gathered(state, optimizer, ranks)
-    if not ranks.first:
+    state = checkpoint_tensors(model, optimizer)
+    values = gather_tensors(state, optimizer, ranks)
+    if not ranks.is_main:
         deque(values, maxlen=0)
-    ranks.on_first(run.save_checkpoint, step, state, values, 1 if kind == "best" else args.keep, kind)
+    ranks.on_main(run.save_checkpoint, step, state, values, 1 if kind == "best" else args.keep, kind)
 
 
-def check_weights(args, ranks: Ranks, run: runs.Run, model: nn.Module, step: int):
+def check_weights(args, ranks: Distributed, run: runs.Run, model: nn.Module, step: int):
     """Raises ValueError, on all ranks, if what trained is not finite, or not the same on every rank."""
-    trained = [sharding.own_slice(p) for p in sharding.trained_parameters(model).values()]
-    if ranks.largest(not all(bool(p.isfinite().all()) for p in trained)):
-        raise ValueError(f"step {step}: weights are not finite; {run.last_good()}")
-    if args.shard != "fsdp" and not ranks.hold_the_same(trained):
-        raise ValueError(f"step {step}: the ranks' weights differ; {run.last_good()}")
+    trained = [sharding.local_shard(p) for p in sharding.trainable_parameters(model).values()]
+    if ranks.all_reduce_max(not all(bool(p.isfinite().all()) for p in trained)):
+        raise ValueError(f"step {step}: weights are not finite; {run.last_checkpoint_hint()}")
+    if args.shard != "fsdp" and not ranks.replicas_match(trained):
+        raise ValueError(f"step {step}: the ranks' weights differ; {run.last_checkpoint_hint()}")
 
 
 def finish(run: runs.Run, save):
@@ -312,25 +321,25 @@ def finish(run: runs.Run, save):
     print(f"{run.folder}: loss {loss:.3f} over the last {len(tail)} steps{more}", file=sys.stderr, flush=True)
 
 
-def measured_step(args, ranks: Ranks, model: nn.Module, network: nn.Module, optimizer, loader, step: int) -> dict:
+def measured_step(args, ranks: Distributed, model: nn.Module, network: nn.Module, optimizer, loader, step: int) -> dict:
     """train_step on the next micro-batches, and what it cost. mfu: share of what this rank's GPU could do at most."""
     begin = time.perf_counter()
     micro = [next(loader) for _ in range(args.accumulate)]
     waited = time.perf_counter() - begin
-    lengths = torch.cat([meters.lengths_of(batch["labels"]) for batch in micro])
+    lengths = torch.cat([meters.row_lengths(batch["labels"]) for batch in micro])
     tiles = sum(len(batch["pixel_values"]) for batch in micro if batch["pixel_values"] is not None)
-    tokens, samples = ranks.totals(lengths.sum(), len(lengths))
+    tokens, samples = ranks.all_reduce_sum(lengths.sum(), len(lengths))
     row = train_step(args, ranks, network, optimizer, micro, step)
     seconds = time.perf_counter() - begin
     row |= {"tokens_per_s": round(tokens / seconds), "samples_per_s": round(samples / seconds, 2)}
     row |= {"data_wait": round(waited / seconds, 3), "memory_gb": round(meters.peak_memory(ranks.device) / 1e9, 3)}
-    if peak := meters.peak_of(ranks.device):
+    if peak := meters.peak_flops(ranks.device):
         flops = meters.step_flops(model, int(lengths.sum()), float(lengths.float().mean()), tiles)
         row["mfu"] = round(flops / seconds / peak, 4)
     return row
 
 
-def train_step(args, ranks: Ranks, network: nn.Module, optimizer, micro: list[dict], step: int) -> dict:
+def train_step(args, ranks: Distributed, network: nn.Module, optimizer, micro: list[dict], step: int) -> dict:
     """One update from this rank's micro-batches. The loss is the mean over every supervised token of all ranks.
 
     With --loss-mean micro-batch, it is the mean over all micro-batches of each one's own: 0 if nothing is supervised.
@@ -339,25 +348,25 @@ def train_step(args, ranks: Ranks, network: nn.Module, optimizer, micro: list[di
     for group in optimizer.param_groups:
         group["lr"] = rate * group["peak"]
     counts = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in micro]
-    (supervised,) = ranks.totals(sum(counts))
+    (supervised,) = ranks.all_reduce_sum(sum(counts))
     weights = [1.0] * len(micro)
     if args.loss_mean == "micro-batch":
-        weights = [supervised / (max(1, count) * len(micro) * ranks.world) for count in counts]
+        weights = [supervised / (max(1, count) * len(micro) * ranks.world_size) for count in counts]
     torch.manual_seed((args.seed << 44) + (step << 16) + ranks.rank)  # chance does not depend on the steps before
     total = torch.zeros((), device=ranks.device)
     for i, batch in enumerate(micro):
         batch = to_device(batch, ranks.device)
-        with sharding.synced(network, last=i == len(micro) - 1):
+        with sharding.gradient_sync(network, last=i == len(micro) - 1):
             with autocast(ranks.device, args.dtype):
                 loss = network(**batch) * weights[i]
-            # Ranks' gradients are averaged; we want their sum, divided by all supervised tokens.
-            (loss * ranks.world / max(1, supervised)).backward()
+            # The ranks' gradients are averaged; we want their sum, divided by all supervised tokens.
+            (loss * ranks.world_size / max(1, supervised)).backward()
         total += loss.detach()
-    ranks.add_up(total)
+    ranks.all_reduce(total)
     return update(args, ranks, optimizer, float(total) / max(1, supervised), step) | {"supervised": supervised}
 
 
-def update(args, ranks: Ranks, optimizer, loss: float, step: int) -> dict:
+def update(args, ranks: Distributed, optimizer, loss: float, step: int) -> dict:
     """Move the weights, unless loss or gradient is not finite; both are sums over the ranks, so all decide alike."""
     norms = meters.gradient_norms(optimizer)
     norm = math.hypot(*norms.values())
@@ -378,7 +387,7 @@ def update(args, ranks: Ranks, optimizer, loss: float, step: int) -> dict:
 # stage 0: the towers
 
 
-def train_clip(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
+def train_clip(args, ranks: Distributed, tokenizer: Tokenizer, run: runs.Run):
     """The tower that sees: CLIP on the captions, scenes that differ in one fact kept in one batch."""
     model = new_clip(args.size, args.patch_size, tokenizer.vocab_size)
     dataset = CaptionPairs(data_files(args, ranks, "captions"), tokenizer, model.config, args.image_mode or "pad")
@@ -392,7 +401,7 @@ def train_clip(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
     fit(args, ranks, run, Contrastive(model), dataset, tokenizer.pad_id, save, group=shapes.FAMILY)
 
 
-def train_decoder(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
+def train_decoder(args, ranks: Distributed, tokenizer: Tokenizer, run: runs.Run):
     """The tower that speaks: a decoder on records without their pictures."""
     model = new_decoder(args.size, tokenizer, args.template or "llava_hf")
     options = {"text_only": True, "questions": args.questions}
@@ -406,7 +415,7 @@ def train_decoder(args, ranks: Ranks, tokenizer: Tokenizer, run: runs.Run):
     fit(args, ranks, run, model, dataset, tokenizer.pad_id, save)
 
 
-def stage0(args, ranks: Ranks, folder: Path):
+def stage0(args, ranks: Distributed, folder: Path):
     """Both towers, one after the other, with a vocabulary learned from the text they are trained on."""
     sources = data_files(args, ranks, "text")
     records = (source.file[i] for source in sources for i in source.usable()[: 20_000 // len(sources)])
@@ -431,7 +440,7 @@ def choose_sources(args, run: runs.Run):
     if run.old:
         for name in names:
             if getattr(args, name):
-                run.refuse_change(name, str(getattr(args, name).resolve()), args.allow_changes)
+                run.check_unchanged(name, str(getattr(args, name).resolve()), args.allow_changes)
             else:
                 setattr(args, name, run.old[name] and Path(run.old[name]))
     elif args.vision or args.llm or (args.stage == 1 and not args.model):
@@ -476,7 +485,7 @@ def tower_trains(model: Llava) -> bool:
 
 
 @torch.no_grad()
-def precompute_features(args, ranks: Ranks, model: Llava, dataset: Records):
+def precompute_features(args, ranks: Distributed, model: Llava, dataset: Records):
     """Let a frozen tower see every picture once, if all features fit into --cache-gb; else each time it comes up."""
     vision, count = model.config.vision_config, sum(source.file.distinct_images for source in dataset.sources)
     tiles = [1 + math.prod(size) // vision.image_size**2 for size in model.config.image_grid_pinpoints or [(0, 0)]]
@@ -485,7 +494,7 @@ def precompute_features(args, ranks: Ranks, model: Llava, dataset: Records):
         return
     pictures = list(dataset.images().items())
     model.vision_tower.to(ranks.device)
-    for i in tqdm(range(0, len(pictures), 64), "features of the frozen tower", disable=not ranks.first, unit="batch"):
+    for i in tqdm(range(0, len(pictures), 64), "features of the frozen tower", disable=not ranks.is_main, unit="batch"):
         part = dataset.load(dict(pictures[i : i + 64]))
         if not part:
             continue
@@ -496,7 +505,7 @@ def precompute_features(args, ranks: Ranks, model: Llava, dataset: Records):
         dataset.features |= part
 
 
-def train_llava(args, ranks: Ranks, folder: Path):
+def train_llava(args, ranks: Distributed, folder: Path):
     """Stages 1 and 2: they differ in what trains, on which data, in which template."""
     run = open_run(args, ranks, folder)
     if run.finished:
@@ -507,7 +516,7 @@ def train_llava(args, ranks: Ranks, folder: Path):
     if args.vision:
         model, tokenizer = assemble(args.vision, args.llm, args.projector or "mlp2x_gelu", args.seed)
     else:
-        ranks.say(f"going on from {args.model}")
+        ranks.print0(f"going on from {args.model}")
         if is_adapter(args.model):
             raise ValueError(f"{args.model} is an adapter: `python lora.py merge` makes a model of it and its base")
         model, tokenizer = load_checkpoint(args.model, "cpu", torch.float32, args.bits)
@@ -527,8 +536,8 @@ def train_llava(args, ranks: Ranks, folder: Path):
     choose_trainable(model, args.train)
     adapted = adapt(args, model)
     if args.init_from:
-        verify(args.init_from)
-        ranks.say(f"weights as after step {sharding.restore(args.init_from, model)} of {args.init_from}")
+        verify_manifest(args.init_from)
+        ranks.print0(f"weights as after step {restore_checkpoint(args.init_from, model)} of {args.init_from}")
     template = args.template or model.config.template
     max_length = args.max_length or model.config.text_config.max_position_embeddings
     options = {"image_order": args.image_order, "seed": args.seed, "template": template, "questions": args.questions}
@@ -538,9 +547,9 @@ def train_llava(args, ranks: Ranks, folder: Path):
     if args.whiten and args.vision and dataset.images(1):
         whiten_projector(model, dataset)
     # What stands still is kept as it came, for the finished model's files; in training it is as narrow as can be.
-    kept = [] if adapted or not ranks.first else model.named_parameters()
+    kept = [] if adapted or not ranks.is_main else model.named_parameters()
     frozen = {name: p.data for name, p in kept if not p.requires_grad}
-    sharding.narrow(model, args.shard, getattr(torch, args.weights), arithmetic(ranks.device, args.dtype))
+    sharding.cast_weights(model, args.shard, getattr(torch, args.weights), compute_dtype(ranks.device, args.dtype))
     for records in (dataset, held_out) if held_out else (dataset,):
         precompute_features(args, ranks, model, records)
     model.language_model.model.recompute = args.recompute
@@ -560,22 +569,22 @@ def train_llava(args, ranks: Ranks, folder: Path):
 # files
 
 
-def data_files(args, ranks: Ranks, kind: str) -> list[Source]:
+def data_files(args, ranks: Distributed, kind: str) -> list[Source]:
     """What to train on, checked; the embedded world's file of this kind if none is named, drawn if need be."""
     if args.data:
         sources = open_sources(args.data, args.images)
     else:
         sources = open_sources([str(world_of(args, ranks) / f"{kind}.json")], None)
     if args.skip_bad:  # one rank looks, so that all leave out the same
-        missing = ranks.agree([image_faults(source) for source in sources] if ranks.first else None)
+        missing = ranks.broadcast([image_faults(source) for source in sources] if ranks.is_main else None)
         for source, faults in zip(sources, missing):
             source.faults |= faults
     refuse_bad(sources, args.skip_bad)
     group = shapes.FAMILY if args.stage == 0 and args.tower != "decoder" else 1
     check_mixing([source.weight for source in sources], args.mixing, args.shares, group)
     count = sum(len(source.usable()) for source in sources)
-    if count < ranks.world:
-        raise ValueError(f"--data: {count} records for {ranks.world} ranks")
+    if count < ranks.world_size:
+        raise ValueError(f"--data: {count} records for {ranks.world_size} ranks")
     return sources
 
 
@@ -586,34 +595,34 @@ def val_files(args) -> list[Source]:
     return sources
 
 
-def world_of(args, ranks: Ranks) -> Path:
+def world_of(args, ranks: Distributed) -> Path:
     """The folder of the embedded world, drawn if need be."""
-    world = args.world or runs.ROOT / "world"
+    world = args.world or runs.OUTPUT_ROOT / "world"
     if not (world / "instruct.json").exists():
         if world.exists():
             raise ValueError(
                 f"{world} holds no world: name a folder that shapes.py wrote, or one that is not there yet"
             )
         draw = partial(shapes.write_world, n=20_000, seed=0, side=72, questions=2_000, turns=shapes.TURNS)
-        ranks.on_first(publish, world, draw)
+        ranks.on_main(publish_folder, world, draw)
     return world
 
 
-def allow_skips(args, ranks: Ranks, run: runs.Run, dataset: Samples):
+def allow_skips(args, ranks: Distributed, run: runs.Run, dataset: Samples):
     """With --skip-bad: name in the run's folder what is left out, and from here on replace what else is found bad."""
     if args.skip_bad:
         faults = [fault for source in dataset.sources for fault in source.faults.values()]
         path = run.folder / "skipped.jsonl"
-        if ranks.first:
+        if ranks.is_main:
             name_skipped(path, faults)
-            ranks.say(
+            ranks.print0(
                 f"--skip-bad: {len(faults):,} records are left out; {path} names them, and what else is found bad"
             )
-        ranks.agree(None)
+        ranks.broadcast(None)
         dataset.skips = Skips(args.skip_bad, len(dataset), path)
 
 
-def open_run(args, ranks: Ranks, folder: Path) -> runs.Run:
+def open_run(args, ranks: Distributed, folder: Path) -> runs.Run:
     """The run in `folder`: a new one, or one to go on with, as asked or because torchrun has restarted us."""
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     exists = (folder / "run.json").exists()
@@ -626,16 +635,16 @@ def main():
     args = read_flags(__doc__)
     try:
         if args.plot:
-            print(plots.compare(args.plot, runs.ROOT / "runs.png"))
+            print(plots.compare(args.plot, runs.OUTPUT_ROOT / "runs.png"))
             return
-        ranks = Ranks(args.device, args.timeout)
+        ranks = Distributed(args.device, args.timeout)
         micro_batch(args, ranks)
-        if args.weights == "bfloat16" and arithmetic(ranks.device, args.dtype) == torch.float32:
+        if args.weights == "bfloat16" and compute_dtype(ranks.device, args.dtype) == torch.float32:
             raise ValueError("--weights bfloat16 needs --dtype bfloat16 on this machine")
         new = f"stage{args.stage}-{datetime.now():%Y%m%d-%H%M%S}"
-        folder = args.out or runs.ROOT / ranks.same_name(new)
+        folder = args.out or runs.OUTPUT_ROOT / ranks.shared_run_name(new)
         (stage0 if args.stage == 0 else train_llava)(args, ranks, folder)
-        ranks.say(f"done: {folder}")
+        ranks.print0(f"done: {folder}")
     except (ValueError, BadImage) as error:  # one line for what a user can mend; anything else keeps its traceback
         sys.exit(f"train.py: {error}")
     except OSError as error:

@@ -28,13 +28,13 @@ from clip import CLIPVisionConfig
 from fast import heap
 from formats.configs import config_to_json, read_config
 from formats.weights import load_model, save_model
-from inputs.files import publish, read_json
+from inputs.files import publish_folder, read_json
 from inputs.tokenizer import SPECIALS, SPLIT, ByteLevel, Tokenizer, roles_of, train_bpe
 from llava import IGNORE, Llava, LlavaConfig, TextConfig, generate
 from lora import DROPOUT, RANKS
 from training import memory, meters, sharding
 from training.flags import read_flags
-from training.ranks import Ranks, arithmetic
+from training.ranks import Distributed, compute_dtype
 from training.towers import new_clip, new_decoder
 from world import shapes
 
@@ -121,7 +121,7 @@ def folder_of(name: str, root: Path, device: str) -> Path:
         save_model(model, target)
         tokenizer.save(target)
 
-    publish(folder, write)
+    publish_folder(folder, write)
     return folder
 
 
@@ -212,12 +212,12 @@ def our_trainer(job: Job) -> Trainer:
         flags += ["--weights", str(shape.weights).removeprefix("torch.")]
     args = read_flags("", flags)
     args.model = Path(job.folder)
-    ranks = Ranks(job.device)
-    ranks.say = lambda text: None
+    ranks = Distributed(job.device)
+    ranks.print0 = lambda text: None
     model = load_model(job.folder, job.device, torch.float32, bits=args.bits)
     train.choose_trainable(model, args.train)
     train.adapt(args, model)
-    sharding.narrow(model, args.shard, getattr(torch, args.weights), arithmetic(ranks.device, args.dtype))
+    sharding.cast_weights(model, args.shard, getattr(torch, args.weights), compute_dtype(ranks.device, args.dtype))
     model.language_model.model.recompute = job.recompute
     model.train()
     if job.compiled:
@@ -227,7 +227,7 @@ def our_trainer(job: Job) -> Trainer:
     def step() -> float:
         return train.train_step(args, ranks, model, optimizer, [batch], next(done))["loss"]
 
-    needed = memory.estimate(model, args.shard, ranks.world, arithmetic(ranks.device, args.dtype), batch)
+    needed = memory.estimate(model, args.shard, ranks.world_size, compute_dtype(ranks.device, args.dtype), batch)
     heap.limit_holes(model, ranks.device, needed.step)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     flops = meters.step_flops(model, shape.rows * shape.length, shape.length, shape.rows)

@@ -153,7 +153,7 @@ class Limits:
         A CPU that has no instructions for bfloat16 can still widen it, so its rate is never below float32's.
         """
         if dtype not in self.rates:
-            peak = meters.peak_of(self.device) if dtype == torch.bfloat16 else None
+            peak = meters.peak_flops(self.device) if dtype == torch.bfloat16 else None
             self.rates[dtype] = peak or max(map(self.matmul_rate, {dtype, torch.float32}))
         return self.rates[dtype]
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from clip import CLIPVisionConfig
 from llava import IGNORE, Llava, LlavaConfig, TextConfig
 from training import memory, meters, plots, sharding
-from training.ranks import Ranks
+from training.ranks import Distributed
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one point
@@ -57,14 +57,14 @@ def flops_of(model: Llava, batch: dict) -> float:
     return meters.step_flops(model, ids.numel(), ids.shape[1], len(pixels))
 
 
-def measure(point: dict, shard: str, ranks: Ranks, seconds: float) -> dict:
+def measure(point: dict, shard: str, ranks: Distributed, seconds: float) -> dict:
     """{"seconds", "bytes", "flops", "estimate"} of a step: the middle of those that fit into so many seconds."""
     model, batch = new_step(**point)
     found = {"flops": flops_of(model, batch)}
-    found["estimate"] = memory.estimate(model, shard, ranks.world, torch.float32, batch).peak
-    sharding.place(model, shard, ranks, torch.float32)
+    found["estimate"] = memory.estimate(model, shard, ranks.world_size, torch.float32, batch).peak
+    sharding.shard_model(model, shard, ranks, torch.float32)
     optimizer = sharding.make_adamw([{"params": [p for p in model.parameters() if p.requires_grad]}], shard, lr=1e-4)
-    network, times, begin = sharding.make_network(model, shard), [], time.perf_counter()
+    network, times, begin = sharding.wrap_model(model, shard), [], time.perf_counter()
 
     def step() -> float:
         start = time.perf_counter()
@@ -74,10 +74,10 @@ def measure(point: dict, shard: str, ranks: Ranks, seconds: float) -> dict:
         return time.perf_counter() - start
 
     step()  # AdamW makes its states
-    while len(times) < 3 or ranks.largest(time.perf_counter() - begin < seconds):
+    while len(times) < 3 or ranks.all_reduce_max(time.perf_counter() - begin < seconds):
         times.append(step())
     states = [v for state in optimizer.state.values() for v in state.values()]
-    with memory.Counted([*model.parameters(), *states, *batch.values()]) as counted:
+    with memory.MemoryCounter([*model.parameters(), *states, *batch.values()]) as counted:
         step()
     return found | {"seconds": statistics.median(times), "bytes": counted.peak}
 
@@ -127,7 +127,7 @@ def draw(found: dict[str, dict[int, dict]], path: Path):
 
 def sweep(seconds: float) -> dict[str, dict[int, dict]]:
     """Every point of every sweep: {name: {value: what `measure` returns}}."""
-    found, alone = {}, Ranks("cpu")
+    found, alone = {}, Distributed("cpu")
     for name, (_, values) in SWEEPS.items():
         found[name] = {}
         for value in values:
@@ -149,7 +149,7 @@ def wire_bytes(model: Llava, shard: str, world: int, dtype: torch.dtype) -> dict
     fsdp: slices are gathered in the arithmetic's type for the forward pass and, but for what is no decoder layer, again
     for the way back, those that stand still too; gradients are reduced in float32.
     """
-    trained = sharding.trained_parameters(model).values()
+    trained = sharding.trainable_parameters(model).values()
     gradients, part = sum(p.nbytes for p in trained), (world - 1) / world
     if shard == "fsdp":
         layers = sum(p.numel() for p in model.language_model.model.layers.parameters())
@@ -185,7 +185,7 @@ def wire():
     print("| | each rank sends, GB | in all |", " | ".join(LINKS), "| a rank holds, GB |")
     print("|---|---|---:|" + "---:|" * len(LINKS) + "---:|")
     for shard in sharding.MODES:
-        sharding.narrow(model, shard, torch.float32, torch.bfloat16)
+        sharding.cast_weights(model, shard, torch.float32, torch.bfloat16)
         sent = wire_bytes(model, shard, WORLD, torch.bfloat16)
         parts, whole = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in sent.items()), sum(sent.values())
         times = " | ".join(f"{whole / speed:.2f} s, {whole / speed / seconds:.0%}" for speed in LINKS.values())
@@ -206,9 +206,9 @@ def main():
     if args.wire:
         wire()
     elif args.rank_of:
-        ranks = Ranks("cpu")
+        ranks = Distributed("cpu")
         found = measure(POINT, args.rank_of, ranks, args.seconds)
-        if ranks.first:
+        if ranks.is_main:
             print(json.dumps(found))
         dist.destroy_process_group()
     else:

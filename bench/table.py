@@ -43,7 +43,12 @@ def read_flags() -> argparse.Namespace:
     add("--rounds", type=int, default=5, help="pairs per row, after one warm-up of each side")
     add("--slow", action="store_true", help="also what takes minutes a step: bfloat16 on a CPU without AVX-512")
     add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    add("--work", type=Path, default=runs.ROOT / "bench", help="folder of the random models, kept for the next time")
+    add(
+        "--work",
+        type=Path,
+        default=runs.OUTPUT_ROOT / "bench",
+        help="folder of the random models, kept for the next time",
+    )
     add("--json", type=Path, metavar="FILE", help="write machine and rows here, too")
     add("--list", action="store_true", help="name the rows, and no more")
     args = parser.parse_args()

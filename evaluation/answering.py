@@ -25,14 +25,14 @@ import torch
 from tqdm import tqdm
 
 from data import load_image
-from inputs.files import fingerprint, read_json, whole_lines, write_json, write_whole
+from inputs.files import fingerprint, read_complete_lines, read_json, write_atomic, write_json
 from inputs.images import BadImage, check_file, resolve_inside
 from inputs.records import DataError
 from inputs.templates import TEMPLATES, prompt_ids, stop_text
 from inputs.tokenizer import Tokenizer
 from llava import Llava, generate
 from training.meters import peak_memory
-from training.ranks import Ranks
+from training.ranks import Distributed
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one batch
@@ -152,7 +152,7 @@ def answered(out: Path) -> dict[int | str, dict]:
     rows = {}
     for path in (out, *parts(out)):
         try:
-            found = [json.loads(line) for line in whole_lines(path).split(b"\n") if line]
+            found = [json.loads(line) for line in read_complete_lines(path).split(b"\n") if line]
             complete = all(row.keys() >= set(ROW) for row in found)
         except (ValueError, AttributeError):
             complete = False
@@ -173,14 +173,14 @@ def answer_all(
     name: str,
     ask: Callable[[list[dict]], list[str]],
     describe: Callable[[dict, str], dict],
-    ranks: Ranks | None = None,
+    ranks: Distributed | None = None,
 ) -> list[dict]:
     """Answer what is not answered yet; returns all rows in the order of the questions (on rank 0; elsewhere none).
 
     Args: name: of the model, for the rows; ask: answers of a batch; describe: a row's metadata, from its question and
     answer.
     """
-    rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
+    rank, world = (ranks.rank, ranks.world_size) if ranks else (0, 1)
     out.parent.mkdir(parents=True, exist_ok=True)
     done, asked = answered(out), {question["question_id"]: question["text"] for question in questions}
     if any(asked.get(key) != row["prompt"] or row["model_id"] != name for key, row in done.items()):
@@ -195,10 +195,10 @@ def answer_all(
                 file.flush()
             bar.update(len(batch))
         if ranks:
-            ranks.totals(1)  # all are done
+            ranks.all_reduce_sum(1)  # all are done
         rows = publish(questions, out) if rank == 0 else []
     if ranks:
-        ranks.totals(1)  # and rank 0 has read what they wrote
+        ranks.all_reduce_sum(1)  # and rank 0 has read what they wrote
     return rows
 
 
@@ -215,7 +215,7 @@ def open_part(out: Path, rank: int):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lockf would let go as soon as the file is read beside it
     except OSError:
         raise DataError(f"{out}: another process is answering into it") from None
-    file.truncate(len(whole_lines(path)))
+    file.truncate(len(read_complete_lines(path)))
     return file
 
 
@@ -223,7 +223,7 @@ def publish(questions: list[dict], out: Path) -> list[dict]:
     """Put all answers into one file, in the order of the questions, in one step; then the parts can go."""
     rows = answered(out)
     rows = [rows[question["question_id"]] for question in questions]
-    write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     for path in parts(out):
         path.unlink()
     return rows

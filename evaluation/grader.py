@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from evaluation.predictions import Item, by_id, entries, is_llava, llava_items, load, shown, want
-from inputs.files import whole_lines
+from inputs.files import read_complete_lines
 from inputs.records import DataError
 
 CORRECTNESS = """You grade answers to questions about a picture. Below are a question, the true answer and a given \
@@ -185,7 +185,7 @@ def read_grades(path: Path) -> list[dict]:
     """The lines of a file of grades; a last one cut short by a kill is dropped from it."""
     if not path.exists():
         return []
-    whole, rows = whole_lines(path), []
+    whole, rows = read_complete_lines(path), []
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             row = json.loads(line)

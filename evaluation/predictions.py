@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from inputs.files import refuse_duplicates
+from inputs.files import reject_duplicate_keys
 from inputs.records import DataError
 
 IDS = ("question_id", "questionId", "image_id", "qid", "index", "id", "image")  # the first that a row has is its id
@@ -41,7 +41,7 @@ class Item:
 def parse(text: str) -> object:
     """JSON in which no key is given twice. (NaN is let in: no reader takes it for an answer.) Raises ValueError."""
     try:
-        return json.loads(text, object_pairs_hook=refuse_duplicates)
+        return json.loads(text, object_pairs_hook=reject_duplicate_keys)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -29,7 +29,7 @@ from evaluation.predictions import (
     tabbed,
     want,
 )
-from inputs.files import write_whole
+from inputs.files import write_atomic
 from inputs.images import resolve_inside
 from inputs.records import SURROGATE, DataError
 
@@ -348,7 +348,7 @@ def unpack_images(items: list[Item], folder: Path):
             except ValueError as error:
                 raise DataError(f"question {item.id}: its picture is not base64 ({error})") from None
             if not path.exists() or path.read_bytes() != content:
-                write_whole(path, content)
+                write_atomic(path, content)
         item.data = ""
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import nf4
-from inputs.files import read_json, refuse_duplicates
+from inputs.files import read_json, reject_duplicate_keys
 from llava import LlavaConfig, TextConfig
 
 PICKLES = (".bin", ".pt", ".pth")
@@ -84,7 +84,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
             text = file.read(length)
         if not text.startswith(b"{"):
             raise ValueError("its header does not begin with {")
-        header = json.loads(text, object_pairs_hook=refuse_duplicates)
+        header = json.loads(text, object_pairs_hook=reject_duplicate_keys)
         header.pop("__metadata__", None)
         with safe_open(path, "pt"):
             return {

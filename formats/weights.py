@@ -37,7 +37,7 @@ from formats.layouts import (
     pattern_of,
 )
 from formats.tensors import NUMBERS, LazyTensor, find_llama2c, open_tensors, read_llama2c
-from inputs.files import publish, read_json, write_json
+from inputs.files import publish_folder, read_json, write_json
 from inputs.templates import TEMPLATES, end_ids
 from inputs.tokenizer import Tokenizer
 from llava import Llava, LlavaConfig
@@ -366,7 +366,7 @@ def publish_model(model: Llava, tokenizer: Tokenizer, target: Path, merged: list
         if merged:
             write_json(folder / MERGED, {"adapters": merged})
 
-    publish(target, write)
+    publish_folder(target, write)
 
 
 def merged_into(folder: Path) -> list[str]:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path("out")  # of everything that is written without a name given
+OUTPUT_ROOT = Path("out")  # of everything that is written without a name given
 
 # ---------------------------------------------------------------------------------------------------------------------
 # folders
 
 
-def publish(folder: Path, write: Callable[[Path], None]):
+def publish_folder(folder: Path, write: Callable[[Path], None]):
     """Make `folder` appear whole: `write` fills a folder beside it, which is flushed and then takes the name."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(folder.name + ".partial")
@@ -30,26 +30,26 @@ def publish(folder: Path, write: Callable[[Path], None]):
         shutil.rmtree(partial, ignore_errors=True)
         raise
     for path in [*partial.iterdir(), partial]:
-        flush(path)
+        fsync(path)
     partial.rename(folder)
-    flush(folder.parent)
+    fsync(folder.parent)
 
 
-def write_whole(path: Path, content: bytes):
+def write_atomic(path: Path, content: bytes):
     """Replace a file in one step; a reader sees the old or the new one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
-    flush(partial)
+    fsync(partial)
     os.replace(partial, path)
 
 
-def whole_lines(path: Path) -> bytes:
+def read_complete_lines(path: Path) -> bytes:
     """What a growing file holds up to its last line break: a kill may have cut the line that follows."""
     content = path.read_bytes() if path.exists() else b""
     return content[: content.rfind(b"\n") + 1]
 
 
-def flush(path: Path):
+def fsync(path: Path):
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -59,7 +59,7 @@ MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path):
-    """Note size and SHA-256 of every file in the folder, so that `verify` can tell any later change."""
+    """Note size and SHA-256 of every file in the folder, so that `verify_manifest` can tell any later change."""
     write_json(folder / MANIFEST, {path.name: fingerprint(path) for path in sorted(folder.iterdir())})
 
 
@@ -68,7 +68,7 @@ def fingerprint(path: Path) -> dict:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def verify(folder: Path):
+def verify_manifest(folder: Path):
     """Raises ValueError naming the first file that is not as its manifest says."""
     manifest, text = read_json(folder / MANIFEST), (folder / MANIFEST).read_text()
     if text != to_json(manifest):  # a change in its own spaces would go unseen otherwise
@@ -91,10 +91,10 @@ def to_json(values: dict) -> str:
 
 def write_json(path: Path, values: dict):
     """Replace a JSON file in one step."""
-    write_whole(path, to_json(values).encode())
+    write_atomic(path, to_json(values).encode())
 
 
-def refuse_duplicates(pairs: list) -> dict:
+def reject_duplicate_keys(pairs: list) -> dict:
     """For json.loads, as object_pairs_hook. Raises ValueError if an object names a key twice."""
     result = dict(pairs)
     if len(result) < len(pairs):  # Python would keep the last one: what was checked is not what is used
@@ -105,7 +105,7 @@ def refuse_duplicates(pairs: list) -> dict:
 def read_json(path: Path) -> dict:
     """A JSON object. Raises ValueError naming the file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=reject_duplicate_keys)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

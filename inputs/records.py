@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from inputs import files
-from inputs.files import publish, refuse_duplicates
+from inputs.files import publish_folder, reject_duplicate_keys
 from inputs.templates import TEMPLATES, Turn
 
 MARKER = "<image>"  # stands for a picture in the human turns of a record that has one; everywhere else it is text
@@ -129,7 +129,7 @@ def refuse_constant(name: str):
     raise ValueError(f"{name} is not a JSON value")
 
 
-STRICT = json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=refuse_duplicates)
+STRICT = json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=reject_duplicate_keys)
 LENIENT = json.JSONDecoder(parse_int=str)  # finds the end of what STRICT refuses
 SPACE = re.compile(r"[ \t\n\r]*")
 MARGIN = 16  # characters; longer than any name or escape that the end of a chunk may cut
@@ -286,7 +286,7 @@ class RecordFile:
         """The folder of the index; if there is none yet, it is made, by one process while the others wait."""
         place = sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
         version = sha256(repr(self.version).encode() + Path(__file__).read_bytes()).hexdigest()[:16]
-        folder = files.ROOT.resolve() / "index" / f"{place}-{version}"
+        folder = files.OUTPUT_ROOT.resolve() / "index" / f"{place}-{version}"
         folder.parent.mkdir(parents=True, exist_ok=True)
 
         def write(partial: Path):
@@ -297,7 +297,7 @@ class RecordFile:
         with alone(folder.parent / f"{place}.lock"):
             if not folder.exists():
                 arrays, facts = build()
-                publish(folder, write)
+                publish_folder(folder, write)
                 for old in folder.parent.glob(f"{place}-*"):  # of what the file was before
                     if old != folder:
                         shutil.rmtree(old)

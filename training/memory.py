@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from fast import linear
 from llava import Llava
 from nf4 import NF4Linear
-from training.sharding import trained_parameters
+from training.sharding import trainable_parameters
 
 
 @dataclass
@@ -55,9 +55,9 @@ def estimate(model: nn.Module, shard: str, world: int, dtype: torch.dtype, batch
     Gradients of several ranks have their place in DDP's buckets all along, or, under fsdp, are cut up as they come.
     """
     slices, shares = {"ddp": (1, 1), "zero1": (1, world), "fsdp": (world, world)}[shard]
-    gradients = sum(p.nbytes for p in trained_parameters(model).values())
+    gradients = sum(p.nbytes for p in trainable_parameters(model).values())
     weights = sum(p.nbytes for p in model.parameters()) // slices
-    weights += whole_under_fsdp(model, dtype) if slices > 1 else 0
+    weights += unsharded_bytes(model, dtype) if slices > 1 else 0
     activations = most = 0
     if batch and (isinstance(model, Llava) or not dist.is_initialized()):  # CLIP's loss asks other ranks for theirs
         activations, most = dry_run(model, dtype, batch, drop=world > 1, gathered=slices > 1)
@@ -65,7 +65,7 @@ def estimate(model: nn.Module, shard: str, world: int, dtype: torch.dtype, batch
     return Estimate(weights, gradients // slices, 2 * gradients // shares, activations, step)
 
 
-def whole_under_fsdp(model: Llava, dtype: torch.dtype) -> int:
+def unsharded_bytes(model: Llava, dtype: torch.dtype) -> int:
     """Bytes of what is whole at one time: all that is no decoder layer, a layer, and the next on its way."""
     layers = model.language_model.model.layers
     layer = sum(p.numel() for p in layers[0].parameters())
@@ -81,14 +81,14 @@ def dry_run(model: nn.Module, dtype: torch.dtype, batch: dict, drop: bool, gathe
     gathered: whether weights are put together in `dtype`, so that autocast has nothing to copy.
     """
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
-    twin = twin_of(model, shapes, dtype if gathered else None)
+    twin = fake_copy(model, shapes, dtype if gathered else None)
     with shapes:
         batch = {key: torch.empty_like(v) if floating(v) else v for key, v in batch.items()}
     if drop:
         for p in twin.parameters():
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    with Counted(twin.parameters()) as counted, linear.not_emulated():
+    with MemoryCounter(twin.parameters()) as counted, linear.not_emulated():
         weights = counted.now
         for tensor in filter(torch.is_tensor, batch.values()):
             counted.count(tensor)
@@ -103,7 +103,7 @@ def floating(value) -> bool:
     return torch.is_tensor(value) and value.is_floating_point()
 
 
-def twin_of(model: nn.Module, shapes: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
+def fake_copy(model: nn.Module, shapes: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
     """The same modules on parameters without numbers, of this type if one is named; those that were one are one."""
     with shapes:
         twins = {
@@ -119,7 +119,7 @@ def twin_of(model: nn.Module, shapes: FakeTensorMode, dtype: torch.dtype | None)
     return twin
 
 
-class Counted(TorchDispatchMode):
+class MemoryCounter(TorchDispatchMode):
     """While it is entered, counts the bytes of all tensors that are alive, `known` among them: `now` and `peak`."""
 
     def __init__(self, known):
@@ -142,7 +142,7 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten.index.Tensor:  # without numbers, how many a mask chooses must be known before
-            args = (args[0], places(args[1]))
+            args = (args[0], mask_positions(args[1]))
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
@@ -150,7 +150,7 @@ class Counted(TorchDispatchMode):
         return result
 
 
-def places(indices: list) -> list:
+def mask_positions(indices: list) -> list:
     """The same indices with every mask as the numbers of its places."""
     lists = (i.nonzero().unbind(1) if i is not None and i.dtype == torch.bool else [i] for i in indices)
     return [index for part in lists for index in part]
@@ -163,7 +163,7 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def refuse(found: Estimate, free: int):
+def check_fits(found: Estimate, free: int):
     """Raise ValueError with what helps, if weights, gradients and states alone are more than there is."""
     if found.fixed > free:
         helps = "--lora llm (with --bits 4), --shard fsdp on more ranks, --offload-states, --weights bfloat16"

@@ -9,8 +9,8 @@ from torch import nn
 
 from llava import IGNORE, Llava
 from nf4 import count_weights
-from training.ranks import Ranks
-from training.sharding import local, own_slice, sliced
+from training.ranks import Distributed
+from training.sharding import is_sharded, local_optimizer, local_shard
 
 # Dense bfloat16 FLOP per second from NVIDIA's data sheets, by words of what torch calls the device.
 PEAKS = {
@@ -27,12 +27,12 @@ PEAKS = {
 }
 
 
-def peak_of(device: torch.device) -> float | None:
+def peak_flops(device: torch.device) -> float | None:
     """What the device could do at most, None if it is not in the table."""
-    return peak_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return peak_flops_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def peak_named(name: str) -> float | None:
+def peak_flops_by_name(name: str) -> float | None:
     """The same by name: the first entry of PEAKS all of whose words it has; an A1000 is no A100."""
     words = set(name.replace("-", " ").split())
     return next((peak for key, peak in PEAKS.items() if words.issuperset(key.split())), None)
@@ -79,7 +79,7 @@ def gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     for group in optimizer.param_groups:
         parts.setdefault(group["component"], []).extend(p.grad for p in group["params"] if p.grad is not None)
     norms = {name: nn.utils.get_total_norm(gradients) for name, gradients in parts.items() if gradients}
-    return {name: float(norm.full_tensor() if sliced(norm) else norm) for name, norm in norms.items()}
+    return {name: float(norm.full_tensor() if is_sharded(norm) else norm) for name, norm in norms.items()}
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: float, most: float):
@@ -89,7 +89,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, norm: float, most: float):
         torch._foreach_mul_(gradients, most / (norm + 1e-6))
 
 
-def lengths_of(labels: torch.Tensor) -> torch.Tensor:
+def row_lengths(labels: torch.Tensor) -> torch.Tensor:
     """Tokens (B,) of each row of labels (B, T) without its padding: up to the last that is trained on, its end."""
     return labels.shape[1] - (labels != IGNORE).flip(1).int().argmax(1)
 
@@ -99,21 +99,21 @@ PIECE = 2**22  # of their numbers looked at at a time: a whole embedding's would
 
 
 @torch.no_grad()
-def update_norms(optimizer: torch.optim.Optimizer, ranks: Ranks, shard: str) -> dict[str, float]:
+def update_norms(optimizer: torch.optim.Optimizer, ranks: Distributed, shard: str) -> dict[str, float]:
     """How far AdamW's last step moved each component, from its states: rate x m / (sqrt(v) + eps), bias corrected."""
     squares = {group["component"]: torch.zeros((), device=ranks.device) for group in optimizer.param_groups}
-    for group in local(optimizer).param_groups:
+    for group in local_optimizer(optimizer).param_groups:
         beta1, beta2 = group["betas"]
         for p in group["params"]:
-            if state := local(optimizer).state.get(p):
+            if state := local_optimizer(optimizer).state.get(p):
                 step = float(state["step"])
-                moments = (own_slice(state[name]).flatten().split(PIECE) for name in ("exp_avg", "exp_avg_sq"))
+                moments = (local_shard(state[name]).flatten().split(PIECE) for name in ("exp_avg", "exp_avg_sq"))
                 for m, v in zip(*moments):
                     move = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + group["eps"])
                     squares[group["component"]] += move.float().square().sum() * group["lr"] ** 2
     if shard != "ddp":  # each rank has seen its own share
         for square in squares.values():
-            ranks.add_up(square)
+            ranks.all_reduce(square)
     return {name: float(square.sqrt()) for name, square in squares.items()}
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 
-class Ranks:
+class Distributed:
     """This process among those torchrun started; alone, rank 0 of 1.
 
     Args: device: "cpu", "cuda", "cuda:N", or None for what there is. timeout: seconds until a rank that does not
@@ -18,7 +18,7 @@ class Ranks:
     """
 
     def __init__(self, device: str | None, timeout: float = 1800):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         local = int(os.environ.get("LOCAL_RANK", 0))
         device = choose_device(device)
@@ -30,22 +30,22 @@ class Ranks:
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             elastic = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             limit = timedelta(seconds=timeout)
-            self.store = dist.TCPStore(host, port, self.world, self.rank == 0 and not elastic, limit)
+            self.store = dist.TCPStore(host, port, self.world_size, self.rank == 0 and not elastic, limit)
             # After a restart, torch's shared store still holds the dead ranks' addresses, and joining may hang; a
             # prefix of our own per attempt keeps the attempts apart.
             store = dist.PrefixStore(f"run{self.attempt}", self.store)
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, timeout=limit, rank=self.rank, world_size=self.world)
+            dist.init_process_group(backend, store=store, timeout=limit, rank=self.rank, world_size=self.world_size)
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def say(self, text: str):
-        if self.first:
+    def print0(self, text: str):
+        if self.is_main:
             print(text, file=sys.stderr, flush=True)
 
-    def totals(self, *values: int, operation=dist.ReduceOp.SUM) -> list[int]:
+    def all_reduce_sum(self, *values: int, operation=dist.ReduceOp.SUM) -> list[int]:
         """Each value's sum over the ranks."""
         if not dist.is_initialized():
             return [int(value) for value in values]
@@ -53,42 +53,42 @@ class Ranks:
         dist.all_reduce(tensor, operation)
         return tensor.tolist()
 
-    def largest(self, value: int) -> int:
-        return self.totals(value, operation=dist.ReduceOp.MAX)[0]
+    def all_reduce_max(self, value: int) -> int:
+        return self.all_reduce_sum(value, operation=dist.ReduceOp.MAX)[0]
 
-    def add_up(self, tensor: torch.Tensor):
+    def all_reduce(self, tensor: torch.Tensor):
         """Put the sum over the ranks in the place of a tensor."""
         if dist.is_initialized():
             dist.all_reduce(tensor)
 
-    def agree(self, value):
+    def broadcast(self, value):
         """Rank 0's value, on every rank."""
         box = [value]
         if dist.is_initialized():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def on_first(self, action: Callable, *args):
+    def on_main(self, action: Callable, *args):
         """What `action(*args)` returns on rank 0, on every rank. If it fails there, rank 0 says why and all end."""
         result = error = None
-        if self.first:
+        if self.is_main:
             try:
                 result = action(*args)
             except (ValueError, OSError) as failed:
                 error = failed
-        if self.agree(error is not None):
+        if self.broadcast(error is not None):
             raise error or SystemExit(1)
-        return self.agree(result)
+        return self.broadcast(result)
 
-    def same_name(self, name: str) -> str:
+    def shared_run_name(self, name: str) -> str:
         """The name that the first attempt of this torchrun came with, however often it was restarted since."""
         if self.store is None:
             return name
-        if self.first:
+        if self.is_main:
             name = self.store.compare_set("llava-run-name", "", name).decode()
-        return self.agree(name)
+        return self.broadcast(name)
 
-    def hold_the_same(self, parameters: Iterable[torch.Tensor]) -> bool:
+    def replicas_match(self, parameters: Iterable[torch.Tensor]) -> bool:
         """Whether every rank holds the same bits."""
         if not dist.is_initialized():
             return True
@@ -111,7 +111,7 @@ def choose_device(name: str | None) -> str:
     return name
 
 
-def arithmetic(device: torch.device, dtype: str) -> torch.dtype:
+def compute_dtype(device: torch.device, dtype: str) -> torch.dtype:
     """What --dtype means here: bfloat16 where the device has it; never float16, whose range loses gradients."""
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
@@ -120,5 +120,5 @@ def arithmetic(device: torch.device, dtype: str) -> torch.dtype:
 
 def autocast(device: torch.device, dtype: str):
     """Arithmetic in bfloat16 on weights in float32, or all of it in float32."""
-    used = arithmetic(device, dtype)
+    used = compute_dtype(device, dtype)
     return nullcontext() if used == torch.float32 else torch.autocast(device.type, used)

@@ -21,10 +21,18 @@ from pathlib import Path
 
 import torch
 
-from inputs.files import ROOT, publish, read_json, verify, write_json, write_manifest, write_tensors
+from inputs.files import (
+    OUTPUT_ROOT,
+    publish_folder,
+    read_json,
+    verify_manifest,
+    write_json,
+    write_manifest,
+    write_tensors,
+)
 
 
-def finished_runs(*stages: int, root: Path = ROOT) -> list[Path]:
+def finished_runs(*stages: int, root: Path = OUTPUT_ROOT) -> list[Path]:
     """Folders of the finished runs of these stages below `root`, the newest last."""
     found = []
     for path in root.glob("**/run.json"):
@@ -40,7 +48,7 @@ def newest_run(*stages: int, part: str = "") -> Path:
     if not runs:
         names = " or ".join(map(str, stages))
         raise ValueError(
-            f"no finished stage-{names} run {f'({part}) ' if part else ''}below {ROOT}/: name a folder, "
+            f"no finished stage-{names} run {f'({part}) ' if part else ''}below {OUTPUT_ROOT}/: name a folder, "
             f"or make one with `python train.py --stage {stages[-1]}`, or all of them with `bash speedrun.sh`"
         )
     return runs[-1]
@@ -54,7 +62,7 @@ MAY_CHANGE += ("model", "vision", "llm", "steps")  # looked at once they are set
 MAY_CHANGE += ("flags", "differs")  # what they tell is told by the rest
 
 
-def step_of(path: Path) -> int:
+def checkpoint_step(path: Path) -> int:
     """The step a checkpoint was made after."""
     return int(path.name.split("-")[1])
 
@@ -77,9 +85,9 @@ class Run:
         self.finished = bool(self.old.get("finished"))
         fixed = self.old.keys() & values.keys() - set(MAY_CHANGE)
         for key in sorted(fixed, key=lambda key: (key != "recipe", key)):  # what sets the others comes first
-            self.refuse_change(key, values[key], allow_changes)
+            self.check_unchanged(key, values[key], allow_changes)
 
-    def refuse_change(self, key: str, new, allowed: bool):
+    def check_unchanged(self, key: str, new, allowed: bool):
         if new != self.old[key] and not allowed:
             flag = key.replace("_", "-")
             raise ValueError(
@@ -110,7 +118,7 @@ class Run:
         os.replace(kept, self.folder / "log.jsonl")
         self.log = (self.folder / "log.jsonl").open("a")
         for path in self.checkpoints("best"):
-            if step_of(path) > step:
+            if checkpoint_step(path) > step:
                 shutil.rmtree(path)
         skipped = next((i for i, row in enumerate(reversed(rows)) if "skipped" not in row), len(rows))
         return skipped, [row["val_loss"] for row in rows if "val_loss" in row]
@@ -132,7 +140,7 @@ class Run:
     def finish(self, save: Callable[[Path], None], summary: dict):
         """Publish the finished model's files, then mark the run as finished, then drop the checkpoints."""
         shutil.rmtree(self.folder / "final", ignore_errors=True)  # of a process that was killed below
-        publish(self.folder / "final", save)
+        publish_folder(self.folder / "final", save)
         for path in sorted((self.folder / "final").iterdir()):
             os.replace(path, self.folder / path.name)
         (self.folder / "final").rmdir()
@@ -147,20 +155,20 @@ class Run:
 
     def checkpoints(self, kind: str = "checkpoint") -> list[Path]:
         """Folders of the checkpoints, or of the "best" by a held-out loss, the newest last."""
-        return sorted((path for path in self.folder.glob(f"{kind}-*") if not path.suffix), key=step_of)
+        return sorted((path for path in self.folder.glob(f"{kind}-*") if not path.suffix), key=checkpoint_step)
 
-    def last_good(self) -> str:
+    def last_checkpoint_hint(self) -> str:
         """For messages: what to go on from."""
         return f"the last good checkpoint is {self.checkpoints()[-1]}" if self.checkpoints() else "no checkpoint yet"
 
-    def newest_good(self) -> Path | None:
+    def newest_valid_checkpoint(self) -> Path | None:
         """The newest checkpoint that is as it was written; damaged ones are named, and put aside.
 
         Raises ValueError if there are checkpoints, but all are damaged.
         """
         for path in reversed(self.checkpoints()):
             try:
-                verify(path)
+                verify_manifest(path)
                 return path
             except ValueError as error:
                 aside = path.with_suffix(".damaged")
@@ -188,8 +196,8 @@ class Run:
             write_manifest(folder)
 
         try:
-            publish(path, write)
-            verify(path)
+            publish_folder(path, write)
+            verify_manifest(path)
             if kind == "checkpoint":
                 link = self.folder / "latest.partial"
                 link.unlink(missing_ok=True)
@@ -199,7 +207,7 @@ class Run:
             shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
             free = shutil.disk_usage(self.folder).free
             why = f"{error.strerror} ({needed:,} bytes needed, {free:,} free)"
-            raise ValueError(f"step {step}: cannot write {path}: {why}; {self.last_good()}") from None
+            raise ValueError(f"step {step}: cannot write {path}: {why}; {self.last_checkpoint_hint()}") from None
         finally:
             deque(values, maxlen=0)  # the other ranks take part in every one of them
         for older in self.checkpoints(kind)[:-keep]:

@@ -18,8 +18,9 @@ import json
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-import scaling, sharding
-from training.ranks import Ranks
+from bench import scaling
+from training import sharding
+from training.ranks import Distributed
 
 FACTORS = {"allreduce_": 2, "broadcast_": 1, "_allgather_base_": 1, "_reduce_scatter_base_": 1}
 
@@ -30,23 +31,23 @@ class Sent(TorchDispatchMode):
         name = function._schema.name
         if name.startswith("c10d::"):
             sizes = [t.nbytes for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
-            self.bytes += FACTORS[name.removeprefix("c10d::")] * max(sizes) * (ranks.world - 1) / ranks.world
+            self.bytes += FACTORS[name.removeprefix("c10d::")] * max(sizes) * (ranks.world_size - 1) / ranks.world_size
         return function(*args, **(kwargs or {}))
 
 torch.set_num_threads(1)
-ranks, found = Ranks("cpu"), {}
+ranks, found = Distributed("cpu"), {}
 for shard in sharding.MODES:
     model, batch = scaling.new_step(side=28, pictures=1, text=16, rows=2)
-    sharding.place(model, shard, ranks, torch.float32)
+    sharding.shard_model(model, shard, ranks, torch.float32)
     optimizer = sharding.make_adamw([{"params": [p for p in model.parameters() if p.requires_grad]}], shard)
-    network = sharding.make_network(model, shard)
+    network = sharding.wrap_model(model, shard)
     for _ in range(2):
         with Sent() as sent:
             network(**batch).backward()
             optimizer.step()
             optimizer.zero_grad()
     found[shard] = sent.bytes
-if ranks.first:
+if ranks.is_main:
     print(json.dumps(found))
 """
 

@@ -209,7 +209,7 @@ def test_injection_in_captions_is_text(text):
 @pytest.fixture(autouse=True)
 def indexes(tmp_path, monkeypatch):
     """Those of the few long files go with the test."""
-    monkeypatch.setattr(files, "ROOT", tmp_path / "out")
+    monkeypatch.setattr(files, "OUTPUT_ROOT", tmp_path / "out")
 
 
 @pytest.fixture

@@ -395,7 +395,7 @@ def test_the_loss_is_torchs_and_of_the_size_of_logits_there_are_two(tokens, dtyp
     hidden, target = torch.randn(tokens, 8, dtype=dtype), torch.randint(0, 1000, (tokens,))
     losses, gradients, peaks = [], [], []
     for loss_of in (summed_cross_entropy, lambda *args: F.cross_entropy(head(hidden).float(), target, reduction="sum")):
-        with memory.Counted(head.parameters()) as counted:
+        with memory.MemoryCounter(head.parameters()) as counted:
             losses.append(loss_of(head, hidden, target))
             (gradient,) = torch.autograd.grad(losses[-1] / 3, head.weight)
         gradients.append(gradient)

@@ -396,10 +396,10 @@ class Rank:
     """One of several ranks that share a folder, one after another."""
 
     def __init__(self, rank, world):
-        self.rank, self.world = rank, world
+        self.rank, self.world_size = rank, world
 
-    def totals(self, value):
-        return [value * self.world]
+    def all_reduce_sum(self, value):
+        return [value * self.world_size]
 
 
 def test_ranks_share_the_batches_and_the_file_is_the_same(tmp_path, answers, questions):

@@ -141,7 +141,7 @@ def mlp(kind: type) -> torch.nn.Module:
 def costs(module: torch.nn.Module, x: torch.Tensor) -> tuple[int, list[torch.Tensor], int]:
     """Bytes alive after a forward pass, beside x and the weights; the gradients of x and the weights; FLOPs in all."""
     x = x.clone().requires_grad_()
-    with FlopCounterMode(display=False) as flops, memory.Counted([x, *module.parameters()]) as counted:
+    with FlopCounterMode(display=False) as flops, memory.MemoryCounter([x, *module.parameters()]) as counted:
         before = counted.now
         with linear.lean():
             y = module(x)
@@ -172,7 +172,7 @@ def learned(model: torch.nn.Module, narrow: bool, parts: int = 1) -> tuple[int, 
     features, kept = torch.randn(4, 4, 32), 0
     for part in range(parts):
         rows = slice(4 * part // parts, 4 * (part + 1) // parts)
-        with memory.Counted(model.parameters()) as counted:
+        with memory.MemoryCounter(model.parameters()) as counted:
             before = counted.now
             with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
                 loss = model(ids[rows], labels[rows], vision_features=features[rows])
@@ -200,7 +200,7 @@ def test_what_is_made_again_is_not_kept_and_changes_no_gradient(monkeypatch, mod
 
 def test_a_forward_pass_without_a_way_back_leaves_nothing_behind():
     model, ids = small_llava(), torch.randint(0, 290, (2, 8))
-    with memory.Counted(model.parameters()) as counted:
+    with memory.MemoryCounter(model.parameters()) as counted:
         before = counted.now
         model(ids, ids)
         assert counted.now - before < 2_000  # positions, and what the counting itself needs
@@ -211,7 +211,7 @@ def test_lora_keeps_nothing_of_an_mlp_but_what_goes_into_its_activation():
     model.requires_grad_(False)
     add_lora(model, {"llm": 4}, None, 0.5, ["down_proj"])
     mlp, x = model.language_model.model.layers[0].mlp.train(), torch.randn(4, 32, 64, requires_grad=True)
-    with linear.lean(), memory.Counted(mlp.parameters()) as counted:
+    with linear.lean(), memory.MemoryCounter(mlp.parameters()) as counted:
         counted.count(x)
         before = counted.now
         y = mlp(x)

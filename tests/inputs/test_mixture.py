@@ -61,7 +61,7 @@ def write(path, content):
 def kept(tmp_path, monkeypatch):
     """Every index is kept in a folder, however small the file."""
     monkeypatch.setattr(records, "SMALL", 0)
-    monkeypatch.setattr(files, "ROOT", tmp_path / "out")
+    monkeypatch.setattr(files, "OUTPUT_ROOT", tmp_path / "out")
     return tmp_path / "out/index"
 
 
@@ -162,7 +162,7 @@ def test_a_file_that_changes_gets_a_new_index_and_the_old_one_goes(tmp_path, kep
 
 def build(path, root, go, results):
     """In a process of its own, as soon as all are ready."""
-    records.SMALL, files.ROOT, built = 0, root, records.build_index
+    records.SMALL, files.OUTPUT_ROOT, built = 0, root, records.build_index
 
     def counted(*args):
         results.put("built")
@@ -606,7 +606,7 @@ def test_more_ranks_than_records(mine, tiny, command):
     args = train.read_flags(
         "", ["--stage", "2", "--data", str(mine.good), "--images", str(mine.pictures), "--batch-size", "8"]
     )
-    ranks = SimpleNamespace(world=32, first=True, agree=lambda value: value)
+    ranks = SimpleNamespace(world_size=32, is_main=True, broadcast=lambda value: value)
     with pytest.raises(ValueError, match="20 records for 32 ranks"):
         train.data_files(args, ranks, "instruct")
     with pytest.raises(ValueError, match="--batch-size 8 is not a multiple of 32 ranks"):
@@ -699,5 +699,5 @@ def test_the_order_of_train_is_that_of_the_mixture(mine, tiny, command, monkeypa
     argv = [*tiny.flags["stage2"], "--data", mine.good, f"{mine.good}:2", "--images", mine.pictures]
     command(train, *argv, "--steps", 15, "--batch-size", 4, "--out", "run")
     ((args, dataset),) = asked
-    loader = train.make_loader(dataset, args, train.Ranks("cpu"), 0, 0, 1)
+    loader = train.make_loader(dataset, args, train.Distributed("cpu"), 0, 0, 1)
     assert sorted(chain(*loader.batch_sampler)) == sorted([*range(20), *range(20, 40), *range(20, 40)])

@@ -43,7 +43,7 @@ STEPS, SAVE_EVERY = 24, 4
 
 def stand_still(function: str, path: str, calls: int, marker: Path):
     """From its n-th call on (that is given a path ending so), this function touches `marker` and waits to be killed."""
-    module, name = function.split(".")
+    module, _, name = function.rpartition(".")
     original, number = getattr(sys.modules[module], name), count(1)
 
     def still(*args, **kwargs):
@@ -192,17 +192,17 @@ def every_step(bench: Bench, kinds=KINDS):
 
 PARTIAL = "checkpoint-000008.partial"
 PHASES = {  # of writing a checkpoint, and the finished model: function, the path it is given, which call
-    "before the first tensor": ("runs.write_tensors", f"{PARTIAL}/trained.safetensors", 1),
-    "between its two files": ("runs.write_tensors", f"{PARTIAL}/optimizer.safetensors", 1),
-    "before the manifest": ("runs.write_manifest", PARTIAL, 1),
-    "inside the manifest": ("files.flush", f"{PARTIAL}/manifest.json.partial", 1),
-    "before it is on the disk": ("files.flush", f"{PARTIAL}/trained.safetensors", 1),
-    "before it has its name": ("files.flush", PARTIAL, 1),
-    "before it is verified": ("runs.verify", "checkpoint-000008", 1),
+    "before the first tensor": ("training.runs.write_tensors", f"{PARTIAL}/trained.safetensors", 1),
+    "between its two files": ("training.runs.write_tensors", f"{PARTIAL}/optimizer.safetensors", 1),
+    "before the manifest": ("training.runs.write_manifest", PARTIAL, 1),
+    "inside the manifest": ("inputs.files.fsync", f"{PARTIAL}/manifest.json.partial", 1),
+    "before it is on the disk": ("inputs.files.fsync", f"{PARTIAL}/trained.safetensors", 1),
+    "before it has its name": ("inputs.files.fsync", PARTIAL, 1),
+    "before it is verified": ("training.runs.verify_manifest", "checkpoint-000008", 1),
     "before the link to it": ("os.replace", "latest.partial", 2),
     "before the oldest goes": ("shutil.rmtree", "checkpoint-000004", 1),
     "the model half in place": ("os.replace", "final/model.safetensors", 1),
-    "in place, not yet marked": ("runs.write_json", "run/run.json", 2),
+    "in place, not yet marked": ("training.runs.write_json", "run/run.json", 2),
 }
 
 

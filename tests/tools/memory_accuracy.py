@@ -22,7 +22,7 @@ from llava import IGNORE, Llava, LlavaConfig, TextConfig
 from lora import add_lora
 from nf4 import NF4Linear
 from training import memory
-from training.sharding import narrow
+from training.sharding import cast_weights
 
 # Decoder, tower, and the batch: rows, tokens of a row, those at its end that are supervised.
 SPEEDRUN = {"vocab_size": 900, "hidden_size": 128, "intermediate_size": 336, "num_hidden_layers": 4}
@@ -56,7 +56,7 @@ def shaped(text: dict, vision: dict, kind: str, dtype: torch.dtype, recompute: b
                 layers.set_submodule(path, NF4Linear.of(module.weight))
     if rank:
         add_lora(model, {"llm": rank}, None, 0.05)
-    narrow(model, "ddp", torch.float32, dtype)
+    cast_weights(model, "ddp", torch.float32, dtype)
     model.language_model.model.recompute = recompute
     model.vision_tower.vision_model.recompute = recompute and "vision" in trains
     return model.train()

@@ -18,7 +18,7 @@ from llava import Llava, LlavaConfig, TextConfig
 from lora import add_lora
 from nf4 import BLOCK, NESTED_BLOCK, NF4Linear
 from training import memory
-from training.sharding import narrow
+from training.sharding import cast_weights
 
 LENGTH = 2048
 SHAPES = {"7B": {}, "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40}}
@@ -52,7 +52,7 @@ def shaped(size: str, trains: str, rank: int, bits: int, trained: torch.dtype) -
                     model.language_model.model.layers.set_submodule(path, empty_nf4(module))
         if rank:
             add_lora(model, {"llm": rank}, None, 0.05)
-    narrow(model, "ddp", trained, torch.bfloat16)
+    cast_weights(model, "ddp", trained, torch.bfloat16)
     model.language_model.model.recompute = True
     return model.train()
 

@@ -119,7 +119,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("/tmp/scale"), help="folder for the mixture and its index")
     parser.add_argument("--step", nargs=3, help=argparse.SUPPRESS)  # one measurement, in a process of its own
     args = parser.parse_args()
-    files.ROOT = args.out / "out"
+    files.OUTPUT_ROOT = args.out / "out"
     if args.step:
         workers, context, steps = args.step
         found = start(args.out, args.model, int(workers), None if context == "-" else context, int(steps))

@@ -96,7 +96,7 @@ def test_the_sums_of_adamw():
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     for shard, (w, g, s) in {"ddp": (1, 1, 1), "zero1": (1, 1, 8), "fsdp": (8, 8, 8)}.items():
         found = memory.estimate(model, shard, 8, torch.float32, batch)
-        whole = memory.whole_under_fsdp(model, torch.float32) if shard == "fsdp" else 0
+        whole = memory.unsharded_bytes(model, torch.float32) if shard == "fsdp" else 0
         assert (found.weights - whole, found.gradients, found.states) == (weights // w, trained // g, 2 * trained // s)
         assert found.step > found.gradients  # buckets are there all along, and activations come on top
 

@@ -17,7 +17,7 @@ from lora import add_lora
 from nf4 import NF4Linear
 from training import meters, plots
 
-RANKS = train.Ranks("cpu")
+RANKS = train.Distributed("cpu")
 
 
 def model():
@@ -74,13 +74,13 @@ def test_a_device_is_known_by_the_longest_name():
     }
     for name, peak in devices.items():
         assert next((value for key, value in meters.PEAKS.items() if key in name), None) == peak
-    assert meters.peak_of(torch.device("cpu")) is None
+    assert meters.peak_flops(torch.device("cpu")) is None
 
 
 def test_lengths_leave_out_the_padding():
     samples = [{"ids": list(range(n)), "labels": [IGNORE] * (n - 2) + [1, 2]} for n in (5, 9, 3)]
     batch = collate([sample | {"pixel_values": [], "image_sizes": []} for sample in samples], pad_id=0)
-    assert meters.lengths_of(batch["labels"]).tolist() == [5, 9, 3]
+    assert meters.row_lengths(batch["labels"]).tolist() == [5, 9, 3]
 
 
 @pytest.mark.parametrize("steps", [1, 7])
@@ -146,7 +146,7 @@ def test_a_board_that_is_not_there_is_named(command, capsys, monkeypatch):
 
 def test_runs_are_drawn_over_each_other(tiny, command, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(train.runs, "ROOT", tmp_path)
+    monkeypatch.setattr(train.runs, "OUTPUT_ROOT", tmp_path)
     command(train, "--plot", tiny.stage1, tiny.stage2)
     path = tmp_path / "runs.png"
     assert capsys.readouterr().out.strip() == str(path) and path.read_bytes().startswith(b"\x89PNG")

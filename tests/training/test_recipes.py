@@ -127,7 +127,7 @@ def test_help_lists_every_recipe(capsys):
 def test_every_part_has_the_rate_its_recipe_says(tiny):
     model, args = load_model(tiny.stage1), flags("--recipe", "llava-next", "--stage", 2)
     train.choose_trainable(model, args.train)
-    groups = train.make_optimizer(model, args, train.Ranks("cpu")).param_groups
+    groups = train.make_optimizer(model, args, train.Distributed("cpu")).param_groups
     rates = {"vision_tower": 2e-6, "multi_modal_projector": 2e-5, "language_model": 2e-5}
     assert {group["component"]: group["peak"] for group in groups} == rates
     assert all(group["betas"] == (0.9, 0.999) for group in groups)

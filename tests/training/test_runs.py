@@ -18,9 +18,10 @@ from torch import nn
 import train
 from inputs import files
 from training import runs, sharding
+from training.checkpoint import checkpoint_tensors, gather_tensors, restore_checkpoint
 
 REPOSITORY = Path(train.__file__).parent
-RANKS = train.Ranks("cpu")
+RANKS = train.Distributed("cpu")
 
 
 def trained_by(steps):
@@ -37,7 +38,7 @@ def trained_by(steps):
 
 def same(one, two):
     """Whether two pairs of model and optimizer hold the same bits."""
-    states = [sharding.training_state(*pair, RANKS) for pair in (one, two)]
+    states = [checkpoint_tensors(*pair) for pair in (one, two)]
     assert [list(state) for state in states[0].values()] == [list(state) for state in states[1].values()]
     tensors = [[value for file in state.values() for value in file.values()] for state in states]
     return all(torch.equal(a, b) for a, b in zip(*tensors))
@@ -52,8 +53,8 @@ def opened(folder, resume=False):
 
 def save(run, step):
     model, optimizer = trained_by(step)
-    state = sharding.training_state(model, optimizer, RANKS)
-    run.save_checkpoint(step, state, sharding.gathered(state, optimizer, RANKS), 2, "checkpoint")
+    state = checkpoint_tensors(model, optimizer)
+    run.save_checkpoint(step, state, gather_tensors(state, optimizer, RANKS), 2, "checkpoint")
 
 
 @pytest.fixture
@@ -67,9 +68,9 @@ def two(tmp_path):
 
 def newest(folder):
     """What a resume would find: (step, model and optimizer)."""
-    path = runs.Run(folder, {"stage": 1}, resume=True).newest_good()
+    path = runs.Run(folder, {"stage": 1}, resume=True).newest_valid_checkpoint()
     pair = trained_by(0)
-    return sharding.restore(path, *pair), pair
+    return restore_checkpoint(path, *pair), pair
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_it_stays(two):
             save(two, 6)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    needed = sum(t.nbytes for file in sharding.training_state(*trained_by(6), RANKS).values() for t in file.values())
+    needed = sum(t.nbytes for file in checkpoint_tensors(*trained_by(6)).values() for t in file.values())
     line = str(caught.value)
     assert "checkpoint-000006" in line and "File too large" in line and f"{needed} bytes needed" in line
     assert "the last good checkpoint" in line and "checkpoint-000004" in line and len(line.splitlines()) == 1
@@ -186,7 +187,11 @@ def test_a_folder_one_cannot_write_to(tiny, command):
 
 def test_only_one_process_trains_into_a_folder(tmp_path):
     folder = tmp_path / "run"
-    code = f"import pathlib, runs; run = runs.Run(pathlib.Path({str(folder)!r}), {{'stage': 1}}, False); run.open()"
+    code = f"""
+import pathlib
+from training import runs
+run = runs.Run(pathlib.Path({str(folder)!r}), {{'stage': 1}}, False)
+run.open()"""
     holder = subprocess.Popen(
         [sys.executable, "-c", code + "\nprint('held', flush=True); import time; time.sleep(60)"],
         stdout=subprocess.PIPE,

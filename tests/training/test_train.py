@@ -143,7 +143,7 @@ def test_whitening_lifts_what_says_where(whitened):
 def groups_of(model, *more):
     args = flags("--stage", 2, "--lr", 1e-3, *more)
     train.choose_trainable(model, args.train)
-    return train.make_optimizer(model, args, train.Ranks("cpu")).param_groups
+    return train.make_optimizer(model, args, train.Distributed("cpu")).param_groups
 
 
 @pytest.mark.parametrize("names", ["projector", "llm", "vision", "projector,llm", "vision,projector,llm"])
@@ -217,7 +217,7 @@ def gradients(model, args, micro, ranks=None):
         step=lambda: result.update({name: p.grad.clone() for name, p in named.items()}),
         zero_grad=lambda set_to_none: model.zero_grad(set_to_none),
     )
-    row = train.train_step(args, ranks or train.Ranks("cpu"), model, optimizer, micro, step=0)
+    row = train.train_step(args, ranks or train.Distributed("cpu"), model, optimizer, micro, step=0)
     return result, row
 
 
@@ -269,7 +269,11 @@ def test_the_mean_of_micro_batches_is_that_of_old_transformers(tiny, tmp_path, w
     got = []
     for rank in range(world):  # what DDP would average
         ranks = SimpleNamespace(
-            rank=0, world=world, device=torch.device("cpu"), totals=lambda *_: [supervised], add_up=lambda total: None
+            rank=0,
+            world_size=world,
+            device=torch.device("cpu"),
+            all_reduce_sum=lambda *_: [supervised],
+            all_reduce=lambda total: None,
         )
         got.append(gradients(model, args, micro[rank::world], ranks))
     losses = [row["loss"] for _, row in got]
@@ -392,7 +396,7 @@ def fit_and_keep(args, ranks, run, model, *rest, **more):
 
     def forward_or_poison(*args, **batch):
         passes.append(1)
-        now = ranks.rank == ranks.world - 1 and len(passes) == 3  # the first is no step, memory.py makes it
+        now = ranks.rank == ranks.world_size - 1 and len(passes) == 3  # the first is no step, memory.py makes it
         poison = "poisoned" in run.folder.name and now
         if "diverged" in run.folder.name and now:
             p = next(model.multi_modal_projector.parameters()).data.view(-1)
@@ -548,11 +552,11 @@ def test_replicas_stay_equal(ranks, name):
 INSTANTS = {
     "clip, training": ("clip", "train.train_step", "", 6, "checkpoint-000004/trained.safetensors"),
     "decoder, inside a checkpoint": (
-        *("decoder", "files.flush", "checkpoint-000004.partial/trained.safetensors", 1),
+        *("decoder", "inputs.files.fsync", "checkpoint-000004.partial/trained.safetensors", 1),
         "checkpoint-000004.partial/optimizer.safetensors",
     ),
     "stage1, before a checkpoint": ("stage1", "train.train_step", "", 2, "log.jsonl"),
-    "stage1, published but not marked": ("stage1", "runs.write_json", "run/run.json", 2, "model.safetensors"),
+    "stage1, published but not marked": ("stage1", "training.runs.write_json", "run/run.json", 2, "model.safetensors"),
     "stage2, between two checkpoints": ("stage2", "shutil.rmtree", "checkpoint-000002", 1, "checkpoint-000004"),
     "stage2, half of the files in place": ("stage2", "os.replace", "final/model.safetensors", 1, "config.json"),
 }
