@@ -22,7 +22,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fast.linear import Linear, attend, lean, normed, projected
-from formats.schema import known
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)  # of CLIP's training pictures, RGB in 0..1
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
@@ -82,13 +81,6 @@ class CLIPConfig:
     projection_dim: int = 512
     logit_scale_init_value: float = math.log(1 / 0.07)
     model_type: str = "clip"
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "CLIPConfig":
-        values = known(cls, values)
-        values["vision_config"] = CLIPVisionConfig(**known(CLIPVisionConfig, values.get("vision_config", {})))
-        values["text_config"] = CLIPTextConfig(**known(CLIPTextConfig, values.get("text_config", {})))
-        return cls(**values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -370,21 +370,27 @@ class CausalLM(nn.Module):
 # LLaVA
 
 
+PROJECTORS = {"linear": 1, "mlp2x_gelu": 2}  # projector_type: number of linear layers, a GELU between each two
+
+
 class Projector(nn.Module):
-    """From a visual feature to something the decoder reads as a token: a linear map, or two with a GELU between."""
+    """Maps visual features (..., vision width) to token embeddings (..., decoder width): linear layers with GELUs."""
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
+        if config.projector_type not in PROJECTORS:
+            raise ValueError(f"projector_type {config.projector_type!r} is none of {', '.join(PROJECTORS)}")
         width = config.text_config.hidden_size
         self.linear_1 = nn.Linear(config.vision_config.hidden_size, width)
-        if config.projector_type == "mlp2x_gelu":
-            self.linear_2 = nn.Linear(width, width)
-        elif config.projector_type != "linear":
-            raise ValueError(f"projector_type {config.projector_type!r} is neither linear nor mlp2x_gelu")
+        for i in range(1, PROJECTORS[config.projector_type]):
+            self.add_module(f"linear_{i + 1}", nn.Linear(width, width))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        x = self.linear_1(features)
-        return self.linear_2(F.gelu(x)) if hasattr(self, "linear_2") else x
+        first, *others = self.children()
+        x = first(features)
+        for linear in others:
+            x = linear(F.gelu(x))
+        return x
 
 
 class Llava(nn.Module):

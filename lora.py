@@ -3,18 +3,15 @@
     y = W x + alpha / r  B A x        W (out, in) stands still, A (r, in) and B (out, r) train
 
 A starts at random and B at zero, so that training begins with exactly the model it was given. With W in four bits
-(nf4.py) this is QLoRA. adapters.py reads and writes the files.
+(nf4.py) this is QLoRA. formats/adapters.py reads and writes the files.
 
     python train.py --stage 2 --model BASE --lora llm --bits 4 --out DIR
     python sample.py --model BASE --adapter DIR --image cat.jpg
-    python lora.py merge BASE DIR OUT          the update added to the weights: a whole model again
-    python lora.py quantize SRC DST            a model with its decoder's layers in four bits
+    python -m formats merge BASE DIR OUT       the update added to the weights: a whole model again
+    python -m formats quantize SRC DST         a model with its decoder's layers in four bits
 """
 
-import argparse
 import math
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -140,37 +137,3 @@ def merge(model: nn.Module):
         raise ValueError("the update is zero everywhere: it was never trained, or its file is not what was trained")
     for path, layer in layers.items():
         model.set_submodule(path, layer.merged())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def main():
-    """Merge or quantize; what a user can mend ends in one line and status 1."""
-    from formats import adapters  # which imports this file: here, where nothing else does
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    merging = commands.add_parser("merge", help="write a whole model with the adapter's update in its weights")
-    for name in ("base", "adapter", "out"):
-        merging.add_argument(name, type=Path)
-    merging.add_argument("--vision", type=Path, help="CLIP's folder, for an adapter of LLaVA's authors on a decoder")
-    bits = "4: onto the weights that four bits make of the base's, which is what QLoRA was trained on"
-    merging.add_argument("--bits", type=int, choices=(4, 16), default=16, help=bits)
-    quantizing = commands.add_parser("quantize", help="write a model with its decoder's layers in NF4")
-    for name in ("source", "target"):
-        quantizing.add_argument(name, type=Path)
-    args = parser.parse_args()
-    try:
-        if args.command == "merge":
-            adapters.merge_folder(args.base, args.adapter, args.out, args.bits, args.vision)
-        else:
-            adapters.quantize_folder(args.source, args.target)
-    except (ValueError, OSError) as error:
-        sys.exit(f"lora.py: {error}")
-
-
-if __name__ == "__main__":
-    main()

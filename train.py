@@ -36,7 +36,8 @@ from data import CaptionPairs, DataError, Records, Samples, Skips, collate, imag
 from fast import heap
 from fast.linear import need_compiler, prepare
 from formats.adapters import is_adapter, sample_weights, save_adapter
-from formats.weights import load_checkpoint, save_model
+from formats.saving import save_model
+from formats.weights import load_checkpoint
 from inputs.files import publish_folder, verify_manifest
 from inputs.images import BadImage
 from inputs.mixture import Source, batches, check_mixing, counts_of, open_sources, order_of
@@ -518,7 +519,7 @@ def train_llava(args, ranks: Distributed, folder: Path):
     else:
         ranks.print0(f"going on from {args.model}")
         if is_adapter(args.model):
-            raise ValueError(f"{args.model} is an adapter: `python lora.py merge` makes a model of it and its base")
+            raise ValueError(f"{args.model} is an adapter: `python -m formats merge` makes a model of it and its base")
         model, tokenizer = load_checkpoint(args.model, "cpu", torch.float32, args.bits)
     if model.config.vision_config is None:
         raise ValueError(f"{args.model} is a decoder without a vision tower: build a LLaVA with --vision and --llm")

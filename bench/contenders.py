@@ -27,7 +27,8 @@ from bench.pairing import Contender, settle, timed
 from clip import CLIPVisionConfig
 from fast import heap
 from formats.configs import config_to_json, read_config
-from formats.weights import load_model, save_model
+from formats.saving import save_model
+from formats.weights import load_model
 from inputs.files import publish_folder, read_json
 from inputs.tokenizer import SPECIALS, SPLIT, ByteLevel, Tokenizer, roles_of, train_bpe
 from llava import IGNORE, Llava, LlavaConfig, TextConfig, generate

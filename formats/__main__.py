@@ -1,5 +1,109 @@
-"""python -m formats inspect|convert, see weights.py."""
+"""Inspect, convert, merge and quantize checkpoints.
 
-from formats.weights import main
+python -m formats inspect DIR                  print what a folder or file holds, without loading it
+python -m formats convert SRC DST              write any supported checkpoint in the layout of transformers
+python -m formats merge BASE ADAPTER OUT       add a LoRA update to the weights: a whole model again
+python -m formats quantize SRC DST             put the decoder's layers into four bits (NF4)
+"""
 
-main()
+import argparse
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+from formats.convert import convert_folder, merge_folder, quantize_folder
+from formats.layouts import CLIP_LAYOUTS, EXTRAS, LLAVA_LAYOUTS, choose_layout, is_extra, match
+from formats.tensors import find_llama2c, open_tensors
+from formats.weights import open_model
+from inputs.templates import TEMPLATES
+from llava import LlavaConfig
+
+BYTES = {"float32": 4, "bfloat16": 2, "8-bit": 1, "4-bit": 0.5}
+
+
+def inspect(folder: Path):
+    """Print the layout, number of parameters, dtypes and memory per precision of a checkpoint; of a LLaVA or a
+    decoder also the shapes and the template."""
+    llama2c = find_llama2c(folder)
+    tensors = open_model(folder)[1] if llama2c else open_tensors(folder)
+    layouts = LLAVA_LAYOUTS | CLIP_LAYOUTS
+    name = choose_layout(list(tensors), layouts)
+    known = sum(match(key, layouts[name]) is not None or is_extra(key, EXTRAS) for key in tensors)
+    count = sum(math.prod(lazy.shape) for lazy in tensors.values())
+    dtypes = Counter(lazy.dtype for lazy in tensors.values())
+    rows = {"layout": name, "tensors": f"{len(tensors)}, of which {known} are known to this layout"}
+    rows |= {"parameters": f"{count:,}", "dtype": ", ".join(f"{dtype} ({n})" for dtype, n in dtypes.most_common())}
+    rows["memory"] = ", ".join(f"{size * count / 1e9:.2f} GB as {dtype}" for dtype, size in BYTES.items())
+    if name in LLAVA_LAYOUTS and (llama2c or (folder / "config.json").exists()):
+        rows |= describe_config(open_model(folder)[0])
+    for key, value in rows.items():
+        print(f"{key:<14}{value}")
+
+
+def describe_config(config: LlavaConfig) -> dict[str, str]:
+    """Shapes and template of a model, one line of text for each part."""
+    text, vision = config.text_config, config.vision_config
+    rows = {
+        "decoder": f"{text.model_type}, width {text.hidden_size}, {text.num_hidden_layers} layers, "
+        f"{text.num_attention_heads} heads ({text.num_key_value_heads} of keys and values), "
+        f"vocabulary {text.vocab_size:,}, context {text.max_position_embeddings:,}"
+    }
+    if vision is not None:
+        rows["vision tower"] = (
+            f"width {vision.hidden_size}, {vision.num_hidden_layers} layers, images of {vision.image_size} pixels in "
+            f"{vision.num_patches} patches; projector {config.projector_type}"
+        )
+    return rows | {"template": config.template}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m formats",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("inspect", help="print what a folder or file holds, without loading it")
+    command.add_argument("folder", type=Path)
+
+    command = commands.add_parser("convert", help="write a checkpoint in the layout of transformers")
+    command.add_argument("source", type=Path)
+    command.add_argument("target", type=Path)
+    command.add_argument("--vision", type=Path, help="CLIP's folder, for a LLaVA whose files have no vision tower")
+    command.add_argument("--llm", type=Path, help="the decoder's folder, for files that hold only a projector")
+    command.add_argument("--template", choices=TEMPLATES, help="the conversation template, if the guess is wrong")
+
+    command = commands.add_parser("merge", help="write a whole model with the adapter's update in its weights")
+    for name in ("base", "adapter", "out"):
+        command.add_argument(name, type=Path)
+    command.add_argument("--vision", type=Path, help="CLIP's folder, for an adapter whose base is a decoder alone")
+    bits = "4: quantize the base first and merge into the result, as QLoRA trained it"
+    command.add_argument("--bits", type=int, choices=(4, 16), default=16, help=bits)
+
+    command = commands.add_parser("quantize", help="write a model with its decoder's layers in NF4")
+    command.add_argument("source", type=Path)
+    command.add_argument("target", type=Path)
+    return parser.parse_args()
+
+
+def main():
+    """Run one command. An error that the user can fix is printed in one line, with exit status 1."""
+    args = parse_args()
+    try:
+        if args.command == "inspect":
+            inspect(args.folder)
+        elif args.command == "convert":
+            convert_folder(args.source, args.target, args.vision, args.llm, args.template)
+        elif args.command == "merge":
+            merge_folder(args.base, args.adapter, args.out, args.bits, args.vision)
+        else:
+            quantize_folder(args.source, args.target)
+    except (ValueError, OSError) as error:
+        sys.exit(f"formats: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from clip import MEAN, STD, CLIPVisionConfig
+from clip import MEAN, STD, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from formats.schema import known, refuse_unbuilt
 from inputs.files import read_json, write_json
 from inputs.templates import TEMPLATES
-from llava import LlavaConfig, TextConfig
+from llava import PROJECTORS, LlavaConfig, TextConfig
 
 # What transformers' config classes fill in when a config.json leaves a field out.
 DEFAULTS = {
@@ -137,9 +137,6 @@ def check(config: LlavaConfig):
             raise ValueError(f"config.json: {complaint}")
     if vision is not None:
         check_pinpoints(config)
-
-
-PROJECTORS = ("linear", "mlp2x_gelu")
 
 
 def read_llava_config(values: dict, folder: Path) -> LlavaConfig:
@@ -299,6 +296,14 @@ def read_vision_config(folder: Path) -> CLIPVisionConfig:
         raise ValueError(f"{folder / 'config.json'}: not a CLIP's description ({error})") from None
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+
+
+def clip_config_from_dict(values: dict) -> CLIPConfig:
+    """A CLIP's whole configuration from its config.json; missing fields get the defaults of transformers."""
+    values = known(CLIPConfig, values)
+    values["vision_config"] = CLIPVisionConfig(**known(CLIPVisionConfig, values.get("vision_config", {})))
+    values["text_config"] = CLIPTextConfig(**known(CLIPTextConfig, values.get("text_config", {})))
+    return CLIPConfig(**values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

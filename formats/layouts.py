@@ -7,6 +7,8 @@ from functools import lru_cache
 
 import torch
 
+from llava import PROJECTORS
+
 
 @dataclass(frozen=True)
 class Change:
@@ -43,10 +45,18 @@ def tower(prefix: str, ours: str = "vision_tower.vision_model.") -> Layout:
 
 
 def projector(prefix: str) -> Layout:
-    return rename({f"{prefix}linear_1.{{p}}": FIRST, f"{prefix}linear_2.{{p}}": SECOND})
+    names = [f"linear_{i}.{{p}}" for i in range(1, max(PROJECTORS.values()) + 1)]
+    return rename({prefix + name: "multi_modal_projector." + name for name in names})
 
 
-FIRST, SECOND = "multi_modal_projector.linear_1.{p}", "multi_modal_projector.linear_2.{p}"
+def authors_projector(prefix: str) -> Layout:
+    """The authors keep the layers in an nn.Sequential, GELUs between them; a single layer stands there without one."""
+    names = {f"{2 * i}.{{p}}": f"linear_{i + 1}.{{p}}" for i in range(max(PROJECTORS.values()))}
+    names = {"{p}": "linear_1.{p}"} | names
+    return rename({prefix + theirs: "multi_modal_projector." + ours for theirs, ours in names.items()})
+
+
+HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 ATTENTION = tuple(f"self_attn.{part}_proj.{{p}}" for part in "qkv")
 
 
@@ -128,8 +138,8 @@ LLAVA_LAYOUTS: dict[str, Layout] = {
     ],
     "LLaVA, its authors'": [
         *llama("model.", ""),
-        *rename({"model.mm_projector.{p}": FIRST, "model.mm_projector.0.{p}": FIRST}),
-        *rename({"model.mm_projector.2.{p}": SECOND, "model.image_newline": "image_newline"}),
+        *authors_projector("model.mm_projector."),
+        *rename({"model.image_newline": "image_newline"}),
         *tower("model.vision_tower.vision_tower.vision_model."),
     ],
 }

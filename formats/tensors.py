@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-import nf4
+from formats import nf4_files
 from inputs.files import read_json, reject_duplicate_keys
 from llava import LlavaConfig, TextConfig
+from nf4 import NF4Linear
 
 PICKLES = (".bin", ".pt", ".pth")
 HEADER_BYTES = 10_000_000  # of a file that is read: room for some hundred thousand tensors
@@ -44,13 +45,13 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
 
 def gather_quantized(tensors: dict[str, LazyTensor], source: Path) -> dict[str, LazyTensor]:
     """The same, with all that a file holds of a weight in NF4 under that weight's name."""
-    for key in [name for name in tensors if nf4.STATE in name]:
-        name, _, kind = key.rpartition(nf4.STATE)
-        state = nf4.read_state(f"{source}: {name}", kind, tensors.pop(key).read())
-        parts = {end: tensors.pop(name + end) for end in ("", *nf4.BESIDE) if name + end in tensors}
+    for key in [name for name in tensors if nf4_files.STATE in name]:
+        name, _, kind = key.rpartition(nf4_files.STATE)
+        state = nf4_files.read_state(f"{source}: {name}", kind, tensors.pop(key).read())
+        parts = {end: tensors.pop(name + end) for end in ("", *nf4_files.BESIDE) if name + end in tensors}
 
-        def read(name=name, state=state, parts=parts) -> nf4.NF4Linear:
-            return nf4.from_files(f"{source}: {name}", state, {end: part.read() for end, part in parts.items()})
+        def read(name=name, state=state, parts=parts) -> NF4Linear:
+            return nf4_files.from_files(f"{source}: {name}", state, {end: part.read() for end, part in parts.items()})
 
         tensors[name] = LazyTensor(tuple(state["shape"]), "NF4", read)
     return tensors

@@ -8,42 +8,36 @@ It reads CLIP (Hugging Face's and OpenAI's names), LLaMA and its relatives, GPT-
 filled, every shape fits and every number is finite; or nothing is loaded, and one line says what differs.
 """
 
-import argparse
 import math
-import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-import nf4
-from clip import CLIPConfig, CLIPModel
-from formats.configs import config_to_json, read_config, write_processor
+from clip import CLIPModel
+from formats.configs import clip_config_from_dict, read_config
 from formats.layouts import (
     CLIP_LAYOUTS,
+    EMBEDDING,
     EXTRAS,
+    HEAD,
     LLAVA_LAYOUTS,
     REST_OF_CLIP,
     SAME,
     Layout,
     choose_layout,
-    gpt2,
     is_extra,
-    llama,
     match,
-    pattern_of,
 )
 from formats.tensors import NUMBERS, LazyTensor, find_llama2c, open_tensors, read_llama2c
-from inputs.files import publish_folder, read_json, write_json
-from inputs.templates import TEMPLATES, end_ids
+from inputs.files import read_json
+from inputs.templates import end_ids
 from inputs.tokenizer import Tokenizer
 from llava import Llava, LlavaConfig
+from nf4 import NF4Linear
 
-MERGED = "merged.json"  # which adapters a model has in its weights
-SHARD_BYTES = 5_000_000_000  # of a file that is written; larger ones are unwieldy to copy
 FLOATS = {name: NUMBERS[name] for name in ("F32", "F16", "BF16", "F64")}  # in safetensors
 FLOATS |= {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}  # in torch
 
@@ -94,7 +88,7 @@ def load_tensors(
     for name in dict.fromkeys(sources.values()):
         ours, change = match(name, layout)
         tensor = tensors[name].read()
-        if isinstance(tensor, nf4.NF4Linear):
+        if isinstance(tensor, NF4Linear):
             set_parameter(
                 model, ours[0], tensor.to(to["device"]) if in_layers(ours[0]) else tensor.dequantize().to(**to)
             )
@@ -106,7 +100,7 @@ def load_tensors(
             # and are found in a twentieth of the time of isfinite(part).
             if part.numel() and not torch.stack(torch.aminmax(part)).isfinite().all():
                 raise ValueError(f"{source}: {name} holds numbers that are not finite in {to['dtype']}")
-            set_parameter(model, target, nf4.NF4Linear.of(part) if small else part)
+            set_parameter(model, target, NF4Linear.of(part) if small else part)
 
 
 def in_layers(name: str) -> bool:
@@ -125,10 +119,10 @@ class skip_init(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def set_parameter(model: nn.Module, name: str, value: torch.Tensor | nf4.NF4Linear):
+def set_parameter(model: nn.Module, name: str, value: torch.Tensor | NF4Linear):
     """Put a tensor where the parameter `name` is, or a layer where the one is whose weight that is."""
     owner, _, leaf = name.rpartition(".")
-    if isinstance(value, nf4.NF4Linear):
+    if isinstance(value, NF4Linear):
         value.bias = model.get_submodule(owner).bias
         model.set_submodule(owner, value)
     else:
@@ -152,9 +146,6 @@ def likely_cause(wrong: list[str]) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # whole models
-
-
-HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 
 
 def load_model(
@@ -280,7 +271,7 @@ def load_clip(folder: str | Path) -> CLIPModel:
     """A whole CLIP, text tower included, for comparing pictures with texts."""
     folder = Path(folder)
     with torch.device("meta"), skip_init():
-        model = CLIPModel(CLIPConfig.from_dict(read_json(folder / "config.json")))
+        model = CLIPModel(clip_config_from_dict(read_json(folder / "config.json")))
     load_tensors(model, open_tensors(folder), CLIP_LAYOUTS, folder, device="cpu", dtype=torch.float32)
     return model.eval()
 
@@ -327,171 +318,3 @@ def grow_vocabulary(model: Llava, size: int):
         head.weight = embedding.weight
     text.vocab_size += new
     embedding.num_embeddings = head.out_features = text.vocab_size
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# writing
-
-
-def save_model(model: Llava, folder: str | Path, weights: dict[str, torch.Tensor] | None = None):
-    """Write config.json and model.safetensors (in shards, if large) as transformers' own classes load them.
-
-    A LLaVA of the LLaMA family with the mlp2x_gelu projector is a LlavaForConditionalGeneration, a decoder alone a
-    LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or GPT2LMHeadModel.
-
-    Args: weights: what its parameters are, by name, where the model itself holds them narrowed or in slices.
-    """
-    folder, config = Path(folder), model.config
-    weights = model.state_dict() if weights is None else weights
-    state = {key: value.detach().contiguous() for key, value in weights.items()}
-    quantized = quantized_state(model, state)
-    if config.text_config.tie_word_embeddings:
-        state.pop(HEAD, None)  # the same tensor as the embedding; stored once
-    if config.vision_config is None:
-        state = rename_back(state, gpt2("transformer.") if config.text_config.gpt2 else llama("model.", ""))
-    write_shards(state, folder)
-    write_json(folder / "config.json", config_to_json(config) | quantized)
-    ends = {"eos_token_id": config.eos_token_ids, "pad_token_id": config.pad_token_id}
-    write_json(folder / "generation_config.json", ends)
-    if config.vision_config is not None:
-        write_processor(config, folder)
-
-
-def publish_model(model: Llava, tokenizer: Tokenizer, target: Path, merged: list[str]):
-    """Make a model's folder appear whole. Args: merged: hashes of the adapters that it has in its weights."""
-
-    def write(folder: Path):
-        save_model(model, folder)
-        tokenizer.save(folder)
-        if merged:
-            write_json(folder / MERGED, {"adapters": merged})
-
-    publish_folder(target, write)
-
-
-def merged_into(folder: Path) -> list[str]:
-    """Hashes of the adapters that a model has in its weights."""
-    return read_json(folder / MERGED).get("adapters", []) if (folder / MERGED).exists() else []
-
-
-def quantized_state(model: Llava, state: dict[str, torch.Tensor]) -> dict:
-    """Put what bitsandbytes writes of a layer in NF4 in the place of ours, and return what config.json says of it."""
-    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, nf4.NF4Linear)}
-    if not layers:
-        return {}
-    if model.config.text_config.gpt2:
-        raise ValueError("a GPT-2 cannot be written in four bits: its files hold q, k and v in one")
-    for path, layer in layers.items():
-        for name, _ in layer.named_parameters():
-            if name != "bias":
-                state.pop(f"{path}.{name}")
-        state |= nf4.to_files(f"{path}.weight", layer)
-    values = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
-    values |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}
-    values |= {"bnb_4bit_use_double_quant": all(hasattr(layer, "nested_absmax") for layer in layers.values())}
-    values |= {"bnb_4bit_compute_dtype": str(model.dtype).removeprefix("torch.")}
-    values |= {"llm_int8_skip_modules": ["vision_tower", "multi_modal_projector", "lm_head"]}
-    return {"quantization_config": values}
-
-
-def rename_back(state: dict[str, torch.Tensor], layout: Layout) -> dict[str, torch.Tensor]:
-    """The same tensors under the names of a layout, parts joined."""
-    renamed = {}
-    for theirs, ours, change in layout:
-        pattern = pattern_of(ours[0])
-        for found in filter(None, map(pattern.fullmatch, state)):
-            parts = tuple(state[name.format(**found.groupdict())] for name in ours)
-            renamed[theirs.format(**found.groupdict())] = change.join(parts).contiguous()
-    return renamed
-
-
-def write_shards(state: dict[str, torch.Tensor], folder: Path):
-    """model.safetensors; or model-00001-of-00003.safetensors and so on, with an index."""
-    shards, size = [{}], 0
-    for name, tensor in state.items():
-        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        return save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    where = {}
-    for i, shard in enumerate(shards):
-        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in state.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the command line
-
-
-def inspect(folder: Path):
-    """Print what a folder holds: layout, geometry, parameters, dtype, template, memory per precision."""
-    tensors = open_model(folder)[1] if find_llama2c(folder) else open_tensors(folder)
-    layouts = LLAVA_LAYOUTS | CLIP_LAYOUTS
-    name = choose_layout(list(tensors), layouts)
-    placed = sum(match(key, layouts[name]) is not None or is_extra(key, EXTRAS) for key in tensors)
-    count = sum(math.prod(lazy.shape) for lazy in tensors.values())
-    dtypes = Counter(lazy.dtype for lazy in tensors.values())
-    rows = {"layout": name, "tensors": f"{len(tensors)}, of which {placed} are known to this layout"}
-    rows |= {"parameters": f"{count:,}", "dtype": ", ".join(f"{dtype} ({n})" for dtype, n in dtypes.most_common())}
-    sizes = {"float32": 4, "bfloat16": 2, "8-bit": 1, "4-bit": 0.5}
-    rows["memory"] = ", ".join(f"{size * count / 1e9:.2f} GB as {dtype}" for dtype, size in sizes.items())
-    if name in LLAVA_LAYOUTS and ((folder / "config.json").exists() or find_llama2c(folder)):
-        config, _ = open_model(folder)
-        text, vision = config.text_config, config.vision_config
-        rows["decoder"] = (
-            f"{text.model_type}, width {text.hidden_size}, {text.num_hidden_layers} layers, {text.num_attention_heads} "
-            f"heads ({text.num_key_value_heads} of keys and values), vocabulary {text.vocab_size:,}, "
-            f"context {text.max_position_embeddings:,}"
-        )
-        if vision is not None:
-            rows["vision tower"] = (
-                f"width {vision.hidden_size}, {vision.num_hidden_layers} layers, pictures of {vision.image_size} "
-                f"pixels in {vision.num_patches} patches; projector {config.projector_type}"
-            )
-        rows["template"] = config.template
-    for key, value in rows.items():
-        print(f"{key:<14}{value}")
-
-
-def convert(source: Path, target: Path, vision: Path | None, llm: Path | None, template: str | None):
-    """Any model as a folder of ours, in its own dtype."""
-    if target.exists():
-        raise ValueError(f"{target}: exists already")
-    config, tensors = open_model(source)
-    config.template = template or config.template
-    tokenizer = load_tokenizer(llm or source, config)
-    model = build(config, tensors, source, "cpu", None, vision, llm)
-    if config.vision_config is not None:
-        grow_vocabulary(model, tokenizer.vocab_size)
-
-    publish_model(model, tokenizer, target, merged_into(source))
-
-
-def main():
-    """Inspect or convert; what a user can mend ends in one line and status 1."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    look = commands.add_parser("inspect", help="print what a folder or file holds, without loading it")
-    look.add_argument("folder", type=Path)
-    change = commands.add_parser("convert", help="write a folder of ours, which transformers loads too")
-    change.add_argument("source", type=Path)
-    change.add_argument("target", type=Path)
-    change.add_argument("--vision", type=Path, help="CLIP's folder, for a LLaVA whose files leave it out")
-    change.add_argument("--llm", type=Path, help="the decoder's folder, for one that is only a projector")
-    change.add_argument("--template", choices=TEMPLATES, help="the conversation template, if the folder's is not right")
-    args = parser.parse_args()
-    try:
-        if args.command == "inspect":
-            inspect(args.folder)
-        else:
-            convert(args.source, args.target, args.vision, args.llm, args.template)
-    except (ValueError, OSError) as error:
-        sys.exit(f"formats: {error}")

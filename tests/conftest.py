@@ -8,7 +8,8 @@ import torch
 
 import train
 from fast.linear import need_compiler
-from formats.weights import load_model, save_model
+from formats.saving import save_model
+from formats.weights import load_model
 from inputs.tokenizer import Tokenizer
 from world import shapes
 

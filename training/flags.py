@@ -7,6 +7,7 @@ from pathlib import Path
 
 from inputs.mixture import as_number, read_mixing, read_shares
 from inputs.templates import TEMPLATES
+from llava import PROJECTORS
 from lora import DROPOUT, RANKS
 from training import meters, recipes, sharding
 from training.towers import SIZES
@@ -137,7 +138,7 @@ def add_learning_knobs(add: Callable):
     add("--image-size", type=int, help="side of the pictures the tower must be made for; default: any")
     add("--image-order", choices=("first", "either"), default="first", help="picture before its question, or by a coin")
     projector = "of a new LLaVA: 1.5's (default) or 1.0's; an old one must have it"
-    add("--projector", choices=("mlp2x_gelu", "linear"), help=projector)
+    add("--projector", choices=PROJECTORS, help=projector)
     add(
         "--whiten",
         action="store_true",

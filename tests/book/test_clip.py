@@ -22,6 +22,7 @@ from clip import (
     save_clip,
 )
 from data import image_pixels
+from formats.configs import clip_config_from_dict
 
 VISION = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 24,
@@ -105,7 +106,7 @@ def test_every_byte_of_every_channel_is_bit_equal():
 def both(tmp_path_factory):
     """Our model, and transformers' loaded from a folder that holds our names."""
     transformers = pytest.importorskip("transformers")
-    ours, folder = randomized(CLIPModel(CLIPConfig.from_dict(CONFIG))), tmp_path_factory.mktemp("clip")
+    ours, folder = randomized(CLIPModel(clip_config_from_dict(CONFIG))), tmp_path_factory.mktemp("clip")
     # The end token has the highest id, as in CLIP's own vocabulary; transformers looks for the id, we for the maximum.
     text = TEXT | {"eos_token_id": TEXT["vocab_size"] - 1, "bos_token_id": 1, "pad_token_id": 0}
     transformers.CLIPConfig(vision_config=VISION, text_config=text, projection_dim=16).save_pretrained(folder)
@@ -140,7 +141,7 @@ def test_embeddings_logits_and_loss(both, batch):
 def test_saved_folder_loads_in_transformers(tmp_path, batch):
     """The end token too: its id is not CLIP's 49407, and unless the file says so its text vector is another one."""
     transformers = pytest.importorskip("transformers")
-    ours = randomized(CLIPModel(CLIPConfig.from_dict(CONFIG)))
+    ours = randomized(CLIPModel(clip_config_from_dict(CONFIG)))
     save_clip(ours, tmp_path)
     theirs, report = transformers.CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
@@ -219,7 +220,7 @@ def test_quick_gelu_is_not_gelu():
 
 
 def test_what_follows_the_end_token_is_not_read(batch):
-    model = randomized(CLIPModel(CLIPConfig.from_dict(CONFIG)))
+    model = randomized(CLIPModel(clip_config_from_dict(CONFIG)))
     ids = batch[0][:1].clone()  # the end token is at position 3
     changed = ids.clone()
     changed[0, 4:] = 50

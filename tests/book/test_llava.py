@@ -15,7 +15,8 @@ import llava
 from clip import CLIPVisionConfig
 from fast import linear
 from formats.configs import read_text_config
-from formats.weights import load_model, save_model
+from formats.saving import save_model
+from formats.weights import load_model
 from llava import (
     IGNORE,
     KVCache,

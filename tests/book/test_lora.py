@@ -18,9 +18,12 @@ import lora
 import sample
 import train
 from data import Records, collate
-from formats import configs, weights
-from formats.adapters import attach, load_with_adapter, merge_folder, read_adapter, sample_weights, save_adapter
-from formats.weights import load_model, save_model
+from formats import __main__ as formats_cli
+from formats import configs
+from formats.adapters import attach, load_with_adapter, read_adapter, sample_weights, save_adapter
+from formats.convert import merge_folder
+from formats.saving import save_model
+from formats.weights import load_model
 from inputs.files import read_json
 from inputs.mixture import Source
 from inputs.records import read_records
@@ -307,7 +310,7 @@ def test_an_adapter_of_llavas_authors(tmp_path, monkeypatch, tiny, peft):
 def test_merged_is_unmerged(tiny, batch, tmp_path, command, capsys):
     model, layers = adapted(tiny.stage2, {"llm": 4, "vision": 4})
     folder = saved(model, layers, tiny.stage2, tmp_path / "adapter")
-    command(lora, "merge", tiny.stage2, folder, tmp_path / "merged")
+    command(formats_cli, "merge", tiny.stage2, folder, tmp_path / "merged")
     assert "differ by at most" in capsys.readouterr().out
     merged = load_model(tmp_path / "merged")
     with torch.no_grad():
@@ -316,14 +319,14 @@ def test_merged_is_unmerged(tiny, batch, tmp_path, command, capsys):
         assert (logits_of(load_model(tiny.stage2), batch) - expected).abs().max() > 1e-2 * expected.abs().max()
     command(sample, "--model", tmp_path / "merged", "--prompt", "What is it?", "--max-new-tokens", 4)
     assert "already" in refusal(command, sample, "--model", tmp_path / "merged", "--adapter", folder, "--prompt", "a")
-    command(lora, "quantize", tmp_path / "merged", tmp_path / "four")
-    command(weights, "convert", tmp_path / "merged", tmp_path / "again")
+    command(formats_cli, "quantize", tmp_path / "merged", tmp_path / "four")
+    command(formats_cli, "convert", tmp_path / "merged", tmp_path / "again")
     for copy in ("four", "again"):
-        assert "already" in refusal(command, lora, "merge", tmp_path / copy, folder, tmp_path / "twice")
+        assert "already" in refusal(command, formats_cli, "merge", tmp_path / copy, folder, tmp_path / "twice")
     for base in (tmp_path / "merged", tiny.stage2):  # a second time, onto itself or into the same place
         target = tmp_path / ("twice" if base != tiny.stage2 else "merged")
         with pytest.raises(SystemExit, match="already"):
-            command(lora, "merge", base, folder, target)
+            command(formats_cli, "merge", base, folder, target)
     assert not (tmp_path / "twice").exists()
 
 
@@ -339,19 +342,19 @@ def test_an_update_of_zero_is_not_merged(tiny, tmp_path, command):
     layers = add_lora(model, {"llm": 4}, None, 0.0)
     folder = saved(model, layers, tiny.stage2, tmp_path / "adapter")
     with pytest.raises(SystemExit, match="zero everywhere"):
-        command(lora, "merge", tiny.stage2, folder, tmp_path / "merged")
+        command(formats_cli, "merge", tiny.stage2, folder, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
 def test_onto_four_bits_it_merges_into_the_dequantized_weights(tiny, tmp_path, command, capsys):
-    command(lora, "quantize", tiny.stage2, tmp_path / "four")
+    command(formats_cli, "quantize", tiny.stage2, tmp_path / "four")
     model, layers = adapted(tmp_path / "four")
     folder = saved(model, layers, tmp_path / "four", tmp_path / "adapter")
     capsys.readouterr()
-    command(lora, "merge", tmp_path / "four", folder, tmp_path / "merged")
+    command(formats_cli, "merge", tmp_path / "four", folder, tmp_path / "merged")
     told = capsys.readouterr().out
     assert "differ by at most" in told and "was in four bits, this is in float32" in told
-    command(lora, "merge", tiny.stage2, folder, tmp_path / "same", "--bits", 4)
+    command(formats_cli, "merge", tiny.stage2, folder, tmp_path / "same", "--bits", 4)
     assert "was in four bits" in capsys.readouterr().out
     merged, same = load_model(tmp_path / "merged"), load_model(tmp_path / "same").state_dict()
     assert all(torch.equal(same[name], tensor) for name, tensor in merged.state_dict().items())
@@ -519,8 +522,8 @@ def test_another_base_is_refused(tiny, runs, babbler, tmp_path, command):
     assert "held other weights" in refusal(
         command, sample, "--model", babbler, "--adapter", runs["lora"], "--image", picture
     )
-    assert "other weights" in refusal(command, lora, "merge", babbler, runs["lora"], tmp_path / "merged")
-    assert "vision_tower" in refusal(command, lora, "merge", tiny.decoder, runs["both"], tmp_path / "merged")
+    assert "other weights" in refusal(command, formats_cli, "merge", babbler, runs["lora"], tmp_path / "merged")
+    assert "vision_tower" in refusal(command, formats_cli, "merge", tiny.decoder, runs["both"], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
@@ -563,14 +566,14 @@ BROKEN = {
 def test_a_broken_adapter_is_named(tiny, runs, tmp_path, command, kind):
     change, words = BROKEN[kind]
     folder = broken(runs, tmp_path / "adapter", change)
-    assert words in refusal(command, lora, "merge", tiny.stage1, folder, tmp_path / "merged")
+    assert words in refusal(command, formats_cli, "merge", tiny.stage1, folder, tmp_path / "merged")
     assert words in refusal(command, sample, "--model", tiny.stage1, "--adapter", folder, "--prompt", "a")
     assert not (tmp_path / "merged").exists()
 
 
 def test_what_is_no_adapter_or_no_base(tiny, runs, tmp_path, command):
     assert "no adapter" in refusal(command, sample, "--model", tiny.stage1, "--adapter", tiny.stage2, "--prompt", "a")
-    assert "no adapter" in refusal(command, lora, "merge", tiny.stage1, tiny.stage2, tmp_path / "merged")
+    assert "no adapter" in refusal(command, formats_cli, "merge", tiny.stage1, tiny.stage2, tmp_path / "merged")
     orphan = broken(runs, tmp_path / "orphan", lambda v, t: v.update(base_model_name_or_path="someone/model"))
     assert "--model" in refusal(command, sample, "--model", orphan, "--prompt", "a")
     argv = [*tiny.flags["stage2"][:2], "--model", runs["lora"], *tiny.flags["stage2"][4:], "--out", tmp_path / "run"]
@@ -590,7 +593,7 @@ def test_a_note_on_the_base_that_is_none(tiny, runs, tmp_path, command, note):
 
 
 def test_four_bits_do_not_train(tiny, tmp_path, command):
-    command(lora, "quantize", tiny.stage1, tmp_path / "four")
+    command(formats_cli, "quantize", tiny.stage1, tmp_path / "four")
     argv = ["--stage", 2, "--model", tmp_path / "four", *tiny.flags["stage2"][4:], "--out", tmp_path / "run"]
     assert "is in four bits" in refusal(command, train, *argv)
     command(train, *argv, "--train", "projector")

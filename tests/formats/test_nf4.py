@@ -15,8 +15,11 @@ from safetensors.torch import load_file, save_file
 import lora
 import nf4
 import sample
-from formats.adapters import quantize_folder
-from formats.weights import load_model, save_model
+from formats import __main__ as formats_cli
+from formats import nf4_files
+from formats.convert import quantize_folder
+from formats.saving import save_model
+from formats.weights import load_model
 from inputs.tokenizer import Tokenizer
 from nf4 import NF4Linear
 
@@ -148,14 +151,14 @@ def test_their_layers_go_through_our_files(bnb, dtype, double, tmp_path):
     weight = weight_of((80, 64), dtype)
     packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
     theirs = {"a.weight": packed} | {f"a.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
-    kind = f"a.weight{nf4.STATE}nf4"
+    kind = f"a.weight{nf4_files.STATE}nf4"
     ours = {name.removeprefix("a.weight"): tensor for name, tensor in theirs.items() if name != kind}
-    layer = nf4.from_files("a.weight", nf4.read_state("a.weight", "nf4", theirs[kind]), ours)
+    layer = nf4_files.from_files("a.weight", nf4_files.read_state("a.weight", "nf4", theirs[kind]), ours)
     assert torch.equal(layer.dequantize(), bnb.dequantize_4bit(packed, state))
-    written = nf4.to_files("a.weight", layer)
+    written = nf4_files.to_files("a.weight", layer)
     assert written.keys() == theirs.keys() and all(torch.equal(written[name], theirs[name]) for name in theirs)
     layer = NF4Linear.of(weight, double)
-    written = {key.removeprefix("a.weight."): tensor for key, tensor in nf4.to_files("a.weight", layer).items()}
+    written = {key.removeprefix("a.weight."): tensor for key, tensor in nf4_files.to_files("a.weight", layer).items()}
     packed = written.pop("a.weight")
     read = bnb.QuantState.from_dict(written, device="cpu")
     assert torch.equal(bnb.dequantize_4bit(packed, read), layer.dequantize())
@@ -221,7 +224,7 @@ def test_ready_to_be_compiled_it_is_what_it_was():
     assert torch.equal(layer.dequantize(), want) and torch.equal(layer(x), y)
     again = nf4.of_halves(layer.weight, layer.absmax, (48, 100), torch.float32, 64)
     assert torch.equal(again, want)
-    stored = nf4.to_files("w", layer)
+    stored = nf4_files.to_files("w", layer)
     assert torch.equal(stored["w"], codes) and "w.nested_absmax" not in stored
 
 
@@ -325,7 +328,7 @@ from formats import weights
 def most():  # of this program: getrusage's figure is that of the process that started it, if that was larger
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
-weights.nf4.NF4Linear.of(torch.ones(64, 64))  # what is imported and made once
+weights.NF4Linear.of(torch.ones(64, 64))  # what is imported and made once
 begin = most()
 model = weights.load_model(sys.argv[1], bits=4)
 print(most() - begin, sum(p.nbytes for p in model.parameters()))
@@ -337,7 +340,7 @@ def test_the_whole_model_never_stands_in_memory(tmp_path, monkeypatch):
     from llava import Llava, LlavaConfig, TextConfig
 
     shard = 24_000_000
-    monkeypatch.setattr("formats.weights.SHARD_BYTES", shard)
+    monkeypatch.setattr("formats.saving.SHARD_BYTES", shard)
     text = TextConfig(300, 512, 1408, 20, 8)
     model = Llava(LlavaConfig(text, image_token_index=299))
     save_model(model, tmp_path)
@@ -368,7 +371,7 @@ def refused(folder, change):
 
 
 NAME = "language_model.model.layers.0.self_attn.q_proj.weight"
-STATE = f"{NAME}{nf4.STATE}nf4"
+STATE = f"{NAME}{nf4_files.STATE}nf4"
 
 
 def as_bytes(values):
@@ -395,7 +398,7 @@ BROKEN = {
         lambda t: t.update({STATE: as_bytes({"shape": [1e30, 1e30], "dtype": "float32", "blocksize": 64})}),
         "cannot",
     ),
-    "fp4": (lambda t: t.update({f"{NAME}{nf4.STATE}fp4": t.pop(STATE)}), "fp4"),
+    "fp4": (lambda t: t.update({f"{NAME}{nf4_files.STATE}fp4": t.pop(STATE)}), "fp4"),
     "weights gone": (lambda t: t.pop(NAME), NAME),
 }
 
@@ -412,13 +415,13 @@ def test_a_broken_checkpoint_is_named(small, tmp_path, kind):
 
 def test_what_is_quantized_is_not_quantized_again(small, tmp_path, command):
     with pytest.raises(SystemExit, match="four bits already"):
-        command(lora, "quantize", small[1], tmp_path / "again")
+        command(formats_cli, "quantize", small[1], tmp_path / "again")
     with pytest.raises(SystemExit, match="exists"):
-        command(lora, "quantize", small[0], small[1])
+        command(formats_cli, "quantize", small[0], small[1])
     assert not (tmp_path / "again").exists()
 
 
 def test_the_command_says_how_many_bits(babbler, tmp_path, command, capsys):
-    command(lora, "quantize", babbler, tmp_path / "four")
+    command(formats_cli, "quantize", babbler, tmp_path / "four")
     assert "bits each" in capsys.readouterr().out
     assert Tokenizer.load(tmp_path / "four").vocab_size == Tokenizer.load(babbler).vocab_size

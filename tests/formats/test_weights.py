@@ -31,9 +31,11 @@ from test_llava import (
 import sample
 import train
 from data import image_pixels
-from formats import configs, weights
+from formats import __main__ as formats_cli
+from formats import configs, layouts, saving, weights
 from formats.configs import read_config
-from formats.weights import load_clip, load_model, save_model
+from formats.saving import save_model
+from formats.weights import load_clip, load_model
 from inputs.images import open_image
 from inputs.templates import prompt_ids
 from inputs.tokenizer import Tokenizer
@@ -79,7 +81,7 @@ def test_stories260k_without_the_cache_and_its_golden_logits():
 
 @here
 def test_stories260k_converted_is_the_same_model(tmp_path, command):
-    command(weights, "convert", STORIES, tmp_path / "stories")
+    command(formats_cli, "convert", STORIES, tmp_path / "stories")
     ids = torch.tensor([[1, 403, 407, 261, 378]])
     again = load_model(tmp_path / "stories")
     assert torch.equal(logits_of(again, ids), logits_of(load_model(STORIES), ids)) and again.config.template == "raw"
@@ -161,7 +163,7 @@ def test_there_and_back_is_bitwise(kind, tmp_path):
 
 def test_shards_of_ours(tmp_path, monkeypatch):
     ours = make("llama_tied")
-    monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(saving, "SHARD_BYTES", 20_000)
     save_model(ours, tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3
@@ -280,7 +282,7 @@ def test_a_projector_alone_and_the_decoder_it_belongs_to(tiny, tmp_path, monkeyp
     (clip / "config.json").write_text(json.dumps(vars(VISION)))
     tower = ours.vision_tower.state_dict()
     save_file({key: value.clone() for key, value in tower.items()}, clip / "model.safetensors")
-    command(weights, "inspect", source)
+    command(formats_cli, "inspect", source)
     assert "authors'" in capfd.readouterr().out
     with pytest.raises(ValueError, match=r"--llm.*--vision"):
         load_model(source)
@@ -292,7 +294,7 @@ def test_a_llava_whose_tower_is_elsewhere(tmp_path, monkeypatch, tiny):
     """As liuhaotian/llava-v1.5-7b is: without its vision tower it cannot be loaded, with CLIP's folder it can."""
     ours = load_model(tiny.stage2)
     state = {key: value for key, value in ours.state_dict().items() if "vision_tower" not in key}
-    del state[weights.HEAD]
+    del state[layouts.HEAD]
     tmp_path.joinpath("config.json").write_bytes((tiny.stage2 / "config.json").read_bytes())
     save_file({key: value.clone() for key, value in state.items()}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="--vision"):
@@ -459,8 +461,8 @@ def test_geometry_of_llava_15(size, tmp_path):
         ours = Llava(read_config(tmp_path))
         config = transformers.AutoConfig.from_pretrained(tmp_path)
         theirs = transformers.LlavaForConditionalGeneration(config)
-    layout = weights.LLAVA_LAYOUTS["LLaVA, transformers 5 in memory"]
-    renamed = {weights.match(name, layout)[0][0]: shape for name, shape in shapes_of(theirs).items()}
+    layout = layouts.LLAVA_LAYOUTS["LLaVA, transformers 5 in memory"]
+    renamed = {layouts.match(name, layout)[0][0]: shape for name, shape in shapes_of(theirs).items()}
     assert renamed == shapes_of(ours)
     assert sum(p.numel() for p in ours.parameters()) == {"7b": 7_063_427_072, "13b": 13_351_494_656}[size]
 
@@ -557,7 +559,7 @@ def test_infinity_is_refused_in_half_precision_too(tmp_path):
 @pytest.fixture
 def sharded(tmp_path, monkeypatch):
     """A folder of ours in several files, and a function that changes its index and returns load's complaint."""
-    monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(saving, "SHARD_BYTES", 20_000)
     save_model(make("llama"), tmp_path)
     path = tmp_path / "model.safetensors.index.json"
 
@@ -699,7 +701,7 @@ def test_a_billion_layers_are_refused_at_once(tmp_path, command):
     save_model(make("llama"), tmp_path)
     change_json(tmp_path / "config.json", text_config__num_hidden_layers=10**9)
     with pytest.raises(SystemExit) as caught:
-        command(weights, "inspect", tmp_path)
+        command(formats_cli, "inspect", tmp_path)
     assert "num_hidden_layers is 1000000000" in caught.value.code
 
 
@@ -958,11 +960,11 @@ def test_pickles_from_before_torch_1_6(tmp_path):
 
 @here
 def test_inspect_of_files(tmp_path, command, capsys):
-    command(weights, "inspect", STORIES / "stories260K.bin")
+    command(formats_cli, "inspect", STORIES / "stories260K.bin")
     assert "260,032" in capsys.readouterr().out
     (tmp_path / "README.md").write_text("hello")
     with pytest.raises(SystemExit) as caught:
-        command(weights, "inspect", tmp_path / "README.md")
+        command(formats_cli, "inspect", tmp_path / "README.md")
     assert "neither .safetensors nor" in caught.value.code and not capsys.readouterr().err
 
 
@@ -981,7 +983,7 @@ def test_convert_refuses_in_one_line(tiny, tmp_path, command):
     (bare / "model.safetensors").write_bytes((bare / "model.safetensors").read_bytes()[:-4] + b"\xff" * 4)  # a NaN
     for argv, word in cases.items():
         with pytest.raises(SystemExit) as caught:
-            command(weights, "convert", *argv)
+            command(formats_cli, "convert", *argv)
         assert word in caught.value.code and len(caught.value.code.splitlines()) == 1
     assert not (tmp_path / "a").exists()
 
@@ -991,19 +993,19 @@ def test_convert_refuses_in_one_line(tiny, tmp_path, command):
 
 
 def test_inspect_and_convert(tiny, tmp_path, command, capsys):
-    command(weights, "inspect", tiny.stage2)
+    command(formats_cli, "inspect", tiny.stage2)
     out = capsys.readouterr().out
     count = sum(p.numel() for p in load_model(tiny.stage2).parameters())
     assert f"{count:,}" in out and "llava_hf" in out and "transformers 4 (llava-hf)" in out
-    command(weights, "inspect", tiny.clip)
+    command(formats_cli, "inspect", tiny.clip)
     assert "CLIP" in capsys.readouterr().out
-    command(weights, "convert", tiny.stage2, tmp_path / "copy")
+    command(formats_cli, "convert", tiny.stage2, tmp_path / "copy")
     again = load_model(tmp_path / "copy").state_dict()
     assert all(torch.equal(value, again[key]) for key, value in load_model(tiny.stage2).state_dict().items())
     for target, word in ((tmp_path / "copy", "exists already"), (tmp_path / "other", "no such file")):
         source = tiny.stage2 if word == "exists already" else tmp_path / "nowhere"
         with pytest.raises(SystemExit) as caught:
-            command(weights, "convert", source, target)
+            command(formats_cli, "convert", source, target)
         assert str(caught.value).startswith("formats: ") and len(str(caught.value).splitlines()) == 1
 
 
@@ -1049,7 +1051,7 @@ print(peak() - before, size)
 def test_loading_takes_little_more_than_the_weights(stored, wanted, tmp_path, monkeypatch):
     """In a process of its own: peak memory, beyond what it had, at most 1.15 times the weights, and 20 MB for what the
     libraries take once, however large the model is."""
-    monkeypatch.setattr(weights, "SHARD_BYTES", 60_000_000)
+    monkeypatch.setattr(saving, "SHARD_BYTES", 60_000_000)
     shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 24, "vocab_size": 8000}
     text = TextConfig(num_attention_heads=8, **shape)
     with torch.device("meta"):

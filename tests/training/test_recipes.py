@@ -9,7 +9,8 @@ from conftest import BATCH
 from test_train import flags, log_of, losses, refusal, same_weights, weights
 
 import train
-from formats.weights import load_model, save_model
+from formats.saving import save_model
+from formats.weights import load_model
 from inputs.tokenizer import Tokenizer
 from llava import Llava
 from training import recipes

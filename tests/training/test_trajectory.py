@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import train
 from data import Records, collate
-from formats.weights import load_model, save_model
+from formats.saving import save_model
+from formats.weights import load_model
 from inputs.mixture import Source, batches, epochs
 from inputs.records import read_records
 from inputs.tokenizer import Tokenizer

@@ -12,7 +12,8 @@ from clip import CLIPVisionConfig
 from data import Records, collate, prepare_image
 from formats import weights
 from formats.configs import read_config
-from formats.weights import load_model, save_model
+from formats.saving import save_model
+from formats.weights import load_model
 from inputs.mixture import open_sources
 from inputs.templates import prompt_ids
 from inputs.tokenizer import train_bpe
