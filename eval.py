@@ -148,11 +148,11 @@ def plan_probes(args: argparse.Namespace, folder: Path, config: LlavaConfig) -> 
 
 
 def finish_probes(plan: Plan, rows: list[dict], side: int):
-    run, found = plan.out.parent, probes.results(plan.questions, [row["text"] for row in rows])
+    run, found = plan.out.parent, probes.summarize(plan.questions, [row["text"] for row in rows])
     write_json(run / "probes.json", found)
-    (run / "probes.md").write_text(probes.markdown(found, side))
+    (run / "probes.md").write_text(probes.to_markdown(found, side))
     probes.draw_bars(found, run / "probes.png")
-    print(probes.markdown(found, side) + f"\n{run}/probes.md")
+    print(probes.to_markdown(found, side) + f"\n{run}/probes.md")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from llava import KVCache, Llava, compile_decoding, generate
 from training import runs
 from training.ranks import choose_device
 
-DESCRIBE = "Describe the picture."
+DESCRIBE = "Describe the image."  # as the embedded world asks it
 
 
 class Chat:

@@ -8,7 +8,7 @@
     torchrun --nproc_per_node=8 train.py --stage 2     the same on eight GPUs
 
 Each stage goes on from the newest finished run of the one before. Without --data it trains on the embedded world of
-shapes.py. The batch size counts all ranks and micro-batches, so the result does not depend on how the work is cut
+world/. The batch size counts all ranks and micro-batches, so the result does not depend on how the work is cut
 (but for CLIP, whose negatives come from one micro-batch of all ranks).
 """
 
@@ -51,7 +51,9 @@ from training.checkpoint import checkpoint_tensors, gather_tensors, restore_chec
 from training.flags import read_flags
 from training.ranks import Distributed, autocast, compute_dtype
 from training.towers import Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
-from world import shapes
+from world.language import TURNS
+from world.scenes import GROUP_SIZE
+from world.writer import write_world
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
@@ -399,7 +401,7 @@ def train_clip(args, ranks: Distributed, tokenizer: Tokenizer, run: runs.Run):
         save_clip(model, folder)
         tokenizer.save(folder)
 
-    fit(args, ranks, run, Contrastive(model), dataset, tokenizer.pad_id, save, group=shapes.FAMILY)
+    fit(args, ranks, run, Contrastive(model), dataset, tokenizer.pad_id, save, group=GROUP_SIZE)
 
 
 def train_decoder(args, ranks: Distributed, tokenizer: Tokenizer, run: runs.Run):
@@ -581,7 +583,7 @@ def data_files(args, ranks: Distributed, kind: str) -> list[Source]:
         for source, faults in zip(sources, missing):
             source.faults |= faults
     refuse_bad(sources, args.skip_bad)
-    group = shapes.FAMILY if args.stage == 0 and args.tower != "decoder" else 1
+    group = GROUP_SIZE if args.stage == 0 and args.tower != "decoder" else 1
     check_mixing([source.weight for source in sources], args.mixing, args.shares, group)
     count = sum(len(source.usable()) for source in sources)
     if count < ranks.world_size:
@@ -601,10 +603,8 @@ def world_of(args, ranks: Distributed) -> Path:
     world = args.world or runs.OUTPUT_ROOT / "world"
     if not (world / "instruct.json").exists():
         if world.exists():
-            raise ValueError(
-                f"{world} holds no world: name a folder that shapes.py wrote, or one that is not there yet"
-            )
-        draw = partial(shapes.write_world, n=20_000, seed=0, side=72, questions=2_000, turns=shapes.TURNS)
+            raise ValueError(f"{world} holds no world: name a folder written by `python -m world write`, or a new one")
+        draw = partial(write_world, n=20_000, seed=0, side=72, questions=2_000, turns=TURNS)
         ranks.on_main(publish_folder, world, draw)
     return world
 

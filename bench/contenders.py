@@ -37,7 +37,8 @@ from training import memory, meters, sharding
 from training.flags import read_flags
 from training.ranks import Distributed, compute_dtype
 from training.towers import new_clip, new_decoder
-from world import shapes
+from world.language import TURNS
+from world.writer import make_records
 
 HERE = Path(__file__).resolve().parent
 
@@ -63,7 +64,7 @@ class Shape:
 
 def of_speedrun() -> tuple[LlavaConfig, Tokenizer]:
     """What `bash speedrun.sh` trains: towers of size "small", 9 patches a picture, the vocabulary of the world."""
-    records = [record for i in range(500) for record in shapes.records_of(0, i, shapes.TURNS)[1]]
+    records = [record for i in range(500) for record in make_records(0, i, TURNS)[1]]
     tokenizer = train_bpe([turn["value"] for record in records for turn in record["conversations"]], merges=600)
     config = new_decoder("small", tokenizer, "llava_hf").config
     config.vision_config = new_clip("small", 24, tokenizer.vocab_size).config.vision_config

@@ -33,7 +33,10 @@ from llava import KVCache, Llava, compile_decoding
 from nf4 import count_weights
 from sample import Chat
 from training import meters
-from world import shapes
+from world.drawing import draw_scene
+from world.language import TURNS
+from world.scenes import make_scene
+from world.writer import make_records
 
 PROMPT = 16  # tokens of a prompt without a picture: decoding is what is timed then
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "nf4": 2e-2}  # of the numbers that must agree; see pairing.agree
@@ -346,8 +349,8 @@ def picture_file(folder: Path, number: int = 0) -> Path:
     path = folder / f"{number}.jpg"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        scene, _ = shapes.make_scene(0, number, held_out=False)
-        pixels = np.asarray(shapes.render(scene, 640).crop((0, 80, 640, 560))).astype(np.int16)
+        scene, _ = make_scene(0, number, held_out=False)
+        pixels = np.asarray(draw_scene(scene, 640).crop((0, 80, 640, 560))).astype(np.int16)
         noise = np.random.default_rng(number).integers(-12, 13, pixels.shape)
         Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8)).save(path, quality=90)
     return path
@@ -386,7 +389,7 @@ def tokenizing(bench: Bench, name: str, shape: str) -> Iterator[Row]:
     """MB/s of text, record by record as a dataset asks for them; the ids are the same, or the row fails."""
     folder = bench.folder(shape)
     tokenizer = Tokenizer.load(folder)
-    records = [record for i in range(1000) for record in shapes.records_of(1, i, shapes.TURNS)[1]]
+    records = [record for i in range(1000) for record in make_records(1, i, TURNS)[1]]
     texts = [" ".join(turn["value"] for turn in record["conversations"][1:]) for record in records]
     texts = list(dict.fromkeys(texts))  # what has been seen before, ours would remember
 

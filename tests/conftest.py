@@ -11,7 +11,7 @@ from fast.linear import need_compiler
 from formats.saving import save_model
 from formats.weights import load_model
 from inputs.tokenizer import Tokenizer
-from world import shapes
+from world.writer import write_world
 
 torch.set_num_threads(1)  # sums over more threads end in other bits, and results are compared bit by bit
 
@@ -44,7 +44,7 @@ def tiny(tmp_path_factory, command):
     """Folders of the world and of a finished run of each kind, and `flags`, which with --out repeat that run."""
     root = tmp_path_factory.mktemp("tiny")
     world, clip, decoder = root / "world", root / "stage0/clip", root / "stage0/decoder"
-    shapes.write_world(world, 64, 0, 72, 20, 2)
+    write_world(world, 64, 0, 72, 20, 2)
     common = ["--world", world, "--steps", STEPS, "--batch-size", BATCH, "--save-every", 2]
     common += ["--device", "cpu", "--dtype", "float32"]
     flags = {

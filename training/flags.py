@@ -113,7 +113,7 @@ def add_data_knobs(add: Callable):
     add("--mixing", default="proportional", help="of many files: proportional (epochs), equal, or a temperature")
     add("--shares", default="", help="of many files, as 80/20; 80/20:20/80:4 goes from one to the other in 4 steps")
     add("--skip-bad", type=percent, default=0.0, metavar="N%%", help="leave bad records out, up to so many; 0: none")
-    add("--world", type=Path, help="folder that shapes.py wrote; default: one is drawn below out/")
+    add("--world", type=Path, help="folder that `python -m world write` wrote; default: one is drawn below out/")
 
 
 def add_learning_knobs(add: Callable):

@@ -54,10 +54,10 @@ RECIPES = {
             1: WORLD | CAPTIONS | {"steps": 300, "batch_size": 16, "lr": 1e-3},
             2: WORLD | DIALOGUES | {"steps": 2000, "batch_size": 16, "lr": 5e-4},
         },
-        source="this project, for the world of shapes.py and other small data",
+        source="this project, for the embedded world and other small data",
         hardware="2 CPU cores",
         time="minutes",
-        expect="with the sizes of speedrun.py: 91 % of the held-out questions (README)",
+        expect="with the sizes of the speedrun: 91 % of the held-out questions (README)",
     ),
     "llava-1.0": Recipe(
         stages={

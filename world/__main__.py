@@ -1,5 +1,32 @@
-"""python -m world write --out DIR --n N --seed S: the embedded world as a data set, see shapes.py."""
+"""Write the embedded world as a data set: images and LLaVA-format JSON, for this trainer or another.
 
-from world.shapes import main
+python -m world write --out DIR --n N --seed S
+"""
 
-main()
+import argparse
+from pathlib import Path
+
+from world.drawing import SHIFTS
+from world.language import TURNS
+from world.writer import write_world
+
+
+def main():
+    """Write a world; the same flags write the same bytes."""
+    parser = argparse.ArgumentParser(prog="python -m world", description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("write", help="draw a world and write it as LLaVA's JSON").add_argument
+    add("--out", type=Path, required=True, help="folder to write to")
+    add("--n", type=int, default=20_000, help="number of training images")
+    add("--seed", type=int, default=0, help="seed of the scenes and their text")
+    add("--size", type=int, default=72, help="side of an image in pixels; 224 or 336 for a pretrained CLIP")
+    add("--questions", type=int, default=2_000, help="number of held-out questions, each about an image of its own")
+    add("--turns", type=int, default=TURNS, help="questions per training dialogue; an image gets several dialogues")
+    add("--shift", choices=SHIFTS, default="none", help="draw the same scenes in another look, to fine-tune on")
+    args = parser.parse_args()
+    write_world(args.out, args.n, args.seed, args.size, args.questions, args.turns, args.shift)
+    print(f"{args.out}: captions.json, instruct.json, text.json, questions.jsonl, scenes.jsonl")
+
+
+if __name__ == "__main__":
+    main()

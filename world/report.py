@@ -7,7 +7,8 @@ from PIL import Image, ImageDraw
 
 from evaluation.scores import accuracy_by_category
 from training import plots
-from world.shapes import FAMILIES, font_of
+from world.drawing import load_font
+from world.language import FAMILIES
 
 STAGES = ("stage0/clip", "stage0/decoder", "stage1", "stage2")
 
@@ -23,7 +24,7 @@ def sheet(out: Path, answers: list[dict], columns: int = 5, rows: int = 4):
     questions = {row["question_id"]: row for row in read_rows(out / "world/questions.jsonl")}
     width, height, side = 250, 265, 150
     canvas = Image.new("RGB", (columns * width, rows * height), "white")
-    pen, font = ImageDraw.Draw(canvas), font_of(13)
+    pen, font = ImageDraw.Draw(canvas), load_font(13)
     for i, answer in enumerate(answers[: columns * rows]):
         question = questions[answer["question_id"]]
         x, y = i % columns * width + 10, i // columns * height + 8

@@ -1,4 +1,4 @@
-"""Real photographs, any size and shape: memorise a few captions through all stages, then ask for one."""
+"""Real photographs, any size and shape: memorize a few captions through all stages, then ask for one."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def script(*command: object) -> str:
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f"no photographs in {PHOTOS} (LLAVA_DATA names the folder)")
 def test_photographs_are_described_as_they_were_taught(tmp_path):
     photos = json.loads((PHOTOS / "photos.json").read_text())[:6]
-    question = {"from": "human", "value": "<image>\nDescribe the picture."}
+    question = {"from": "human", "value": "<image>\nDescribe the image."}
     records = [
         {"id": p["id"], "image": p["image"], "conversations": [question, {"from": "gpt", "value": p["captions"][0]}]}
         for p in photos

@@ -13,7 +13,8 @@ from evaluation import answering, metrics, scores
 from formats.weights import load_model
 from inputs.records import DataError
 from inputs.tokenizer import Tokenizer
-from world import probes, shapes
+from world import probes
+from world.language import FAMILIES
 
 STAR = "a large red star in the top left"
 KEYS = {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
@@ -101,7 +102,7 @@ def test_a_category_named_as_one_of_the_world_is_scored_by_exact_match(tmp_path,
 
 def test_descriptions_of_a_world_that_names_no_metrics_are_scored_by_their_objects(tiny, tmp_path):
     assert {q["category"]: q["metric"] for q in evaluation.read_questions(tiny.world / "questions.jsonl")} == {
-        family: "objects_f1" if family == "description" else "exact" for family in shapes.FAMILIES
+        family: "objects_f1" if family == "description" else "exact" for family in FAMILIES
     }
     (tmp_path / "scenes.jsonl").touch()
     assert read_one(tmp_path / "questions.jsonl", category="description")["metric"] == "objects_f1"
@@ -485,5 +486,5 @@ def test_probes_are_asked_and_told(tiny, babbler, command, tmp_path, capsys):
     assert list(found) == ["existence", "counting", "relations", "reading", "language prior"]
     assert list(found["existence"]) == ["random", "popular", "adversarial", "near miss"] or len(found["existence"]) == 3
     assert list(found["counting"]) == list("12345") and list(found["relations"]) == list("1234")
-    assert set(found["language prior"]) == {"its picture", "blank", "another picture"}
+    assert set(found["language prior"]) == {"own image", "blank", "another image"}
     assert "## Reading" in capsys.readouterr().out and "| 1 | 2 |" in (tmp_path / "p/probes.md").read_text()

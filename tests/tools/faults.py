@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 import train  # noqa: E402
-from world import shapes  # noqa: E402
+from world.writer import write_world  # noqa: E402
 
 STEPS, SAVE_EVERY = 24, 4
 
@@ -143,7 +143,7 @@ class Bench:
     def __init__(self, root: Path):
         self.root = root
         world, common = root / "world", ["--batch-size", 8, "--device", "cpu", "--dtype", "float32", "--keep", 2]
-        shapes.write_world(world, 64, 0, 72, 20, 2)
+        write_world(world, 64, 0, 72, 20, 2)
         common += ["--world", world]
         finish(["--stage", 0, "--size", "tiny", *common, "--steps", 6, "--out", root / "towers"])
         common += ["--steps", STEPS, "--save-every", SAVE_EVERY]

@@ -23,7 +23,7 @@ from inputs.records import check_record, read_records
 from inputs.tokenizer import Tokenizer
 from llava import IGNORE
 from training import towers
-from world import shapes
+from world.writer import make_records
 
 REPOSITORY = Path(train.__file__).parent
 
@@ -708,7 +708,7 @@ def test_data_of_ones_own(tiny, command, tmp_path):
 @pytest.mark.parametrize("turns", [1, 2, 3])
 def test_the_shortest_dialogues_of_the_world_can_be_trained_on(turns):
     for index in range(300):
-        for record in shapes.records_of(0, index, turns)[1]:
+        for record in make_records(0, index, turns)[1]:
             check_record(record)
 
 
@@ -802,7 +802,7 @@ def test_a_missing_picture_and_its_record_are_named(tiny, command, tmp_path, cac
 
 
 def test_a_folder_that_holds_no_world_is_left_alone(tiny, command, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.shapes, "write_world", lambda folder, *_: (folder / "instruct.json").write_text("[]"))
+    monkeypatch.setattr(train, "write_world", lambda folder, *_: (folder / "instruct.json").write_text("[]"))
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.jpg").touch()
     argv = [tmp_path / "photos" if value == tiny.world else value for value in tiny.flags["stage1"]]

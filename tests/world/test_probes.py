@@ -2,7 +2,9 @@
 
 import pytest
 
-from world import probes, shapes
+from world import probes
+from world.language import ask_description
+from world.scenes import make_scene
 
 STAR = "a large red star in the top left"
 SIGN = "a sign that says 7 at the top"
@@ -43,7 +45,7 @@ def test_objects_of_a_description_by_hand():
 
 def test_every_true_description_is_understood():
     for index in range(300):
-        scene, rng = shapes.make_scene(0, index, held_out=True)
-        _, truth = shapes.ask_description(scene, rng)
-        assert len(probes.find_objects(truth)) == len(scene.things), truth
+        scene, rng = make_scene(0, index, held_out=True)
+        _, truth = ask_description(scene, rng)
+        assert len(probes.find_objects(truth)) == len(scene.objects), truth
         assert probes.objects_f1(truth, truth) == 1

@@ -1,4 +1,4 @@
-"""The embedded world: the same everywhere, never the same on both sides, and every word about a picture is true."""
+"""The embedded world: a seed gives the same world everywhere, its sides share no scene, and all its text is true."""
 
 import hashlib
 import json
@@ -16,57 +16,69 @@ import pytest
 from PIL import Image
 
 from inputs.records import read_records
-from world import shapes
+from world.drawing import SHIFTS, draw_background, draw_scene
+from world.language import (
+    CELL_NAMES,
+    DIALOGUE_FAMILIES,
+    FAMILIES,
+    describe_object,
+    describe_scene,
+    make_dialogues,
+    write_caption,
+    write_notes,
+)
+from world.scenes import COLORS, GROUP_SIZE, RADIUS, SHAPES, SIGN_TEXTS, Scene, SceneObject, make_scene
+from world.writer import FAMILY_METRICS, make_questions, make_records, write_world
 
 SCENES = 2000
-# Written out again, so that a slip in shapes.py's own tables is seen: (row, column) of every phrase for a place.
+# Written out again, to catch a mistake in language.py's own tables: the (row, column) of every phrase for a cell.
 PHRASES = {
     **{"in the top left": (0, 0), "at the top": (0, 1), "in the top right": (0, 2)},
     **{"on the left": (1, 0), "in the center": (1, 1), "on the right": (1, 2)},
     **{"in the bottom left": (2, 0), "at the bottom": (2, 1), "in the bottom right": (2, 2)},
 }
 PHRASE = "|".join(sorted(PHRASES, key=len, reverse=True))
-SHAPE, COLOR, SIZE = "|".join(shapes.SHAPES), "|".join(shapes.COLORS), "|".join(shapes.RADIUS)
+SHAPE, COLOR, SIZE = "|".join(SHAPES), "|".join(COLORS), "|".join(RADIUS)
 NAME = rf"(?:(?P<size>{SIZE}) (?P<color>{COLOR}) (?P<shape>{SHAPE})|sign that says (?P<text>\w+))"
 SIDES = "to the left of|to the right of|above|below"
 
 
 @pytest.fixture(scope="module")
 def scenes():
-    return [shapes.make_scene(0, index, held_out=False)[0] for index in range(SCENES)]
+    return [make_scene(0, index, held_out=False)[0] for index in range(SCENES)]
 
 
 @pytest.fixture(scope="module")
 def asked():
     """family -> [(scene, question, answer)]: every family asked about every scene, on both sides of the split."""
-    result = {family: [] for family in shapes.FAMILIES}
+    result = {family: [] for family in FAMILIES}
     for index in range(SCENES):
-        scene, rng = shapes.make_scene(1, index, held_out=index % 2 == 0)
-        for family, ask in shapes.FAMILIES.items():
+        scene, rng = make_scene(1, index, held_out=index % 2 == 0)
+        for family, ask in FAMILIES.items():
             for _ in range(2):
                 if pair := ask(scene, rng):
                     result[family].append((scene, *pair))
     return result
 
 
-def place(thing):
-    """(row, column) of the third of the picture that the thing's center is in, as an eye would judge it."""
-    x, y = thing.center
+def find_cell(obj):
+    """The (row, column) of the third of the image that holds the object's center, from its pixels' position alone."""
+    x, y = obj.center
     return math.floor(3 * y), math.floor(3 * x)
 
 
-def phrase(thing):
-    return only(words for words, where in PHRASES.items() if where == place(thing))
+def phrase(obj):
+    return only(words for words, where in PHRASES.items() if where == find_cell(obj))
 
 
-def only(things):
-    things = list(things)
-    assert len(things) == 1, things  # "the star" must name one thing
-    return things[0]
+def only(objects):
+    objects = list(objects)
+    assert len(objects) == 1, objects  # "the star" must name one object
+    return objects[0]
 
 
-def beside(thing, side, anchor):
-    (row, column), (anchor_row, anchor_column) = place(thing), place(anchor)
+def beside(obj, side, anchor):
+    (row, column), (anchor_row, anchor_column) = find_cell(obj), find_cell(anchor)
     return {
         "to the left of": column < anchor_column,
         "to the right of": column > anchor_column,
@@ -76,33 +88,33 @@ def beside(thing, side, anchor):
 
 
 def truth(scene, question):
-    """The answer to a question, worked out here from the list of things alone. None: a request to describe."""
-    things = [thing for thing in scene.things if thing.shape != "sign"]
+    """The answer to a question, computed from the list of objects alone; None for a request to describe the image."""
+    objects = [obj for obj in scene.objects if obj.shape != "sign"]
 
     def the(shape):
-        return only(thing for thing in scene.things if thing.shape == shape)
+        return only(obj for obj in scene.objects if obj.shape == shape)
 
     def having(**facts):
-        return [thing for thing in things if all(getattr(thing, key) == value for key, value in facts.items())]
+        return [obj for obj in objects if all(getattr(obj, key) == value for key, value in facts.items())]
 
     def ask(pattern):
         return (found.groups() or (question,)) if (found := re.fullmatch(pattern, question)) else None
 
-    if m := ask(rf"(?:Is there|Do you see) an? ({COLOR}) ({SHAPE})(?: in the picture)?\?"):
+    if m := ask(rf"(?:Is there|Do you see) an? ({COLOR}) ({SHAPE})(?: in the image)?\?"):
         return "yes" if having(color=m[0], shape=m[1]) else "no"
-    if m := ask(rf"(?:Is there|Do you see) an? ({COLOR}) shape(?: in the picture)?\?"):
+    if m := ask(rf"(?:Is there|Do you see) an? ({COLOR}) shape(?: in the image)?\?"):
         return "yes" if having(color=m[0]) else "no"
-    if m := ask(rf"(?:Is there|Do you see) a ({SHAPE})(?: in the picture)?\?"):
+    if m := ask(rf"(?:Is there|Do you see) a ({SHAPE})(?: in the image)?\?"):
         return "yes" if having(shape=m[0]) else "no"
     if m := ask(rf"(?:What color is|Which color does) the ({SHAPE})(?: have)?\?"):
         return f"The {m[0]} is {the(m[0]).color}."
     if m := ask(rf"What shape is ({PHRASE})\?"):
-        found = only(thing for thing in things if place(thing) == PHRASES[m[0]])
+        found = only(obj for obj in objects if find_cell(obj) == PHRASES[m[0]])
         return f"{m[0][0].upper()}{m[0][1:]} is a {found.shape}."
     if m := ask(rf"(?:What shape is the|Which shape is) ({COLOR})(?: one)?\?"):
         return f"The {m[0]} one is a {only(having(color=m[0])).shape}."
     if ask(r"How many shapes are there\?"):
-        return str(len(things))
+        return str(len(objects))
     if m := ask(rf"How many ({COLOR}) shapes are there\?"):
         return str(len(having(color=m[0])))
     if m := ask(rf"How many ({SHAPE})(?:s|es) are there\?"):
@@ -118,7 +130,7 @@ def truth(scene, question):
         return f"The {m[0]} is {phrase(one)} and the {m[1]} is {phrase(other)}, so {' and '.join(holds)}."
     if m := ask(rf"Is the ({SHAPE}|sign) ({SIDES}) the ({SHAPE}|sign)\?"):
         one, other = the(m[0]), the(m[2])
-        assert place(one) != place(other)
+        assert find_cell(one) != find_cell(other)
         verdict = "yes" if beside(one, m[1], other) else "no"
         return f"The {m[0]} is {phrase(one)} and the {m[2]} is {phrase(other)}, so {verdict}."
     if ask(r"What does the sign say\?|What is written on the sign\?"):
@@ -129,24 +141,24 @@ def truth(scene, question):
     if m := ask(rf"Which is (larger|smaller), the ({SHAPE}) or the ({SHAPE})\?"):
         one, other = the(m[1]).size, the(m[2]).size
         assert one != other
-        answer = m[1] if (shapes.RADIUS[one] > shapes.RADIUS[other]) == (m[0] == "larger") else m[2]
+        answer = m[1] if (RADIUS[one] > RADIUS[other]) == (m[0] == "larger") else m[2]
         return f"The {m[1]} is {one} and the {m[2]} is {other}, so the {answer}."
     if m := ask(rf"(What color is the|Which) shape (?:is )?({SIDES}) the ({SHAPE}|sign)\?"):
-        found = only(thing for thing in things if beside(thing, m[1], the(m[2])))
+        found = only(obj for obj in objects if beside(obj, m[1], the(m[2])))
         return found.color if m[0].startswith("What color") else found.shape
     if m := ask(rf"Which other shape has the color of the ({SHAPE})\?"):
-        return only(thing for thing in having(color=the(m[0]).color) if thing is not the(m[0])).shape
-    assert question in ("Describe the picture.", "Describe the image in detail.", "What do you see?"), question
+        return only(obj for obj in having(color=the(m[0]).color) if obj is not the(m[0])).shape
+    assert question in ("Describe the image.", "Describe the image in detail.", "What do you see?"), question
     return None
 
 
 def facts(scene):
-    """What a scene shows, in no order."""
-    return sorted((thing.shape, thing.color, thing.size, thing.cell, thing.text) for thing in scene.things)
+    """The attributes of a scene's objects, sorted."""
+    return sorted((obj.shape, obj.color, obj.size, obj.cell, obj.text) for obj in scene.objects)
 
 
 def named_in(text):
-    """The things that a description names, each with its place, in no order."""
+    """The attributes and cells of the objects that a description names, sorted."""
     found = [m.groupdict() for m in re.finditer(rf"{NAME} (?P<place>{PHRASE})", text)]
     found += [m.groupdict() for m in re.finditer(rf"(?P<place>{PHRASE}) there is a {NAME}", text)]
     assert len(found) == len(re.findall(NAME, text))
@@ -155,8 +167,10 @@ def named_in(text):
 
 
 def named_by(scene):
-    signs = [(None, None, None, thing.text, place(thing)) for thing in scene.things if thing.text]
-    return sorted([(t.size, t.color, t.shape, None, place(t)) for t in scene.things if not t.text] + signs, key=str)
+    signs = [(None, None, None, obj.text, find_cell(obj)) for obj in scene.objects if obj.text]
+    return sorted(
+        [(t.size, t.color, t.shape, None, find_cell(t)) for t in scene.objects if not t.text] + signs, key=str
+    )
 
 
 def check_description(scene, text):
@@ -168,15 +182,15 @@ def check_description(scene, text):
 
 
 def fingerprint():
-    """Of scenes, pictures and words of both sides."""
+    """A digest of scenes, images and text of both sides."""
     digest = hashlib.sha256()
     for held_out in (False, True):
         for index in range(40):
-            scene, rng = shapes.make_scene(5, index, held_out)
-            words = [shapes.caption(scene, rng), shapes.notes(scene, rng), shapes.dialogues(scene, rng, 3)]
-            digest.update(repr((scene, words)).encode() + shapes.render(scene, 48).tobytes())
-    digest.update(repr([shapes.records_of(5, index, 6) for index in range(40)]).encode())
-    digest.update(repr(shapes.make_questions(5, 40)).encode())
+            scene, rng = make_scene(5, index, held_out)
+            words = [write_caption(scene, rng), write_notes(scene, rng), make_dialogues(scene, rng, 3)]
+            digest.update(repr((scene, words)).encode() + draw_scene(scene, 48).tobytes())
+    digest.update(repr([make_records(5, index, 6) for index in range(40)]).encode())
+    digest.update(repr(make_questions(5, 40)).encode())
     return digest.hexdigest()
 
 
@@ -189,21 +203,19 @@ def test_a_seed_means_the_same_everywhere():
             "PYTHONHASHSEED": salt,
             "PYTHONPATH": os.pathsep.join((str(here), str(here.parents[1]))),
         }
-        command = [sys.executable, "-c", "import test_shapes; print(test_shapes.fingerprint())"]
+        command = [sys.executable, "-c", "import test_world; print(test_world.fingerprint())"]
         output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         assert output.strip() == mine
 
 
 def test_a_scene_does_not_depend_on_what_was_made_before():
-    alone = shapes.make_scene(0, 7, False)[0]
-    assert [shapes.make_scene(0, index, False)[0] for index in range(9)][7] == alone
-    assert shapes.make_scene(1, 7, False)[0] != alone != shapes.make_scene(0, 7, True)[0]
+    alone = make_scene(0, 7, False)[0]
+    assert [make_scene(0, index, False)[0] for index in range(9)][7] == alone
+    assert make_scene(1, 7, False)[0] != alone != make_scene(0, 7, True)[0]
 
 
 def test_train_and_heldout_share_no_scene():
-    sides = [
-        {str(facts(shapes.make_scene(seed, i, side)[0])) for seed in range(3) for i in range(2000)} for side in (0, 1)
-    ]
+    sides = [{str(facts(make_scene(seed, i, side)[0])) for seed in range(3) for i in range(2000)} for side in (0, 1)]
     assert not sides[0] & sides[1]
     assert min(map(len, sides)) > 3000  # and there is no end of different ones
 
@@ -211,85 +223,85 @@ def test_train_and_heldout_share_no_scene():
 def test_siblings_differ_in_one_fact(scenes):
     differences = Counter()
     for index, scene in enumerate(scenes):
-        base = scenes[index - index % shapes.FAMILY]
-        assert len(scene.things) == len(base.things)
+        base = scenes[index - index % GROUP_SIZE]
+        assert len(scene.objects) == len(base.objects)
         named = ("shape", "color", "size", "cell", "text")
-        count = sum(getattr(a, f) != getattr(b, f) for a, b in zip(scene.things, base.things) for f in named)
+        count = sum(getattr(a, f) != getattr(b, f) for a, b in zip(scene.objects, base.objects) for f in named)
         differences[count] += 1
-    assert set(differences) <= {0, 1} and differences[1] > 0.9 * SCENES * (1 - 1 / shapes.FAMILY)
+    assert set(differences) <= {0, 1} and differences[1] > 0.9 * SCENES * (1 - 1 / GROUP_SIZE)
 
 
 def test_scenes_are_well_formed(scenes):
     kinds = Counter()
     for scene in scenes:
-        assert len({thing.cell for thing in scene.things}) == len(scene.things) and scene.shapes
-        assert sum(thing.shape == "sign" for thing in scene.things) <= 1
-        for thing in scene.things:
-            assert thing.cell == 3 * place(thing)[0] + place(thing)[1]  # well inside the third that its place names
-            x, y = thing.center
+        assert len({obj.cell for obj in scene.objects}) == len(scene.objects) and scene.shapes
+        assert sum(obj.shape == "sign" for obj in scene.objects) <= 1
+        for obj in scene.objects:
+            assert obj.cell == 3 * find_cell(obj)[0] + find_cell(obj)[1]  # well inside its third of the image
+            x, y = obj.center
             assert all(abs(3 * v - round(3 * v)) > 0.1 for v in (x, y))
-            assert min(thing.box) > -0.05 and max(thing.box) < 1.05  # at most an edge is cut off
-            kinds.update((thing.shape, thing.color, thing.size, thing.cell, thing.text))
-    everything = [*shapes.SHAPES, *shapes.COLORS, *shapes.RADIUS, *range(9), *shapes.SIGNS]
+            assert min(obj.box) > -0.05 and max(obj.box) < 1.05  # at most an edge is cut off
+            kinds.update((obj.shape, obj.color, obj.size, obj.cell, obj.text))
+    everything = [*SHAPES, *COLORS, *RADIUS, *range(9), *SIGN_TEXTS]
     assert all(kinds[kind] > 20 for kind in everything)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# pictures
+# images
 
 
-def test_boxes_lie_around_the_things():
+def test_boxes_lie_around_the_objects():
     side = 120
-    kinds = [(shape, color, "") for shape, color in zip(shapes.SHAPES, shapes.COLORS)] + [("sign", "white", "8")]
+    kinds = [(shape, color, "") for shape, color in zip(SHAPES, COLORS)] + [("sign", "white", "8")]
     for shape, color, text in kinds:
-        for size in shapes.RADIUS:
+        for size in RADIUS:
             for cell in range(9):
-                thing = shapes.Thing(shape, color, size, cell, dx=0.02, dy=-0.01, text=text)
-                empty, drawn = (shapes.Scene(things, "plain", (220, 220, 220)) for things in ((), (thing,)))
-                pixels, before = (np.array(shapes.render(scene, side)).astype(int) for scene in (drawn, empty))
+                obj = SceneObject(shape, color, size, cell, dx=0.02, dy=-0.01, text=text)
+                empty, drawn = (Scene(objects, "plain", (220, 220, 220)) for objects in ((), (obj,)))
+                pixels, before = (np.array(draw_scene(scene, side)).astype(int) for scene in (drawn, empty))
                 y, x = np.nonzero(np.abs(pixels - before).sum(-1) > 60)
-                x1, y1, x2, y2 = (side * v for v in thing.box)
-                assert x1 - 2 <= x.min() and x.max() <= x2 + 2 and y1 - 2 <= y.min() and y.max() <= y2 + 2, thing
-                assert np.ptp(x) > 0.75 * (x2 - x1) and np.ptp(y) > 0.75 * (y2 - y1), thing  # and not far around them
+                x1, y1, x2, y2 = (side * v for v in obj.box)
+                assert x1 - 2 <= x.min() and x.max() <= x2 + 2 and y1 - 2 <= y.min() and y.max() <= y2 + 2, obj
+                assert np.ptp(x) > 0.75 * (x2 - x1) and np.ptp(y) > 0.75 * (y2 - y1), obj  # and not far around them
 
 
 def test_colors_can_be_told_apart():
-    colors = {**shapes.COLORS, "sign": (252, 252, 248)}
+    colors = {**COLORS, "sign": (252, 252, 248)}
     for (one, a), (other, b) in combinations(colors.items(), 2):
         assert math.dist(a, b) > 60, (one, other)
 
 
 def test_every_shape_shows_its_color_in_its_middle(scenes):
-    # What is drawn later may cover an edge, never the middle; and nothing of the background shines through.
+    # A later object may cover an edge of an earlier one, never its middle; the background never shines through.
     for scene in scenes[:200]:
-        pixels = np.array(shapes.render(scene, 96)).astype(float)
+        pixels = np.array(draw_scene(scene, 96)).astype(float)
         assert pixels.shape == (96, 96, 3)
-        for thing in scene.shapes:
-            x, y = (int(96 * v) for v in thing.center)
-            assert math.dist(pixels[y, x], shapes.COLORS[thing.color]) < 20, thing
+        for obj in scene.shapes:
+            x, y = (int(96 * v) for v in obj.center)
+            assert math.dist(pixels[y, x], COLORS[obj.color]) < 20, obj
 
 
 def test_background_is_pale(scenes):
     for scene in scenes[:100]:
-        pixels = np.array(shapes.background(scene, 48)).astype(float)
-        nearest = min(np.linalg.norm(pixels - color, axis=-1).min() for color in shapes.COLORS.values())
+        pixels = np.array(draw_background(scene, 48)).astype(float)
+        nearest = min(np.linalg.norm(pixels - color, axis=-1).min() for color in COLORS.values())
         assert nearest > 60 and pixels.mean() > 190
 
 
 def test_signs_differ_in_their_pixels():
     def sign(text):
-        thing = shapes.Thing("sign", "white", "large", 4, text=text)
-        return np.array(shapes.render(shapes.Scene((thing,), "plain", (220, 220, 220)), 72)).astype(int)
+        obj = SceneObject("sign", "white", "large", 4, text=text)
+        return np.array(draw_scene(Scene((obj,), "plain", (220, 220, 220)), 72)).astype(int)
 
-    for one, other in combinations(map(sign, shapes.SIGNS), 2):
+    for one, other in combinations(map(sign, SIGN_TEXTS), 2):
         assert (np.abs(one - other).max(-1) > 80).sum() >= 4  # "1" and "7", "6" and "8"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# words
+# text
 
 
-@pytest.mark.parametrize("family", shapes.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_answer_is_true(family, asked):
     rows = asked[family]
     assert len(rows) > SCENES // 2
@@ -313,7 +325,7 @@ def test_half_of_the_same_colors_are_yes(asked):
     assert 0.45 < answers["yes"] / answers.total() < 0.55
 
 
-@pytest.mark.parametrize("family", shapes.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_no_answer_is_the_usual_one(family, asked):
     answers = Counter(answer for *_, answer in asked[family])
     assert max(answers.values()) < 0.6 * answers.total(), answers.most_common(3)
@@ -322,9 +334,9 @@ def test_no_answer_is_the_usual_one(family, asked):
 def test_captions_and_descriptions_say_all_there_is():
     openings = set()
     for index in range(SCENES):
-        scene, rng = shapes.make_scene(2, index, held_out=False)
-        check_description(scene, shapes.description(scene))
-        text = shapes.caption(scene, rng)
+        scene, rng = make_scene(2, index, held_out=False)
+        check_description(scene, describe_scene(scene))
+        text = write_caption(scene, rng)
         check_description(scene, text)
         openings.add(text.split()[0])
     assert len(openings) > 4  # more than one way to say it
@@ -332,22 +344,22 @@ def test_captions_and_descriptions_say_all_there_is():
 
 def test_notes_say_all_there_is(scenes):
     for index in range(500):
-        scene, rng = shapes.make_scene(2, index, held_out=False)
-        lines = sorted(line.strip() for line in shapes.notes(scene, rng).split(" .")[:-1])
-        assert lines == sorted(f"{shapes.named(thing)} {shapes.PLACES[thing.cell]}" for thing in scene.things)
+        scene, rng = make_scene(2, index, held_out=False)
+        lines = sorted(line.strip() for line in write_notes(scene, rng).split(" .")[:-1])
+        assert lines == sorted(f"{describe_object(obj)} {CELL_NAMES[obj.cell]}" for obj in scene.objects)
 
 
 def test_dialogues_are_true_and_do_not_repeat():
     followed = 0
     for index in range(500):
-        scene, rng = shapes.make_scene(3, index, held_out=False)
-        said = shapes.dialogues(scene, rng, 3)
+        scene, rng = make_scene(3, index, held_out=False)
+        said = make_dialogues(scene, rng, 3)
         questions = [question for pairs in said for question, _ in pairs if " it?" not in question]
-        assert 1 <= len(questions) <= len(shapes.ASKED) + 1 and len(set(questions)) == len(questions)
+        assert 1 <= len(questions) <= len(DIALOGUE_FAMILIES) + 1 and len(set(questions)) == len(questions)
         assert all(1 <= len(pairs) <= 4 for pairs in said)
         for turns, i in [(pairs, i) for pairs in said for i in range(len(pairs))]:
             question, answer = turns[i]
-            if " it?" in question:  # the thing that the turn before, in the same dialogue, was about
+            if " it?" in question:  # the object that the turn before, in the same dialogue, was about
                 assert i > 0
                 shape = re.search(rf"the ({SHAPE})\?", turns[i - 1][0])[1]
                 question = f"What color is the {shape}?"
@@ -366,7 +378,7 @@ def test_dialogues_are_true_and_do_not_repeat():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    shapes.write_world(folder, n=12, seed=4, side=40, questions=30, turns=5)
+    write_world(folder, n=12, seed=4, side=40, questions=30, turns=5)
     return folder
 
 
@@ -381,8 +393,8 @@ def test_written_records_are_read(world):
     assert {record["image"] for record in dialogues} == {record["image"] for record in captions}
     assert len({record["id"] for record in [*dialogues, *texts]}) == len(dialogues) + len(texts)
     for caption in captions:
-        with Image.open(world / caption["image"]) as picture:
-            assert picture.size == (40, 40) and picture.mode == "RGB"
+        with Image.open(world / caption["image"]) as image:
+            assert image.size == (40, 40) and image.mode == "RGB"
     assert len({record["image"] for record in captions}) == 12
 
 
@@ -390,38 +402,39 @@ def test_written_questions_are_balanced_and_held_out(world):
     questions, captions = lines(world / "questions.jsonl"), read_records(world / "captions.json")
     assert [question["question_id"] for question in questions] == list(range(30))
     counts = Counter(question["category"] for question in questions)
-    assert set(counts) == set(shapes.FAMILIES) and max(counts.values()) - min(counts.values()) <= 1
-    assert len({question["image"] for question in questions}) == 30  # each about a picture of its own
+    assert set(counts) == set(FAMILIES) and max(counts.values()) - min(counts.values()) <= 1
+    assert all(question.get("metric") == FAMILY_METRICS.get(question["category"]) for question in questions)
+    assert len({question["image"] for question in questions}) == 30  # each about an image of its own
     assert not {question["image"] for question in questions} & {record["image"] for record in captions}
     for question in questions:
-        scene, _ = shapes.make_scene(4, int(Path(question["image"]).stem), held_out=True)
-        assert scene.held_out() and np.array_equal(Image.open(world / question["image"]), shapes.render(scene, 40))
+        scene, _ = make_scene(4, int(Path(question["image"]).stem), held_out=True)
+        assert scene.is_held_out() and np.array_equal(Image.open(world / question["image"]), draw_scene(scene, 40))
         expected = truth(scene, question["text"])
         assert question["answer"] == expected or (expected is None and question["category"] == "description")
 
 
-def test_written_scenes_match_their_pictures(world):
+def test_written_scenes_match_their_images(world):
     rows = {row["image"]: row for row in lines(world / "scenes.jsonl")}
     assert len(rows) == 12 + 30 and all((world / name).is_file() for name in rows)
     for record in read_records(world / "captions.json"):
         row = rows[record["image"]]
         assert len(row["things"]) == len(named_in(record["conversations"][1]["value"]))
-        for thing in row["things"]:
-            x1, y1, x2, y2 = thing["box"]
+        for obj in row["things"]:
+            x1, y1, x2, y2 = obj["box"]
             assert -0.05 < x1 < x2 < 1.05 and -0.05 < y1 < y2 < 1.05
 
 
 def test_a_larger_world_begins_with_the_smaller_one(world):
-    # Nothing depends on how many are made, so a run can be given more pictures and keep those it has.
-    records = [shapes.records_of(4, index, 5) for index in range(20)]
+    # No scene depends on how many are made, so a run can be given more images and keep those it has.
+    records = [make_records(4, index, 5) for index in range(20)]
     assert [captioned for captioned, _, _ in records][:12] == list(read_records(world / "captions.json"))
     instructions = [instructed for _, several, _ in records[:12] for instructed in several]
     assert instructions == list(read_records(world / "instruct.json"))
 
 
-@pytest.mark.parametrize("shift", [name for name in shapes.SHIFTS if name != "none"])
-def test_a_shifted_world_says_the_same_of_other_pictures(world, tmp_path, shift):
-    shapes.write_world(tmp_path, 12, 4, 40, 30, 5, shift)
+@pytest.mark.parametrize("shift", [name for name in SHIFTS if name != "none"])
+def test_a_shifted_world_says_the_same_of_other_images(world, tmp_path, shift):
+    write_world(tmp_path, 12, 4, 40, 30, 5, shift)
     for name in ("captions.json", "instruct.json", "questions.jsonl", "scenes.jsonl"):
         assert (tmp_path / name).read_bytes() == (world / name).read_bytes()
     for row in lines(world / "scenes.jsonl"):

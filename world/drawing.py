@@ -1,0 +1,117 @@
+"""Draw a scene as an image, and shift images to another look to fine-tune on."""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from world.scenes import COLORS, Scene, SceneObject
+
+OVERSAMPLING = 4  # scenes are drawn four times as large and averaged down, which smooths every edge
+
+
+def draw_scene(scene: Scene, side: int) -> Image.Image:
+    """Return the scene as an RGB image, `side` pixels square."""
+    large = OVERSAMPLING * side
+    canvas = draw_background(scene, side).resize((large, large), Image.Resampling.NEAREST)
+    pen = ImageDraw.Draw(canvas)
+    for obj in scene.objects:
+        if obj.text:
+            draw_sign(pen, obj, large)
+        else:
+            draw_shape(pen, obj, large)
+    return canvas.reduce(OVERSAMPLING)
+
+
+def draw_background(scene: Scene, side: int) -> Image.Image:
+    """Return a pale pattern in the scene's tint; it tells nothing about the objects."""
+    y, x = np.mgrid[0:side, 0:side] / side
+    amount = {
+        "plain": 0 * x,
+        "gradient": x + y - 1,
+        "stripes": np.sin(2 * math.pi * 5 * (x + y)),
+        "dots": np.sin(2 * math.pi * 6 * x) * np.sin(2 * math.pi * 6 * y),
+        "tiles": np.sign(np.sin(2 * math.pi * 4 * x) * np.sin(2 * math.pi * 4 * y)),
+    }[scene.background]
+    pixels = np.array(scene.tint) + 9 * amount[..., None]
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def line_width(side: int) -> int:
+    return max(1, round(side * 0.012))
+
+
+def draw_shape(pen: ImageDraw.ImageDraw, obj: SceneObject, side: int):
+    x1, y1, x2, y2 = (side * v for v in obj.box)
+    fill = COLORS[obj.color]
+    outline = tuple(int(0.6 * channel) for channel in fill)
+    if obj.shape == "circle":
+        pen.ellipse((x1, y1, x2, y2), fill, outline, line_width(side))
+    else:
+        points = [(x1 + (x2 - x1) * u, y1 + (y2 - y1) * v) for u, v in shape_corners(obj.shape)]
+        pen.polygon(points, fill, outline, line_width(side))
+
+
+@lru_cache
+def shape_corners(shape: str) -> list[tuple[float, float]]:
+    """Corners of a shape in the unit square, y downwards."""
+    if shape == "square":
+        return [(0.08, 0.08), (0.92, 0.08), (0.92, 0.92), (0.08, 0.92)]
+    if shape == "triangle":
+        return [(0.5, 0.02), (1, 0.94), (0, 0.94)]
+    if shape == "cross":
+        a, b = 0.33, 0.67
+        return [(a, 0), (b, 0), (b, a), (1, a), (1, b), (b, b), (b, 1), (a, 1), (a, b), (0, b), (0, a), (a, a)]
+    if shape == "star":
+        radii = (0.52, 0.22)
+        turns = [math.pi * i / 5 for i in range(10)]
+        return [(0.5 + radii[i % 2] * math.sin(t), 0.52 - radii[i % 2] * math.cos(t)) for i, t in enumerate(turns)]
+    if shape == "heart":  # the classic parametric heart, scaled into the square
+        turns = [2 * math.pi * i / 48 for i in range(48)]
+        wave = [13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in turns]
+        return [(0.5 + 0.5 * math.sin(t) ** 3, 0.44 - w / 32) for t, w in zip(turns, wave)]
+    raise ValueError(f"no such shape: {shape!r}")
+
+
+def draw_sign(pen: ImageDraw.ImageDraw, obj: SceneObject, side: int):
+    x1, y1, x2, y2 = (side * v for v in obj.box)
+    pen.rounded_rectangle((x1, y1, x2, y2), side * 0.03, (252, 252, 248), (70, 70, 80), line_width(side))
+    pen.text(((x1 + x2) / 2, (y1 + y2) / 2), obj.text, (25, 25, 35), load_font(font_size(obj.text, side)), anchor="mm")
+
+
+def font_size(text: str, side: int) -> int:
+    """Font size of a sign's text: a word is written smaller than a digit."""
+    return round(side * (0.27 if len(text) == 1 else 0.155))
+
+
+@lru_cache
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)  # the font that Pillow ships, so it is the same on every machine
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shifts: the same scenes with other pixels
+#
+# The text stays true. A model has to adapt its vision: this is what the comparison of LoRA targets fine-tunes on.
+
+
+def shift_palette(image: Image.Image, seed: int) -> Image.Image:
+    """Turn every hue by 28 degrees and halve its saturation."""
+    hue, saturation, value = image.convert("HSV").split()
+    bands = hue.point(lambda h: (h + 20) % 256), saturation.point(lambda s: s // 2), value
+    return Image.merge("HSV", bands).convert("RGB")
+
+
+def add_noise(image: Image.Image, seed: int) -> Image.Image:
+    """Add normal noise with a standard deviation of 40 (of 255) to every pixel and channel."""
+    pixels = np.asarray(image) + np.random.default_rng(seed).normal(0, 40, (*image.size, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def invert_gray(image: Image.Image, seed: int) -> Image.Image:
+    """Return the inverted grayscale image, like an X-ray; only brightness still tells colors apart."""
+    return ImageOps.invert(ImageOps.grayscale(image)).convert("RGB")
+
+
+SHIFTS = {"none": lambda image, seed: image, "palette": shift_palette, "noise": add_noise, "gray": invert_gray}

@@ -1,0 +1,297 @@
+"""Say something about a scene: captions, notes, questions with answers by family, and dialogues.
+
+Every sentence follows from the scene, so every answer is true. The random generator only chooses what to ask and how
+to put it.
+
+An answer names its subject before it says anything about it, and an answer that needs two facts states both before
+its conclusion: "The star is red and the cross is blue, so no." The word to look up then stands next to the place
+where the fact is needed. With bare answers ("red", "no") the model must first learn to carry the question's noun to
+the answer: after 8,100 steps of stage 2 it knew 66 % of the colors instead of 96 %, and 76 % of what is there instead
+of 98 %.
+"""
+
+import random
+
+from world.scenes import COLORS, SHAPES, Scene, SceneObject
+
+CELL_NAMES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+CELL_PHRASES = ("in the top left", "at the top", "in the top right", "on the left", "in the center", "on the right")
+CELL_PHRASES += ("in the bottom left", "at the bottom", "in the bottom right")
+
+DESCRIBE = "Describe the image."  # also the default prompt of sample.py
+
+
+def describe_object(obj: SceneObject) -> str:
+    return f"sign that says {obj.text}" if obj.text else f"{obj.size} {obj.color} {obj.shape}"
+
+
+def join_list(parts: list[str]) -> str:
+    """Join parts as English does: "a, b and c"."""
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def describe_scene(scene: Scene) -> str:
+    """Return one sentence that names every object and its cell, in reading order."""
+    objects = sorted(scene.objects, key=lambda obj: obj.cell)
+    return join_list([f"a {describe_object(obj)} {CELL_PHRASES[obj.cell]}" for obj in objects]) + "."
+
+
+def write_caption(scene: Scene, rng: random.Random) -> str:
+    """Return a sentence that names every object and its cell, in one of several forms and in random order.
+
+    In reading order, the order alone would tell where an object is, and stage 1 would not teach the projector to.
+    """
+    objects = rng.sample(scene.objects, len(scene.objects))
+    if rng.random() < 0.25:
+        parts = [f"{CELL_PHRASES[obj.cell]} there is a {describe_object(obj)}" for obj in objects]
+    else:
+        parts = [f"a {describe_object(obj)} {CELL_PHRASES[obj.cell]}" for obj in objects]
+    opening = rng.choice(("", "", "an image of ", "we see ", "this is "))
+    return opening + join_list(parts) + "."
+
+
+def write_notes(scene: Scene, rng: random.Random) -> str:
+    """Return the scene as notes in random order. They replace the image while stage 0 trains the decoder on text."""
+    lines = [f" {describe_object(obj)} {CELL_NAMES[obj.cell]} ." for obj in scene.objects]
+    rng.shuffle(lines)
+    return "".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# questions, by family
+#
+# Each function returns a question and its answer, or None if the scene leaves nothing to ask.
+
+
+def unique_shapes(scene: Scene) -> list[SceneObject]:
+    """Return the shapes that occur once, so that "the star" means one object."""
+    kinds = [obj.shape for obj in scene.shapes]
+    return [obj for obj in scene.shapes if kinds.count(obj.shape) == 1]
+
+
+def nameable_objects(scene: Scene) -> list[SceneObject]:
+    """Return the objects that one word names: the shapes that occur once, and the sign."""
+    return unique_shapes(scene) + ([scene.sign] if scene.sign else [])
+
+
+def yes_no(flag: bool) -> str:
+    return "yes" if flag else "no"
+
+
+def with_article(phrase: str) -> str:
+    return f"{'an' if phrase.startswith('orange') else 'a'} {phrase}"
+
+
+def ask_existence(scene: Scene, rng: random.Random):
+    """Is there this color, this shape, or both in one object? Half of the answers are no."""
+    kind = rng.choice(("color", "shape", "pair", "pair"))
+    if kind == "pair":
+        truth, color, shape = choose_pair(scene, rng)
+        phrase = f"{color} {shape}"
+    else:
+        present = {getattr(obj, kind) for obj in scene.shapes}
+        absent = [value for value in (COLORS if kind == "color" else SHAPES) if value not in present]
+        truth = rng.random() < 0.5
+        phrase = rng.choice(sorted(present) if truth else absent) + (" shape" if kind == "color" else "")
+    form = rng.choice(("Is there {}?", "Is there {} in the image?", "Do you see {}?"))
+    return form.format(with_article(phrase)), yes_no(truth)
+
+
+def choose_pair(scene: Scene, rng: random.Random) -> tuple[bool, str, str]:
+    """Return (is it in the scene, color, shape) for a random pair; half of the pairs are in the scene."""
+    pairs = {(obj.color, obj.shape) for obj in scene.shapes}
+    if rng.random() < 0.5:
+        return True, *rng.choice(sorted(pairs))
+    # mostly a near miss: the color is in the scene, or the shape, or both in different objects
+    colors = sorted({color for color, _ in pairs}) if rng.random() < 0.5 else list(COLORS)
+    shapes = sorted({shape for _, shape in pairs}) if rng.random() < 0.5 else list(SHAPES)
+    absent = [(color, shape) for color in colors for shape in shapes if (color, shape) not in pairs]
+    if not absent:
+        absent = [(color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in pairs]
+    return False, *rng.choice(absent)
+
+
+def ask_color(scene: Scene, rng: random.Random):
+    if not (objects := unique_shapes(scene)):
+        return None
+    obj = rng.choice(objects)
+    question = rng.choice(("What color is the {}?", "Which color does the {} have?")).format(obj.shape)
+    return question, f"The {obj.shape} is {obj.color}."
+
+
+def ask_shape(scene: Scene, rng: random.Random):
+    """Ask for the shape in a cell, or for the shape of a color that occurs once."""
+    if rng.random() < 0.5:
+        obj = rng.choice(scene.shapes)
+        where = CELL_PHRASES[obj.cell]
+        return f"What shape is {where}?", f"{where.capitalize()} is a {obj.shape}."
+    colors = [obj.color for obj in scene.shapes]
+    unique = [obj for obj in scene.shapes if colors.count(obj.color) == 1]
+    if not unique:
+        return None
+    obj = rng.choice(unique)
+    question = rng.choice(("What shape is the {} one?", "Which shape is {}?")).format(obj.color)
+    return question, f"The {obj.color} one is a {obj.shape}."
+
+
+def ask_counting(scene: Scene, rng: random.Random):
+    """How many shapes are there, in all, of a color, or of a kind? One color or kind in five is absent."""
+    kind = rng.choice(("all", "color", "shape"))
+    if kind == "all":
+        return "How many shapes are there?", str(len(scene.shapes))
+    values = [getattr(obj, kind) for obj in scene.shapes]
+    absent = [value for value in (COLORS if kind == "color" else SHAPES) if value not in values]
+    repeated = [value for value in values if values.count(value) > 1]
+    value = rng.choice(absent if rng.random() < 0.2 else repeated or values)
+    plural = f"{value} shapes" if kind == "color" else f"{value}s" if value != "cross" else "crosses"
+    return f"How many {plural} are there?", str(values.count(value))
+
+
+def ask_position(scene: Scene, rng: random.Random):
+    """Where is the object that a shape, or a color and a shape, names without doubt?"""
+    pairs = [(obj.color, obj.shape) for obj in scene.shapes]
+    options = [(f"{obj.color} {obj.shape}", obj) for obj in scene.shapes if pairs.count((obj.color, obj.shape)) == 1]
+    if rng.random() < 0.5 or not options:
+        options = [(obj.shape, obj) for obj in nameable_objects(scene)]
+    if not options:
+        return None
+    name, obj = rng.choice(options)
+    question = rng.choice(("Where is the {}?", "In which place is the {}?")).format(name)
+    return question, state_position(name, obj) + "."
+
+
+def state_position(name: str, obj: SceneObject) -> str:
+    """Return the clause that says where an object is, without a full stop."""
+    return f"The {name} is {CELL_PHRASES[obj.cell]}"
+
+
+def ask_relation(scene: Scene, rng: random.Random):
+    """Where is one object, seen from another? Or: is it on this side of it? Half of the answers are yes."""
+    objects = nameable_objects(scene)
+    if len(objects) < 2:
+        return None
+    first, second = rng.sample(objects, 2)
+    directions = find_directions(first, second)
+    reason = f"{state_position(first.shape, first)} and {state_position(second.shape, second).lower()}, so"
+    if rng.random() < 0.5:
+        question = f"Where is the {first.shape}, seen from the {second.shape}?"
+        return question, f"{reason} {' and '.join(directions)}."
+    truth, claimed = rng.random() < 0.5, rng.choice(directions)
+    if not truth:
+        claimed = OPPOSITES[claimed]
+    of = " of" if claimed.startswith("to") else ""
+    return f"Is the {first.shape} {claimed}{of} the {second.shape}?", f"{reason} {yes_no(truth)}."
+
+
+OPPOSITES = {"to the left": "to the right", "to the right": "to the left", "above": "below", "below": "above"}
+
+
+def find_directions(first: SceneObject, second: SceneObject) -> list[str]:
+    """Return where `first` is, seen from `second`: two directions if they share neither row nor column, else one."""
+    (row, column), (other_row, other_column) = divmod(first.cell, 3), divmod(second.cell, 3)
+    directions = [] if row == other_row else ["above" if row < other_row else "below"]
+    if column != other_column:
+        directions.append("to the left" if column < other_column else "to the right")
+    return directions
+
+
+def ask_reading(scene: Scene, rng: random.Random):
+    if not scene.sign:
+        return None
+    question = rng.choice(("What does the sign say?", "What is written on the sign?"))
+    return question, f"The sign says {scene.sign.text}."
+
+
+def ask_comparison(scene: Scene, rng: random.Random):
+    """Which of two shapes is larger? Or: do they have the same color? Half of the latter answers are yes."""
+    objects = unique_shapes(scene)
+    pairs = [(a, b) for a in objects for b in objects if a is not b]
+    if not pairs:
+        return None
+    alike = [pair for pair in pairs if pair[0].color == pair[1].color]
+    if rng.random() < (0.36 if alike else 0.29):  # with these rates, yes and no are equally frequent
+        a, b = rng.choice(alike or pairs)
+        reason = f"The {a.shape} is {a.color} and the {b.shape} is {b.color}, so"
+        return f"Do the {a.shape} and the {b.shape} have the same color?", f"{reason} {yes_no(bool(alike))}."
+    unequal = [pair for pair in pairs if pair[0].size != pair[1].size]
+    if not unequal:
+        return None
+    a, b = rng.choice(unequal)
+    word, size = rng.choice((("larger", "large"), ("smaller", "small")))
+    reason = f"The {a.shape} is {a.size} and the {b.shape} is {b.size}, so"
+    return f"Which is {word}, the {a.shape} or the {b.shape}?", f"{reason} the {(a if a.size == size else b).shape}."
+
+
+def ask_reasoning(scene: Scene, rng: random.Random):
+    """Two steps: find a shape by its relation to another object, then name its color or shape."""
+    options = []
+    for anchor in nameable_objects(scene):
+        others = [obj for obj in scene.shapes if obj is not anchor]
+        row, column = divmod(anchor.cell, 3)
+        for relation, candidates in (
+            ("to the left of", [obj for obj in others if obj.cell % 3 < column]),
+            ("to the right of", [obj for obj in others if obj.cell % 3 > column]),
+            ("above", [obj for obj in others if obj.cell // 3 < row]),
+            ("below", [obj for obj in others if obj.cell // 3 > row]),
+        ):
+            if len(candidates) == 1:
+                (obj,) = candidates
+                options.append((f"What color is the shape {relation} the {anchor.shape}?", obj.color))
+                options.append((f"Which shape is {relation} the {anchor.shape}?", obj.shape))
+        same = [obj for obj in others if obj.color == anchor.color]
+        if len(same) == 1:
+            options.append((f"Which other shape has the color of the {anchor.shape}?", same[0].shape))
+    return rng.choice(options) if options else None
+
+
+def ask_description(scene: Scene, rng: random.Random):
+    question = rng.choice((DESCRIBE, "Describe the image in detail.", "What do you see?"))
+    return question, describe_scene(scene)
+
+
+FAMILIES = {  # groups of questions that ask for the same ability
+    "existence": ask_existence,
+    "color": ask_color,
+    "shape": ask_shape,
+    "counting": ask_counting,
+    "position": ask_position,
+    "relation": ask_relation,
+    "reading": ask_reading,
+    "comparison": ask_comparison,
+    "reasoning": ask_reasoning,
+    "description": ask_description,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dialogues
+
+# A training scene is asked one question of each of these, where it can be; two of the families learned slowest.
+DIALOGUE_FAMILIES = ("existence", "comparison", "relation", "position") * 2
+DIALOGUE_FAMILIES += ("color", "shape", "counting", "reading", "reasoning")
+
+# Long dialogues teach less: at first an answer attends evenly to everything before it, and the image is lost among nine
+# other questions. With perfect features and a learning rate of 3e-4, signs are read after 1.1 M tokens in dialogues of
+# two turns (98 %), but not after 1.8 M tokens in dialogues of ten (18 %).
+TURNS = 2
+
+
+def make_dialogues(scene: Scene, rng: random.Random, turns: int) -> list[list[tuple[str, str]]]:
+    """Return dialogues of about `turns` questions with answers, about one scene, without a repeated question.
+
+    A question about a shape's position may be followed by one about "it". Half of the scenes also get a dialogue that
+    asks for a description, which stands alone because it would give the other answers away.
+    """
+    dialogues, asked = [[]], set()
+    for family in rng.sample(DIALOGUE_FAMILIES, len(DIALOGUE_FAMILIES)):
+        pair = FAMILIES[family](scene, rng)
+        if pair is None or pair[0] in asked:
+            continue
+        asked.add(pair[0])
+        if len(dialogues[-1]) >= turns:
+            dialogues.append([])
+        dialogues[-1].append(pair)
+        subject = next((obj for obj in unique_shapes(scene) if pair[0].endswith(f"the {obj.shape}?")), None)
+        if family == "position" and subject and rng.random() < 0.3:
+            dialogues[-1].append(("What color is it?", f"The {subject.shape} is {subject.color}."))
+    return dialogues + ([[ask_description(scene, rng)]] if rng.random() < 0.5 else [])

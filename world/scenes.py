@@ -1,0 +1,148 @@
+"""Scenes: a few colored shapes and at most one sign on a 3 x 3 board, sampled from a seed.
+
+A scene is pure data. drawing.py turns it into an image and language.py into sentences, so everything that is said
+about an image is true by construction.
+"""
+
+import random
+import zlib
+from dataclasses import dataclass, replace
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
+COLORS = {  # name -> RGB
+    "red": (222, 52, 48),
+    "orange": (247, 148, 29),
+    "yellow": (250, 218, 50),
+    "green": (52, 168, 83),
+    "blue": (48, 102, 214),
+    "purple": (140, 72, 190),
+    "black": (38, 38, 46),
+}
+RADIUS = {"small": 0.1, "large": 0.17}  # fraction of the image's side; large neighbors overlap
+WORDS = ("sun", "cat", "tea", "map", "key", "box")
+SIGN_TEXTS = tuple("0123456789") + WORDS
+BACKGROUNDS = ("plain", "gradient", "stripes", "dots", "tiles")
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object: a shape, or a sign (shape "sign", color "white" and a text). Lengths are fractions of the side."""
+
+    shape: str
+    color: str
+    size: str  # a key of RADIUS
+    cell: int  # 0..8, row by row
+    dx: float = 0.0  # offset of the object's center from the center of its cell
+    dy: float = 0.0
+    text: str = ""
+
+    @property
+    def center(self) -> tuple[float, float]:
+        row, column = divmod(self.cell, 3)
+        return (column + 0.5) / 3 + self.dx, (row + 0.5) / 3 + self.dy
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """The bounding box (x1, y1, x2, y2)."""
+        (x, y), r = self.center, RADIUS[self.size]
+        return x - r, y - r, x + r, y + r
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The objects of one image and its background."""
+
+    objects: tuple[SceneObject, ...]  # in drawing order: a later object may cover the edge of an earlier one
+    background: str
+    tint: tuple[int, int, int]  # base color of the background
+
+    @property
+    def shapes(self) -> list[SceneObject]:
+        return [obj for obj in self.objects if not obj.text]
+
+    @property
+    def sign(self) -> SceneObject | None:
+        return next((obj for obj in self.objects if obj.text), None)
+
+    def is_held_out(self) -> bool:
+        """True for one scene in ten. A hash of the objects decides, so the train and held-out sides share no scene."""
+        facts = sorted((obj.shape, obj.color, obj.size, obj.cell, obj.text) for obj in self.objects)
+        return zlib.crc32(repr(facts).encode()) % 10 == 0
+
+
+def sample_scene(rng: random.Random) -> Scene:
+    """Return a random scene: one to three shapes and, in half of the scenes, a sign; each in a cell of its own."""
+    count, has_sign = rng.choices((1, 2, 3), (2, 4, 4))[0], rng.random() < 0.5
+    cells = rng.sample(range(9), count + has_sign)
+    objects = []
+    for cell in cells[:count]:
+        color = rng.choice(list(COLORS))
+        if objects and rng.random() < 0.25:  # repeated colors make counting and comparing worth asking
+            color = objects[0].color
+        objects.append(jitter(SceneObject(rng.choice(SHAPES), color, rng.choice(list(RADIUS)), cell), rng))
+    if has_sign:
+        objects.append(jitter(SceneObject("sign", "white", "large", cells[-1], text=rng.choice(SIGN_TEXTS)), rng))
+    tint = sample_tint(rng)
+    return Scene(tuple(objects), rng.choice(BACKGROUNDS), tint)
+
+
+def sample_shapes(count: int, rng: random.Random) -> Scene:
+    """Return a random scene of exactly `count` shapes without a sign, for probes beyond the training distribution."""
+    cells = rng.sample(range(9), count)
+    objects = [SceneObject(rng.choice(SHAPES), rng.choice([*COLORS]), rng.choice([*RADIUS]), cell) for cell in cells]
+    tint = sample_tint(rng)
+    return Scene(tuple(jitter(obj, rng) for obj in objects), rng.choice(BACKGROUNDS), tint)
+
+
+def sample_tint(rng: random.Random) -> tuple[int, int, int]:
+    return tuple(rng.randint(200, 250) for _ in range(3))  # pale, so that every color stands out
+
+
+def jitter(obj: SceneObject, rng: random.Random) -> SceneObject:
+    """Move an object off its cell's center, by so little that its cell stays beyond doubt."""
+    return replace(obj, dx=rng.uniform(-0.02, 0.02), dy=rng.uniform(-0.02, 0.02))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the scenes of a seed
+#
+# Scenes come in groups of four: one base scene and three siblings that differ from it in a single fact. To match each
+# of the four images to its own caption, the contrastive loss of stage 0 has to see that fact.
+
+GROUP_SIZE = 4
+
+
+def make_scene(seed: int, index: int, held_out: bool) -> tuple[Scene, random.Random]:
+    """Return scene `index` of a seed and the random generator for its text; the same on every machine."""
+    base_rng = random.Random(f"{seed} {held_out} {index // GROUP_SIZE}")
+    base = sample_until(lambda: sample_scene(base_rng), held_out)
+    rng = random.Random(f"{seed} {held_out} {index}")
+    if index % GROUP_SIZE == 0:
+        return base, rng
+    siblings = (change_one_fact(base, rng) for _ in range(30))
+    usable = (sibling for sibling in siblings if sibling.is_held_out() == held_out)
+    return next(usable, base), rng  # a scene of one shape has few siblings: if none is on this side, repeat the base
+
+
+def sample_until(sample, held_out: bool) -> Scene:
+    """Call `sample` until it returns a scene of the wanted side."""
+    while (scene := sample()).is_held_out() != held_out:
+        pass
+    return scene
+
+
+def change_one_fact(scene: Scene, rng: random.Random) -> Scene:
+    """Return the scene with one object's cell, color, shape, size or text changed, on a random background."""
+    objects = list(scene.objects)
+    i = rng.randrange(len(objects))
+    obj = objects[i]
+    free = [cell for cell in range(9) if cell not in {other.cell for other in objects}]
+    edits = [replace(obj, cell=rng.choice(free))]
+    if obj.text:
+        edits.append(replace(obj, text=rng.choice([text for text in SIGN_TEXTS if text != obj.text])))
+    else:
+        edits.append(replace(obj, color=rng.choice([color for color in COLORS if color != obj.color])))
+        edits.append(replace(obj, shape=rng.choice([shape for shape in SHAPES if shape != obj.shape])))
+        edits.append(replace(obj, size="small" if obj.size == "large" else "large"))
+    objects[i] = jitter(rng.choice(edits), rng)
+    return replace(scene, objects=tuple(objects), background=rng.choice(BACKGROUNDS))

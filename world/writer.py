@@ -1,0 +1,140 @@
+"""Write a world to a folder: images, LLaVA's JSON for training, and questions about held-out scenes.
+
+    captions.json     one caption per image, for stage 1 and for CLIP
+    instruct.json     dialogues about the images, for stage 2
+    text.json         the same kind of dialogues about notes instead of images, for the decoder of stage 0
+    questions.jsonl   questions about held-out images, for eval.py
+    scenes.jsonl      the objects of every image with their boxes
+
+The same arguments write the same bytes, and a larger world begins with the smaller one.
+"""
+
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from world.drawing import SHIFTS, draw_scene
+from world.language import DESCRIBE, FAMILIES, make_dialogues, write_caption, write_notes
+from world.scenes import make_scene
+
+FAMILY_METRICS = {"description": "objects_f1"}  # see probes.METRICS; eval.py scores the others by exact match
+
+
+def write_world(out: Path, n: int, seed: int, side: int, questions: int, turns: int, shift: str = "none"):
+    """Write `n` training images and `questions` held-out questions with their images.
+
+    Args: side: of an image in pixels; turns: questions per dialogue; shift: a key of drawing.SHIFTS.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    rows = make_questions(seed, questions)
+    asked = sorted({int(Path(row["image"]).stem) for row in rows})
+    scenes = draw_images(range(n), seed, False, side, out, shift) + draw_images(asked, seed, True, side, out, shift)
+    captions, instructions, texts = [], [], []
+    for index in tqdm(range(n), "text", unit="scene"):
+        caption, dialogues, text = make_records(seed, index, turns)
+        captions.append(caption)
+        instructions += dialogues
+        texts += text
+    write_lines(out / "scenes.jsonl", scenes)
+    write_lines(out / "questions.jsonl", rows)
+    for name, records in (("captions", captions), ("instruct", instructions), ("text", texts)):
+        (out / f"{name}.json").write_text(json.dumps(records, indent=0))
+
+
+def write_lines(path: Path, rows: list[dict]):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# images
+
+
+def image_path(seed: int, index: int, held_out: bool) -> str:
+    """Return the path of a scene's image, relative to the world's folder."""
+    return f"{'heldout' if held_out else 'train'}-{seed}/{index // 1000:04d}/{index:07d}.png"
+
+
+def draw_images(indices, seed: int, held_out: bool, side: int, out: Path, shift: str) -> list[dict]:
+    """Draw scenes on all cores; return their rows of scenes.jsonl."""
+    draw = partial(draw_image, seed=seed, held_out=held_out, side=side, out=out, shift=shift)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        name = "held-out images" if held_out else "images"
+        return list(tqdm(pool.map(draw, indices, chunksize=64), desc=name, total=len(indices), unit="image"))
+
+
+def draw_image(index: int, seed: int, held_out: bool, side: int, out: Path, shift: str) -> dict:
+    """Draw scene `index` into its file; return its row of scenes.jsonl, in which the objects are called "things"."""
+    scene, _ = make_scene(seed, index, held_out)
+    name = image_path(seed, index, held_out)
+    path = out / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    SHIFTS[shift](draw_scene(scene, side), index).save(path, compress_level=1)
+    objects = [asdict(obj) | {"box": [round(v, 4) for v in obj.box]} for obj in scene.objects]
+    return {"image": name, "background": scene.background, "things": objects}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training records
+
+
+def make_conversation(turns: list[tuple[str, str]], prefix: str = "") -> list[dict]:
+    """Return a dialogue in LLaVA's JSON; `prefix` ("<image>\\n", or notes) opens the first question."""
+    result = []
+    for i, (question, answer) in enumerate(turns):
+        result.append({"from": "human", "value": prefix + question if i == 0 else question})
+        result.append({"from": "gpt", "value": answer})
+    return result
+
+
+def make_records(seed: int, index: int, turns: int) -> tuple[dict, list[dict], list[dict]]:
+    """Return the records of training scene `index`: one caption, its dialogues, and its text-only records."""
+    scene, rng = make_scene(seed, index, held_out=False)
+    name = f"{seed}-{index}"
+    image = {"image": image_path(seed, index, False)}
+    conversation = make_conversation([(DESCRIBE, write_caption(scene, rng))], "<image>\n")
+    caption = {"id": name} | image | {"conversations": conversation}
+    dialogues = [
+        {"id": f"{name}-{i}"} | image | {"conversations": make_conversation(pairs, "<image>\n")}
+        for i, pairs in enumerate(make_dialogues(scene, rng, turns))
+    ]
+    text = [
+        {"id": f"{name}-notes-{i}", "conversations": make_conversation(pairs, write_notes(scene, rng) + "\n")}
+        for i, pairs in enumerate(make_dialogues(scene, rng, turns)[:2])
+    ]
+    conversation = make_conversation([(write_notes(scene, rng), write_caption(scene, rng))])
+    text.append({"id": f"{name}-caption", "template": "plain", "conversations": conversation})
+    return caption, dialogues, text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# held-out questions
+
+
+def make_question(seed: int, index: int, number: int) -> dict | None:
+    """Return question `number`, about held-out scene `index`; None if its family cannot ask about this scene.
+
+    The families take turns by number.
+    """
+    scene, rng = make_scene(seed, index, held_out=True)
+    family = sorted(FAMILIES)[number % len(FAMILIES)]
+    pair = FAMILIES[family](scene, rng)
+    if pair is None:
+        return None
+    image, metric = image_path(seed, index, True), FAMILY_METRICS.get(family)
+    row = {"question_id": number, "image": image, "text": pair[0], "answer": pair[1], "category": family}
+    return row | ({"metric": metric} if metric else {})
+
+
+def make_questions(seed: int, count: int) -> list[dict]:
+    """Return `count` held-out questions, equally many of each family, each about a scene of its own."""
+    rows, index = [], 0
+    while len(rows) < count:
+        row = make_question(seed, index, len(rows))
+        rows += [row] if row else []
+        index += 1
+    return rows
