@@ -1,4 +1,4 @@
-"""The speedrun's report: accuracy by family, loss curves, a sheet of held-out pictures, the time of every step."""
+"""The speedrun's report: accuracy by family, loss curves, a sheet of held-out images, the minutes of every step."""
 
 import json
 from pathlib import Path
@@ -11,90 +11,117 @@ from world.drawing import load_font
 from world.language import FAMILIES
 
 STAGES = ("stage0/clip", "stage0/decoder", "stage1", "stage2")
+EXTRA_STEPS = ("no-stage1", "ablation evaluation")  # of --ablation; not counted in the speedrun's minutes
+
+
+def write_report(out: Path, minutes: dict[str, float], dial: float):
+    """Write report.md, report.json, loss.png and sheet.png from what the steps left in `out`.
+
+    Args: minutes: of every step; dial: the speedrun's --minutes.
+    """
+    answers = read_rows(out / "stage2/answers.jsonl")
+    plots.loss_curve(out / "loss.png", {name: read_rows(out / name / "log.jsonl") for name in STAGES})
+    draw_sheet(out, answers, out / "sheet.png")
+    accuracy, blind = accuracy_by_category(answers), accuracy_by_category(read_rows(out / "stage2/answers-blank.jsonl"))
+    result = {
+        "minutes": round(sum(value for name, value in minutes.items() if name not in EXTRA_STEPS), 2),
+        "dial": dial,
+        "accuracy": round_values(accuracy),
+        "blind_accuracy": round(blind["overall"], 2),
+        "blind": round_values(blind),
+        "stages": {name: json.loads((out / name / "run.json").read_text())["loss"] for name in STAGES},
+        "steps": round_values(minutes),
+    }
+    if ablation := read_rows(out / "no-stage1/answers.jsonl"):
+        result["without_stage1"] = round_values(accuracy_by_category(ablation))
+    (out / "report.json").write_text(json.dumps(result, indent=2) + "\n")
+    (out / "report.md").write_text(to_markdown(out, result))
+    summary = f"overall {accuracy['overall']:.1f} %, blind {blind['overall']:.1f} %, {result['minutes']:.1f} minutes"
+    print(f"\n{summary}: {out}/report.md")
 
 
 def read_rows(path: Path) -> list[dict]:
-    """A jsonl file's rows, those with a question_id in its order; none if there is no such file."""
+    """Return a jsonl file's rows, sorted by question_id if they have one; an empty list if there is no such file."""
     rows = [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
     return sorted(rows, key=lambda row: row.get("question_id", 0))
 
 
-def sheet(out: Path, answers: list[dict], columns: int = 5, rows: int = 4):
-    """Held-out pictures as the model got them, each with question, answer and truth; wrong answers are red."""
-    questions = {row["question_id"]: row for row in read_rows(out / "world/questions.jsonl")}
-    width, height, side = 250, 265, 150
-    canvas = Image.new("RGB", (columns * width, rows * height), "white")
-    pen, font = ImageDraw.Draw(canvas), load_font(13)
-    for i, answer in enumerate(answers[: columns * rows]):
-        question = questions[answer["question_id"]]
-        x, y = i % columns * width + 10, i // columns * height + 8
-        with Image.open(out / "world" / question["image"]) as picture:
-            canvas.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (x, y))
-        right = answer["metadata"]["score"] == 1
-        text = wrapped([answer["prompt"], "> " + answer["text"]], 36, 6)
-        pen.text((x, y + side + 4), text, (20, 110, 50) if right else (190, 30, 30), font)
-        if not right:
-            pen.text((x + side + 6, y), wrapped(["truth:", question["answer"]], 13, 9), (90, 90, 90), font)
-    canvas.save(out / "sheet.png")
+def round_values(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 2) for name, value in values.items()}
 
 
-def wrapped(lines: list[str], width: int, most: int) -> str:
-    """At most `most` lines of `width` characters, broken at spaces."""
-    result = []
-    for line in lines:
-        row = ""
-        for word in line.split():
-            if len(row) + len(word) >= width:
-                result.append(row)
-                row = ""
-            row += word + " "
-        result.append(row)
-    return "\n".join(result[:most])
-
-
-def write(out: Path, minutes: dict[str, float], dial: float):
-    """Write report.md, report.json, loss.png and sheet.png from what the steps left in `out`."""
-    answers, blind = read_rows(out / "stage2/answers.jsonl"), read_rows(out / "stage2/answers-blank.jsonl")
-    accuracy, blank = accuracy_by_category(answers), accuracy_by_category(blind)
-    ablated = read_rows(out / "no-stage1/answers.jsonl")
-    ablation = accuracy_by_category(ablated) if ablated else {}
-    logs = {name: read_rows(out / name / "log.jsonl") for name in STAGES}
-    plots.loss_curve(out / "loss.png", logs)
-    sheet(out, answers)
-    total = sum(value for name, value in minutes.items() if name not in ("no-stage1", "ablation evaluation"))
-    result = {
-        "minutes": round(total, 2),
-        "dial": dial,
-        "accuracy": {name: round(value, 2) for name, value in accuracy.items()},
-        "blind_accuracy": round(blank["overall"], 2),
-        "blind": {name: round(value, 2) for name, value in blank.items()},
-        "stages": {name: json.loads((out / name / "run.json").read_text())["loss"] for name in STAGES},
-        "steps": {name: round(value, 2) for name, value in minutes.items()},
-    }
-    if ablation:
-        result["without_stage1"] = {name: round(value, 2) for name, value in ablation.items()}
-    (out / "report.json").write_text(json.dumps(result, indent=2) + "\n")
-    (out / "report.md").write_text(markdown(out, result, minutes))
-    print(
-        f"\noverall {accuracy['overall']:.1f} %, blind {blank['overall']:.1f} %, {total:.1f} minutes: {out}/report.md"
-    )
-
-
-def markdown(out: Path, result: dict, minutes: dict[str, float]) -> str:
-    """report.md, from what report.json holds and the minutes of every step."""
-    families = ["overall", *FAMILIES]
+def to_markdown(out: Path, result: dict) -> str:
+    """Return report.md from the content of report.json."""
     without = result.get("without_stage1", {})
     head = "| family | accuracy | blind |" + (" without stage 1 |" if without else "")
     lines = [f"# Speedrun, {result['dial']:g} minutes", "", f"It took {result['minutes']:.1f} minutes.", "", head]
     lines.append("|---|---:|---:|" + ("---:|" if without else ""))
-    for name in families:
+    for name in ("overall", *FAMILIES):
         extra = f" {without[name]:.1f} % |" if without else ""
         lines.append(f"| {name} | {result['accuracy'][name]:.1f} % | {result['blind'][name]:.1f} % |{extra}")
-    lines += ["", "Blind: the same model, every picture replaced by the mean color.", "", "![loss](loss.png)", ""]
-    probed = (out / "probes/probes.md").read_text() if (out / "probes/probes.md").exists() else ""
-    lines += ["![held-out pictures](sheet.png)", "", "| step | minutes |", "|---|---:|"]
-    lines += [f"| {name} | {value:.1f} |" for name, value in minutes.items()]
-    lines += ["", "Go on with your own picture, or a conversation:", ""]
+    lines += ["", "Blind: the same model, with every image replaced by the mean color.", "", "![loss](loss.png)", ""]
+    lines += ["![held-out images](sheet.png)", "", "| step | minutes |", "|---|---:|"]
+    lines += [f"| {name} | {value:.1f} |" for name, value in result["steps"].items()]
+    lines += ["", "Ask it about an image of your own, or talk with it:", ""]
     lines += [f"    python sample.py --model {out}/stage2 --image YOUR.jpg", ""]
-    lines += [probed.replace("# Probes", "# Where it goes wrong").replace("](probes.png)", "](probes/probes.png)")]
+    if (out / "probes/probes.md").exists():
+        probes = (out / "probes/probes.md").read_text()
+        lines.append(
+            probes.replace("# Probes", "# Where it goes wrong").replace("](probes.png)", "](probes/probes.png)")
+        )
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the sheet of held-out images
+
+SCALE = 2  # the sheet is drawn for screens of twice the usual resolution
+CARD, IMAGE, MARGIN, LINE = (SCALE * length for length in (236, 132, 12, 16))  # pixels
+PAGE, WHITE, BORDER = "#f6f8fa", "#ffffff", "#d0d7de"
+DARK, GRAY, GREEN, RED, AMBER = "#1f2328", "#59636e", "#1a7f37", "#cf222e", "#9a6700"
+
+
+def draw_sheet(out: Path, answers: list[dict], path: Path, columns: int = 5, rows: int = 4):
+    """Draw cards with a held-out image, the question and the answer: green if right, red with the truth if wrong."""
+    questions = {row["question_id"]: row for row in read_rows(out / "world/questions.jsonl")}
+    cards = [card_lines(questions[answer["question_id"]], answer) for answer in answers[: columns * rows]]
+    grid = [cards[i : i + columns] for i in range(0, len(cards), columns)]
+    heights = [IMAGE + 3 * MARGIN + LINE * max(len(lines) for _, lines in row) for row in grid]
+    size = columns * (CARD + MARGIN) + MARGIN, sum(heights) + MARGIN * (len(grid) + 1)
+    sheet = Image.new("RGBA", size)
+    pen = ImageDraw.Draw(sheet)
+    pen.rounded_rectangle((0, 0, size[0] - 1, size[1] - 1), 2 * MARGIN, PAGE)
+    y = MARGIN
+    for row, height in zip(grid, heights):
+        for column, (question, lines) in enumerate(row):
+            x = MARGIN + column * (CARD + MARGIN)
+            pen.rounded_rectangle((x, y, x + CARD, y + height), MARGIN, WHITE, BORDER, SCALE)
+            with Image.open(out / "world" / question["image"]) as image:
+                sheet.paste(image.resize((IMAGE, IMAGE), Image.Resampling.LANCZOS), (x + MARGIN, y + MARGIN))
+            pen.text((x + IMAGE + 2 * MARGIN, y + MARGIN), question["category"], GRAY, load_font(SCALE * 12))
+            for i, (text, color) in enumerate(lines):
+                pen.text((x + MARGIN, y + IMAGE + 2 * MARGIN + i * LINE), text, color, load_font(SCALE * 12))
+        y += height + MARGIN
+    sheet.save(path)
+
+
+def card_lines(question: dict, answer: dict) -> tuple[dict, list[tuple[str, str]]]:
+    """Return the question and the (text, color) lines of its card."""
+    score = answer["metadata"]["score"]
+    color = GREEN if score == 1 else AMBER if score > 0 else RED
+    parts = [(answer["prompt"], DARK, 2), (answer["text"] or "(no answer)", color, 5)]
+    if score < 1:
+        parts.append((f"Truth: {question['answer']}", GRAY, 5))
+    return question, [(line, color) for text, color, most in parts for line in wrap(text, most)]
+
+
+def wrap(text: str, most: int) -> list[str]:
+    """Break text into at most `most` lines of a card's width; an ellipsis marks what is cut."""
+    lines, font = [""], load_font(SCALE * 12)
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= CARD - 2 * MARGIN or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1] + " ..."]

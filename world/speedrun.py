@@ -1,115 +1,189 @@
 """The speedrun: every step from an empty folder to a model that answers, as the commands a person would type.
 
-    python speedrun.py --minutes 15        (bash speedrun.sh installs first)
+    python -m world.speedrun --minutes 15        (bash speedrun.sh installs first)
 
-One dial, the minutes, sets sizes and steps; they do not depend on how fast the machine is, so on one machine the same
-dial and seed give the same numbers. A run that was stopped goes on where it was, and the minutes of the step it was in
-count from there. The report is out/speedrun/report.md.
+One dial, --minutes, sets how much data is drawn and how many steps are trained. The numbers do not depend on the speed
+of the machine, so on one machine the same dial and seed give the same results. A stopped speedrun resumes at the step
+that it was in; the minutes of that step then count from there. The report is out/speedrun/report.md.
 """
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from world import report
+from inputs.files import OUTPUT_ROOT
+from world.report import write_report
 
-OUT = Path("out/speedrun")
-TRIAL = (
+COMPILER_TEST = (
     "import torch; from fast import linear; from training import ranks; "
     "linear.need_compiler(torch.device(ranks.choose_device(None)))"
 )
 
 
-def plan(
-    minutes: float, seed: int, out: Path, ablation: bool, compiled: list[str]
-) -> list[tuple[str, list[str], Path]]:
-    """(name, command, the file that shows it is done) of every step, for a run of so many minutes on two cores.
+# ---------------------------------------------------------------------------------------------------------------------
+# the steps
 
-    Args: compiled: flags of stage 2, the longest.
-    """
-    world, common = out / "world", ["--world", str(out / "world"), "--seed", str(seed)]
+
+@dataclass
+class Step:
+    """One step: its name, the arguments of python, and the run that it trains (None: it does not train)."""
+
+    name: str
+    command: list[str]
+    run: Path | None = None
+
+    def resumed(self) -> list[str]:
+        """Return the command, with --resume if its training run has begun."""
+        begun = self.run is not None and (self.run / "run.json").exists()
+        return [*self.command, "--resume"] if begun else self.command
+
+
+def plan(minutes: float, seed: int, out: Path, ablation: bool, stage2_flags: list[str]) -> list[Step]:
+    """Return the steps of a speedrun that takes about this many minutes on two cores."""
+    world, stages = out / "world", {name: out / name for name in ("stage0", "stage1", "stage2", "no-stage1")}
+    data = ["--world", str(world), "--seed", str(seed)]
     questions = ["--questions", str(world / "questions.jsonl"), "--images", str(world)]
 
-    def train(name: str, stage: int, steps: float, folder: str, *flags: str):
-        command = ["train.py", "--stage", str(stage), "--out", str(out / folder), "--steps", str(int(steps * minutes))]
-        tower = name if stage == 0 else ""  # each tower of stage 0 is a run of its own in that folder
-        return name, [*command, *common, *flags], out / folder / tower / "run.json"
+    def train(name: str, stage: int, folder: Path, steps_per_minute: float, *flags: str) -> Step:
+        steps = str(int(steps_per_minute * minutes))
+        command = ["train.py", "--stage", str(stage), "--out", str(folder), "--steps", steps, *data, *flags]
+        return Step(name, command, folder / name if stage == 0 else folder)  # each tower of stage 0 is a run
 
-    def evaluate(name: str, folder: str, answers: str, *flags: str):
-        return name, ["eval.py", "--model", str(out / folder), *questions, *flags], out / folder / answers
+    def evaluate(name: str, folder: Path, *flags: str) -> Step:
+        return Step(name, ["eval.py", "--model", str(folder), *questions, *flags])
 
-    towers = ["--vision", str(out / "stage0/clip"), "--llm", str(out / "stage0/decoder")]
-    clip, decoder = (
-        ["--tower", tower, "--batch-size", batch, "--lr", rate]
-        for tower, batch, rate in (("clip", "128", "1e-3"), ("decoder", "16", "4e-4"))
-    )
-    probing = ["eval.py", "--task", "probes", "--model", str(out / "stage2"), "--out", str(out / "probes")]
     draw = ["-m", "world", "write", "--out", str(world), "--n", str(int(1000 * minutes)), "--seed", str(seed)]
-    ablated = [  # the same stage 2 on a new projector, as LLaVA would start it; first, so that the newest run is whole
-        train("no-stage1", 2, 720, "no-stage1", *towers, *compiled),
-        evaluate("ablation evaluation", "no-stage1", "answers.jsonl"),
+    towers = ["--vision", str(stages["stage0"] / "clip"), "--llm", str(stages["stage0"] / "decoder")]
+    clip_flags = ["--tower", "clip", "--batch-size", "128", "--lr", "1e-3"]
+    decoder_flags = ["--tower", "decoder", "--batch-size", "16", "--lr", "4e-4"]
+    probes = ["eval.py", "--task", "probes", "--model", str(stages["stage2"]), "--out", str(out / "probes")]
+    without_stage1 = [  # the same stage 2 on an untrained projector; it runs first, so that stage 2 is the newest run
+        train("no-stage1", 2, stages["no-stage1"], 720, *towers, *stage2_flags),
+        evaluate("ablation evaluation", stages["no-stage1"]),
     ]
     return [
-        ("world", draw, world / "instruct.json"),
-        train("clip", 0, 16, "stage0", *clip),
-        train("decoder", 0, 110, "stage0", *decoder),
-        train("stage1", 1, 24, "stage1", *towers, "--whiten"),
-        *(ablated if ablation else []),
-        train("stage2", 2, 720, "stage2", "--model", str(out / "stage1"), *compiled),
-        evaluate("evaluation", "stage2", "answers.jsonl"),
-        evaluate("blind evaluation", "stage2", "answers-blank.jsonl", "--blank"),
-        ("probes", probing, out / "probes/probes.json"),
+        Step("world", draw),
+        train("clip", 0, stages["stage0"], 16, *clip_flags),
+        train("decoder", 0, stages["stage0"], 110, *decoder_flags),
+        train("stage1", 1, stages["stage1"], 24, *towers, "--whiten"),
+        *(without_stage1 if ablation else []),
+        train("stage2", 2, stages["stage2"], 720, "--model", str(stages["stage1"]), *stage2_flags),
+        evaluate("evaluation", stages["stage2"]),
+        evaluate("blind evaluation", stages["stage2"], "--blank"),
+        Step("probes", probes),
     ]
 
 
-def worth_compiling(minutes: float) -> list[str]:
-    """--compile where it works, and saves more than the half minute that it takes."""
+def choose_compile(minutes: float) -> list[str]:
+    """Return ["--compile"] if the compiler works and saves more than the half minute that it takes."""
     if minutes < 10:
         return []
-    print("trying torch's compiler ...", flush=True)
-    tried = subprocess.run([sys.executable, "-c", TRIAL], capture_output=True, text=True)
-    if tried.returncode:
-        reason = tried.stderr.splitlines()[-1].removeprefix("ValueError: ")
+    print("testing torch's compiler ...", flush=True)
+    test = subprocess.run([sys.executable, "-c", COMPILER_TEST], capture_output=True, text=True)
+    if test.returncode:
+        reason = (test.stderr.splitlines() or ["it was stopped"])[-1].removeprefix("ValueError: ")
         print(f"stage 2 will take a third longer: {reason}", file=sys.stderr)
         return []
     return ["--compile"]
 
 
-def main():
-    """Run every step that is not done yet, note its minutes, and write the report; a step that fails ends it."""
+# ---------------------------------------------------------------------------------------------------------------------
+# running them
+
+
+class Runner:
+    """Runs one command at a time. On SIGINT or SIGTERM, the command may save and end first; then the speedrun ends."""
+
+    def __init__(self):
+        self.process, self.signal = None, 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame):
+        self.signal = number
+        # A terminal sends Ctrl-C to the command as well. A second signal would end it without a checkpoint.
+        if self.process and not (number == signal.SIGINT and in_foreground()):
+            self.process.send_signal(number)
+
+    def run(self, command: list[str]) -> int:
+        """Run python with these arguments; return its exit status."""
+        if self.signal:
+            return 128 + self.signal
+        self.process = subprocess.Popen([sys.executable, *command])
+        if self.signal:  # it arrived while the command was being started
+            self.process.send_signal(self.signal)
+        status = self.process.wait()
+        self.process = None
+        return status
+
+
+def in_foreground() -> bool:
+    """True if a terminal's Ctrl-C reaches this process and its children."""
+    try:
+        with open("/dev/tty") as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
+        return False
+
+
+def run_steps(steps: list[Step], minutes_file: Path, runner: Runner) -> dict[str, float]:
+    """Run the steps that `minutes_file` does not list yet; return the minutes that each step took.
+
+    A step that fails, or a signal, ends the program with one line.
+    """
+    minutes = read_minutes(minutes_file)
+    for step in steps:
+        if step.name in minutes:
+            continue
+        command, begin = step.resumed(), time.time()
+        print(f"\n=== {step.name}: python {' '.join(command)}", flush=True)
+        status = runner.run(command)
+        if status:
+            print(f"speedrun: stopped in {step.name}; the same command resumes it", file=sys.stderr)
+            sys.exit(128 + runner.signal if runner.signal else 1)
+        minutes[step.name] = (time.time() - begin) / 60
+        minutes_file.write_text(json.dumps(minutes, indent=2) + "\n")
+    return minutes
+
+
+def read_minutes(path: Path) -> dict[str, float]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def read_flags() -> argparse.Namespace:
+    """The command line; an unknown flag or value ends the program with status 2."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python -m world.speedrun",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--minutes", type=float, default=15, help="the dial: how long it may take on two cores, installation aside")
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, default=OUT)
-    add(
-        "--ablation",
-        action="store_true",
-        help="also train stage 2 on a new projector, beyond the minutes; added later, it is then the newest run",
-    )
+    add("--minutes", type=float, default=15, help="how long it may take on two cores, installation aside")
+    add("--seed", type=int, default=0, help="seed of the world and of every training run")
+    add("--out", type=Path, default=OUTPUT_ROOT / "speedrun", help="folder of everything that it writes")
+    ablation = "also train stage 2 without stage 1, in extra time; if added later, that is then the newest run"
+    add("--ablation", action="store_true", help=ablation)
     args = parser.parse_args()
     if args.minutes <= 0:
         parser.error("--minutes must be above 0")
+    return args
+
+
+def main():
+    """Run every step that is not done yet, then write the report."""
+    args = read_flags()
     args.out.mkdir(parents=True, exist_ok=True)
-    times_file = args.out / "minutes.json"
-    times = json.loads(times_file.read_text()) if times_file.exists() else {}
-    compiled = [] if "stage2" in times else worth_compiling(args.minutes)
-    for name, command, done in plan(args.minutes, args.seed, args.out, args.ablation, compiled):
-        if name in times:
-            continue
-        resume = ["--resume"] if command[0] == "train.py" and done.exists() else []
-        print(f"\n=== {name}: python {' '.join(command + resume)}", flush=True)
-        begin = time.time()
-        if subprocess.run([sys.executable, *command, *resume]).returncode:
-            sys.exit(f"speedrun.py: {name} stopped; the same command goes on from here")
-        times[name] = (time.time() - begin) / 60
-        times_file.write_text(json.dumps(times, indent=2) + "\n")
-    report.write(args.out, times, args.minutes)
+    minutes_file, runner = args.out / "minutes.json", Runner()
+    stage2_flags = [] if "stage2" in read_minutes(minutes_file) else choose_compile(args.minutes)
+    steps = plan(args.minutes, args.seed, args.out, args.ablation, stage2_flags)
+    write_report(args.out, run_steps(steps, minutes_file, runner), args.minutes)
 
 
 if __name__ == "__main__":
