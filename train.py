@@ -98,9 +98,7 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, ranks: Distribute
         ranks.print0(f"{group['component']:<24}{count:>14,}{group['peak']:>10.1e}{group['weight_decay']:>8g}")
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     ranks.print0(f"{'(frozen)':<24}{frozen:>14,}")
-    return sharding.make_adamw(
-        list(groups.values()), args.shard, args.offload_states, lr=args.lr, betas=(0.9, args.beta2)
-    )
+    return sharding.make_adamw(list(groups.values()), args.shard, lr=args.lr, betas=(0.9, args.beta2))
 
 
 def micro_batch(args, ranks: Distributed) -> int:
@@ -238,11 +236,9 @@ def check_memory(args, ranks: Distributed, model: nn.Module, dataset, pad_id: in
     """Say what a rank will hold, and return it. Raises ValueError if that cannot fit."""
     batch = largest_batch(dataset, micro_batch(args, ranks), pad_id)
     needed = memory.estimate(model, args.shard, ranks.world_size, compute_dtype(ranks.device, args.dtype), batch)
-    if args.offload_states and ranks.device.type == "cuda":
-        needed.states = 0  # but for one parameter's
-    free = memory.free_bytes(ranks.device)
-    ranks.print0(f"{needed}; there are {free / 1e9:.3g}")
-    memory.check_fits(needed, free)
+    available = memory.available_bytes(ranks.device)
+    ranks.print0(f"{needed}; {available / 1e9:.3g} GB are available")
+    memory.check_fits(needed, available)
     return needed
 
 
@@ -378,8 +374,6 @@ def update(args, ranks: Distributed, optimizer, loss: float, step: int) -> dict:
         meters.clip_gradients(optimizer, norm, args.clip_grad)
         optimizer.step()
         row["grad_norms"] = norms
-        if (step + 1) % meters.UPDATES_EVERY == 0:
-            row["update_norms"] = meters.update_norms(optimizer, ranks, args.shard)
     else:
         row |= {"loss": None, "grad_norm": None, "skipped": f"the loss is {loss}, the gradient's norm {norm}"}
     optimizer.zero_grad(set_to_none=True)
@@ -635,9 +629,6 @@ def main():
     """Train one stage on every rank; what a user can mend ends in one line and status 1."""
     args = read_flags(__doc__)
     try:
-        if args.plot:
-            print(plots.compare(args.plot, runs.OUTPUT_ROOT / "runs.png"))
-            return
         ranks = Distributed(args.device, args.timeout)
         micro_batch(args, ranks)
         if args.weights == "bfloat16" and compute_dtype(ranks.device, args.dtype) == torch.float32:

@@ -102,7 +102,8 @@ def draw(found: dict[str, dict[int, dict]], path: Path):
     rates = [p["flops"] / p["seconds"] for name in SWEEPS for p in found[name].values()]
     rate = statistics.median(rates)
     names = {name: label for name, (label, _) in SWEEPS.items()} | {"ranks": "ranks (DDP, gloo), 4 rows each"}
-    figure, axes = plots.pyplot().subplots(2, len(names), figsize=(3.1 * len(names), 5.4), sharex="col", sharey="row")
+    figure = plots.new_figure(3.1 * len(names), 5.4)
+    axes = figure.subplots(2, len(names), sharex="col", sharey="row")
     for column, (name, label) in zip(axes.T, names.items()):
         points = found[name]
         values = list(points)
@@ -122,7 +123,7 @@ def draw(found: dict[str, dict[int, dict]], path: Path):
         axis.set_yticks(ticks, ticks)
     axes[0][0].set_title(f"line: FLOP / {rate / 1e9:.0f} GFLOP/s", fontsize=9, loc="left")
     axes[1][0].set_title("line: memory.estimate", fontsize=9, loc="left")
-    plots.save(figure, path)
+    figure.savefig(path, dpi=110)
 
 
 def sweep(seconds: float) -> dict[str, dict[int, dict]]:

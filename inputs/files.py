@@ -1,6 +1,6 @@
-"""Writing so that a kill leaves the old or the new, never half; and reading what is not to be trusted.
+"""Write files so that a kill leaves the old or the new version, never half of one; read untrusted JSON safely.
 
-Whatever is published appears whole or not at all: it is written beside its place, flushed to the disk, then renamed.
+Everything is written under another name, flushed to disk, and renamed to its own.
 """
 
 import hashlib
@@ -12,31 +12,29 @@ from pathlib import Path
 
 import torch
 
-OUTPUT_ROOT = Path("out")  # of everything that is written without a name given
-
-# ---------------------------------------------------------------------------------------------------------------------
-# folders
+OUTPUT_ROOT = Path("out")  # where everything goes that is written without an --out
+MANIFEST = "manifest.json"
 
 
 def publish_folder(folder: Path, write: Callable[[Path], None]):
-    """Make `folder` appear whole: `write` fills a folder beside it, which is flushed and then takes the name."""
+    """Make a folder appear complete: `write` fills a temporary folder beside it, which is then renamed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed here
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed here
     partial.mkdir()
     try:
         write(partial)
+        for path in [*partial.iterdir(), partial]:
+            fsync(path)
     except (ValueError, OSError):
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for path in [*partial.iterdir(), partial]:
-        fsync(path)
     partial.rename(folder)
     fsync(folder.parent)
 
 
 def write_atomic(path: Path, content: bytes):
-    """Replace a file in one step; a reader sees the old or the new one."""
+    """Replace a file in one step: a reader sees the old or the new content."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     fsync(partial)
@@ -44,7 +42,7 @@ def write_atomic(path: Path, content: bytes):
 
 
 def read_complete_lines(path: Path) -> bytes:
-    """What a growing file holds up to its last line break: a kill may have cut the line that follows."""
+    """Return a log's content up to its last line break: a kill may have cut the line after it. b"" without a file."""
     content = path.read_bytes() if path.exists() else b""
     return content[: content.rfind(b"\n") + 1]
 
@@ -55,34 +53,28 @@ def fsync(path: Path):
     os.close(descriptor)
 
 
-MANIFEST = "manifest.json"
-
-
 def write_manifest(folder: Path):
-    """Note size and SHA-256 of every file in the folder, so that `verify_manifest` can tell any later change."""
+    """Record size and SHA-256 of every file in the folder, for `verify_manifest`."""
     write_json(folder / MANIFEST, {path.name: fingerprint(path) for path in sorted(folder.iterdir())})
 
 
 def fingerprint(path: Path) -> dict:
+    """Return {"bytes": size, "sha256": hex digest} of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def verify_manifest(folder: Path):
-    """Raises ValueError naming the first file that is not as its manifest says."""
+    """Raise ValueError naming the first file that differs from the manifest, is missing from it, or is too many."""
     manifest, text = read_json(folder / MANIFEST), (folder / MANIFEST).read_text()
-    if text != to_json(manifest):  # a change in its own spaces would go unseen otherwise
-        raise ValueError(f"{folder / MANIFEST}: was changed")
+    if text != to_json(manifest):  # finds changes in its whitespace, too
+        raise ValueError(f"{folder / MANIFEST}: was changed after it was written")
     names = {path.name for path in folder.iterdir()} - {MANIFEST}
     for name in sorted(names ^ set(manifest)):
         raise ValueError(f"{folder / name}: {'is not in the manifest' if name in names else 'is missing'}")
     for name, expected in manifest.items():
         if fingerprint(folder / name) != expected:
-            raise ValueError(f"{folder / name}: is not as it was written")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# JSON
+            raise ValueError(f"{folder / name}: was changed after it was written")
 
 
 def to_json(values: dict) -> str:
@@ -95,15 +87,15 @@ def write_json(path: Path, values: dict):
 
 
 def reject_duplicate_keys(pairs: list) -> dict:
-    """For json.loads, as object_pairs_hook. Raises ValueError if an object names a key twice."""
+    """Raise ValueError if a JSON object has a key twice (Python keeps the last one). For json's object_pairs_hook."""
     result = dict(pairs)
-    if len(result) < len(pairs):  # Python would keep the last one: what was checked is not what is used
-        raise ValueError(f"key given twice among {[key for key, _ in pairs][:6]}")
+    if len(result) < len(pairs):
+        raise ValueError(f"duplicate key among {[key for key, _ in pairs][:6]}")
     return result
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object. Raises ValueError naming the file."""
+    """Return the JSON object in a file. Raises ValueError naming the file if it cannot be read or is no object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=reject_duplicate_keys)
     except OSError as error:
@@ -115,23 +107,20 @@ def read_json(path: Path) -> dict:
     return values
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tensors
-
 CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], values: Iterator[torch.Tensor]):
-    """A safetensors file, tensor by tensor, so that of a model spread over ranks only one is ever whole.
+    """Write a safetensors file tensor by tensor, so a model sharded over ranks is never whole in memory.
 
-    Args: tensors: whose shapes and types are written first; values: what they hold, in the same order.
-    The format: the header's length (8 bytes, little-endian), the header (JSON), then the data end to end.
+    The format: length of the header (8 bytes, little-endian), the header (JSON), then the data without gaps.
+
+    Args: tensors: give names, shapes and dtypes. values: the data, in the same order.
     """
-    header, at = {}, 0
+    header, end = {}, 0
     for name, tensor in tensors.items():
-        end = at + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
-        at = end
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

@@ -1,4 +1,8 @@
-"""The tensors of a checkpoint: collected from all ranks, and restored on any number of them."""
+"""The tensors of a checkpoint: collected from all ranks, and restored onto any number of them.
+
+A checkpoint holds the trainable weights and AdamW's states, each tensor whole. It needs no random state: the order of
+the data and the seed of every step are functions of (seed, step, rank). `runs.py` writes and verifies the files.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,74 +18,66 @@ from training.sharding import STATES, is_sharded, local_optimizer, trainable_par
 
 
 def checkpoint_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
-    """Tensors per file of a checkpoint: everything that trains, and what the optimizer keeps of each.
-
-    `gather_tensors` reads them out, whole. There is no random state: the order of the data and the seed of every step
-    follow from (seed, step, rank).
-    """
+    """Return {file: {name: tensor}} as this rank holds them; `gather_tensors` makes them whole."""
     trained, states = trainable_parameters(model), {}
     for name, p in trained.items():
-        kept = local_optimizer(optimizer).state.get(p) or meta_states(p)
-        states |= {f"{name}.{key}": kept[key].detach() for key in STATES}
+        state = local_optimizer(optimizer).state.get(p) or meta_states(p)
+        states |= {f"{name}.{key}": state[key].detach() for key in STATES}
     return {"trained.safetensors": trained, "optimizer.safetensors": states}
 
 
 def meta_states(p: nn.Parameter) -> dict[str, torch.Tensor]:
-    """Shapes and types, and no memory, of the states that another rank keeps."""
+    """Return AdamW's states as meta tensors, shapes without memory: under zero1 another rank holds them."""
     with torch.device("meta"):
         return {"step": torch.empty(())} | {key: torch.empty(p.shape, dtype=p.dtype) for key in STATES[1:]}
 
 
 def gather_tensors(
-    state: dict[str, dict], optimizer: torch.optim.Optimizer, ranks: Distributed
+    files: dict[str, dict], optimizer: torch.optim.Optimizer, ranks: Distributed
 ) -> Iterator[torch.Tensor]:
-    """Yield the tensors of `checkpoint_tensors` in order, unsharded on rank 0; a collective, so all ranks iterate."""
-    for name, tensors in state.items():
+    """Yield the tensors of `checkpoint_tensors` in order, one at a time whole on rank 0. Every rank has to iterate."""
+    is_zero1 = local_optimizer(optimizer) is not optimizer
+    for name, tensors in files.items():
         for tensor in tensors.values():
             if is_sharded(tensor):
                 tensor = tensor.full_tensor()
-            elif local_optimizer(optimizer) is not optimizer and name.startswith("optimizer"):
-                tensor = (
-                    torch.zeros_like(tensor, device=ranks.device)
-                    if tensor.is_meta
-                    else tensor.to(ranks.device, copy=True)
-                )
-                dist.reduce(tensor, dst=0)  # of zeros, but for the owner's
+            elif is_zero1 and name.startswith("optimizer"):
+                is_mine = not tensor.is_meta
+                tensor = tensor.clone() if is_mine else torch.zeros_like(tensor, device=ranks.device)
+                dist.reduce(tensor, dst=0)  # the owner's state, added to zeros
             yield tensor.detach()
 
 
 def restore_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Put a checkpoint into the model, and into the optimizer if there is one; returns the step it was made after.
-
-    Raises ValueError if other parameters train now than then.
-    """
-    whole, trained = load_file(folder / "trained.safetensors"), trainable_parameters(model)
-    if set(whole) != set(trained):
-        differ = sorted(set(whole) ^ set(trained))[:5]
-        raise ValueError(f"{folder}: other parameters train now than then: {', '.join(differ)}")
+    """Copy a checkpoint into the model, and into the optimizer if given. Returns the checkpoint's step.
+    Raises ValueError if the checkpoint holds other parameters than those that train now."""
+    saved, trained = load_file(folder / "trained.safetensors"), trainable_parameters(model)
+    if set(saved) != set(trained):
+        names = ", ".join(sorted(set(saved) ^ set(trained))[:5])
+        raise ValueError(f"{folder}: the run now trains other parameters than the checkpoint holds: {names}")
     for name, p in trained.items():
-        if whole[name].shape != p.shape:
-            raise ValueError(f"{folder}: {name} is {list(whole[name].shape)} there, {list(p.shape)} here")
-        p.data.copy_(reshard_like(whole[name], p))
+        if saved[name].shape != p.shape:
+            raise ValueError(f"{folder}: {name} has shape {list(saved[name].shape)}, the model's has {list(p.shape)}")
+        p.data.copy_(reshard_like(saved[name], p))
     if optimizer is not None:
-        restore_optimizer(load_file(folder / "optimizer.safetensors"), trained, optimizer)
+        restore_optimizer(load_file(folder / "optimizer.safetensors"), trained, local_optimizer(optimizer))
     return read_json(folder / "state.json")["step"]
 
 
-def restore_optimizer(whole: dict[str, torch.Tensor], trained: dict[str, nn.Parameter], optimizer):
-    """Each rank takes the states of the parameters it updates."""
-    own = {id(p) for group in local_optimizer(optimizer).param_groups for p in group["params"]}
+def restore_optimizer(saved: dict[str, torch.Tensor], trained: dict[str, nn.Parameter], optimizer):
+    """Copy saved states into this rank's optimizer, for the parameters that it updates."""
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, p in trained.items():
         if id(p) in own:
-            for key, kept in local_optimizer(optimizer).state[p].items():
-                kept.copy_(reshard_like(whole[f"{name}.{key}"], kept))
+            for key, state in optimizer.state[p].items():
+                state.copy_(reshard_like(saved[f"{name}.{key}"], state))
 
 
-def reshard_like(whole: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """A whole tensor where a rank's own is, or the slice of it that the rank has."""
-    whole = whole.to(own.device)
-    if not is_sharded(own):
+def reshard_like(whole: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return a whole tensor on the target's device; if the target is sharded, this rank's shard of it."""
+    whole = whole.to(target.device)
+    if not is_sharded(target):
         return whole
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
+    return distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)

@@ -1,14 +1,15 @@
-"""What a training step will hold in memory, before it starts: weights, gradients, states, activations.
+"""Estimate the memory of a training step before it runs: weights, gradients, optimizer states, activations.
 
-Nothing is guessed: the step is run once on a twin of the model whose tensors have shapes but no numbers (torch's
-FakeTensorMode), which takes no memory and hardly any time, and what would have been allocated is counted as it goes.
-So whatever the model does is in it: what is recomputed, logits in chunks, a matrix of four bits while it is whole.
+The step runs once on a copy of the model whose tensors have shapes but no data (torch's FakeTensorMode), and every
+allocation is counted. So the estimate follows whatever the model does: activation recomputation, logits for supervised
+tokens only, a 4-bit matrix that is dequantized while it is used.
 """
 
 import copy
 import os
 import weakref
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,8 @@ from training.sharding import trainable_parameters
 
 @dataclass
 class Estimate:
-    """Bytes on one rank. step: the most that gradients and activations take at one time: as the gradients come, on the
-    way back, activations go; so it is less than both, unless gradients have a place of their own (see `estimate`)."""
+    """Bytes on one rank. step: the peak of gradients and activations together, which is less than their sum if the
+    backward pass frees activations while it allocates gradients."""
 
     weights: int
     gradients: int
@@ -43,76 +44,74 @@ class Estimate:
         return self.weights + self.states + self.step
 
     def __str__(self) -> str:
-        parts = [
-            f"{name} {getattr(self, name) / 1e9:.3g}" for name in ("weights", "gradients", "states", "activations")
-        ]
-        return f"memory of a rank, about, in GB: {' + '.join(parts)}, at one time at most {self.peak / 1e9:.3g}"
+        sizes = [self.weights, self.gradients, self.states, self.activations, self.peak]
+        form = "weights {:.3g} + gradients {:.3g} + optimizer states {:.3g} + activations {:.3g} GB, peak {:.3g} GB"
+        return "estimated memory per rank: " + form.format(*(size / 1e9 for size in sizes))
 
 
 def estimate(model: nn.Module, shard: str, world: int, dtype: torch.dtype, batch: dict | None) -> Estimate:
-    """Args: world: ranks; dtype: of the arithmetic; batch: the largest micro-batch, as `model` takes it, or None.
+    """Estimate the memory of one training step on one rank.
 
-    Gradients of several ranks have their place in DDP's buckets all along, or, under fsdp, are cut up as they come.
+    With several ranks, DDP's buckets hold all gradients during the whole step; fsdp shards them as they come.
+
+    Args: shard: one of sharding.MODES. world: number of ranks. dtype: of the computation.
+    batch: the largest micro-batch, as the model's forward takes it; with None, activations count as 0.
     """
-    slices, shares = {"ddp": (1, 1), "zero1": (1, world), "fsdp": (world, world)}[shard]
+    parts, state_parts = {"ddp": (1, 1), "zero1": (1, world), "fsdp": (world, world)}[shard]
     gradients = sum(p.nbytes for p in trainable_parameters(model).values())
-    weights = sum(p.nbytes for p in model.parameters()) // slices
-    weights += unsharded_bytes(model, dtype) if slices > 1 else 0
-    activations = most = 0
-    if batch and (isinstance(model, Llava) or not dist.is_initialized()):  # CLIP's loss asks other ranks for theirs
-        activations, most = dry_run(model, dtype, batch, drop=world > 1, gathered=slices > 1)
-    step = max(most, gradients) if world == 1 else most + gradients // slices
-    return Estimate(weights, gradients // slices, 2 * gradients // shares, activations, step)
+    weights = sum(p.nbytes for p in model.parameters()) // parts + (unsharded_bytes(model, dtype) if parts > 1 else 0)
+    activations = peak = 0
+    if batch and (isinstance(model, Llava) or not dist.is_initialized()):  # CLIP's loss calls collectives
+        activations, peak = dry_run(model, dtype, batch, free_gradients=world > 1, gathered=parts > 1)
+    step = max(peak, gradients) if world == 1 else peak + gradients // parts
+    return Estimate(weights, gradients // parts, 2 * gradients // state_parts, activations, step)
 
 
 def unsharded_bytes(model: Llava, dtype: torch.dtype) -> int:
-    """Bytes of what is whole at one time: all that is no decoder layer, a layer, and the next on its way."""
+    """Bytes that fsdp holds unsharded at one time: all but the decoder layers, one layer, and the next one."""
     layers = model.language_model.model.layers
     layer = sum(p.numel() for p in layers[0].parameters())
     return (sum(p.numel() for p in model.parameters()) + (2 - len(layers)) * layer) * dtype.itemsize
 
 
-def dry_run(model: nn.Module, dtype: torch.dtype, batch: dict, drop: bool, gathered: bool) -> tuple[int, int]:
-    """Bytes that a step adds to the weights: at the end of the forward pass, and at most.
+@linear.not_emulated()  # goes when fast.linear no longer widens bfloat16 on some CPUs
+def dry_run(model: nn.Module, dtype: torch.dtype, batch: dict, free_gradients: bool, gathered: bool) -> tuple[int, int]:
+    """Bytes that a step adds to the weights: after the forward pass, and at the peak.
 
-    It is run as on a CPU that has arithmetic in 16 bits; a GPU's kernels keep the same.
-
-    Args: drop: whether gradients go as soon as they are whole;
-    gathered: whether weights are put together in `dtype`, so that autocast has nothing to copy.
+    Args: free_gradients: drop each gradient once it is complete, because it is counted elsewhere.
+    gathered: the weights are in `dtype` already, as fsdp gathers them, so autocast copies none.
     """
-    shapes = FakeTensorMode(allow_non_fake_inputs=True)
-    twin = fake_copy(model, shapes, dtype if gathered else None)
-    with shapes:
-        batch = {key: torch.empty_like(v) if floating(v) else v for key, v in batch.items()}
-    if drop:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    twin = fake_copy(model, fake, dtype if gathered else None)
+    with fake:
+        floats = {key for key, v in batch.items() if torch.is_tensor(v) and v.is_floating_point()}
+        batch = {key: torch.empty_like(v) if key in floats else v for key, v in batch.items()}
+    if free_gradients:
         for p in twin.parameters():
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    with MemoryCounter(twin.parameters()) as counted, linear.not_emulated():
-        weights = counted.now
+    with MemoryCounter(twin.parameters()) as counter:
+        weights = counter.now
         for tensor in filter(torch.is_tensor, batch.values()):
-            counted.count(tensor)
+            counter.count(tensor)
+        # As a CPU would compute it; a GPU's kernels save the same activations.
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = twin(**batch)
-        kept = counted.now
+        after_forward = counter.now
         loss.backward()
-    return kept - weights, counted.peak - weights
+    return after_forward - weights, counter.peak - weights
 
 
-def floating(value) -> bool:
-    return torch.is_tensor(value) and value.is_floating_point()
-
-
-def fake_copy(model: nn.Module, shapes: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
-    """The same modules on parameters without numbers, of this type if one is named; those that were one are one."""
-    with shapes:
-        twins = {
+def fake_copy(model: nn.Module, fake: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
+    """Copy a model with fake parameters, in `dtype` if given. Tied parameters stay tied."""
+    with fake:
+        parameters = {
             id(p): nn.Parameter(torch.empty(p.shape, dtype=dtype or p.dtype), requires_grad=p.requires_grad)
             for p in model.parameters()
         }
-    twin = copy.deepcopy(model, twins)  # what it is told of already is not copied
+    twin = copy.deepcopy(model, parameters)  # deepcopy takes from this memo what it would copy
     for module in twin.modules():
-        if isinstance(module, NF4Linear):  # piece by piece, as a CPU does it, would take long
+        if isinstance(module, NF4Linear):  # decoding block by block would make the dry run slow
             module.dequantize = lambda dtype=None, of=module: of.weight.new_empty(
                 (of.out_features, of.in_features), dtype=dtype or of.dtype
             )
@@ -120,7 +119,7 @@ def fake_copy(model: nn.Module, shapes: FakeTensorMode, dtype: torch.dtype | Non
 
 
 class MemoryCounter(TorchDispatchMode):
-    """While it is entered, counts the bytes of all tensors that are alive, `known` among them: `now` and `peak`."""
+    """Context manager that counts the bytes of all live tensors: `now` and `peak`. `known` are alive from the start."""
 
     def __init__(self, known):
         super().__init__()
@@ -129,6 +128,7 @@ class MemoryCounter(TorchDispatchMode):
             self.count(tensor)
 
     def count(self, tensor: torch.Tensor):
+        """Count a tensor's storage once, until it is freed."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self.alive:
             self.alive.add(storage._cdata)
@@ -141,7 +141,8 @@ class MemoryCounter(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.index.Tensor:  # without numbers, how many a mask chooses must be known before
+        if function is torch.ops.aten.index.Tensor:
+            # A mask selects an unknown number of rows of a fake tensor. Masks hold real data, so look it up.
             args = (args[0], mask_positions(args[1]))
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
@@ -151,20 +152,21 @@ class MemoryCounter(TorchDispatchMode):
 
 
 def mask_positions(indices: list) -> list:
-    """The same indices with every mask as the numbers of its places."""
-    lists = (i.nonzero().unbind(1) if i is not None and i.dtype == torch.bool else [i] for i in indices)
-    return [index for part in lists for index in part]
+    """Replace each boolean mask among the indices by the positions where it is true."""
+    parts = (i.nonzero().unbind(1) if i is not None and i.dtype == torch.bool else [i] for i in indices)
+    return [*chain.from_iterable(parts)]
 
 
-def free_bytes(device: torch.device) -> int:
-    """What is free of the GPU's memory, or all there is of the machine's, part of which our weights have already."""
+def available_bytes(device: torch.device) -> int:
+    """Free memory of a GPU; of a CPU, all memory of the machine, because the weights are loaded already."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_fits(found: Estimate, free: int):
-    """Raise ValueError with what helps, if weights, gradients and states alone are more than there is."""
-    if found.fixed > free:
-        helps = "--lora llm (with --bits 4), --shard fsdp on more ranks, --offload-states, --weights bfloat16"
-        raise ValueError(f"{found}, but there are {free / 1e9:.3g}. What helps: {helps}")
+def check_fits(needed: Estimate, available: int):
+    """Raise ValueError if weights, gradients and optimizer states alone exceed the memory."""
+    if needed.fixed > available:
+        sizes = f"need {needed.fixed / 1e9:.3g} GB per rank, but only {available / 1e9:.3g} GB are available"
+        remedies = "--lora llm (with --bits 4), --shard fsdp on more ranks, --weights bfloat16"
+        raise ValueError(f"weights, gradients and optimizer states {sizes}. Try: {remedies}")

@@ -1,4 +1,4 @@
-"""What a step costs and does: time, arithmetic, memory, how far each part moves; and where that is shown."""
+"""Measure a training step: FLOPs, MFU, peak memory, gradient norms; and the dashboards that can show the log."""
 
 import importlib.util
 import resource
@@ -9,146 +9,120 @@ from torch import nn
 
 from llava import IGNORE, Llava
 from nf4 import count_weights
-from training.ranks import Distributed
-from training.sharding import is_sharded, local_optimizer, local_shard
+from training.sharding import is_sharded
 
-# Dense bfloat16 FLOP per second from NVIDIA's data sheets, by words of what torch calls the device.
-PEAKS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
+BOARDS = ("tensorboard", "wandb")
+
+# Peak dense bfloat16 FLOP per second from NVIDIA's data sheets, by words of the name that torch reports.
+PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
+PEAKS |= {"L4": 121e12, "A10G": 70e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """What the device could do at most, None if it is not in the table."""
+    """Return the device's peak FLOP per second; None if it is not in PEAKS."""
     return peak_flops_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_flops_by_name(name: str) -> float | None:
-    """The same by name: the first entry of PEAKS all of whose words it has; an A1000 is no A100."""
+    """Return the first entry of PEAKS whose words are all in the name. Whole words: an A1000 is not an A100."""
     words = set(name.replace("-", " ").split())
     return next((peak for key, peak in PEAKS.items() if words.issuperset(key.split())), None)
 
 
 def step_flops(model: nn.Module, tokens: int, length: float, tiles: int) -> float:
-    """Arithmetic that a step asks for: PaLM's formula (Chowdhery et al. 2022, appendix B), per part of the model.
+    """Return the FLOPs of one training step by PaLM's formula (Chowdhery et al. 2022, appendix B), part by part.
 
-    A parameter of a matrix costs 2 per token that passes it: 2 forward, 2 more for the gradient of what came in, 2 for
-    its own, if it trains; in a frozen tower only the first is needed. Attention adds 4 x length x width per layer and
-    token forward, and twice that on the way back. What is recomputed does not count, nor what padding costs.
+    A matrix parameter costs 2 FLOPs per token forward, 2 for the gradient of its input and 2 for its own gradient. A
+    frozen decoder needs the first two, because gradients pass through it to the projector; a frozen tower only the
+    first. Attention adds 4 x length x width per layer and token forward, and twice that backward. Recomputation and
+    padding do not count: this is the numerator of MFU, the arithmetic that the step asks for.
 
-    Args: tokens in the batch; length: of a row on average; tiles: pictures, or their tiles, that the tower sees.
+    Args:
+        tokens: in the batch, without padding. length: mean tokens of a row.
+        tiles: images that the vision tower sees; an image cut into tiles counts once per tile.
     """
-    if not isinstance(model, Llava):
-        return 6 * sum(p.numel() for p in model.parameters()) * tokens  # CLIP, roughly: its tokens are not words
-    decoder, config = model.language_model, model.config.text_config
-    looked_up = 0 if config.tie_word_embeddings else decoder.model.embed_tokens.weight.numel()  # else it is the head
-    trained = sum(p.numel() for p in decoder.parameters() if p.requires_grad)
-    trained -= looked_up if decoder.lm_head.weight.requires_grad else 0
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-    flops = (4 * (count_weights(decoder) - looked_up) + 2 * trained + 3 * attention) * tokens
+    if not isinstance(model, Llava):  # CLIP, as an approximation: its two towers see different tokens
+        return 6 * sum(p.numel() for p in model.parameters()) * tokens
+    flops = decoder_flops(model, length) * tokens
     if tiles:
-        vision, tower = model.config.vision_config, model.vision_tower.vision_model
-        blocks = tower.blocks(model.config.vision_feature_layer)  # those after it never run
-        weights = sum(count_weights(part) for part in (tower.embeddings, blocks))
-        trained = sum(p.numel() for part in (tower.embeddings, blocks) for p in part.parameters() if p.requires_grad)
-        attention = 4 * len(blocks) * vision.hidden_size * (vision.num_patches + 1)
-        per_patch = 4 * weights + 2 * trained + 3 * attention if trained else 2 * weights + attention
-        flops += per_patch * tiles * (vision.num_patches + 1)
+        patches = model.config.vision_config.num_patches + 1  # and the class token
+        flops += tower_flops(model, patches) * tiles * patches
     return flops
 
 
+def decoder_flops(model: Llava, length: float) -> float:
+    """FLOPs per token of the decoder, forward and backward."""
+    decoder, config = model.language_model, model.config.text_config
+    # An embedding is looked up, not multiplied; a tied one is multiplied as the head.
+    embedding = 0 if config.tie_word_embeddings else decoder.model.embed_tokens.weight.numel()
+    trained = sum(p.numel() for p in decoder.parameters() if p.requires_grad)
+    trained -= embedding if decoder.lm_head.weight.requires_grad else 0
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
+    return 4 * (count_weights(decoder) - embedding) + 2 * trained + 3 * attention
+
+
+def tower_flops(model: Llava, patches: int) -> float:
+    """FLOPs per patch of the vision tower's blocks up to the feature layer; later blocks never run."""
+    tower = model.vision_tower.vision_model
+    blocks = tower.blocks(model.config.vision_feature_layer)
+    weights = count_weights(tower.embeddings) + count_weights(blocks)
+    trained = sum(p.numel() for part in (tower.embeddings, blocks) for p in part.parameters() if p.requires_grad)
+    attention = 4 * len(blocks) * model.config.vision_config.hidden_size * patches
+    return 4 * weights + 2 * trained + 3 * attention if trained else 2 * weights + attention
+
+
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that were in use at one time: of the GPU, or of the process."""
+    """Return the peak bytes in use so far: of the GPU's allocator, or of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Norm of each component's gradient; their squares add up to the square of the whole's."""
-    parts = {}
+    """Return the gradient norm of each component. Their squares add up to the squared norm of the whole gradient."""
+    components = {}
     for group in optimizer.param_groups:
-        parts.setdefault(group["component"], []).extend(p.grad for p in group["params"] if p.grad is not None)
-    norms = {name: nn.utils.get_total_norm(gradients) for name, gradients in parts.items() if gradients}
+        components.setdefault(group["component"], []).extend(p.grad for p in group["params"] if p.grad is not None)
+    norms = {name: nn.utils.get_total_norm(gradients) for name, gradients in components.items() if gradients}
     return {name: float(norm.full_tensor() if is_sharded(norm) else norm) for name, norm in norms.items()}
 
 
-def clip_gradients(optimizer: torch.optim.Optimizer, norm: float, most: float):
-    """Scale all gradients so that their norm is at most `most`, as torch's clip_grad_norm_ does; 0 leaves them."""
-    if most and norm > most:
+def clip_gradients(optimizer: torch.optim.Optimizer, norm: float, max_norm: float):
+    """Scale gradients of this total norm down to `max_norm`, as torch's clip_grad_norm_ does; 0 turns it off."""
+    if max_norm and norm > max_norm:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(gradients, most / (norm + 1e-6))
+        torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
 
 
 def row_lengths(labels: torch.Tensor) -> torch.Tensor:
-    """Tokens (B,) of each row of labels (B, T) without its padding: up to the last that is trained on, its end."""
+    """Return the tokens (B,) of each row of labels (B, T) without padding: up to its last supervised token."""
     return labels.shape[1] - (labels != IGNORE).flip(1).int().argmax(1)
-
-
-UPDATES_EVERY = 10  # steps between looks at how far the weights moved, which reads all of the optimizer's states
-PIECE = 2**22  # of their numbers looked at at a time: a whole embedding's would be the most memory of a run
-
-
-@torch.no_grad()
-def update_norms(optimizer: torch.optim.Optimizer, ranks: Distributed, shard: str) -> dict[str, float]:
-    """How far AdamW's last step moved each component, from its states: rate x m / (sqrt(v) + eps), bias corrected."""
-    squares = {group["component"]: torch.zeros((), device=ranks.device) for group in optimizer.param_groups}
-    for group in local_optimizer(optimizer).param_groups:
-        beta1, beta2 = group["betas"]
-        for p in group["params"]:
-            if state := local_optimizer(optimizer).state.get(p):
-                step = float(state["step"])
-                moments = (local_shard(state[name]).flatten().split(PIECE) for name in ("exp_avg", "exp_avg_sq"))
-                for m, v in zip(*moments):
-                    move = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + group["eps"])
-                    squares[group["component"]] += move.float().square().sum() * group["lr"] ** 2
-    if shard != "ddp":  # each rank has seen its own share
-        for square in squares.values():
-            ranks.all_reduce(square)
-    return {name: float(square.sqrt()) for name, square in squares.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# where it is shown
-
-BOARDS = ("tensorboard", "wandb")
-
-
-class Boards:
-    """TensorBoard and Weights & Biases, beside log.jsonl, where they are asked for."""
-
-    def __init__(self, names: list[str], folder: Path, values: dict):
-        self.writers = []
-        if "tensorboard" in names:
-            from torch.utils.tensorboard import SummaryWriter
-
-            board = SummaryWriter(str(folder / "tensorboard"))
-            self.writers.append(lambda row: [board.add_scalar(key, row[key], row["step"]) for key in row])
-        if "wandb" in names:
-            import wandb
-
-            name = folder.resolve().name
-            # It reads its key from the environment or its own file: none passes through us, so none can be logged.
-            wandb.init(project="llava-from-scratch", name=name, id=name, dir=str(folder), config=values, resume="allow")
-            self.writers.append(lambda row: wandb.log(row, step=row["step"]))
-
-    def write(self, row: dict):
-        """Show the numbers of a row; those in groups, as {"grad_norms": {"language_model": 1.0}}, by path."""
-        flat = {}
-        for key, value in row.items():
-            flat |= {f"{key}/{part}": v for part, v in value.items()} if isinstance(value, dict) else {key: value}
-        for writer in self.writers:
-            writer({key: value for key, value in flat.items() if isinstance(value, (int, float))})
 
 
 def missing_boards(names: list[str]) -> list[str]:
     return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+class Boards:
+    """Send log rows to TensorBoard and Weights & Biases. wandb finds its API key by itself; it never passes here."""
+
+    def __init__(self, names: list[str], folder: Path, values: dict):
+        self.tensorboard = self.wandb = None
+        if "tensorboard" in names:
+            board = importlib.import_module("torch.utils.tensorboard")
+            self.tensorboard = board.SummaryWriter(str(folder / "tensorboard"))
+        if "wandb" in names:
+            self.wandb, name = importlib.import_module("wandb"), folder.resolve().name
+            options = {"name": name, "id": name, "dir": str(folder), "config": values, "resume": "allow"}
+            self.wandb.init(project="llava-from-scratch", **options)
+
+    def write(self, row: dict):
+        """Send a row's numbers; {"grad_norms": {"language_model": 1.0}} becomes grad_norms/language_model."""
+        flat = {}
+        for key, value in row.items():
+            flat |= {f"{key}/{part}": v for part, v in value.items()} if isinstance(value, dict) else {key: value}
+        numbers = {key: value for key, value in flat.items() if isinstance(value, (int, float))}
+        for key, value in numbers.items() if self.tensorboard else ():
+            self.tensorboard.add_scalar(key, value, row["step"])
+        if self.wandb:
+            self.wandb.log(numbers, step=row["step"])

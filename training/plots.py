@@ -1,97 +1,120 @@
-"""Pictures of a run. matplotlib is an optional extra (`pip install -e .[plots]`); without it one line says so."""
+"""Draw loss curves and bars of accuracy. Needs matplotlib, which is optional (`pip install -e .[plots]`).
 
+python -m training.plots RUN [RUN ...] [--out FILE]     draw the logs of several runs over each other
+"""
+
+import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 
-PANELS = {"loss": "loss per token", "val_loss": "loss on held-out data", "grad_norm": "gradient norm", "lr": "rate"}
+from inputs.files import OUTPUT_ROOT, read_complete_lines
+
+# Columns of log.jsonl, each with the title of its panel.
+PANELS = {"loss": "loss per token", "val_loss": "validation loss", "grad_norm": "gradient norm", "lr": "learning rate"}
 PANELS |= {"tokens_per_s": "tokens per second", "memory_gb": "peak memory, GB"}
+BLUE, RED = "#1f4e8c", "#c0392b"
 
 
-def pyplot():
-    """matplotlib's, drawing into files only. Raises ValueError if it is missing."""
+def new_figure(width: float, height: float):
+    """Return an empty matplotlib figure of this size in inches. Raises ValueError if matplotlib is missing."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("matplotlib is missing (pip install matplotlib)") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+        raise ValueError("matplotlib is not installed (pip install matplotlib)") from None
+    return Figure((width, height), layout="tight")
 
-    return pyplot
+
+def new_panels(widths: list[float], height: float) -> tuple:
+    """Return a figure and its axes, one per width in inches, side by side."""
+    figure = new_figure(sum(widths), height)
+    axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def column(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the rows that have one; a step that was skipped has no loss."""
+    """Return steps and values of the rows that have a value: a skipped step has no loss."""
     rows = [row for row in rows if row.get(key) is not None]
     return np.array([row["step"] for row in rows]), np.array([row[key] for row in rows])
 
 
-def draw(axis, steps: np.ndarray, values: np.ndarray, color: str, label: str | None = None):
-    """Every step faintly, a running mean on top."""
-    axis.plot(steps, values, color=color, linewidth=0.7, alpha=0.4)
-    width = max(1, len(values) // 30)
-    smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-    axis.plot(steps[width - 1 :], smooth, color=color, linewidth=1.8, label=label)
-    axis.spines[["top", "right"]].set_visible(False)
+def draw_curve(axis, rows: list[dict], key: str, color: str, label: str | None = None):
+    """Draw every value faintly and a running mean on top; nothing if no row has a value."""
+    steps, values = column(rows, key)
+    if len(steps):
+        axis.plot(steps, values, color=color, linewidth=0.7, alpha=0.4)
+        width = max(1, len(values) // 30)
+        mean = np.convolve(values, np.ones(width) / width, mode="valid")
+        axis.plot(steps[width - 1 :], mean, color=color, linewidth=1.8, label=label)
 
 
 def loss_curve(path: Path, curves: dict[str, list[dict]]):
-    """One panel per named log (lists of {"step", "loss"}). Without matplotlib, a line says that nothing is drawn."""
+    """Draw one panel per named log (lists of {"step", "loss"}). Without matplotlib, print that it is not drawn."""
     try:
-        figure, axes = pyplot().subplots(1, len(curves), figsize=(4.6 * len(curves), 3.2), squeeze=False)
+        figure, axes = new_panels([4.6] * len(curves), 3.2)
     except ValueError as error:
         print(f"{path} not drawn: {error}")
         return
-    for axis, (name, rows) in zip(axes[0], curves.items()):
-        for key, color in (("loss", "#1f4e8c"), ("val_loss", "#c0392b")):
-            steps, values = column(rows, key)
-            if len(steps):
-                draw(axis, steps, values, color)
+    for axis, (name, rows) in zip(axes, curves.items()):
+        draw_curve(axis, rows, "loss", BLUE)
+        draw_curve(axis, rows, "val_loss", RED)
         axis.set(title=name, xlabel="step", ylabel="loss per token", ylim=(0, None))
-    save(figure, path)
-
-
-def compare(folders: list[Path], path: Path) -> Path:
-    """Lay the logs of several runs over each other, a panel per quantity. Raises ValueError if one has no log."""
-    logs = {}
-    for folder in folders:
-        if not (folder / "log.jsonl").exists():
-            raise ValueError(f"{folder}: no log.jsonl, so not a run")
-        logs[folder.resolve().name] = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    present = [key for key in PANELS if any(len(column(rows, key)[0]) for rows in logs.values())]
-    figure, axes = pyplot().subplots(1, len(present), figsize=(4.6 * len(present), 3.4), squeeze=False)
-    for axis, key in zip(axes[0], present):
-        for i, (name, rows) in enumerate(logs.items()):
-            steps, values = column(rows, key)
-            if len(steps):
-                draw(axis, steps, values, f"C{i}", name)
-        axis.set(title=PANELS[key], xlabel="step")
-    axes[0][0].legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(figure, path)
-    return path
-
-
-def save(figure, path: Path):
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot().close(figure)
 
 
 def bars(path: Path, panels: dict[str, dict[str, float]], labels: dict[str, str]):
-    """A panel per name, a bar per value, in per cent. Without matplotlib, a line says that nothing is drawn."""
+    """Draw one panel per name, one bar per value, in percent. Without matplotlib, print that it is not drawn."""
     try:
-        widths = [max(4, len(values)) for values in panels.values()]  # so that names have room
-        form = {"squeeze": False, "width_ratios": widths}
-        figure, axes = pyplot().subplots(1, len(panels), figsize=(0.62 * sum(widths), 3.4), **form)
+        figure, axes = new_panels([0.62 * max(4, len(values)) for values in panels.values()], 3.4)
     except ValueError as error:
         print(f"{path} not drawn: {error}")
         return
-    for axis, (name, values) in zip(axes[0], panels.items()):
-        shown = axis.bar(range(len(values)), values.values(), color="#1f4e8c")
-        axis.bar_label(shown, fmt="%.0f", fontsize=8)
+    for axis, (name, values) in zip(axes, panels.items()):
+        axis.bar_label(axis.bar(range(len(values)), values.values(), color=BLUE), fmt="%.0f", fontsize=8)
         axis.set_xticks(range(len(values)), values, rotation=40, ha="right", fontsize=8)
-        axis.set(title=name, xlabel=labels[name], ylabel="right, %", ylim=(0, 105))
-        axis.spines[["top", "right"]].set_visible(False)
-    save(figure, path)
+        axis.set(title=name, xlabel=labels[name], ylabel="correct, %", ylim=(0, 105))
+    figure.savefig(path, dpi=110)
+
+
+def read_log(folder: Path) -> list[dict]:
+    """Return the rows of a run's log. Raises ValueError if the folder has none."""
+    if not (folder / "log.jsonl").exists():
+        raise ValueError(f"{folder}: no log.jsonl, so this is not a run")
+    return [json.loads(line) for line in read_complete_lines(folder / "log.jsonl").splitlines()]
+
+
+def compare_runs(folders: list[Path], path: Path):
+    """Draw the logs of several runs over each other, one panel per quantity. Raises ValueError if one has no log."""
+    logs = {str(folder): read_log(folder) for folder in folders}
+    keys = [key for key in PANELS if any(len(column(rows, key)[0]) for rows in logs.values())]
+    if not keys:
+        raise ValueError(f"{', '.join(logs)}: no step is logged yet")
+    figure, axes = new_panels([4.6] * len(keys), 3.4)
+    for axis, key in zip(axes, keys):
+        for i, (name, rows) in enumerate(logs.items()):
+            draw_curve(axis, rows, key, f"C{i}", name)
+        axis.set(title=PANELS[key], xlabel="step")
+    axes[0].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    """Draw the runs that the command line names; user errors print one line and exit 1."""
+    parser = argparse.ArgumentParser(description="Draw the logs of several runs over each other.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", type=Path, default=OUTPUT_ROOT / "runs.png", help="image to write")
+    args = parser.parse_args()
+    try:
+        compare_runs(args.runs, args.out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"training.plots: {error}")
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

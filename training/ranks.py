@@ -1,4 +1,4 @@
-"""The processes torchrun started, the device each has, and what they agree on."""
+"""The processes of a training run: which rank this is, its device, and the collectives that the loop needs."""
 
 import os
 import sys
@@ -11,42 +11,47 @@ import torch.distributed as dist
 
 
 class Distributed:
-    """This process among those torchrun started; alone, rank 0 of 1.
+    """This process among those that torchrun started; without torchrun it is rank 0 of 1.
 
-    Args: device: "cpu", "cuda", "cuda:N", or None for what there is. timeout: seconds until a rank that does not
-    answer counts as dead.
+    Args: device: as for `choose_device`. timeout: seconds after which a rank that does not answer counts as dead.
     """
 
     def __init__(self, device: str | None, timeout: float = 1800):
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # how often torchrun restarted us
         device = choose_device(device)
-        self.device = torch.device(f"cuda:{local}" if device == "cuda" else device)
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.store = None
-        if "RANK" in os.environ:
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            elastic = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            limit = timedelta(seconds=timeout)
-            self.store = dist.TCPStore(host, port, self.world_size, self.rank == 0 and not elastic, limit)
-            # After a restart, torch's shared store still holds the dead ranks' addresses, and joining may hang; a
-            # prefix of our own per attempt keeps the attempts apart.
-            store = dist.PrefixStore(f"run{self.attempt}", self.store)
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, timeout=limit, rank=self.rank, world_size=self.world_size)
+        self.store = self.join(timedelta(seconds=timeout)) if "RANK" in os.environ else None
+
+    def join(self, timeout: timedelta) -> dist.Store:
+        """Initialize the process group; returns torchrun's key-value store."""
+        is_master = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*address, self.world_size, is_master, timeout)
+        # After a restart the store still holds the dead ranks' addresses, and joining may hang on them: hence a prefix.
+        prefixed = dist.PrefixStore(f"run{self.attempt}", store)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=prefixed, timeout=timeout, rank=self.rank, world_size=self.world_size)
+        return store
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def print0(self, text: str):
+        """Print to stderr, on rank 0 only."""
         if self.is_main:
             print(text, file=sys.stderr, flush=True)
 
+    def all_reduce(self, tensor: torch.Tensor):
+        """Replace a tensor by its sum over all ranks, in place."""
+        if dist.is_initialized():
+            dist.all_reduce(tensor)
+
     def all_reduce_sum(self, *values: int, operation=dist.ReduceOp.SUM) -> list[int]:
-        """Each value's sum over the ranks."""
+        """Return the sum over all ranks of each integer."""
         if not dist.is_initialized():
             return [int(value) for value in values]
         tensor = torch.tensor(values, dtype=torch.int64, device=self.device)
@@ -54,34 +59,30 @@ class Distributed:
         return tensor.tolist()
 
     def all_reduce_max(self, value: int) -> int:
+        """Return the largest value of any rank."""
         return self.all_reduce_sum(value, operation=dist.ReduceOp.MAX)[0]
 
-    def all_reduce(self, tensor: torch.Tensor):
-        """Put the sum over the ranks in the place of a tensor."""
-        if dist.is_initialized():
-            dist.all_reduce(tensor)
-
     def broadcast(self, value):
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank."""
         box = [value]
         if dist.is_initialized():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def on_main(self, action: Callable, *args):
-        """What `action(*args)` returns on rank 0, on every rank. If it fails there, rank 0 says why and all end."""
+        """Return `action(*args)`, called on rank 0 only, on every rank. If it fails, rank 0 raises, the others exit."""
         result = error = None
         if self.is_main:
             try:
                 result = action(*args)
-            except (ValueError, OSError) as failed:
-                error = failed
+            except (ValueError, OSError) as failure:
+                error = failure
         if self.broadcast(error is not None):
             raise error or SystemExit(1)
         return self.broadcast(result)
 
     def shared_run_name(self, name: str) -> str:
-        """The name that the first attempt of this torchrun came with, however often it was restarted since."""
+        """Return the name that rank 0 proposed in the first attempt: it survives torchrun's restarts."""
         if self.store is None:
             return name
         if self.is_main:
@@ -89,36 +90,36 @@ class Distributed:
         return self.broadcast(name)
 
     def replicas_match(self, parameters: Iterable[torch.Tensor]) -> bool:
-        """Whether every rank holds the same bits."""
+        """True if every rank holds the same bits, by comparing an integer hash of them."""
         if not dist.is_initialized():
             return True
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for p in parameters:
             bits = p.detach().reshape(-1).view({4: torch.int32, 2: torch.int16}[p.element_size()])
-            total = 31 * total + bits.sum(dtype=torch.int64)  # wraps around, which is as good
-        ends = torch.stack([total, -total])
-        dist.all_reduce(ends, dist.ReduceOp.MAX)
-        return bool(ends[0] == -ends[1])
+            total = 31 * total + bits.sum(dtype=torch.int64)  # overflow wraps around, which a hash may do
+        bounds = torch.stack([total, -total])
+        dist.all_reduce(bounds, dist.ReduceOp.MAX)  # now (max, -min)
+        return bool(bounds[0] == -bounds[1])
 
 
 def choose_device(name: str | None) -> str:
-    """What to run on: the named device, or a GPU where there is one. Raises ValueError on one that is not there."""
+    """Return the named device; for None, a GPU if there is one. Raises ValueError if the device does not exist."""
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name != "cpu" and name not in gpus and not (name == "cuda" and gpus):
-        raise ValueError(f"--device {name}: here are {', '.join(['cpu', *gpus])}")
+        raise ValueError(f"--device {name}: this machine has {', '.join(['cpu', *gpus])}")
     return name
 
 
 def compute_dtype(device: torch.device, dtype: str) -> torch.dtype:
-    """What --dtype means here: bfloat16 where the device has it; never float16, whose range loses gradients."""
+    """Return the dtype that --dtype asks for; "auto" is bfloat16 on a GPU that has it. Never float16: it underflows."""
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return getattr(torch, dtype)
 
 
 def autocast(device: torch.device, dtype: str):
-    """Arithmetic in bfloat16 on weights in float32, or all of it in float32."""
+    """Return a context manager that computes in bfloat16 on float32 weights; it does nothing for float32."""
     used = compute_dtype(device, dtype)
     return nullcontext() if used == torch.float32 else torch.autocast(device.type, used)

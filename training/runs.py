@@ -1,12 +1,16 @@
-"""A run's folder: its log, its checkpoints, and how the newest one is found.
+"""The folder of a training run: its log, its checkpoints, and the finished model.
 
-out/NAME/run.json           what was run: stage, every flag, and once it is done "finished"
+out/NAME/run.json           stage and all flags; after the end also "finished" and a summary
 out/NAME/log.jsonl          one line per step, appended
-out/NAME/loss.png           the same as a picture
-out/NAME/checkpoint-000200  what trains, the optimizer, the step, a manifest; safetensors and JSON only
+out/NAME/loss.png           the loss curve
+out/NAME/checkpoint-000200  trainable weights, optimizer, step, manifest (safetensors and JSON only)
+out/NAME/best-000100        the same, of the smallest validation loss so far (with --patience)
 out/NAME/latest             a link to the newest checkpoint
-out/NAME/lock               held by the process that writes here
+out/NAME/lock               locked by the process that trains into this folder
 out/NAME/{config.json,model.safetensors,tokenizer.json,...}   the finished model
+
+Every file appears whole or not at all, and every checkpoint is verified by its checksums after it is written and
+before it is used. So a run that was killed at any instant resumes from its newest valid checkpoint.
 """
 
 import fcntl
@@ -21,29 +25,25 @@ from pathlib import Path
 
 import torch
 
-from inputs.files import (
-    OUTPUT_ROOT,
-    publish_folder,
-    read_json,
-    verify_manifest,
-    write_json,
-    write_manifest,
-    write_tensors,
-)
+from inputs import files
+from inputs.files import OUTPUT_ROOT, publish_folder, verify_manifest, write_json, write_manifest, write_tensors
+
+# Flags that may differ when a run is resumed: they do not change what is learned, except for summation order. The
+# last ones are compared elsewhere (model, vision, llm, steps) or repeat the other flags (flags, differs).
+MAY_CHANGE = ("out", "resume", "allow_changes", "device", "workers", "save_every", "keep", "cache_gb", "timeout")
+MAY_CHANGE += ("accumulate", "compile", "check_replicas", "max_skips", "shard", "recompute", "board")
+MAY_CHANGE += ("model", "vision", "llm", "steps", "flags", "differs")
 
 
 def finished_runs(*stages: int, root: Path = OUTPUT_ROOT) -> list[Path]:
-    """Folders of the finished runs of these stages below `root`, the newest last."""
-    found = []
-    for path in root.glob("**/run.json"):
-        values = json.loads(path.read_text())
-        if values.get("finished") and values["stage"] in stages:
-            found.append((values["finished"], path.parent))
-    return [folder for _, folder in sorted(found)]
+    """Return the folders of the finished runs of these stages below `root`, newest last."""
+    runs = {path.parent: json.loads(path.read_text()) for path in root.glob("**/run.json")}
+    found = [folder for folder, run in runs.items() if run.get("finished") and run["stage"] in stages]
+    return sorted(found, key=lambda folder: runs[folder]["finished"])
 
 
 def newest_run(*stages: int, part: str = "") -> Path:
-    """The newest finished run of these stages (of stage 0: of one tower); a ValueError names the ways to get it."""
+    """Return the newest finished run of these stages; of stage 0, of one tower. Raises ValueError if there is none."""
     runs = [run for run in finished_runs(*stages) if not part or run.name == part]
     if not runs:
         names = " or ".join(map(str, stages))
@@ -54,68 +54,60 @@ def newest_run(*stages: int, part: str = "") -> Path:
     return runs[-1]
 
 
-# Flags that change nothing about what is learned, but for the order of sums: they may differ when a run is resumed.
-MAY_CHANGE = ("out", "resume", "allow_changes", "device", "workers", "save_every", "keep", "cache_gb", "timeout")
-MAY_CHANGE += ("accumulate", "compile", "check_replicas", "max_skips", "shard", "recompute", "board")
-MAY_CHANGE += ("offload_states",)
-MAY_CHANGE += ("model", "vision", "llm", "steps")  # looked at once they are settled
-MAY_CHANGE += ("flags", "differs")  # what they tell is told by the rest
-
-
 def checkpoint_step(path: Path) -> int:
-    """The step a checkpoint was made after."""
+    """Return the step after which a checkpoint was written."""
     return int(path.name.split("-")[1])
 
 
 class Run:
-    """One run's folder.
+    """The folder of one run.
 
-    Args: folder; values: what run.json records; resume: go on with what the folder holds; allow_changes: even if it
-    was trained with other values. Raises ValueError naming what differs.
+    Args: folder: need not exist. values: what run.json records, the flags among them.
+    resume: continue the run that the folder holds. allow_changes: even if its flags were different.
+    Raises ValueError if there is a run and resume is False, if there is none to resume, or if a flag differs.
     """
 
     def __init__(self, folder: Path, values: dict, resume: bool, allow_changes: bool = False):
         self.folder, self.values = folder, values
         exists = (folder / "run.json").exists()
         if exists and not resume:
-            raise ValueError(f"{folder} holds a run already: --resume goes on with it, another --out starts afresh")
+            raise ValueError(f"{folder} already holds a run: add --resume to continue it, or name another --out")
         if resume and not exists:
             raise ValueError(f"{folder} holds no run to resume")
-        self.old = read_json(folder / "run.json") if exists else {}
+        self.old = files.read_json(folder / "run.json") if exists else {}
         self.finished = bool(self.old.get("finished"))
         fixed = self.old.keys() & values.keys() - set(MAY_CHANGE)
-        for key in sorted(fixed, key=lambda key: (key != "recipe", key)):  # what sets the others comes first
+        for key in sorted(fixed, key=lambda key: (key != "recipe", key)):  # the recipe first: it sets the others
             self.check_unchanged(key, values[key], allow_changes)
 
     def check_unchanged(self, key: str, new, allowed: bool):
+        """Raise ValueError if a flag differs from the value that the run was started with."""
         if new != self.old[key] and not allowed:
             flag = key.replace("_", "-")
             raise ValueError(
                 f"{self.folder} was trained with --{flag} {self.old[key]}, not {new}: "
-                "--allow-changes goes on with it all the same"
+                "add --allow-changes to continue anyway"
             )
 
     def open(self):
-        """Create the folder and keep every other run out of it, until this process ends in whichever way."""
+        """Create the folder and lock it until this process ends. Raises ValueError if another one holds the lock."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = (self.folder / "lock").open("w")
         try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel's: none is left behind by a kill
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it even after a kill
         except (BlockingIOError, PermissionError):
             raise ValueError(f"{self.folder}: another process is training into this folder") from None
-        for path in self.folder.glob("*-*.partial"):  # of a process that was killed while it wrote
+        for path in self.folder.glob("*-*.partial"):  # left by a process that was killed while writing
             shutil.rmtree(path)
 
     def start(self, step: int) -> tuple[int, list[float]]:
-        """Note what is run; on resume, forget what came after `step`.
+        """Write run.json and open the log. On resume, drop log rows and best checkpoints from after `step`.
 
-        Returns how many steps in a row were skipped up to then, and every loss on held-out data.
+        Returns the number of skipped steps in a row just before `step`, and all validation losses so far.
         """
         write_json(self.folder / "run.json", self.values)
         rows = [row for row in self.rows() if row["step"] <= step]
-        kept = self.folder / "log.jsonl.partial"
-        kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(kept, self.folder / "log.jsonl")
+        files.write_atomic(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         self.log = (self.folder / "log.jsonl").open("a")
         for path in self.checkpoints("best"):
             if checkpoint_step(path) > step:
@@ -124,22 +116,16 @@ class Run:
         return skipped, [row["val_loss"] for row in rows if "val_loss" in row]
 
     def rows(self) -> list[dict]:
-        """The log's lines; one cut short by a kill is left out."""
-        path, rows = self.folder / "log.jsonl", []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return rows
+        """Return the rows of the log, without a last line that a kill cut short."""
+        return [json.loads(line) for line in files.read_complete_lines(self.folder / "log.jsonl").splitlines()]
 
     def write_row(self, row: dict):
         self.log.write(json.dumps(row) + "\n")
         self.log.flush()
 
     def finish(self, save: Callable[[Path], None], summary: dict):
-        """Publish the finished model's files, then mark the run as finished, then drop the checkpoints."""
-        shutil.rmtree(self.folder / "final", ignore_errors=True)  # of a process that was killed below
+        """Publish the finished model, mark the run as finished, then delete the checkpoints, in that order."""
+        shutil.rmtree(self.folder / "final", ignore_errors=True)  # left by a process that was killed here
         publish_folder(self.folder / "final", save)
         for path in sorted((self.folder / "final").iterdir()):
             os.replace(path, self.folder / path.name)
@@ -154,44 +140,41 @@ class Run:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def checkpoints(self, kind: str = "checkpoint") -> list[Path]:
-        """Folders of the checkpoints, or of the "best" by a held-out loss, the newest last."""
+        """Return the folders of the checkpoints of a kind, "checkpoint" or "best", newest last."""
         return sorted((path for path in self.folder.glob(f"{kind}-*") if not path.suffix), key=checkpoint_step)
 
     def last_checkpoint_hint(self) -> str:
-        """For messages: what to go on from."""
+        """Return the end of an error message: which checkpoint a resume would use."""
         return f"the last good checkpoint is {self.checkpoints()[-1]}" if self.checkpoints() else "no checkpoint yet"
 
     def newest_valid_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is as it was written; damaged ones are named, and put aside.
-
-        Raises ValueError if there are checkpoints, but all are damaged.
-        """
+        """Return the newest checkpoint whose checksums hold, None if there is none. Damaged ones are named and renamed
+        to *.damaged. Raises ValueError if all are damaged."""
         for path in reversed(self.checkpoints()):
             try:
                 verify_manifest(path)
                 return path
             except ValueError as error:
-                aside = path.with_suffix(".damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
-                print(f"{error}; put aside as {aside.name}", file=sys.stderr, flush=True)
+                damaged = path.with_suffix(".damaged")
+                shutil.rmtree(damaged, ignore_errors=True)
+                path.rename(damaged)
+                print(f"{error}; put aside as {damaged.name}", file=sys.stderr, flush=True)
         if any(self.folder.glob("checkpoint-*.damaged")):
-            raise ValueError(f"{self.folder}: every checkpoint is damaged; another --out starts afresh")
+            raise ValueError(f"{self.folder}: every checkpoint is damaged; start again with another --out")
         return None
 
-    def save_checkpoint(self, step: int, files: dict[str, dict], values: Iterator[torch.Tensor], keep: int, kind: str):
-        """Publish a checkpoint of these files' tensors, then drop all but the newest `keep` of its kind.
+    def save_checkpoint(self, step: int, tensors: dict, values: Iterator[torch.Tensor], keep: int, kind: str):
+        """Publish a checkpoint, point `latest` at it, then delete all but the newest `keep` of its kind.
 
-        Args: files: tensors by file and name; values: what they hold, one after another; kind: "checkpoint", which
-        `latest` then points at, or "best".
-        Raises ValueError with the bytes needed and free if it cannot be written; those before it are untouched then.
+        Args: tensors: {file: {name: tensor}}, for names, shapes and dtypes. values: the data, in the same order.
+        kind: "checkpoint" or "best", which does not move `latest`.
+        Raises ValueError with the bytes needed and free if it cannot be written; older checkpoints stay untouched.
         """
         path = self.folder / f"{kind}-{step:06d}"
-        needed = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
 
         def write(folder: Path):
-            for name, tensors in files.items():
-                write_tensors(folder / name, tensors, values)
+            for name, contents in tensors.items():
+                write_tensors(folder / name, contents, values)
             write_json(folder / "state.json", {"step": step, "run": self.values})
             write_manifest(folder)
 
@@ -204,11 +187,11 @@ class Run:
                 link.symlink_to(path.name)
                 os.replace(link, self.folder / "latest")
         except OSError as error:
-            shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
+            needed = sum(tensor.nbytes for contents in tensors.values() for tensor in contents.values())
             free = shutil.disk_usage(self.folder).free
-            why = f"{error.strerror} ({needed:,} bytes needed, {free:,} free)"
-            raise ValueError(f"step {step}: cannot write {path}: {why}; {self.last_checkpoint_hint()}") from None
+            reason = f"{error.strerror} ({needed:,} bytes needed, {free:,} free)"
+            raise ValueError(f"step {step}: cannot write {path}: {reason}; {self.last_checkpoint_hint()}") from None
         finally:
-            deque(values, maxlen=0)  # the other ranks take part in every one of them
+            deque(values, maxlen=0)  # the other ranks take part in gathering every tensor, also after an error
         for older in self.checkpoints(kind)[:-keep]:
             shutil.rmtree(older)

@@ -436,7 +436,7 @@ def test_killed_and_resumed_ends_in_the_same_bits(tiny, runs, tmp_path, name):
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (runs[name] / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("more", [["--accumulate", 2], ["--recompute"], ["--offload-states"], ["--cache-gb", 0]])
+@pytest.mark.parametrize("more", [["--accumulate", 2], ["--recompute"], ["--cache-gb", 0]])
 def test_however_the_work_is_done_it_ends_alike(tiny, command, tmp_path, more):
     """Dropout falls on other places in other micro-batches, and so there is none."""
     argv = [*repeat(tiny, "qlora"), "--lora-dropout", 0]
@@ -445,8 +445,6 @@ def test_however_the_work_is_done_it_ends_alike(tiny, command, tmp_path, more):
     one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("plain", "other"))
     for name, tensor in one.items():  # as a whole: where a gradient is all but zero, AdamW steps by its rounding
         assert (other[name] - tensor).norm() <= 1e-3 * tensor.norm()
-    if more == ["--offload-states"]:
-        assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
 
 
 @pytest.mark.parametrize("shard", ["ddp", "zero1", "fsdp"])

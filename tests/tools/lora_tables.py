@@ -69,7 +69,7 @@ class Trial:
     def held(self) -> float:
         """MB of weights, gradients, states and activations, as estimated before the first step."""
         text = (self.out / "told.txt").read_text()
-        return 1000 * float(re.search(r"at one time at most ([\d.e-]+);", text)[1])
+        return 1000 * float(re.search(r"peak ([\d.e-]+) GB;", text)[1])
 
     @property
     def peak(self) -> float:

@@ -1,9 +1,8 @@
-"""The estimate that train.py prints against what torch allocates in a real step, at the shapes that are benchmarked.
+"""Compare the memory estimate that train.py prints with what torch allocates in a real step, at the bench's shapes.
 
-    python tests/tools/memory_accuracy.py              a table for the README; 5 GB of memory, minutes on two cores
+    python tests/tools/memory_accuracy.py              print a table; needs 5 GB of memory and minutes on two cores
 
-Weights, AdamW's states, gradients, activations and the batch itself; "allocated" is what torch's profiler is told by
-the allocator.
+Both count weights, gradients, AdamW's states, activations and the batch. "allocated" comes from torch's profiler.
 """
 
 import argparse
@@ -24,7 +23,7 @@ from nf4 import NF4Linear
 from training import memory
 from training.sharding import cast_weights
 
-# Decoder, tower, and the batch: rows, tokens of a row, those at its end that are supervised.
+# Decoder, tower, and the batch: rows, tokens per row, supervised tokens at the end of each row.
 SPEEDRUN = {"vocab_size": 900, "hidden_size": 128, "intermediate_size": 336, "num_hidden_layers": 4}
 SPEEDRUN |= {"num_attention_heads": 4, "tie_word_embeddings": True}
 SPEEDRUN_TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -43,8 +42,8 @@ KINDS = {  # what trains, rank, bits
 }
 
 
-def shaped(text: dict, vision: dict, kind: str, dtype: torch.dtype, recompute: bool) -> Llava:
-    """A new model, ready to train."""
+def make_model(text: dict, vision: dict, kind: str, dtype: torch.dtype, recompute: bool) -> Llava:
+    """Return a new model, ready to train."""
     trains, rank, bits = KINDS[kind]
     text = TextConfig(**text)
     model = Llava(LlavaConfig(text, CLIPVisionConfig(**vision), image_token_index=text.vocab_size - 1))
@@ -62,8 +61,8 @@ def shaped(text: dict, vision: dict, kind: str, dtype: torch.dtype, recompute: b
     return model.train()
 
 
-def batch_for(model: Llava, rows: int, length: int, supervised: int) -> dict:
-    """A batch of one picture a row, as train.py hands it over."""
+def make_batch(model: Llava, rows: int, length: int, supervised: int) -> dict:
+    """Return a batch with one image per row, as train.py passes it to the model."""
     vision, image = model.config.vision_config, model.config.image_token_index
     ids = torch.randint(0, image, (rows, length))
     ids[:, 1 : 1 + vision.num_patches] = image
@@ -73,9 +72,9 @@ def batch_for(model: Llava, rows: int, length: int, supervised: int) -> dict:
     return {"input_ids": ids, "labels": labels, "pixel_values": pixels}
 
 
-def allocated(model: Llava, batch: dict, dtype: torch.dtype) -> int:
-    """Bytes that torch's allocator has given out at most in a training step, by its own account: of the second step,
-    for AdamW's states are there from the first on."""
+def allocated_bytes(model: Llava, batch: dict, dtype: torch.dtype) -> int:
+    """Return the peak bytes that torch's allocator hands out in a training step, measured on the second step: then
+    AdamW's states exist from the start."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     for _ in range(2):
         states = [value for state in optimizer.state.values() for value in state.values()]
@@ -102,10 +101,10 @@ def main():
         text, vision, rows = SHAPES[shape]
         for kind in args.kinds:
             for recompute in (False, True):
-                model = shaped(text, vision, kind, torch.float32, recompute)
-                batch = batch_for(model, *rows)
+                model = make_model(text, vision, kind, torch.float32, recompute)
+                batch = make_batch(model, *rows)
                 ours = memory.estimate(model, "ddp", 1, torch.float32, batch).peak
-                theirs = allocated(model, batch, torch.float32)
+                theirs = allocated_bytes(model, batch, torch.float32)
                 row = f"| {shape} | {kind} | {'yes' if recompute else 'no'} | {ours / 1e6:.1f} | {theirs / 1e6:.1f} "
                 print(f"{row}| {ours / theirs:.3f} |", flush=True)
 

@@ -1,8 +1,8 @@
-"""What fine-tuning LLaVA-1.5 holds in memory: by the estimate that train.py prints, as a table for the README.
+"""Print a table of the memory that fine-tuning LLaVA-1.5 needs, by the estimate that train.py prints.
 
-    python tests/tools/memory_table.py       no weights are needed, and next to no memory
+    python tests/tools/memory_table.py       needs no weights and hardly any memory
 
-tests/memory_accuracy.py compares the same estimate with what torch allocates.
+tests/tools/memory_accuracy.py compares the same estimate with what torch allocates.
 """
 
 import sys
@@ -32,7 +32,7 @@ KINDS = {  # what trains, rank, bits, type of what trains
 
 
 def empty_nf4(linear: torch.nn.Linear) -> NF4Linear:
-    """A layer of that shape in four bits, without numbers."""
+    """Return an NF4 layer of the same shape, without data."""
     count = linear.weight.numel()
     blocks = count // BLOCK
     parts = {"weight": torch.empty(count // 2, 1, dtype=torch.uint8), "absmax": torch.empty(blocks, dtype=torch.uint8)}
@@ -40,8 +40,8 @@ def empty_nf4(linear: torch.nn.Linear) -> NF4Linear:
     return NF4Linear(parts, tuple(linear.weight.shape), torch.bfloat16)
 
 
-def shaped(size: str, trains: str, rank: int, bits: int, trained: torch.dtype) -> Llava:
-    """The model without numbers."""
+def make_model(size: str, trains: str, rank: int, bits: int, trained: torch.dtype) -> Llava:
+    """Return the model without data."""
     text = TextConfig(vocab_size=32064, **SHAPES[size])
     with torch.device("meta"):
         model = Llava(LlavaConfig(text, CLIPVisionConfig(image_size=336, patch_size=14), image_token_index=32000))
@@ -59,13 +59,15 @@ def shaped(size: str, trains: str, rank: int, bits: int, trained: torch.dtype) -
 
 def main():
     """Print the table."""
-    ids = torch.arange(LENGTH)[None].where(torch.arange(LENGTH) >= 577, 32000)  # a picture first, all else is learned
+    ids = torch.arange(LENGTH)[None].where(
+        torch.arange(LENGTH) >= 577, 32000
+    )  # an image first; every other token is supervised
     ids[0, 0] = 1
     batch = {"input_ids": ids, "labels": ids.where(ids != 32000, -100), "pixel_values": torch.zeros(1, 3, 336, 336)}
-    print("| | | weights | gradients | states | activations | at most, GB |\n|---|---|---:|---:|---:|---:|---:|")
+    print("| | | weights | gradients | states | activations | peak, GB |\n|---|---|---:|---:|---:|---:|---:|")
     for size in SHAPES:
         for kind, shape in KINDS.items():
-            found = memory.estimate(shaped(size, *shape), "ddp", 1, torch.bfloat16, batch)
+            found = memory.estimate(make_model(size, *shape), "ddp", 1, torch.bfloat16, batch)
             parts = [found.weights, found.gradients, found.states, found.activations, found.peak]
             print(f"| {size} | {kind} | " + " | ".join(f"{value / 1e9:.1f}" for value in parts) + " |", flush=True)
 
