@@ -1,10 +1,13 @@
-"""CLIP, written out: a picture and a text become two vectors that agree when they belong together.
+"""CLIP, written out: an image and a text become two vectors, which are similar if the two belong together.
 
-LLaVA takes only the vision transformer, and from it the patch features one block before the last. The text tower and
-the contrastive loss are here because that is how the vision tower is taught (train.py --stage 0).
+LLaVA uses only the vision transformer (ViT): the features of the patches, taken one block before the last. The text
+tower and the contrastive loss are here because they are how a vision tower is trained (train.py --stage 0).
+
+    image (3, 336, 336) --14 x 14 pixels a patch--> 576 patches --ViT, 23 of 24 blocks--> 576 features of width 1024
 
 Sources: Radford et al. 2021 (arXiv 2103.00020), Dosovitskiy et al. 2020 (arXiv 2010.11929). Parameter names are those
-of Hugging Face's CLIPModel files, its spelling of `pre_layrnorm` included.
+of Hugging Face's CLIPModel files, including its spelling of `pre_layrnorm`. Shapes at the end of a line: B rows, T
+tokens, P patches, C width, H heads, D width of a head.
 """
 
 import json
@@ -21,13 +24,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fast.linear import Linear, attend, lean, normed, projected
-
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)  # of CLIP's training pictures, RGB in 0..1
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)  # of CLIP's training images, RGB in 0..1
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
-# What each byte of each channel becomes, (3, 256): looked up, a picture is normalized five times as fast as computed.
-# 1/255 is multiplied in float64, as transformers does: in float32 the last bit would differ.
-LEVELS = ((np.arange(256) * (1 / 255)).astype(np.float32) - MEAN[:, None]) / STD[:, None]
 
 
 @dataclass
@@ -51,7 +49,7 @@ class CLIPVisionConfig:
         if self.model_type != "clip_vision_model":
             raise ValueError(f"the vision tower is {self.model_type!r:.99}, not a clip_vision_model")
         if self.hidden_size % self.num_attention_heads or self.patch_size > self.image_size:
-            raise ValueError("the vision tower's heads do not divide its width, or its patches exceed the picture")
+            raise ValueError("the vision tower's heads do not divide its width, or its patches exceed the image")
 
     @property
     def num_patches(self) -> int:
@@ -94,28 +92,31 @@ class CLIPAttention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_attention_heads
-        self.q_proj = Linear(width, width)
-        self.k_proj = Linear(width, width)
-        self.v_proj = Linear(width, width)
-        self.out_proj = Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, causal: bool) -> torch.Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = attend(q, k, v, is_causal=causal)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 class CLIPMLP(nn.Module):
+    """Two linear layers with quick_gelu between them: x * sigmoid(1.702 x), OpenAI's fast GELU."""
+
     def __init__(self, config):
         super().__init__()
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return projected(self.fc2, lambda x: x * torch.sigmoid(1.702 * x), self.fc1(x))  # quick_gelu
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x))
 
 
 class CLIPEncoderLayer(nn.Module):
@@ -127,8 +128,8 @@ class CLIPEncoderLayer(nn.Module):
         self.mlp = CLIPMLP(config)
 
     def forward(self, x: torch.Tensor, causal: bool) -> torch.Tensor:
-        x = x + self.self_attn(normed(self.layer_norm1, x), causal)
-        return x + self.mlp(normed(self.layer_norm2, x))
+        x = x + self.self_attn(self.layer_norm1(x), causal)
+        return x + self.mlp(self.layer_norm2(x))
 
 
 class CLIPEncoder(nn.Module):
@@ -142,7 +143,7 @@ class CLIPEncoder(nn.Module):
 
 
 class CLIPVisionEmbeddings(nn.Module):
-    """Cut the picture into patches, put the class token in front, add a learned position to each."""
+    """Cut the image into patches, put a class token in front of them, add a learned position to each."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -165,10 +166,10 @@ class CLIPVisionTransformer(nn.Module):
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = CLIPEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.recompute = False  # for a tower that trains: keep a block's input only, run it again for the gradients
+        self.recompute = False  # in training, store each block's input only and run the block again in backward
 
     def blocks(self, layer: int) -> nn.ModuleList:
-        """What hidden state `layer` is made by: the first so many blocks."""
+        """The blocks that compute hidden state `layer`; those after them are not needed."""
         return self.encoder.layers[: layer if layer >= 0 else len(self.encoder.layers) + 1 + layer]
 
     def hidden_state(self, pixel_values: torch.Tensor, layer: int = -1) -> torch.Tensor:
@@ -179,7 +180,7 @@ class CLIPVisionTransformer(nn.Module):
         """
         side = self.config.image_size
         if pixel_values.shape[-2:] != (side, side):
-            raise ValueError(f"pictures are {tuple(pixel_values.shape[-2:])}, this tower takes {side}x{side}")
+            raise ValueError(f"images are {tuple(pixel_values.shape[-2:])}, this tower takes {side}x{side}")
         x = self.pre_layrnorm(self.embeddings(pixel_values))
         for block in self.blocks(layer):
             if self.recompute and torch.is_grad_enabled():
@@ -189,19 +190,19 @@ class CLIPVisionTransformer(nn.Module):
         return x
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The picture as one vector (B, C): the class token of the last block, after the final norm."""
+        """One vector (B, C) for each image: the class token of the last block, after the final norm."""
         return self.post_layernorm(self.hidden_state(pixel_values)[:, 0])
 
 
 class CLIPVisionModel(nn.Module):
-    """The vision tower as LLaVA holds it; the extra level keeps the parameter names of the published files."""
+    """The vision tower inside a LLaVA; the extra level keeps the parameter names of the published files."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.vision_model = CLIPVisionTransformer(config)
 
     def forward(self, pixel_values: torch.Tensor, layer: int = -2, class_token: bool = False) -> torch.Tensor:
-        """Patch features (B, P, C) of hidden state `layer`, 'default' feature selection: the class token dropped."""
+        """Patch features (B, P, C) of hidden state `layer`, without the class token unless it is asked for."""
         features = self.vision_model.hidden_state(pixel_values, layer)
         return features if class_token else features[:, 1:]
 
@@ -228,9 +229,9 @@ class CLIPTextTransformer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The text as one vector (B, C): the state at its end token, which by CLIP's rule has the highest id.
+        """One vector (B, C) for each text: the state at its end token, which in CLIP's vocabulary has the highest id.
 
-        Attention is causal, so what pads the row after the end token cannot change the answer.
+        Attention is causal, so the padding after the end token cannot change it.
         """
         x = self.embeddings(input_ids)
         for block in self.encoder.layers:
@@ -248,9 +249,9 @@ class CLIPModel(nn.Module):
         self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))  # log of 1 / temperature
-        self.apply(self.initialize)
+        self.apply(self.init_weights)
 
-    def initialize(self, module: nn.Module):
+    def init_weights(self, module: nn.Module):
         """OpenAI's scales, simplified: width^-1/2 everywhere, the residual branches shrunk by depth."""
         depth = 2 * self.config.vision_config.num_hidden_layers
         if isinstance(module, nn.Linear):
@@ -259,16 +260,15 @@ class CLIPModel(nn.Module):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
-        elif isinstance(module, CLIPEncoderLayer):  # apply() visits children first, so this has the last word
+        elif isinstance(module, CLIPEncoderLayer):  # apply() visits children first, so this overwrites them
             for branch in (module.self_attn.out_proj, module.mlp.fc2):
                 nn.init.normal_(branch.weight, std=(branch.in_features * depth) ** -0.5)
 
     def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unit vectors (B, D) of the pictures and of the texts."""
-        with lean():
-            pictures = self.visual_projection(self.vision_model(pixel_values))
-            texts = self.text_projection(self.text_model(input_ids))
-        return F.normalize(pictures, dim=-1), F.normalize(texts, dim=-1)
+        """Unit vectors (B, D) of the images and of the texts."""
+        images = self.visual_projection(self.vision_model(pixel_values))
+        texts = self.text_projection(self.text_model(input_ids))
+        return F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
 
 
 def save_clip(model: CLIPModel, folder: str | Path):
@@ -279,32 +279,32 @@ def save_clip(model: CLIPModel, folder: str | Path):
     Path(folder, "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
-def clip_loss(pictures: torch.Tensor, texts: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
-    """Symmetric contrastive loss, figure 3 of the paper: which text belongs to this picture, and the reverse.
+def clip_loss(images: torch.Tensor, texts: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
+    """Symmetric contrastive loss (figure 3 of the paper): find the text of each image, and the image of each text.
 
-    Args: unit vectors (B, D), (B, D); row i of both belong together. logit_scale: log of 1 / temperature, clamped to
-    a temperature of 0.01 as in the paper. Under torch.distributed each rank scores its rows against every rank's.
+    Args: unit vectors (B, D), (B, D), where row i of both belong together; logit_scale: log of 1 / temperature, limited
+    to a temperature of 0.01 as in the paper. Under torch.distributed each rank compares its rows with all ranks' rows.
     """
-    target = torch.arange(len(pictures), device=pictures.device)
-    all_pictures, all_texts = pictures, texts
+    target = torch.arange(len(images), device=images.device)
+    all_images, all_texts = images, texts
     if torch.distributed.is_initialized():
-        target = target + len(pictures) * torch.distributed.get_rank()
-        all_pictures = torch.cat(torch.distributed.nn.all_gather(pictures))
+        target = target + len(images) * torch.distributed.get_rank()
+        all_images = torch.cat(torch.distributed.nn.all_gather(images))
         all_texts = torch.cat(torch.distributed.nn.all_gather(texts))
     scale = logit_scale.clamp(max=math.log(100)).exp()
-    by_picture = F.cross_entropy(scale * pictures @ all_texts.T, target)
-    by_text = F.cross_entropy(scale * texts @ all_pictures.T, target)
-    return (by_picture + by_text) / 2
+    by_image = F.cross_entropy(scale * images @ all_texts.T, target)
+    by_text = F.cross_entropy(scale * texts @ all_images.T, target)
+    return (by_image + by_text) / 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the picture's way in
+# preprocessing
 
 
 def preprocess(image: Image.Image, size: int) -> torch.Tensor:
-    """CLIP's preprocessing of an RGB picture: (3, size, size) float32, bit-equal to CLIPImageProcessor (PIL backend).
+    """CLIP's preprocessing of an RGB image: (3, size, size) float32, bit-equal to CLIPImageProcessor (PIL backend).
 
-    The shorter side is resized to `size` (bicubic on bytes), the center is cut out and normalized.
+    The shorter side is resized to `size` (bicubic, on bytes), the center is cut out and normalized.
     """
     width, height = image.size
     short, long = min(width, height), max(width, height)
@@ -315,10 +315,6 @@ def preprocess(image: Image.Image, size: int) -> torch.Tensor:
 
 
 def normalize(image: Image.Image) -> torch.Tensor:
-    """The bytes of an RGB picture as 0..1, less MEAN, over STD: (3, H, W) float32."""
-    rgb = np.asarray(image)  # (H, W, 3)
-    pixels = np.empty((3, *rgb.shape[:2]), np.float32)
-    for channel in range(3):
-        # No byte is out of range; but where take() may have to raise, it writes to a copy first.
-        np.take(LEVELS[channel], rgb[..., channel], out=pixels[channel], mode="clip")
-    return torch.from_numpy(pixels)
+    """Pixels of an RGB image as (value / 255 - MEAN) / STD: (3, H, W) float32."""
+    pixels = (np.asarray(image) * (1 / 255)).astype(np.float32)  # in float64 first: the bits are transformers' then
+    return torch.from_numpy(np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1)))

@@ -22,7 +22,7 @@ from evaluation.predictions import Item, load, read_predictions, shown
 from evaluation.scores import accuracy_by_category
 from evaluation.submissions import server_format, write_submission
 from evaluation.tasks import TASKS, prompt_of, read_items, unpack_images
-from fast import heap
+from fast.accelerate import accelerate
 from formats.adapters import base_of_adapter, load_with_adapter
 from formats.weights import DTYPES, choose_dtype
 from inputs.files import to_json, write_json
@@ -180,7 +180,7 @@ def run(args: argparse.Namespace):
     ranks = Distributed(args.device)
     device = str(ranks.device)
     model, tokenizer = load_with_adapter(base, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
-    heap.keep_freed(model.device)
+    accelerate(model)
     choose_image_mode(args, model.config)
     if args.task == "probes":
         plan = ranks.on_main(plan_probes, args, folder, model.config)

@@ -1,10 +1,10 @@
-"""Ask a model about a picture.
+"""Ask a model about an image.
 
-    python sample.py --image cat.jpg                           describe it
-    python sample.py --image cat.jpg --prompt "What color?"   one question
-    python sample.py --prompt "Hello"                          no picture; a decoder alone answers too
+    python sample.py --image cat.jpg                          describe it
+    python sample.py --image cat.jpg --prompt "What color?"   answer one question
+    python sample.py --prompt "Hello"                         no image; a decoder alone answers too
 
-On a terminal, without --prompt, it is a conversation. Standard output holds the answer and nothing else.
+On a terminal without --prompt, it is a conversation. Standard output holds the answer and nothing else.
 """
 
 import argparse
@@ -18,13 +18,15 @@ from pathlib import Path
 import torch
 
 from data import prepare_image
-from fast import heap
+from fast.accelerate import accelerate
+from fast.compile import compile_decoding
 from formats.adapters import base_of_adapter, load_with_adapter
 from formats.weights import DTYPES, choose_dtype
-from inputs.images import BadImage, open_image
+from inputs import cli
+from inputs.images import open_image
 from inputs.templates import prompt_ids, stop_text
 from inputs.tokenizer import Tokenizer
-from llava import KVCache, Llava, compile_decoding, generate
+from llava import KVCache, Llava, generate
 from training import runs
 from training.ranks import choose_device
 
@@ -32,35 +34,38 @@ DESCRIBE = "Describe the image."  # as the embedded world asks it
 
 
 class Chat:
-    """A model, a picture (or none) and what was said about it so far, of which each turn reads only what is new."""
+    """A conversation with a model about an image, or about none. Each turn reads only the tokens that are new."""
 
     def __init__(self, model: Llava, tokenizer: Tokenizer, image: Path | None, **sampling):
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self.questions, self.answers, self.features, self.sizes, self.tokens = [], [], None, [], []
+        self.questions, self.answers = [], []
+        self.features, self.image_sizes, self.image_tokens = None, [], []
         self.cache = KVCache(model.config.text_config, 1, 0, like=model.language_model.model.embed_tokens.weight)
+        self.read_ids = []  # the tokens whose keys and values the cache holds
         if image is not None:
             if model.config.vision_config is None:
                 raise ValueError("this model is a decoder without a vision tower: ask it without --image")
-            picture = prepare_image(open_image(image), model.config)
-            self.sizes, self.tokens = [picture.size], [picture.tokens]
+            prepared = prepare_image(open_image(image), model.config)
+            self.image_sizes, self.image_tokens = [prepared.size], [prepared.tokens]
             with torch.inference_mode():
-                self.features = model.vision_features(picture.pixels.to(model.device))
+                self.features = model.vision_features(prepared.pixels.to(model.device))
 
     def ask(self, question: str) -> Iterator[str]:
-        """Stream the answer in pieces that join to it; `last` then holds what --json prints."""
+        """Stream the answer in pieces that join to it; afterwards `last` holds the fields that --json prints."""
         template, questions = self.model.config.template, [*self.questions, question]
-        prompt = prompt_ids(questions, self.answers, len(self.tokens), self.tokenizer, template, self.tokens)
-        ids, text, begin, end = [], "", time.perf_counter(), stop_text(template)
-        stop = "length"
-        kept = {"image_sizes": self.sizes, "cache": self.cache}
-        for (token,) in generate(self.model, [prompt], self.features, **kept, **self.sampling):
+        prompt = prompt_ids(
+            questions, self.answers, len(self.image_tokens), self.tokenizer, template, self.image_tokens
+        )
+        ids, text, stop, begin = [], "", "length", time.perf_counter()
+        end = stop_text(template)  # templates without a special end token end in a text, such as ###
+        for token in self.next_tokens(prompt):
             ids.append(token)
             longer = self.tokenizer.decode(ids).lstrip()
             if token in self.model.config.eos_token_ids or (end and end in longer):
                 stop = "eos"
                 longer = longer.split(end)[0] if end else longer
             elif longer.endswith(("\ufffd", *(end[:n] for n in range(1, len(end))))):
-                continue  # half of a character, or perhaps of the end: wait for the rest
+                continue  # half of a character, or perhaps of the end text: wait for the rest
             yield longer[len(text) :]
             text = longer
             if stop == "eos":
@@ -70,6 +75,21 @@ class Chat:
         self.questions.append(question)
         self.answers.append(text)
 
+    def next_tokens(self, prompt: list[int]) -> Iterator[int]:
+        """Generate an answer. What the prompt has in common with the tokens in the cache is not read again."""
+        differs = [a != b for a, b in zip(self.read_ids, prompt[:-1])]  # the last token is read in any case
+        self.cache.used = differs.index(True) if True in differs else len(differs)
+        images = {"vision_features": None}
+        if self.model.config.image_token_index in prompt[self.cache.used :]:  # an image is read whole, or not again
+            self.cache.used, images = 0, {"vision_features": self.features, "image_sizes": self.image_sizes}
+        ids = list(prompt)
+        try:
+            for (token,) in generate(self.model, [prompt], **images, cache=self.cache, **self.sampling):
+                ids.append(token)
+                yield token
+        finally:  # also after Ctrl-C
+            self.read_ids = ids[: self.cache.used]
+
 
 def read_flags() -> argparse.Namespace:
     """The command line; an unknown flag or value ends the program with status 2."""
@@ -78,18 +98,19 @@ def read_flags() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", type=Path, help="folder of a model; default: the newest finished run below out/")
-    add("--adapter", type=Path, help="folder of what LoRA trained, to put onto --model")
+    add("--adapter", type=Path, help="folder of an adapter that LoRA trained for --model")
     add("--bits", type=int, choices=(4, 16), default=16, help="4: the decoder's layers in NF4, a quarter of the memory")
-    add("--image", type=Path, help="the picture to talk about")
+    add("--image", type=Path, help="the image to ask about")
     add("--prompt", help=f"the question; default: {DESCRIBE!r}, or a conversation on a terminal")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
+    add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     add("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
-    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that hold this probability together")
-    add("--max-new-tokens", type=int, default=256, help="longest answer")
-    add("--seed", type=int, default=0, help="of the draws")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens whose probabilities add up to this")
+    add("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
+    add("--seed", type=int, default=0, help="seed of the draws")
     add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
-    add("--compile", action="store_true", help="faster answers after some 10 seconds; on a CPU it takes a C++ compiler")
+    add("--no-fast", action="store_true", help="plain PyTorch layers, without those of fast/")
+    add("--compile", action="store_true", help="faster answers after some 10 seconds; on a CPU it needs a C++ compiler")
     add("--json", action="store_true", help="print one line of JSON: text, ids, prompt_ids, stop, tokens_per_s")
     args = parser.parse_args()
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_new_tokens < 1:
@@ -100,6 +121,7 @@ def read_flags() -> argparse.Namespace:
 
 
 def answer_once(chat: Chat, question: str, as_json: bool):
+    """Print one answer as it is generated, or as one line of JSON."""
     for piece in chat.ask(question):
         if not as_json:
             print(piece, end="", flush=True)
@@ -107,7 +129,7 @@ def answer_once(chat: Chat, question: str, as_json: bool):
 
 
 def converse(chat: Chat):
-    """Ask on the terminal until an empty line; every answer streams."""
+    """Ask on the terminal until an empty line; Ctrl-C stops an answer."""
     print("An empty line ends the conversation.", file=sys.stderr)
     while True:
         try:
@@ -118,30 +140,28 @@ def converse(chat: Chat):
             return
         try:
             answer_once(chat, question, as_json=False)
-        except KeyboardInterrupt:  # stops this answer only
+        except KeyboardInterrupt:
             print()
 
 
 def main():
-    """Answer once or converse; bad input ends in one line and status 1."""
+    """Answer one question, or hold a conversation."""
     args = read_flags()
-    try:
-        folder = args.model or (base_of_adapter(args.adapter) if args.adapter else runs.newest_run(1, 2))
-        device = choose_device(args.device)
-        model, tokenizer = load_with_adapter(folder, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
-        heap.keep_freed(model.device)
-        if args.compile:
-            compile_decoding(model)
-        generator = torch.Generator(device).manual_seed(args.seed)
-        sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
-        chat = Chat(model, tokenizer, args.image, max_new_tokens=args.max_new_tokens, **sampling)
-        if args.prompt is None and not args.json and sys.stdin.isatty() and sys.stdout.isatty():
-            converse(chat)
-        else:
-            answer_once(chat, DESCRIBE if args.prompt is None else args.prompt, args.json)
-    except (ValueError, BadImage) as error:
-        sys.exit(f"sample.py: {error}")
+    folder = args.model or (base_of_adapter(args.adapter) if args.adapter else runs.newest_run(1, 2))
+    device = choose_device(args.device)
+    model, tokenizer = load_with_adapter(folder, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
+    if not args.no_fast:
+        accelerate(model)
+    if args.compile:
+        compile_decoding(model)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
+    chat = Chat(model, tokenizer, args.image, max_new_tokens=args.max_new_tokens, **sampling)
+    if args.prompt is None and not args.json and sys.stdin.isatty() and sys.stdout.isatty():
+        converse(chat)
+    else:
+        answer_once(chat, DESCRIBE if args.prompt is None else args.prompt, args.json)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, "sample.py")

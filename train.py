@@ -31,10 +31,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from clip import CLIPEncoderLayer, save_clip
+from clip import save_clip
 from data import CaptionPairs, DataError, Records, Samples, Skips, collate, image_faults, name_skipped, refuse_bad
-from fast import heap
-from fast.linear import need_compiler, prepare
+from fast.accelerate import accelerate
+from fast.compile import compile_layers
 from formats.adapters import is_adapter, sample_weights, save_adapter
 from formats.saving import save_model
 from formats.weights import load_checkpoint
@@ -43,9 +43,8 @@ from inputs.images import BadImage
 from inputs.mixture import Source, batches, check_mixing, counts_of, open_sources, order_of
 from inputs.templates import TEMPLATES, end_ids
 from inputs.tokenizer import Tokenizer, train_bpe
-from llava import IGNORE, DecoderLayer, Llava
-from lora import add_lora
-from nf4 import NF4Linear
+from llava import IGNORE, Llava
+from lora import NF4Linear, add_lora
 from training import memory, meters, plots, recipes, runs, sharding
 from training.checkpoint import checkpoint_tensors, gather_tensors, restore_checkpoint
 from training.flags import read_flags
@@ -167,14 +166,13 @@ def fit(
     """
     settle(args, ranks, run, sum(counts_of(dataset.sizes, [source.weight for source in dataset.sources])))
     model.train()
-    needed = check_memory(args, ranks, model, dataset, pad_id)
+    accelerate(model)
+    check_memory(args, ranks, model, dataset, pad_id)
     if args.compile:
-        need_compiler(ranks.device)
         compile_layers(model)
         ranks.print0("--compile: the first steps will take half a minute")
     sharding.shard_model(model, args.shard, ranks, compute_dtype(ranks.device, args.dtype))
     optimizer = make_optimizer(model, args, ranks)
-    heap.limit_holes(model, ranks.device, needed.step)
     start, skipped, watched = go_on(ranks, run, model, optimizer)
     network = sharding.wrap_model(model, args.shard)
     loader = iter(make_loader(dataset, args, ranks, pad_id, start, group))
@@ -222,14 +220,6 @@ def fit(
         restore_checkpoint(best[-1], model)
     check_weights(args, ranks, run, model, args.steps)
     ranks.on_main(finish, run, partial(save, sharding.gather_weights(model, ranks)))
-
-
-def compile_layers(model: nn.Module):
-    """Let torch.compile write what a layer does: once for all of a kind, so it takes seconds, not minutes."""
-    prepare(model)
-    for module in model.modules():
-        if isinstance(module, (DecoderLayer, CLIPEncoderLayer)):
-            module.compile()
 
 
 def check_memory(args, ranks: Distributed, model: nn.Module, dataset, pad_id: int) -> memory.Estimate:
@@ -651,5 +641,4 @@ def main():
 
 
 if __name__ == "__main__":
-    heap.start_anew()
     main()

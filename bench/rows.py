@@ -30,7 +30,7 @@ from formats.weights import load_checkpoint, load_model
 from inputs.images import open_image
 from inputs.tokenizer import Tokenizer
 from llava import KVCache, Llava, compile_decoding
-from nf4 import count_weights
+from lora import count_weights
 from sample import Chat
 from training import meters
 from world.drawing import draw_scene

@@ -34,7 +34,7 @@ from formats.weights import (
 from inputs.files import fingerprint, read_json, write_json
 from inputs.tokenizer import Tokenizer
 from llava import Llava, LlavaConfig
-from lora import Base, LoRALinear, scale_of, weight_of
+from lora import LoRALinear, NF4Linear, base_weight, lora_scale
 
 PEFT = "base_model.model."  # stands in front of every name
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
@@ -103,7 +103,7 @@ def sample_weights(model: nn.Module, paths) -> dict[str, list[float]]:
     same, in another model they are not."""
     paths, found = list(paths), {}
     for path in paths[:: -(-len(paths) // 8)]:
-        flat = weight_of(model.get_submodule(path)).flatten().float()
+        flat = base_weight(model.get_submodule(path)).flatten().float()
         found[path] = flat[:: -(-len(flat) // 64)].tolist()
     return found
 
@@ -111,7 +111,9 @@ def sample_weights(model: nn.Module, paths) -> dict[str, list[float]]:
 def check_base(model: nn.Module, adapter: "Adapter"):
     """Raise ValueError if the numbers that the adapter's file noted of its base are not about those of this model."""
     for path, theirs in adapter.base.items():
-        ours = sample_weights(model, [path])[path] if isinstance(model.get_submodule(path), Base) else []
+        ours = (
+            sample_weights(model, [path])[path] if isinstance(model.get_submodule(path), (nn.Linear, NF4Linear)) else []
+        )
         if len(ours) == len(theirs):
             apart = float(torch.dist(torch.tensor(ours), torch.tensor(theirs)) / torch.tensor(theirs).norm())
             if apart < 0.3:  # NF4 puts weights 0.1 apart, bfloat16 0.002, other weights 1.4
@@ -216,7 +218,7 @@ def read_layer(path: Path, name: str, pair: dict[str, LazyTensor], values: dict,
     a, b = pair["A"].read().float(), pair["B"].read().float()
     if a.ndim != 2 or b.ndim != 2 or not 0 < len(a) == b.shape[1] == rank:
         raise ValueError(f"{path}: {name} holds {list(a.shape)} and {list(b.shape)}, its rank is {rank} in {CONFIG}")
-    scale = scale_of(rank, alpha, values.get("use_rslora") is True)
+    scale = lora_scale(rank, alpha, values.get("use_rslora") is True)
     ours, _ = match(f"{name}.weight", layout)  # how the base stores its matrix (fan_in_fan_out) is no matter here
     return {target.removesuffix(".weight"): (a, part, scale) for target, part in zip(ours, b.chunk(len(ours)))}
 
@@ -271,7 +273,7 @@ def refuse_other_base(model: Llava, adapter: Adapter):
     modules, wrong = dict(model.named_modules()), []
     for path, (a, b, _) in adapter.lora.items():
         base, wanted = modules.get(path), (len(b), a.shape[1])
-        if not isinstance(base, Base) or path.endswith("lm_head"):
+        if not isinstance(base, (nn.Linear, NF4Linear)) or path.endswith("lm_head"):
             wrong.append(f"{path} is not there" if base is None else f"{path} cannot have LoRA here")
         elif (base.out_features, base.in_features) != wanted:
             wrong.append(f"{path} is {base.out_features} x {base.in_features}, not {wanted[0]} x {wanted[1]}")

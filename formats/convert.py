@@ -8,8 +8,7 @@ from formats.adapters import Adapter, build_with_adapter, read_adapter
 from formats.saving import merged_into, publish_model
 from formats.weights import build, grow_vocabulary, load_checkpoint, load_tokenizer, open_model
 from llava import Llava
-from lora import lora_layers, merge, plain
-from nf4 import NF4Linear
+from lora import NF4Linear, frozen_linear, lora_layers, merge
 
 
 def convert_folder(source: Path, target: Path, vision: Path | None, llm: Path | None, template: str | None):
@@ -70,7 +69,7 @@ def merge_checked(model: Llava, adapter: Adapter) -> tuple[float, float, bool]:
     merge(model)
     for path, module in list(model.named_modules()):
         if isinstance(module, NF4Linear):
-            model.set_submodule(path, plain(module.dequantize(), module.bias))
+            model.set_submodule(path, frozen_linear(module.dequantize(), module.bias))
     merged = logits(model)
     apart, largest = float((merged - unmerged).abs().max()), float(unmerged.abs().max())
     if not apart <= {torch.float32: 1e-4}.get(model.dtype, 0.05) * largest:

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from nf4 import NESTED_BLOCK, NF4Linear, code_book, nested_code_book
+from lora import NESTED_BLOCK, NF4Linear, code_book, nested_code_book
 
 STATE = ".quant_state.bitsandbytes__"  # + "nf4": JSON, as bytes
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -11,7 +11,7 @@ from formats.layouts import HEAD, Layout, gpt2, llama, pattern_of
 from inputs.files import publish_folder, read_json, write_json
 from inputs.tokenizer import Tokenizer
 from llava import Llava
-from nf4 import NF4Linear
+from lora import NF4Linear
 
 MERGED = "merged.json"  # names the adapters whose updates are in a model's weights
 SHARD_BYTES = 5_000_000_000  # of a file that is written; larger ones are unwieldy to copy

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from formats import nf4_files
 from inputs.files import read_json, reject_duplicate_keys
 from llava import LlavaConfig, TextConfig
-from nf4 import NF4Linear
+from lora import NF4Linear
 
 PICKLES = (".bin", ".pt", ".pth")
 HEADER_BYTES = 10_000_000  # of a file that is read: room for some hundred thousand tensors

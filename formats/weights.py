@@ -36,7 +36,7 @@ from inputs.files import read_json
 from inputs.templates import end_ids
 from inputs.tokenizer import Tokenizer
 from llava import Llava, LlavaConfig
-from nf4 import NF4Linear
+from lora import NF4Linear
 
 FLOATS = {name: NUMBERS[name] for name in ("F32", "F16", "BF16", "F64")}  # in safetensors
 FLOATS |= {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}  # in torch

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from fast.linear import need_compiler
+from fast.compile import require_compiler
 from formats.saving import save_model
 from formats.weights import load_model
 from inputs.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ def command():
 def compiler():
     """For a test that compiles: where that does not work, it is skipped."""
     try:
-        need_compiler(torch.device("cpu"))
+        require_compiler(torch.device("cpu"))
     except ValueError as error:
         pytest.skip(str(error))
 

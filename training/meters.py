@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from llava import IGNORE, Llava
-from nf4 import count_weights
+from lora import count_weights
 from training.sharding import is_sharded
 
 BOARDS = ("tensorboard", "wandb")

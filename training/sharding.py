@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nf4 import NF4Linear
+from lora import NF4Linear
 from training.ranks import Distributed
 
 MODES = ("ddp", "zero1", "fsdp")

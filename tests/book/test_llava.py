@@ -2,18 +2,15 @@
 
 import json
 import math
-from contextlib import nullcontext
 from itertools import combinations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import llava
 from clip import CLIPVisionConfig
-from fast import linear
 from formats.configs import read_text_config
 from formats.saving import save_model
 from formats.weights import load_model
@@ -24,11 +21,10 @@ from llava import (
     LlavaConfig,
     Projector,
     TextConfig,
-    choose,
     generate,
+    sample_token,
     summed_cross_entropy,
 )
-from training import memory
 
 VOCAB, IMAGE, PAD = 99, 97, 0
 VISION = CLIPVisionConfig(24, 48, 4, 4, image_size=8, patch_size=4)  # 4 features to a picture
@@ -266,14 +262,14 @@ def test_padding_is_never_looked_at():
 def draws(probabilities, temperature=1.0, top_k=0, top_p=1.0, count=4000):
     """How often each id is drawn, given its probability."""
     logits = torch.tensor(probabilities).log().expand(count, -1)
-    ids = choose(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0))
+    ids = sample_token(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0))
     return [round(n / count, 1) for n in ids.bincount(minlength=len(probabilities)).tolist()]
 
 
 def test_temperature():
     logits = torch.randn(50, VOCAB, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(choose(logits, 0, 0, 1.0), logits.argmax(-1))
-    assert torch.equal(choose(logits, 1e-4, 0, 1.0), logits.argmax(-1))
+    assert torch.equal(sample_token(logits, 0, 0, 1.0), logits.argmax(-1))
+    assert torch.equal(sample_token(logits, 1e-4, 0, 1.0), logits.argmax(-1))
     assert draws([0.6, 0.3, 0.1]) == [0.6, 0.3, 0.1]
     assert draws([0.6, 0.3, 0.1], temperature=0.5) == [0.8, 0.2, 0.0]  # squares: .36 .09 .01 of .46
     assert draws([0.6, 0.1, 0.1, 0.1, 0.1], temperature=1e6) == [0.2] * 5
@@ -386,42 +382,6 @@ def test_loss_of_three_tokens():
     assert loss == pytest.approx(-math.log(0.6 * 0.3 * 0.5), abs=1e-6)
     assert sum(round(-math.log(q), 2) for q in (0.6, 0.3, 0.5)) == pytest.approx(2.40)
     assert loss == pytest.approx(2.40, abs=0.01)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [0, 1, 64])
-def test_the_loss_is_torchs_and_of_the_size_of_logits_there_are_two(tokens, dtype):
-    torch.manual_seed(0)
-    head = nn.Linear(8, 1000, bias=False, dtype=dtype)
-    hidden, target = torch.randn(tokens, 8, dtype=dtype), torch.randint(0, 1000, (tokens,))
-    losses, gradients, peaks = [], [], []
-    for loss_of in (summed_cross_entropy, lambda *args: F.cross_entropy(head(hidden).float(), target, reduction="sum")):
-        with memory.MemoryCounter(head.parameters()) as counted:
-            losses.append(loss_of(head, hidden, target))
-            (gradient,) = torch.autograd.grad(losses[-1] / 3, head.weight)
-        gradients.append(gradient)
-        peaks.append(counted.peak - head.weight.nbytes)
-    assert torch.equal(*losses)
-    torch.testing.assert_close(*gradients)
-    logits = tokens * 1000 * torch.float32.itemsize
-    most = 2 * logits if dtype == torch.float32 else 2.5 * logits  # they come in 16 bits
-    assert peaks[0] < most + 40_000 and (tokens < 64 or peaks[1] > most + 0.4 * logits)
-
-
-@pytest.mark.parametrize("keeping", [nullcontext, linear.lean])
-def test_the_gradient_of_a_loss_is_made_twice_in_chunks_only(monkeypatch, keeping):
-    head, hidden, target = nn.Linear(8, 10), torch.randn(3, 8), torch.tensor([1, 2, 3])
-
-    def twice():
-        with keeping():
-            loss = summed_cross_entropy(head, hidden, target)
-        once = torch.autograd.grad(loss, head.weight, retain_graph=True)
-        torch.testing.assert_close(torch.autograd.grad(loss, head.weight), once)
-
-    with pytest.raises(RuntimeError, match=r"made before|modified by an inplace"):  # in lean() torch does not look
-        twice()
-    monkeypatch.setattr(llava, "LOSS_CHUNK", 2)  # what is made again is as new
-    twice()
 
 
 def batch_with_loss(model):

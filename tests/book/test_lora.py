@@ -29,8 +29,7 @@ from inputs.mixture import Source
 from inputs.records import read_records
 from inputs.tokenizer import Tokenizer
 from llava import IGNORE
-from lora import LoRALinear, add_lora, find_linears, lora_layers
-from nf4 import NF4Linear
+from lora import LoRALinear, NF4Linear, add_lora, find_linears, lora_layers
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -121,8 +120,8 @@ def test_dropout_is_on_what_goes_into_a_and_in_training_only():
 
 
 def test_rank_stabilized_divides_by_the_root():
-    assert lora.scale_of(8, 16, rank_stabilized=True) == pytest.approx(5.656854)
-    assert lora.scale_of(8, 16) == 2
+    assert lora.lora_scale(8, 16, rank_stabilized=True) == pytest.approx(5.656854)
+    assert lora.lora_scale(8, 16) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

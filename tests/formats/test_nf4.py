@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import lora
-import nf4
+import lora as nf4
 import sample
 from formats import __main__ as formats_cli
 from formats import nf4_files
@@ -21,7 +21,7 @@ from formats.convert import quantize_folder
 from formats.saving import save_model
 from formats.weights import load_model
 from inputs.tokenizer import Tokenizer
-from nf4 import NF4Linear
+from lora import NF4Linear
 
 REPOSITORY = Path(lora.__file__).parent
 SHAPES = [(64, 64), (48, 40), (1, 1), (3, 33), (7, 9), (5, 64), (1, 63), (2, 8192), (300, 100)]
@@ -50,7 +50,7 @@ def test_the_first_byte_and_a_block_of_zeros():
 
 
 def test_what_lies_between_two_values_takes_the_lower():
-    borders = nf4.middles(torch.tensor(nf4.CODES))
+    borders = nf4.boundaries(torch.tensor(nf4.CODES))
     packed, _ = nf4.quantize(torch.cat([borders, torch.tensor([1.0])]))
     codes = [half for byte in packed.flatten().tolist() for half in (byte >> 4, byte & 15)]
     assert codes[:15] == list(range(15)) and codes[15] == 15
@@ -110,7 +110,7 @@ def test_codes_and_numbers_are_theirs(bnb, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_borders_and_zeros_are_theirs(bnb, dtype):
-    borders = nf4.middles(torch.tensor(nf4.CODES))
+    borders = nf4.boundaries(torch.tensor(nf4.CODES))
     nearby = torch.stack([borders, borders.nextafter(torch.tensor(2.0)), borders.nextafter(torch.tensor(-2.0))])
     weight = torch.cat([F.pad(row, (0, 49), value=1.0) * size for row in nearby for size in (1.0, 0.3, 1e-3)])
     weight = torch.cat([weight, torch.zeros(128)]).to(dtype)
@@ -123,7 +123,7 @@ def through_their_table(scaled):
     """How bitsandbytes' CPU code rounds to the 256 values: by way of a table of 65,536 entries."""
     book = nf4.nested_code_book(torch.device("cpu"))
     entries = torch.arange(65536, dtype=torch.float32) / 65535 * 2 - 1
-    table = torch.bucketize(entries, nf4.middles(book))
+    table = torch.bucketize(entries, nf4.boundaries(book))
     return table[((scaled + 1) * 0.5 * 65535 + 0.5).floor().long().clamp(0, 65535)]
 
 

@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train
 from clip import CLIPVisionConfig
 from llava import IGNORE, Llava, LlavaConfig, TextConfig
-from lora import add_lora
-from nf4 import NF4Linear
+from lora import NF4Linear, add_lora
 from training import memory
 from training.sharding import cast_weights
 

@@ -13,8 +13,7 @@ import train
 from clip import CLIPVisionConfig
 from data import collate
 from llava import IGNORE, Llava, LlavaConfig, TextConfig
-from lora import add_lora
-from nf4 import NF4Linear
+from lora import NF4Linear, add_lora
 from training import meters, plots
 
 
