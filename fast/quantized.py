@@ -33,10 +33,14 @@ class CompiledNF4Linear(NF4Linear):
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         if not torch.compiler.is_compiling():
             return super().dequantize(dtype)
+        weight = self.loop_dequantize()
+        return weight if dtype is None else weight.to(dtype)
+
+    def loop_dequantize(self) -> torch.Tensor:
+        """The weight (out, in), written as elementwise operations that compile to one loop."""
         codes = self.weight.view(-1, 1, self.block // 2).int()
         numbers = torch.cat([select_code(codes, 128), select_code(codes, 8)], dim=1)  # (blocks, 2, block / 2)
-        weight = (numbers * self.absmax[:, None, None]).to(self.dtype).view(self.out_features, self.in_features)
-        return weight if dtype is None else weight.to(dtype)
+        return (numbers * self.absmax[:, None, None]).to(self.dtype).view(self.out_features, self.in_features)
 
 
 def select_code(codes: torch.Tensor, bit: int, values: tuple[float, ...] = CODES) -> torch.Tensor | float:

@@ -18,6 +18,7 @@ from fast.accelerate import ITEMS, accelerate
 from fast.attention import SHORT, attend
 from fast.compile import compile_decoding
 from fast.quantized import FastDropout, prepare_nf4
+from formats import nf4_files
 from llava import Llava, LlavaConfig, TextConfig, generate
 from lora import NF4Linear, add_lora, find_linears, lora_layers
 
@@ -47,7 +48,7 @@ def loss_and_gradients(model: Llava, autocast: bool = False) -> tuple[float, dic
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = model(ids, labels, pixel_values=torch.randn(4, 3, 28, 28))
     loss.backward()
-    return float(loss), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("item", [None, *ITEMS])
@@ -60,9 +61,8 @@ def test_values_and_gradients_are_the_plain_models(item, model_type):
     assert list(model.state_dict()) == list(state)
     fast_loss, fast_gradients = loss_and_gradients(model)
     assert fast_loss == pytest.approx(loss, rel=1e-6) and list(fast_gradients) == list(gradients)
-    for name, gradient in gradients.items():
-        bound = 1e-6 * max(1.0, float(gradient.abs().max())) if "k_proj.bias" in name else 2e-6 * gradient.abs().max()
-        assert (fast_gradients[name] - gradient).abs().max() <= bound + 1e-7, name  # k_proj.bias has a gradient of 0
+    apart = sum(float((fast_gradients[name] - gradients[name]).square().sum()) for name in gradients) ** 0.5
+    assert apart <= 1e-6 * sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5
 
 
 def test_under_autocast_gradients_are_as_close_to_float32s_as_the_plain_models():
@@ -100,9 +100,9 @@ def test_an_unknown_item_is_named():
 
 def layer_of(items: set[str], weight: torch.Tensor, bias: torch.Tensor | None) -> linear.FastLinear:
     layer = linear.FastLinear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    layer.weight.data, layer.items = weight, frozenset(items)
+    layer.weight, layer.items = torch.nn.Parameter(weight), frozenset(items)
     if bias is not None:
-        layer.bias.data = bias
+        layer.bias = torch.nn.Parameter(bias)
     return layer
 
 
@@ -111,8 +111,9 @@ def layer_of(items: set[str], weight: torch.Tensor, bias: torch.Tensor | None) -
 def test_few_rows_in_pieces(rows, biased):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(rows, 1, 512), torch.randn(1024, 512), torch.randn(1024) if biased else None
+    layer = layer_of({"pieces"}, weight, bias)
     with torch.inference_mode():
-        found = layer_of({"pieces"}, weight, bias)(x)
+        found = layer(x)
     want = F.linear(x.double(), weight.double(), None if bias is None else bias.double()).float()
     assert found.shape == (rows, 1, 1024)
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
@@ -177,17 +178,17 @@ def test_attention_of_short_rows_is_as_exact_and_its_gradients_are(length, kind)
         assert (got.double() - exact).abs().max() <= precision * exact.abs().max()
 
 
-@pytest.mark.parametrize("share", [0.05, 0.5])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_zeroes_its_share_and_keeps_the_mean(share, dtype):
     torch.manual_seed(0)
-    x = torch.full((1000, 999), 3.0, dtype=dtype, requires_grad=True)
+    x = torch.ones(1003, 997, dtype=dtype, requires_grad=True)
     y = FastDropout(share).train()(x)
-    zero = y == 0
-    assert y.dtype == dtype and float(zero.float().mean()) == pytest.approx(share, abs=2e-3)
-    assert y[~zero].unique().tolist() == pytest.approx([3 / (1 - share)], rel=1e-2)
-    y.sum().backward()
-    assert torch.equal(x.grad == 0, zero)
+    nothing, kept = y.unique().tolist()
+    assert nothing == 0 and kept == pytest.approx(1 / (1 - share), rel=4e-3)
+    for zeroed in (y == 0).float().mean(dim=0), (y == 0).float().mean(dim=1):  # rows and columns, binomial
+        assert (zeroed - share).abs().max() < 6 * (share * (1 - share) / 997) ** 0.5
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y)
     assert torch.equal(FastDropout(share).eval()(x), x)
 
 
@@ -202,26 +203,36 @@ def in_four_bits(model: Llava):
 
 def test_nf4_prepared_for_compiling_holds_the_same_numbers():
     torch.manual_seed(0)
-    layer, x = NF4Linear.of(torch.randn(48, 128)), torch.randn(3, 128)
+    layer, x = NF4Linear.of(torch.randn(48, 100)), torch.randn(3, 100)  # rows begin within a block
     want, codes, y = layer.dequantize(), layer.packed.clone(), layer(x)
     prepare_nf4(layer)
     prepare_nf4(layer)  # a second time changes nothing
     assert torch.equal(layer.dequantize(), want) and torch.equal(layer(x), y)
     assert not torch.equal(layer.weight, codes) and torch.equal(layer.packed, codes)
+    assert torch.equal(layer.loop_dequantize(), want)
+    stored = nf4_files.to_files("w", layer)
+    assert torch.equal(stored["w"], codes) and "w.nested_absmax" not in stored
 
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_nf4_computes_the_same_and_its_gradients_are(dtype):
+def test_compiled_nf4_computes_the_same_and_stores_no_weight(dtype):
     torch.manual_seed(0)
-    layer, x = NF4Linear.of(torch.randn(96, 128, dtype=dtype)), torch.randn(5, 128, dtype=dtype, requires_grad=True)
-    want = layer(x)
+    layer = NF4Linear.of(torch.randn(192, 320, dtype=dtype))  # 960 absmax: the last block of 256 is not full
+    x = torch.randn(40, 320, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    (want,) = torch.autograd.grad(y.square().sum(), x)
     prepare_nf4(layer)
-    torch.compiler.reset()
-    found = torch.compile(layer, fullgraph=True)(x)
-    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.1}
-    torch.testing.assert_close(found, want, **tolerance)
-    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (found, want)), **tolerance)
+    layer.compile()
+    stored = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.append(t) or t, lambda t: t):
+        found = layer(x)
+    torch.testing.assert_close(found, y)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), x)[0], want)
+    assert all(t.numel() < 192 * 320 for t in stored if t.is_floating_point())
+    with torch.inference_mode():
+        one = layer(x[:1])  # a loop of its own, whose sums are in another order
+    assert (one - y[:1]).abs().max() <= {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype] * y.abs().max()
 
 
 @pytest.mark.usefixtures("compiler")
