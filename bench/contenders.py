@@ -25,7 +25,6 @@ from torch import nn
 import train
 from bench.pairing import Contender, settle, timed
 from clip import CLIPVisionConfig
-from fast import heap
 from formats.configs import config_to_json, read_config
 from formats.saving import save_model
 from formats.weights import load_model
@@ -230,7 +229,6 @@ def our_trainer(job: Job) -> Trainer:
         return train.train_step(args, ranks, model, optimizer, [batch], next(done))["loss"]
 
     needed = memory.estimate(model, args.shard, ranks.world_size, compute_dtype(ranks.device, args.dtype), batch)
-    heap.limit_holes(model, ranks.device, needed.step)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     flops = meters.step_flops(model, shape.rows * shape.length, shape.length, shape.rows)
     return Trainer(step, flops, sum(p.nbytes for p in model.parameters()) + 3 * trained)
@@ -299,7 +297,6 @@ def memory_of(field: str) -> int:
 def train_alone(side: str, job: dict, steps: int):
     """Print as JSON: the first loss, seconds of the steps after it, peak bytes of training above the bare import."""
     if side == "ours":
-        heap.start_anew()  # as train.py does
     bare(side)
     job = Job(**job)
     device, before = torch.device(job.device), memory_of("VmRSS")
@@ -351,10 +348,9 @@ FIRST_TOKEN = {
     "ours": """
 import sys, torch
 from pathlib import Path
-from sample import Chat, heap
+from sample import Chat
 from formats.adapters import load_with_adapter
 model, tokenizer = load_with_adapter(Path(sys.argv[1]), None, sys.argv[3], getattr(torch, sys.argv[4]))
-heap.keep_freed(model.device)
 print("".join(Chat(model, tokenizer, Path(sys.argv[2]), max_new_tokens=1).ask("What is this?")).encode())
 """,
     "theirs": """
@@ -385,8 +381,7 @@ def our_model(folder: Path, device: str, dtype: torch.dtype, bits: int = 16) -> 
     """Loaded as sample.py does, but that nothing ends an answer."""
     model = load_model(folder, device, dtype, bits=bits)
     model.config.eos_token_ids = []
-    heap.keep_freed(model.device)
-    return model
+        return model
 
 
 @torch.inference_mode()

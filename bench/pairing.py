@@ -13,8 +13,8 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+from torch.nn.functional import linear as product
 
-from fast.linear import product
 from training import meters
 
 LESS = ("s", "ms", "MB")  # units of which less is better; of all others more

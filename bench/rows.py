@@ -24,12 +24,13 @@ from bench import contenders as two
 from bench.contenders import SHAPES, Job
 from bench.pairing import Contender, Limits, Row, pair, rate_row, size_row, time_row, timed
 from data import prepare_image
-from fast.linear import EMULATED
+from fast.compile import compile_decoding
+from fast.linear import lacks_16_bit
 from formats.configs import read_config
 from formats.weights import load_checkpoint, load_model
 from inputs.images import open_image
 from inputs.tokenizer import Tokenizer
-from llava import KVCache, Llava, compile_decoding
+from llava import KVCache, Llava
 from lora import count_weights
 from sample import Chat
 from training import meters
@@ -417,7 +418,7 @@ def tokenizing(bench: Bench, name: str, shape: str) -> Iterator[Row]:
 
 def cases(device: torch.device, chosen: list[str], slow: bool) -> list[Case]:
     """Every case of the chosen shapes on this device; what takes too long here says so instead of running."""
-    found, gpu, lame = [], device.type == "cuda", EMULATED and device.type == "cpu" and not slow
+    found, gpu, lame = [], device.type == "cuda", lacks_16_bit() and device.type == "cpu" and not slow
 
     def add(name: str, run: Callable, *args, left_out: str | None = None):
         found.append(Case(name, lambda bench, title: run(bench, title, *args), left_out))

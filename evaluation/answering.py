@@ -246,9 +246,9 @@ def hashes(paths: list[Path]) -> list[str]:
 
 
 CODE = (
-    "clip llava lora nf4 data fast/linear fast/step fast/tied variants/anyres inputs/images inputs/templates "
-    "inputs/tokenizer inputs/bpe formats/weights formats/tensors formats/layouts formats/configs formats/adapters "
-    "evaluation/answering"
+    "clip llava lora data fast/accelerate fast/attention fast/linear fast/quantized variants/anyres inputs/images "
+    "inputs/templates inputs/tokenizer inputs/bpe formats/weights formats/tensors formats/layouts formats/configs "
+    "formats/adapters evaluation/answering"
 )
 
 

@@ -10,6 +10,7 @@ import train
 from fast.compile import require_compiler
 from formats.saving import save_model
 from formats.weights import load_model
+from inputs import cli
 from inputs.tokenizer import Tokenizer
 from world.writer import write_world
 
@@ -25,7 +26,7 @@ def command():
     def call(script, *argv):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
-            script.main()
+            cli.run(script.main, f"{script.__name__}.py")
 
     return call
 

@@ -7,7 +7,6 @@ from memory_accuracy import KINDS, SPEEDRUN, SPEEDRUN_TOWER, allocated_bytes, ma
 import train
 from clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from data import DataError
-from fast import linear
 from inputs.images import BadImage
 from training import memory
 from training.towers import Contrastive
@@ -21,13 +20,6 @@ def is_close(model, batch, dtype=torch.float32):
     found, real = memory.estimate(model, "ddp", 1, dtype, batch), allocated_bytes(model, batch, dtype)
     print(f"estimated {found.peak / 1e6:.2f} MB, allocated {real / 1e6:.2f} MB")
     return found.peak == pytest.approx(real, rel=0.1)
-
-
-@pytest.fixture(autouse=True)
-def native_bfloat16():
-    """The estimate is for hardware that computes in 16 bits; goes with the fallback in fast.linear."""
-    with linear.not_emulated():
-        yield
 
 
 @pytest.mark.parametrize(("kind", "recompute"), [*((kind, False) for kind in KINDS), ("all", True), ("QLoRA", True)])
