@@ -296,7 +296,6 @@ def memory_of(field: str) -> int:
 
 def train_alone(side: str, job: dict, steps: int):
     """Print as JSON: the first loss, seconds of the steps after it, peak bytes of training above the bare import."""
-    if side == "ours":
     bare(side)
     job = Job(**job)
     device, before = torch.device(job.device), memory_of("VmRSS")
@@ -381,7 +380,7 @@ def our_model(folder: Path, device: str, dtype: torch.dtype, bits: int = 16) -> 
     """Loaded as sample.py does, but that nothing ends an answer."""
     model = load_model(folder, device, dtype, bits=bits)
     model.config.eos_token_ids = []
-        return model
+    return model
 
 
 @torch.inference_mode()

@@ -73,10 +73,7 @@ def unsharded_bytes(model: Llava, dtype: torch.dtype) -> int:
     return (sum(p.numel() for p in model.parameters()) + (2 - len(layers)) * layer) * dtype.itemsize
 
 
-@linear.not_emulated()  # goes when fast.linear no longer widens bfloat16 on some CPUs
-def dry_run(
-    model: nn.Module, dtype: torch.dtype, batch: dict, free_gradients: bool, gathered: bool
-) -> tuple[int, int]:
+def dry_run(model: nn.Module, dtype: torch.dtype, batch: dict, free_gradients: bool, gathered: bool) -> tuple[int, int]:
     """Bytes that a step adds to the weights: after the forward pass, and at the peak.
 
     Args: free_gradients: drop each gradient once it is complete, because it is counted elsewhere.
