@@ -228,7 +228,7 @@ def our_trainer(job: Job) -> Trainer:
     def step() -> float:
         return train.train_step(args, ranks, model, optimizer, [batch], next(done))["loss"]
 
-    needed = memory.estimate(model, args.shard, ranks.world_size, compute_dtype(ranks.device, args.dtype), batch)
+    memory.estimate(model, args.shard, ranks.world_size, compute_dtype(ranks.device, args.dtype), batch)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     flops = meters.step_flops(model, shape.rows * shape.length, shape.length, shape.rows)
     return Trainer(step, flops, sum(p.nbytes for p in model.parameters()) + 3 * trained)
