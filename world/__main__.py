@@ -4,8 +4,11 @@ python -m world write --out DIR --n N --seed S
 """
 
 import argparse
+import signal
+import sys
 from pathlib import Path
 
+from inputs import cli
 from world.drawing import SHIFTS
 from world.language import TURNS
 from world.writer import write_world
@@ -24,9 +27,10 @@ def main():
     add("--turns", type=int, default=TURNS, help="questions per training dialogue; an image gets several dialogues")
     add("--shift", choices=SHIFTS, default="none", help="draw the same scenes in another look, to fine-tune on")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the drawing processes, too
     write_world(args.out, args.n, args.seed, args.size, args.questions, args.turns, args.shift)
     print(f"{args.out}: captions.json, instruct.json, text.json, questions.jsonl, scenes.jsonl")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, "world")

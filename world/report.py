@@ -76,7 +76,8 @@ def to_markdown(out: Path, result: dict) -> str:
 # the sheet of held-out images
 
 SCALE = 2  # the sheet is drawn for screens of twice the usual resolution
-CARD, IMAGE, MARGIN, LINE = (SCALE * length for length in (236, 132, 12, 16))  # pixels
+IMAGE, MARGIN, LINE = 192 * SCALE, 12 * SCALE, 17 * SCALE  # pixels
+CARD = IMAGE + 2 * MARGIN
 PAGE, WHITE, BORDER = "#f6f8fa", "#ffffff", "#d0d7de"
 DARK, GRAY, GREEN, RED, AMBER = "#1f2328", "#59636e", "#1a7f37", "#cf222e", "#9a6700"
 
@@ -86,11 +87,11 @@ def draw_sheet(out: Path, answers: list[dict], path: Path, columns: int = 5, row
     questions = {row["question_id"]: row for row in read_rows(out / "world/questions.jsonl")}
     cards = [card_lines(questions[answer["question_id"]], answer) for answer in answers[: columns * rows]]
     grid = [cards[i : i + columns] for i in range(0, len(cards), columns)]
-    heights = [IMAGE + 3 * MARGIN + LINE * max(len(lines) for _, lines in row) for row in grid]
+    heights = [IMAGE + 3 * MARGIN + LINE + LINE * max(len(lines) for _, lines in row) for row in grid]
     size = columns * (CARD + MARGIN) + MARGIN, sum(heights) + MARGIN * (len(grid) + 1)
     sheet = Image.new("RGBA", size)
     pen = ImageDraw.Draw(sheet)
-    pen.rounded_rectangle((0, 0, size[0] - 1, size[1] - 1), 2 * MARGIN, PAGE)
+    pen.rounded_rectangle((0, 0, size[0] - 1, size[1] - 1), 2 * MARGIN, PAGE, BORDER, SCALE)
     y = MARGIN
     for row, height in zip(grid, heights):
         for column, (question, lines) in enumerate(row):
@@ -98,8 +99,7 @@ def draw_sheet(out: Path, answers: list[dict], path: Path, columns: int = 5, row
             pen.rounded_rectangle((x, y, x + CARD, y + height), MARGIN, WHITE, BORDER, SCALE)
             with Image.open(out / "world" / question["image"]) as image:
                 sheet.paste(image.resize((IMAGE, IMAGE), Image.Resampling.LANCZOS), (x + MARGIN, y + MARGIN))
-            pen.text((x + IMAGE + 2 * MARGIN, y + MARGIN), question["category"], GRAY, load_font(SCALE * 12))
-            for i, (text, color) in enumerate(lines):
+            for i, (text, color) in enumerate([(question["category"], GRAY), *lines]):
                 pen.text((x + MARGIN, y + IMAGE + 2 * MARGIN + i * LINE), text, color, load_font(SCALE * 12))
         y += height + MARGIN
     sheet.save(path)

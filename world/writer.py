@@ -11,6 +11,7 @@ The same arguments write the same bytes, and a larger world begins with the smal
 
 import json
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -62,9 +63,19 @@ def image_path(seed: int, index: int, held_out: bool) -> str:
 def draw_images(indices, seed: int, held_out: bool, side: int, out: Path, shift: str) -> list[dict]:
     """Draw scenes on all cores; return their rows of scenes.jsonl."""
     draw = partial(draw_image, seed=seed, held_out=held_out, side=side, out=out, shift=shift)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        name = "held-out images" if held_out else "images"
-        return list(tqdm(pool.map(draw, indices, chunksize=64), desc=name, total=len(indices), unit="image"))
+    name = "held-out images" if held_out else "images"
+    with ProcessPoolExecutor(os.cpu_count(), initializer=leave_signals_to_parent) as pool:
+        try:
+            drawn = pool.map(draw, indices, chunksize=64)
+            return list(tqdm(drawn, desc=name, total=len(indices), unit="image"))
+        except BaseException:  # a signal, or an error: do not draw the rest first
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def leave_signals_to_parent():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def draw_image(index: int, seed: int, held_out: bool, side: int, out: Path, shift: str) -> dict:

@@ -5,8 +5,10 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -444,3 +446,18 @@ def test_a_shifted_world_says_the_same_of_other_images(world, tmp_path, shift):
             assert (after == after[..., :1]).all() and after.mean() < before.mean()
         if shift == "noise":
             assert 20 < (after - before).std() < 45
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_writer_and_its_processes(tmp_path, number):
+    command = [sys.executable, "-m", "world", "write", "--out", tmp_path, "--n", "1000000"]
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    limit = time.monotonic() + 60
+    while not any(tmp_path.rglob("*.png")) and time.monotonic() < limit:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in error
+    with pytest.raises(ProcessLookupError):  # no process of its group is left
+        os.killpg(process.pid, 0)
