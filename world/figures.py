@@ -49,8 +49,8 @@ class Card:
     """A figure of `width` x `height` units (1/100 inch, y downwards) on a card with rounded corners."""
 
     def __init__(self, width: float, height: float, title: str):
-        self.pyplot = plots.pyplot()
-        self.figure = self.pyplot.figure(figsize=(width / 100, height / 100))
+        self.figure = plots.new_figure(width / 100, height / 100)
+        self.figure.set_layout_engine("none")  # the coordinates below are exact
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set(xlim=(0, width), ylim=(height, 0))
         self.axes.axis("off")
@@ -93,7 +93,6 @@ class Card:
 
     def save(self, path: Path):
         self.figure.savefig(path, dpi=200, transparent=True)
-        self.pyplot.close(self.figure)
         print(path)
 
 
@@ -277,8 +276,10 @@ def draw_losses(run: Path, path: Path):
     card.text(1176, 30, "loss by training step, with its running mean", GRAY, ha="right")
     for i, (name, (title, color)) in enumerate(zip(STAGES, PANELS)):
         axes = card.figure.add_axes(((62 + 288 * i) / 1200, 50 / 312, 226 / 1200, 188 / 312))
-        steps, values = plots.column(read_rows(run / name / "log.jsonl"), "loss")
-        plots.draw(axes, steps, values, color)
+        rows = read_rows(run / name / "log.jsonl")
+        steps, values = plots.column(rows, "loss")
+        plots.draw_curve(axes, rows, "loss", color)
+        axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(title, fontsize=10, color=color, weight="bold", pad=8)
         axes.set(ylim=(0, 1.05 * max(values)), xlim=(0, steps[-1]), facecolor="none")
         axes.set_xlabel("step", fontsize=9, color=GRAY)
@@ -293,7 +294,7 @@ def draw_losses(run: Path, path: Path):
 
 def draw_figures(run: Path, out: Path):
     """Draw every figure that `run` has the data for into `out`, and say which it has not."""
-    plots.pyplot()  # raises ValueError if matplotlib is missing, before anything is written
+    plots.new_figure(1, 1)  # raises ValueError if matplotlib is missing, before anything is written
     out.mkdir(parents=True, exist_ok=True)
     config, tokenizer = load_subject(run)
     draw_architecture(config, out / "architecture.png")

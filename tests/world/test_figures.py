@@ -74,7 +74,7 @@ def test_without_matplotlib_one_line_says_so(tmp_path):
     code += f"sys.argv[1:] = ['--out', {str(tmp_path / 'figures')!r}]; cli.run(figures.main, 'figures.py')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and not (tmp_path / "figures").exists()
-    assert done.stderr.startswith("figures.py: matplotlib is missing") and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("figures.py: matplotlib is not installed") and len(done.stderr.splitlines()) == 1
 
 
 def test_the_report_names_accuracies_and_minutes(run):
