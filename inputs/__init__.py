@@ -1,2 +1,2 @@
-"""How raw input becomes something a model can read: tokenizers, templates, images, records and mixtures, and safe
-files; anything may call it, and it calls no other room."""
+"""Raw input becomes what a model reads: tokenizers, templates, images, records and mixtures; also safe file writing.
+Everything may call it; it calls no other room."""

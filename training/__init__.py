@@ -1,2 +1,2 @@
-"""What a run needs around the loop of train.py: flags, recipes, ranks, sharding, checkpoints, meters; the scripts
-and the rooms beside it may call it."""
+"""The parts of a training run around the loop of train.py: flags, recipes, ranks, sharding, checkpoints, meters. The
+scripts, world/ and evaluation/ may call it."""

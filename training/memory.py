@@ -35,10 +35,6 @@ class Estimate:
     step: int
 
     @property
-    def fixed(self) -> int:
-        return self.weights + self.gradients + self.states
-
-    @property
     def peak(self) -> int:
         return self.weights + self.states + self.step
 
@@ -166,7 +162,8 @@ def available_bytes(device: torch.device) -> int:
 
 def check_fits(needed: Estimate, available: int):
     """Raise ValueError if weights, gradients and optimizer states alone exceed the memory."""
-    if needed.fixed > available:
-        sizes = f"need {needed.fixed / 1e9:.3g} GB per rank, but only {available / 1e9:.3g} GB are available"
+    fixed = needed.weights + needed.gradients + needed.states
+    if fixed > available:
+        sizes = f"need {fixed / 1e9:.3g} GB per rank, but only {available / 1e9:.3g} GB are available"
         remedies = "--lora llm (with --bits 4), --shard fsdp on more ranks, --weights bfloat16"
         raise ValueError(f"weights, gradients and optimizer states {sizes}. Try: {remedies}")

@@ -1,4 +1,4 @@
-"""A run's folder under everything that can befall it: damage, a second writer, signals, a disk that is full."""
+"""A run's folder survives damaged checkpoints, a second writer, signals, a full disk and steps that are not finite."""
 
 import json
 import os
@@ -24,8 +24,8 @@ REPOSITORY = Path(train.__file__).parent
 RANKS = train.Distributed("cpu")
 
 
-def trained_by(steps):
-    """A small model and its optimizer after so many steps."""
+def train_small(steps):
+    """Return a small model and its optimizer after so many steps."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     optimizer = sharding.make_adamw([{"params": list(model.parameters())}], "ddp", lr=0.1)
@@ -36,15 +36,15 @@ def trained_by(steps):
     return model, optimizer
 
 
-def same(one, two):
-    """Whether two pairs of model and optimizer hold the same bits."""
+def same_bits(one, two):
+    """True if two pairs of model and optimizer hold the same bits."""
     states = [checkpoint_tensors(*pair) for pair in (one, two)]
     assert [list(state) for state in states[0].values()] == [list(state) for state in states[1].values()]
     tensors = [[value for file in state.values() for value in file.values()] for state in states]
     return all(torch.equal(a, b) for a, b in zip(*tensors))
 
 
-def opened(folder, resume=False):
+def open_run(folder, resume=False):
     run = runs.Run(folder, {"stage": 1, "lr": 0.1}, resume)
     run.open()
     run.start(0)
@@ -52,7 +52,7 @@ def opened(folder, resume=False):
 
 
 def save(run, step):
-    model, optimizer = trained_by(step)
+    model, optimizer = train_small(step)
     state = checkpoint_tensors(model, optimizer)
     run.save_checkpoint(step, state, gather_tensors(state, optimizer, RANKS), 2, "checkpoint")
 
@@ -60,16 +60,16 @@ def save(run, step):
 @pytest.fixture
 def two(tmp_path):
     """A run with checkpoints after steps 2 and 4."""
-    run = opened(tmp_path / "run")
+    run = open_run(tmp_path / "run")
     for step in (2, 4):
         save(run, step)
     return run
 
 
-def newest(folder):
-    """What a resume would find: (step, model and optimizer)."""
+def resume(folder):
+    """Return what a resume restores: step, (model, optimizer)."""
     path = runs.Run(folder, {"stage": 1}, resume=True).newest_valid_checkpoint()
-    pair = trained_by(0)
+    pair = train_small(0)
     return restore_checkpoint(path, *pair), pair
 
 
@@ -78,8 +78,8 @@ def newest(folder):
 
 
 def test_a_checkpoint_brings_back_every_bit(two):
-    step, pair = newest(two.folder)
-    assert step == 4 and same(pair, trained_by(4)) and not same(pair, trained_by(2))
+    step, pair = resume(two.folder)
+    assert step == 4 and same_bits(pair, train_small(4)) and not same_bits(pair, train_small(2))
 
 
 def test_our_files_are_those_safetensors_writes(tmp_path):
@@ -97,26 +97,25 @@ def test_the_newest_are_kept_and_latest_points_at_the_last(two):
     assert (two.folder / "latest").resolve() == two.checkpoints()[-1].resolve()
 
 
-def test_what_a_kill_left_half_written_is_swept(two):
+def test_leftovers_of_a_kill_are_deleted(two):
     torn = two.folder / "checkpoint-000006.partial"
     torn.mkdir()
     (torn / "trained.safetensors").write_bytes(b"\x10")
     runs.Run(two.folder, {"stage": 1}, resume=True).open()
-    assert not torn.exists() and newest(two.folder)[0] == 4
+    assert not torn.exists() and resume(two.folder)[0] == 4
 
 
-def damaged(two, tmp_path, number, change):
-    """The outcome of a resume after `change(path)` on one file of the newest checkpoint."""
+def check_damage(two, tmp_path, number, change):
+    """After `change(folder)` on the newest checkpoint, a resume must restore the one before it."""
     folder = tmp_path / f"copy-{number}"
     shutil.copytree(two.folder, folder, symlinks=True)
-    path = change(folder / "checkpoint-000004")
-    step, pair = newest(folder)
-    assert step == 2 and same(pair, trained_by(2))
+    change(folder / "checkpoint-000004")
+    step, pair = resume(folder)
+    assert step == 2 and same_bits(pair, train_small(2))
     shutil.rmtree(folder)
-    return path
 
 
-def test_cut_at_every_64th_any_file_is_found_and_the_one_before_it_used(two, tmp_path, capsys):
+def test_a_truncated_file_is_found_and_the_checkpoint_before_it_used(two, tmp_path, capsys):
     names = sorted(path.name for path in two.checkpoints()[-1].iterdir())
     assert names == ["manifest.json", "optimizer.safetensors", "state.json", "trained.safetensors"]
     for name in names:
@@ -126,7 +125,7 @@ def test_cut_at_every_64th_any_file_is_found_and_the_one_before_it_used(two, tmp
                 data = (folder / name).read_bytes()
                 (folder / name).write_bytes(data[: len(data) * part // 64])
 
-            damaged(two, tmp_path, part, cut)
+            check_damage(two, tmp_path, part, cut)
             line = capsys.readouterr().err
             assert name in line and "put aside" in line and len(line.splitlines()) == 1
 
@@ -143,43 +142,43 @@ def test_five_hundred_flipped_bits_are_found(two, tmp_path):
             data[bit // 8] ^= 1 << bit % 8
             path.write_bytes(data)
 
-        damaged(two, tmp_path, number, flip)
+        check_damage(two, tmp_path, number, flip)
 
 
-def test_a_file_too_many_and_one_too_few_are_found(two, tmp_path):
-    damaged(two, tmp_path, 0, lambda folder: (folder / "more.json").write_text("{}"))
-    damaged(two, tmp_path, 1, lambda folder: (folder / "state.json").unlink())
+def test_an_additional_and_a_missing_file_are_found(two, tmp_path):
+    check_damage(two, tmp_path, 0, lambda folder: (folder / "more.json").write_text("{}"))
+    check_damage(two, tmp_path, 1, lambda folder: (folder / "state.json").unlink())
 
 
-def test_when_all_are_damaged_nothing_is_trained_over(two):
+def test_with_all_checkpoints_damaged_nothing_is_overwritten(two):
     for path in two.checkpoints():
         (path / "state.json").write_text("{}")
     for _ in range(2):  # and asking again does not help
         with pytest.raises(ValueError, match="every checkpoint is damaged"):
-            newest(two.folder)
+            resume(two.folder)
     assert len(list(two.folder.glob("checkpoint-*.damaged"))) == 2
 
 
 def test_a_full_disk_is_named_and_the_checkpoint_before_it_stays(two):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # as close to a full disk as one gets without a disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # fails like a full disk
     try:
         with pytest.raises(ValueError) as caught:
             save(two, 6)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    needed = sum(t.nbytes for file in checkpoint_tensors(*trained_by(6)).values() for t in file.values())
+    needed = sum(t.nbytes for file in checkpoint_tensors(*train_small(6)).values() for t in file.values())
     line = str(caught.value)
     assert "checkpoint-000006" in line and "File too large" in line and f"{needed} bytes needed" in line
     assert "the last good checkpoint" in line and "checkpoint-000004" in line and len(line.splitlines()) == 1
-    assert newest(two.folder)[0] == 4 and not list(two.folder.glob("*.partial"))
+    assert resume(two.folder)[0] == 4 and not list(two.folder.glob("*.partial"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # whole runs
 
 
-def test_a_folder_one_cannot_write_to(tiny, command):
+def test_a_folder_that_is_not_writable(tiny, command):
     with pytest.raises(SystemExit) as caught:
         command(train, *tiny.flags["stage1"], "--out", "/proc/no-such-place/run")
     assert "/proc/no-such-place" in caught.value.code and len(caught.value.code.splitlines()) == 1
@@ -200,11 +199,11 @@ run.open()"""
     try:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(ValueError, match="another process"):
-            opened(folder)
+            open_run(folder)
     finally:
         holder.kill()
         holder.wait()
-    opened(folder)  # a dead process holds nothing
+    open_run(folder)  # a dead process holds no lock
 
 
 @pytest.mark.parametrize("flag, value", [("--lr", 1e-5), ("--seed", 5), ("--max-length", 500), ("--steps", 9)])
@@ -225,7 +224,7 @@ def test_a_resumed_run_is_the_same_run(tiny, command, tmp_path, monkeypatch, fla
 def test_weights_only(tiny, command, tmp_path, monkeypatch):
     """--init-from begins at step 0 with the weights of a checkpoint, and a new optimizer."""
     argv = [*tiny.flags["stage2"], "--keep", 5]
-    monkeypatch.setattr(runs.Run, "finish", lambda *_: None)  # which drops the checkpoints
+    monkeypatch.setattr(runs.Run, "finish", lambda *_: None)  # it would delete the checkpoints
     command(train, *argv, "--out", tmp_path / "first")
     monkeypatch.undo()
     command(train, *argv, "--out", tmp_path / "second", "--init-from", tmp_path / "first/latest")
@@ -238,8 +237,8 @@ def test_weights_only(tiny, command, tmp_path, monkeypatch):
     assert "trained.safetensors" in caught.value.code
 
 
-def signalled(tiny, folder, *numbers):
-    """Exit status and last line of a run that gets these signals once it has made two steps."""
+def run_with_signals(tiny, folder, *numbers):
+    """Return exit status and last line of a run that gets these signals after two steps."""
     argv = [*tiny.flags["stage1"], "--out", folder, "--steps", 100_000, "--save-every", 50_000]
     process = subprocess.Popen(
         [sys.executable, REPOSITORY / "train.py", *map(str, argv)], stderr=subprocess.PIPE, text=True
@@ -256,16 +255,16 @@ def signalled(tiny, folder, *numbers):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends(tiny, tmp_path, number):
-    status, line = signalled(tiny, tmp_path / "run", number)
+    status, line = run_with_signals(tiny, tmp_path / "run", number)
     assert status == 128 + number and "stopped after step" in line and "--resume" in line
     step = json.loads((tmp_path / "run/latest/state.json").read_text())["step"]
     rows = [json.loads(row) for row in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert step == len(rows) and f"after step {step};" in line
 
 
-def test_what_fails_once_it_was_told_to_stop_has_been_interrupted(tiny, command, tmp_path, monkeypatch, capsys):
+def test_an_error_after_a_stop_signal_counts_as_interruption(tiny, command, tmp_path, monkeypatch, capsys):
     def compiler(*_):
-        signal.raise_signal(signal.SIGINT)  # as a terminal tells it to every process, the C++ compiler among them
+        signal.raise_signal(signal.SIGINT)  # a terminal sends it to every process, also to the C++ compiler
         raise RuntimeError("C++ compile error")
 
     monkeypatch.setattr(train, "measured_step", compiler)
@@ -296,12 +295,14 @@ train.main()
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_is_left_out(tiny, command, tmp_path, monkeypatch, number):
-    """Its loss is not logged as a number, the weights stay, and what follows is trained on as if it had not been."""
+    """Its loss is not logged, the weights stay, and training continues."""
     forward, calls = train.Llava.forward, []
 
     def poisoned(self, *args, **more):
         calls.append(0)
-        return forward(self, *args, **more) * (number if len(calls) == 4 else 1.0)  # the first is memory.py's, no step
+        return forward(self, *args, **more) * (
+            number if len(calls) == 4 else 1.0
+        )  # the first call is memory.py's estimate
 
     monkeypatch.setattr(train.Llava, "forward", poisoned)
     command(train, *tiny.flags["stage2"], "--out", tmp_path / "run")
