@@ -21,8 +21,8 @@ from inputs.files import OUTPUT_ROOT
 from world.report import write_report
 
 COMPILER_TEST = (
-    "import torch; from fast import compile; from training import ranks; "
-    "compile.require_compiler(torch.device(ranks.choose_device(None)))"
+    "import torch; from fast.compile import require_compiler; from training.ranks import choose_device; "
+    "require_compiler(torch.device(choose_device(None)))"
 )
 
 

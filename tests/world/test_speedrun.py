@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from world.speedrun import plan
+from world.speedrun import choose_compile, plan
 
 ROOT = Path(__file__).parents[2]
 # A step that notes each signal in a file, as a training run that saves a checkpoint, and ends with the usual status.
@@ -54,6 +54,19 @@ def test_the_plan_trains_what_it_always_did():
     assert steps["stage1"].command[-1] == "--whiten" and steps["stage2"].command[-1] == "--compile"
     names = [step.name for step in plan(15, 3, Path("out/s"), ablation=True, stage2_flags=[])]
     assert names[4:7] == ["no-stage1", "ablation evaluation", "stage2"]  # so that stage 2 stays the newest run
+
+
+@pytest.mark.usefixtures("compiler")
+def test_stage_2_is_compiled_where_that_works_and_pays():
+    assert choose_compile(10) == ["--compile"] and choose_compile(9.9) == []
+
+
+def test_a_compiler_that_does_not_work_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("CXX", "none")
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+    assert choose_compile(10) == []
+    assert "stage 2 will take a third longer: --compile does not work here: " in capsys.readouterr().err
 
 
 def test_a_training_step_resumes_what_it_had_begun(tmp_path):
