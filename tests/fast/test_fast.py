@@ -44,9 +44,10 @@ def loss_and_gradients(model: Llava, autocast: bool = False) -> tuple[float, dic
     ids = torch.randint(0, 290, (4, 24))
     ids[:, 2:6] = 299
     labels = ids.masked_fill(torch.arange(24) < 12, -100)
+    pixels = torch.randn(4, 3, 28, 28, dtype=torch.float64).to(model.dtype)
     model.train().zero_grad(set_to_none=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = model(ids, labels, pixel_values=torch.randn(4, 3, 28, 28))
+        loss = model(ids, labels, pixel_values=pixels)
     loss.backward()
     return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -54,15 +55,24 @@ def loss_and_gradients(model: Llava, autocast: bool = False) -> tuple[float, dic
 @pytest.mark.parametrize("item", [None, *ITEMS])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_values_and_gradients_are_the_plain_models(item, model_type):
+    """Against float64: the plain model rounds to 1.4e-6 of the gradient, fast/ to 2.1e-6."""
     model = wide_llava(model_type=model_type)
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    loss, gradients = loss_and_gradients(model)
+    state = list(model.state_dict())
+    exact_loss, exact = loss_and_gradients(wide_llava(model_type=model_type).double())
+    loss, plain = loss_and_gradients(model)
     assert item in [None, *accelerate(model, None if item is None else {item})]
-    assert list(model.state_dict()) == list(state)
-    fast_loss, fast_gradients = loss_and_gradients(model)
-    assert fast_loss == pytest.approx(loss, rel=1e-6) and list(fast_gradients) == list(gradients)
-    apart = sum(float((fast_gradients[name] - gradients[name]).square().sum()) for name in gradients) ** 0.5
-    assert apart <= 1e-6 * sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5
+    assert list(model.state_dict()) == state
+    fast_loss, fast = loss_and_gradients(model)
+    assert fast_loss == pytest.approx(exact_loss, rel=1e-6) and loss == pytest.approx(exact_loss, rel=1e-6)
+    apart = [distance(gradients, exact) for gradients in (plain, fast)]
+    assert apart[1] <= 2 * apart[0] + 1e-7 and apart[1] < 5e-6
+
+
+def distance(gradients: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference of two whole gradients, relative to the second's."""
+    assert list(gradients) == list(exact)
+    apart = sum(float((gradients[name].double() - exact[name]).square().sum()) for name in exact)
+    return (apart / sum(float(gradient.square().sum()) for gradient in exact.values())) ** 0.5
 
 
 def test_under_autocast_gradients_are_as_close_to_float32s_as_the_plain_models():
@@ -72,10 +82,7 @@ def test_under_autocast_gradients_are_as_close_to_float32s_as_the_plain_models()
     accelerate(model)
     fast_loss, fast = loss_and_gradients(model, autocast=True)
     assert fast_loss == pytest.approx(loss, rel=1e-2)
-    apart = [
-        sum(float((found[name] - exact[name]).square().sum()) for name in exact if "k_proj" not in name) ** 0.5
-        for found in (plain, fast)
-    ]
+    apart = [distance(found, exact) for found in (plain, fast)]
     assert apart[1] <= 1.1 * apart[0]
 
 
@@ -236,9 +243,8 @@ def test_compiled_nf4_computes_the_same_and_stores_no_weight(dtype):
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "gpt2", "four bits", "lora"])
-def test_compiled_decoding_gives_the_same_answers(kind, fast):
+@pytest.mark.parametrize("kind", ["plain", "float32", "bfloat16", "gpt2", "four bits", "lora"])
+def test_compiled_decoding_gives_the_same_answers(kind):
     model = small_llava(model_type="gpt2" if kind == "gpt2" else "llama")
     if kind == "bfloat16":
         model.to(torch.bfloat16)
@@ -254,7 +260,7 @@ def test_compiled_decoding_gives_the_same_answers(kind, fast):
     want = list(generate(model, PROMPTS, features, max_new_tokens=8))
     alone = list(generate(model, PROMPTS[:1], features[:1], max_new_tokens=8))
     single = list(generate(model, [[5]], max_new_tokens=4))
-    if fast:
+    if kind != "plain":
         accelerate(model)
     compile_decoding(model)
     torch.compiler.reset()
