@@ -1,54 +1,151 @@
-"""From LLaVA's JSON to batches: pictures, samples, and a look at both.
+"""From LLaVA's JSON to batches: a dialogue becomes ids and labels, an image becomes pixels, samples become a batch.
 
-python data.py show a.json --model DIR                print a record, what is trained on in color
-python data.py check a.json b.json:2 --images DIR     everything that is wrong with a mixture; status 1 if anything is
+    record   {"image": "cat.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, ...]}
+    sample   {"ids": [1, 32000, 32000, ...], "labels": [-100, -100, ...], "pixel_values": [(3, 336, 336)]}
+    batch    {"input_ids": (B, T), "labels": (B, T), "pixel_values": (N, 3, 336, 336), ...}
+
+Two commands look at data before it is trained on:
+
+    python data.py show a.json --model DIR               print a record as the model reads it, trained tokens in green
+    python data.py check a.json b.json:2 --images DIR    report every bad record; exit status 1 if there is one
 """
 
 import argparse
-import json
-import os
-import re
 import sys
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import sha256
-from itertools import chain
+from itertools import islice, repeat
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from clip import normalize, preprocess
 from formats.configs import read_config
-from inputs.files import fsync
-from inputs.images import BadImage, check_file, open_image, pad_to_square, resolve_inside, size_of
+from inputs import cli
+from inputs.check import print_lengths, report_faults
+from inputs.images import BadImage, open_image, pad_to_square, resolve_inside, size_of
+from inputs.index import read_records
 from inputs.mixture import Source, open_sources
-from inputs.records import DataError, Fault, alone, cut_dialogue, image_paths, read_records, turns_of
-from inputs.templates import TEMPLATES, render_dialogue
+from inputs.parallel import parallel_map
+from inputs.records import DataError, Turn, image_paths, turns_of
+from inputs.samples import Samples
+from inputs.templates import MARKUP, TEMPLATES, special_id
 from inputs.tokenizer import Tokenizer
 from llava import IGNORE
 from variants.anyres import Size, count_tokens, cut_tiles
 
 # ---------------------------------------------------------------------------------------------------------------------
-# pictures
+# a dialogue becomes ids and labels
+
+
+def render_dialogue(
+    turns: list[Turn], tokenizer: Tokenizer, template: str, image_tokens
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of a dialogue, built together in one pass; training, sampling and evaluation all use it.
+
+    A dialogue about an image of two tokens, in the template "llava_hf" (a dot is IGNORE: no loss here):
+
+        ids      <s>  USER :  <image> <image>  \\n What is this ?  ASSISTANT :   a cat  </s>
+        labels    .    .   .     .       .      .   .   .   .  .      .      .   a cat  </s>
+
+    Trained are the answers and their end tokens. Structure is written as ids and never searched for in text, so a user
+    who types "</s>" or "ASSISTANT:" cannot change it.
+
+    Args: image_tokens: placeholders per image (576 for CLIP-L/14-336), or a list with the number for each image.
+    Returns two lists of equal length. Raises ValueError if the tokenizer lacks a special token of the template.
+    """
+    form, transcript = TEMPLATES[template], Transcript(tokenizer)
+    counts = repeat(image_tokens) if isinstance(image_tokens, int) else iter(image_tokens)
+    for i, turn in enumerate(turns):
+        transcript.add_markup(form.user if i else form.first)
+        question, images = turn.question, islice(counts, turn.images)
+        if form.plain and turn.images and not turn.image_last and len(turns) == 1:
+            question = ""  # as in LLaVA's stage-1 code: the caption follows the image at once
+        if turn.images and turn.image_last:
+            transcript.text += question + "\n"
+            transcript.add_images(images)
+        else:
+            if turn.images:
+                transcript.add_images(images)
+                transcript.text += "" if form.plain else "\n"
+            transcript.text += question + ("\n" if form.plain and question else "")
+        transcript.add_markup(form.assistant)
+        transcript.encode_text()
+        if turn.answer is not None:
+            transcript.text += (form.space if turn.answer else "") + turn.answer
+            transcript.add_markup(form.end, learn=True)
+            transcript.encode_text(learn=True)
+    return transcript.ids, transcript.labels
+
+
+class Transcript:
+    """Ids and labels of a dialogue, written from left to right.
+
+    Text is gathered in `text` and encoded as one chunk, which ends at an image, a special token or an answer. So a
+    prompt gets the same ids whether its answer follows (training) or not (sampling).
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.ids, self.labels, self.text = tokenizer, [], [], ""
+        if tokenizer.bos_id is not None:
+            self.add_ids([tokenizer.bos_id])
+        self.starts = True  # the next chunk starts a text; False: it continues one (SentencePiece tells them apart)
+
+    def add_ids(self, ids: list[int], learn: bool = False):
+        self.ids += ids
+        self.labels += ids if learn else [IGNORE] * len(ids)
+
+    def encode_text(self, learn: bool = False):
+        """Encode the text gathered so far; the next chunk continues it."""
+        if self.text:
+            self.add_ids(self.tokenizer.encode(self.text, self.starts), learn)
+            self.text, self.starts = "", False
+
+    def add_markup(self, text: str, learn: bool = False):
+        """Add text of a template, in which special tokens stand in braces."""
+        for i, piece in enumerate(MARKUP.split(text)):  # text, name, text, name, ..., text
+            if i % 2 == 0:
+                self.text += piece
+                continue
+            self.encode_text(learn)
+            token = special_id(piece, self.tokenizer)
+            if token is None:
+                raise ValueError(f"the template needs {piece}, a special token that this tokenizer does not have")
+            self.add_ids([token], learn)
+            self.starts = self.tokenizer.legacy
+
+    def add_images(self, counts: Iterable[int]):
+        """Add the placeholders of some images; the model replaces each by one visual feature."""
+        self.encode_text()
+        self.add_ids([self.tokenizer.image_id] * sum(counts))
+        self.starts = True  # LLaVA's tokenizer_image_token encodes the text after an image on its own
+
+
+def prompt_ids(questions: list[str], answers: list[str], images: int, tokenizer, template, image_tokens) -> list[int]:
+    """Ids of a dialogue up to the answer to its last question; all images come before the first question."""
+    turns = [Turn(question, answer) for question, answer in zip(questions, [*answers, None], strict=True)]
+    turns[0].images = images
+    return render_dialogue(turns, tokenizer, template, image_tokens)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# an image becomes pixels
 
 
 @dataclass
 class PreparedImage:
-    """An image ready for the tower. pixels (N, 3, S, S): one square, or with anyres the whole and its tiles."""
+    """An image as the vision tower reads it. pixels (N, 3, S, S): one square; with anyres the whole, then its tiles."""
 
     pixels: torch.Tensor
-    size: Size  # height and width as it came
+    size: Size  # height and width before it was resized
     tokens: int  # placeholders it takes in a prompt
 
 
 def load_image(root: str | Path, name: str, config) -> PreparedImage:
-    """One picture below the folder `root`, as the LlavaConfig `config` wants it. Raises BadImage."""
+    """Image `name` below the folder `root`, prepared as the LlavaConfig `config` says. Raises BadImage."""
     return prepare_image(open_image(resolve_inside(root, name)), config)
 
 
@@ -57,179 +154,83 @@ def prepare_image(image: Image.Image, config) -> PreparedImage:
     if not pinpoints:
         pixels = image_pixels(image, vision.image_size, config.image_mode)
         return PreparedImage(pixels[None], size, vision.num_patches)
-    tiles = cut_tiles(image, pinpoints, vision.image_size)
-    pixels = torch.stack([normalize(tile) for tile in tiles])
+    pixels = torch.stack([normalize(tile) for tile in cut_tiles(image, pinpoints, vision.image_size)])
     return PreparedImage(pixels, size, count_tokens(size, pinpoints, vision.image_size, vision.patch_size))
 
 
 def image_pixels(image: Image.Image, size: int, mode: str) -> torch.Tensor:
-    """An RGB picture made square, `size` pixels a side: "pad" keeps all of it, "square" cuts out the center."""
+    """An RGB image as a normalized square (3, size, size): "pad" keeps all of it, "square" cuts out the center."""
     if mode not in ("pad", "square"):
         raise ValueError(f"image mode {mode!r} is neither pad nor square")
     return normalize(pad_to_square(image, size)) if mode == "pad" else preprocess(image, size)
 
 
+def count_image_tokens(root: str | Path, name: str, config) -> int:
+    """Placeholders of an image. The number of tiles follows from its shape, which is read from the file's header."""
+    vision, pinpoints = config.vision_config, config.image_grid_pinpoints
+    if not vision or not pinpoints:
+        return vision.num_patches if vision else 0
+    try:
+        sizes = [size_of(resolve_inside(root, name))]
+    except BadImage:  # count the largest; the error is raised when the sample is loaded
+        sizes = pinpoints
+    return max(count_tokens(size, pinpoints, vision.image_size, vision.patch_size) for size in sizes)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# samples
-
-
-class Samples(Dataset):
-    """What the records of some sources become, numbered through, each read and built when it is asked for.
-
-    Args: numbers: of each source, the records that are used. questions: the most that a sample asks, longer dialogues
-    are cut into several; None: dialogues stay whole. `skips`: set where bad samples may be replaced, see Skips.
-    """
-
-    def __init__(self, sources: list[Source], numbers: list[np.ndarray], questions: int | None = None):
-        self.sources, self.questions, self.skips = sources, questions, None
-        if questions:
-            cuts = [-(-source.file.rounds[part] // questions) for source, part in zip(sources, numbers)]
-            numbers = [np.repeat(part, cut) for part, cut in zip(numbers, cuts)]
-            cuts = np.concatenate(cuts)
-            firsts = np.repeat(np.cumsum(cuts) - cuts, cuts)  # of each sample, the first one of its record
-            self.pieces = (np.arange(len(firsts)) - firsts).astype(np.int32)
-        self.sizes = [len(part) for part in numbers]
-        self.numbers, self.ends = np.concatenate(numbers), np.cumsum(self.sizes)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def source(self, index: int) -> Source:
-        return self.sources[int(np.searchsorted(self.ends, index, side="right"))]
-
-    def record(self, index: int) -> dict:
-        """The record of a sample, or the piece of it that the sample is."""
-        record = self.source(index).file[self.numbers[index]]
-        return cut_dialogue(record, self.questions)[self.pieces[index]] if self.questions else record
-
-    def where(self, index: int) -> str:
-        return self.source(index).file.where(int(self.numbers[index]))
-
-    def sample(self, index: int) -> dict:
-        """{"ids", "labels", "pixel_values" or "vision_features"}; raises DataError, BadImage."""
-        raise NotImplementedError
-
-    def __getitem__(self, index: int) -> dict:
-        """Sample `index`; with `skips`, in place of a bad one the next good one, whoever asks and whenever."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        for number in chain(range(index, len(self)), range(index)):
-            try:
-                sample = self.sample(number)
-            except (DataError, BadImage) as error:
-                reason = " ".join(str(error).split())
-                if not self.skips:
-                    raise DataError(f"{self.where(number)}: {reason}") from None
-                self.skips.bad(number, Fault(self.where(number), reason))
-            else:
-                if self.skips:
-                    self.skips.state[number] |= Skips.DRAWN
-                return sample
-        raise DataError("no sample is good")
-
-
-class Skips:
-    """How much of the data may turn out bad while it is used; shared by the processes that load it for a rank.
-
-    Args: percent: of the samples that were drawn. count: of all samples. path: jsonl that names each once.
-    """
-
-    DRAWN, BAD = 1, 2
-
-    def __init__(self, percent: float, count: int, path: Path):
-        self.percent, self.path = percent, path
-        self.state = torch.zeros(count, dtype=torch.uint8).share_memory_()
-
-    def bad(self, index: int, fault: Fault):
-        """Note a bad sample. Raises DataError if that makes too many; the first hundreds are given some room."""
-        known = bool(self.state[index] & self.BAD)
-        self.state[index] |= self.DRAWN | self.BAD
-        if not known:
-            name_skipped(self.path, [fault])
-        drawn, bad = int((self.state > 0).sum()), int((self.state & self.BAD > 0).sum())
-        if bad > self.percent / 100 * max(drawn, min(1000, len(self.state))):
-            more = f"bad sample {bad} of {drawn} drawn, over the {self.percent:g} % of --skip-bad"
-            raise DataError(f"{fault.record}: {fault.reason} ({more}; {self.path} names all)")
-
-
-def name_skipped(path: Path, faults: list[Fault]):
-    """Add one line of JSON for each record that is left out, unless it is there from before a resume."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known = set(path.read_text().splitlines()) if path.exists() else set()
-    lines = [json.dumps(fault._asdict()) for fault in faults]
-    with path.open("a") as file:
-        file.write("".join(line + "\n" for line in lines if line not in known))
-
-
-def refuse_bad(sources: list[Source], percent: float):
-    """Raise DataError if more than so many per cent of the records are bad, or all of one file."""
-    faults = [fault for source in sources for fault in source.faults.values()]
-    total = sum(len(source.file) for source in sources)
-    if len(faults) > percent / 100 * total:
-        more = f" ({len(faults):,} of {total:,} records are bad, over the {percent:g} % of --skip-bad)"
-        raise DataError(f"{faults[0].record}: {faults[0].reason}{more if percent else ''}")
-    for source in sources:
-        if len(source.faults) == len(source.file):
-            raise DataError(f"{source.file.path}: no record can be used")
+# records become samples
 
 
 class Records(Samples):
-    """Training samples: {"ids", "labels", "pixel_values" or "vision_features"}.
+    """Training samples of a LLaVA.
 
-    Args: max_length: tokens, placeholders counted; a longer dialogue loses its end, never a part of a picture.
-    image_order "either" puts the first picture before or after its question, by a coin that depends only on (seed,
-    sample): LLaVA-1.0's paper; the released code, and the default, put it "first". text_only leaves the pictures out:
-    what a decoder learns from before it can see. template: of records that name none; default: the model's.
+    Args: max_length: in tokens, images included; a longer dialogue loses its end, but never a part of an image.
+    image_order: "first" puts the first image before its question, as LLaVA's code does; "either" before or after it,
+    as the paper of LLaVA-1.0 says, by a coin that depends on (seed, index) only. text_only: leave the images out, for
+    a decoder that learns text first. template: for records that name none; default: the model's.
     """
 
     def __init__(
-        self,
-        sources,
-        tokenizer,
-        config,
-        max_length,
-        image_order="first",
-        seed=0,
-        text_only=False,
-        template=None,
-        questions=None,
-    ):
+        self, sources: list[Source], tokenizer, config, max_length: int,
+        image_order="first", seed=0, text_only=False, template=None, questions=None,
+    ):  # fmt: skip
         super().__init__(sources, [source.usable() for source in sources], questions)
         self.tokenizer, self.config = tokenizer, config
         self.max_length, self.image_order, self.seed, self.text_only = max_length, image_order, seed, text_only
         self.template = template or config.template
-        self.features: dict[tuple[str, str], PreparedImage] = {}  # of a frozen tower: used instead of pixels
-
-    def image_names(self, index: int, record: dict) -> list[tuple[str, str]]:
-        """Folder and name of each picture that a sample shows."""
-        return [] if self.text_only else [(str(self.source(index).images), name) for name in image_paths(record)]
-
-    def render_record(self, record: dict, tokens: list[int], image_last: bool) -> tuple[list[int], list[int]]:
-        """Ids and labels, whole. Args: tokens: of each picture."""
-        turns = turns_of(record, image_last)
-        if self.text_only:
-            turns = [replace(turn, images=0) for turn in turns]
-        return render_dialogue(turns, self.tokenizer, record.get("template", self.template), tokens)
+        # Of a frozen vision tower: images by (folder, name), with features in the place of pixels (filled by train.py).
+        self.features: dict[tuple[str, str], PreparedImage] = {}
 
     def sample(self, index: int) -> dict:
         record = self.record(index)
         names = self.image_names(index, record)
         if names and self.config.vision_config is None:
-            raise DataError("has a picture, but the model has no vision tower")
+            raise DataError("has an image, but the model has no vision tower")
         image_last = self.image_order == "either" and np.random.default_rng([self.seed, index]).random() < 0.5
-        pictures = [self.features.get(name) or load_image(*name, self.config) for name in names]
-        tokens = [picture.tokens for picture in pictures]
-        ids, labels = self.render_record(record, tokens, image_last)
+        images = [self.features.get(name) or load_image(*name, self.config) for name in names]
+        tokens = [image.tokens for image in images]
+        ids, labels = self.render(record, tokens, image_last)
         ids, labels = ids[: self.max_length], labels[: self.max_length]
         if ids.count(self.tokenizer.image_id) != sum(tokens) or labels.count(IGNORE) == len(labels):
-            raise DataError(f"its picture and question leave no room for an answer in {self.max_length} tokens")
+            raise DataError(f"its image and question leave no room for an answer in {self.max_length} tokens")
         kind = "vision_features" if self.features else "pixel_values"
-        tiles = [tile for picture in pictures for tile in picture.pixels]
-        sizes = [picture.size for picture in pictures] if self.config.image_grid_pinpoints else []
+        tiles = [tile for image in images for tile in image.pixels]
+        sizes = [image.size for image in images] if self.config.image_grid_pinpoints else []
         return {"ids": ids, "labels": labels, kind: tiles, "image_sizes": sizes}
 
+    def image_names(self, index: int, record: dict) -> list[tuple[str, str]]:
+        """Folder and name of each image in a sample."""
+        return [] if self.text_only else [(str(self.source(index).images), name) for name in image_paths(record)]
+
+    def render(self, record: dict, tokens: list[int], image_last: bool) -> tuple[list[int], list[int]]:
+        """Ids and labels, not yet cut to max_length. Args: tokens: placeholders of each image."""
+        turns = turns_of(record, image_last)
+        if self.text_only:
+            turns = [replace(turn, images=0) for turn in turns]
+        return render_dialogue(turns, self.tokenizer, record.get("template", self.template), tokens)
+
     def images(self, most: int | None = None) -> dict[tuple[str, str], int]:
-        """Every picture once (or the first so many), by folder and name, with the sample it is first seen in."""
+        """All different images (or the first `most`): (folder, name) -> the first sample that has it."""
         found = {}
         for index in range(len(self)):
             if most and len(found) >= most:
@@ -238,10 +239,10 @@ class Records(Samples):
                 found.setdefault(name, index)
         return found
 
-    def load(self, pictures: dict[tuple[str, str], int]) -> dict[tuple[str, str], PreparedImage]:
-        """Some of `images()`, ready for the tower. One that is broken is left out where samples may be skipped."""
+    def load(self, names: dict[tuple[str, str], int]) -> dict[tuple[str, str], PreparedImage]:
+        """Some of `images()`, prepared. A bad one raises DataError; with `skips` it is left out."""
         found = {}
-        for name, index in pictures.items():
+        for name, index in names.items():
             try:
                 found[name] = load_image(*name, self.config)
             except BadImage as error:
@@ -250,219 +251,96 @@ class Records(Samples):
         return found
 
     def lengths(self) -> np.ndarray:
-        """Tokens of each sample as they come to the model, negative without a picture: (N,) int32.
+        """Tokens of each sample, negative if it has no image: (N,) int32. With "either", as if images came first.
 
-        Counted once and kept beside the index of each file; pictures count as where they come before their question.
+        Batches of similar lengths need less padding. The numbers are counted once and kept beside each file's index.
         """
-        parts = [self.lengths_of(source) for source in range(len(self.sources))]
-        return np.clip(np.concatenate(parts), -self.max_length, self.max_length)
-
-    def lengths_of(self, number: int) -> np.ndarray:
-        """The same of one source, not cut to max_length."""
-        source, first = self.sources[number], int(self.ends[number]) - self.sizes[number]
-
-        def measure() -> np.ndarray:
-            title = f"tokens of {source.file.path.name}"
-            return np.array(each(partial(self.length, first), self.sizes[number], title), np.int32)
-
-        if not source.file.folder:
-            return measure()
         vision, pinpoints = self.config.vision_config, self.config.image_grid_pinpoints
-        pictures = [vision.num_patches, pinpoints, pinpoints and str(source.images.resolve())] if vision else None
-        what = [self.tokenizer.fingerprint(), self.template, self.questions, self.text_only, pictures]
-        key = sha256(repr([*what, sorted(source.faults)]).encode()).hexdigest()[:16]
-        path = source.file.folder / f"lengths-{key}.npy"
-        with alone(path.with_suffix(".lock")):
-            if not path.exists():
-                unfinished = path.with_suffix(".partial.npy")
-                np.save(unfinished, measure())
-                fsync(unfinished)
-                os.replace(unfinished, path)
-        return np.load(path, mmap_mode="r")
+        counts, first = [], 0
+        for source, size in zip(self.sources, self.sizes):
 
-    def length(self, first: int, index: int) -> int:
-        """Tokens of sample `first` + `index`, negative without a picture."""
-        record = self.record(first + index)
-        tokens = [self.tokens_of(*name) for name in self.image_names(first + index, record)]
-        ids, _ = self.render_record(record, tokens, image_last=False)
+            def count(first=first, size=size, title=f"tokens of {source.file.path.name}") -> np.ndarray:
+                return np.array(parallel_map(partial(self.length, first), size, title), np.int32)
+
+            images = [vision.num_patches, pinpoints, pinpoints and str(source.images.resolve())] if vision else None
+            key = [self.tokenizer.fingerprint(), self.template, self.questions, self.text_only, images]
+            counts.append(source.file.cached("lengths", [*key, sorted(source.faults)], count))
+            first += size
+        return np.clip(np.concatenate(counts), -self.max_length, self.max_length)
+
+    def length(self, first: int, i: int) -> int:
+        """Tokens of sample `first` + `i`, not cut to max_length; negative if it has no image."""
+        record = self.record(first + i)
+        tokens = [count_image_tokens(*name, self.config) for name in self.image_names(first + i, record)]
+        ids, _ = self.render(record, tokens, image_last=False)
         return len(ids) if tokens else -len(ids)
-
-    def tokens_of(self, folder: str, name: str) -> int:
-        """Placeholders of a picture; of one in tiles, whose number goes with its shape, its header is read."""
-        vision, pinpoints = self.config.vision_config, self.config.image_grid_pinpoints
-        if not vision or not pinpoints:
-            return vision.num_patches if vision else 0
-        try:
-            sizes = [size_of(resolve_inside(folder, name))]
-        except BadImage:  # whoever draws it will say so
-            sizes = pinpoints
-        return max(count_tokens(size, pinpoints, vision.image_size, vision.patch_size) for size in sizes)
-
-
-BUSY = 20_000  # things to do from which on processes are started for it; they take a second to start
-
-
-class Each(Dataset):
-    def __init__(self, function: Callable, count: int):
-        self.function, self.count = function, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int):
-        return self.function(index)
-
-
-def each(function: Callable, count: int, title: str) -> list:
-    """function(0) to function(count - 1), by many processes where that is a lot, with a bar if it takes a second."""
-    workers = min(os.cpu_count(), 32) if count >= BUSY else 0
-    rng = torch.Generator()  # or the loader would draw from that of the model's dropout
-    loader = DataLoader(Each(function, count), batch_size=256, num_workers=workers, collate_fn=list, generator=rng)
-    found = []
-    with tqdm(total=count, desc=title, unit="record", unit_scale=True, delay=1) as bar:
-        for part in loader:
-            found += part
-            bar.update(len(part))
-    return found
-
-
-def collate(samples: list[dict], pad_id: int) -> dict:
-    """Right-pad to the longest: input_ids, labels (B, T); the pictures of all samples in order, or None.
-
-    image_sizes holds (height, width) of each where pictures come in tiles, and is empty where they do not.
-    """
-    longest = max(len(sample["ids"]) for sample in samples)
-
-    def padded(key: str, fill: int) -> torch.Tensor:
-        return torch.tensor([sample[key] + [fill] * (longest - len(sample[key])) for sample in samples])
-
-    batch = {"input_ids": padded("ids", pad_id), "labels": padded("labels", IGNORE)}
-    for kind in ("pixel_values", "vision_features"):
-        pictures = [picture for sample in samples for picture in sample.get(kind, [])]
-        batch[kind] = torch.stack(pictures) if pictures else None
-    batch["image_sizes"] = [size for sample in samples for size in sample.get("image_sizes", [])]
-    return batch
-
-
-def text_about(record: dict) -> str:
-    """What a record says about its picture: a caption; of a dialogue, the questions and answers one after another."""
-    turns = turns_of(record)
-    return turns[0].answer if len(turns) == 1 else " ".join(f"{turn.question} {turn.answer}." for turn in turns)
 
 
 class CaptionPairs(Samples):
-    """Pictures with a text each, for CLIP: of every record that has one picture.
+    """Images with a text each, for CLIP: all records with exactly one image.
 
-    The text is cut to the text tower's length, between a begin and an end token.
+    The text is cut to the length of the text tower and stands between a begin and an end token.
     """
 
     def __init__(self, sources: list[Source], tokenizer, config, image_mode: str):
         usable = [(source, source.usable()) for source in sources]
-        seen = [(source, part[source.file.image_counts[part] == 1]) for source, part in usable]
-        seen = [(source, part) for source, part in seen if len(part)]
-        if not seen:
-            raise DataError(f"{sources[0].file.path}: no record has a picture")
-        super().__init__(*map(list, zip(*seen)))
+        single = [(source, part[source.file.image_counts[part] == 1]) for source, part in usable]
+        single = [(source, part) for source, part in single if len(part)]
+        if not single:
+            raise DataError(f"{sources[0].file.path}: no record has an image")
+        super().__init__(*map(list, zip(*single)))
         self.tokenizer, self.config, self.image_mode = tokenizer, config, image_mode
 
     def sample(self, index: int) -> dict:
         record = self.record(index)
+        turns = turns_of(record)
+        text = turns[0].answer  # a caption; of a dialogue, all that is said about the image
+        if len(turns) > 1:
+            text = " ".join(f"{turn.question} {turn.answer}." for turn in turns)
         room = self.config.text_config.max_position_embeddings - 2
-        text = self.tokenizer.encode(text_about(record))[:room]
-        ids = [self.tokenizer.bos_id, *text, self.tokenizer.eos_id]
+        ids = [self.tokenizer.bos_id, *self.tokenizer.encode(text)[:room], self.tokenizer.eos_id]
         path = resolve_inside(self.source(index).images, image_paths(record)[0])
         pixels = image_pixels(open_image(path), self.config.vision_config.image_size, self.image_mode)
-        labels = [IGNORE] * (len(ids) - 1) + ids[-1:]  # one for each pair: what the loss is divided by
+        labels = [IGNORE] * (len(ids) - 1) + ids[-1:]  # one label: the loss is divided by the number of pairs
         return {"ids": ids, "labels": labels, "pixel_values": [pixels]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is wrong with it
+# samples become a batch
 
 
-def image_faults(source: Source, decode: bool = False) -> dict[int, Fault]:
-    """The usable records whose pictures are not there (or, with decode, cannot be decoded), by number."""
-    numbers = source.usable()
-    numbers = numbers[source.file.image_counts[numbers] > 0]
-    shown = each(partial(shown_by, source.file, numbers), len(numbers), f"pictures named in {source.file.path.name}")
-    names = list(dict.fromkeys(chain.from_iterable(shown)))
-    look = partial(picture_fault, source.images, names, decode)
-    reasons = dict(zip(names, each(look, len(names), f"pictures in {source.images}")))
-    found = {}
-    for number, own in zip(numbers.tolist(), shown):
-        if wrong := [reasons[name] for name in own if reasons[name]]:
-            found[number] = Fault(source.file.where(number), wrong[0])
-    return found
+def collate(samples: list[dict], pad_id: int) -> dict:
+    """Pad samples on the right to the longest, and put the images of all samples in one tensor, in order.
+
+        samples              input_ids (B, T)        labels (B, T)
+        7 8 9                7 8 9 0 0               . 8 9 . .        0 is pad_id, a dot is IGNORE
+        4 5 6 7 8            4 5 6 7 8               . . . 7 8
+
+    "pixel_values" or "vision_features" is (N, ...), the other one None; both are None if no sample has an image.
+    "image_sizes" holds (height, width) of each image if images come in tiles, else nothing.
+    """
+    longest = max(len(sample["ids"]) for sample in samples)
+
+    def pad(key: str, fill: int) -> torch.Tensor:
+        return torch.tensor([sample[key] + [fill] * (longest - len(sample[key])) for sample in samples])
+
+    batch = {"input_ids": pad("ids", pad_id), "labels": pad("labels", IGNORE)}
+    for kind in ("pixel_values", "vision_features"):
+        images = [image for sample in samples for image in sample.get(kind, [])]
+        batch[kind] = torch.stack(images) if images else None
+    batch["image_sizes"] = [size for sample in samples for size in sample.get("image_sizes", [])]
+    return batch
 
 
-def shown_by(file, numbers: np.ndarray, i: int) -> list[str]:
-    return image_paths(file[numbers[i]])
-
-
-def picture_fault(root: Path, names: list[str], decode: bool, i: int) -> str:
-    try:
-        path = resolve_inside(root, names[i])
-        open_image(path) if decode else check_file(path)
-    except BadImage as error:
-        return str(error)
-    return ""
-
-
-def kind_of(reason: str) -> str:
-    """A reason without what is particular to one record: its numbers, its names, the path of its picture."""
-    reason = re.sub(r"^/.*?: ", "picture: ", reason)
-    return re.sub(r"""'(\\.|[^'])*'|"(\\.|[^"])*"|\d+|/\S+""", "…", reason)
-
-
-def check(sources: list[Source], decode: bool) -> int:
-    """Print what is wrong with each source, by kind, with the first records of each; returns how many are bad."""
-    bad = 0
-    for source in sources:
-        source.faults |= image_faults(source, decode)
-        images = source.file.image_counts
-        print(f"{source.file.path}: {len(images):,} records, {int((images > 0).sum()):,} with pictures", end="")
-        print(f" ({source.file.distinct_images:,} different), weight {source.weight:g}; {len(source.faults):,} bad")
-        kinds = defaultdict(list)
-        for fault in source.faults.values():
-            kinds[kind_of(fault.reason)].append(fault)
-        for kind, faults in sorted(kinds.items(), key=lambda item: -len(item[1])):
-            print(f"  {len(faults):>9,}  {kind}")
-            for fault in faults[:3]:
-                print(f"             {fault.record}: {fault.reason}".encode(errors="backslashreplace").decode())
-        bad += len(source.faults)
-    return bad
-
-
-def print_lengths(lengths: np.ndarray, bars: int = 16):
-    """A histogram in text. Args: lengths: in tokens, negative without a picture."""
-    sizes, width = np.abs(lengths), 64
-    while width * bars <= sizes.max():
-        width *= 2
-    counts = np.bincount(sizes // width)
-    print(f"tokens: {sizes.sum():,} in all, {sizes.mean():.0f} a sample, {sizes.max():,} at most")
-    for i, count in enumerate(counts):
-        print(f"  {i * width:>7,} - {(i + 1) * width - 1:>7,}  {count:>9,}  {'#' * -(-40 * count // counts.max())}")
-
-
-def check_files(args: argparse.Namespace):
-    """`data.py check`: ends with status 1 if any record is bad."""
-    sources = open_sources(args.data, args.images)
-    bad, total = check(sources, args.decode), sum(len(source.file) for source in sources)
-    print(f"{bad:,} of {total:,} records are bad" if bad else f"all {total:,} records are good")
-    if args.model and bad < total:
-        config = read_config(args.model)
-        dataset = Records(sources, Tokenizer.load(args.model), config, sys.maxsize, template=args.template)
-        if config.vision_config is None and any(source.file.distinct_images for source in sources):
-            print("the model has no vision tower: its pictures are not counted in")
-        print_lengths(np.concatenate([dataset.lengths_of(i) for i in range(len(sources))]))
-    sys.exit(1 if bad else 0)
+# ---------------------------------------------------------------------------------------------------------------------
+# commands
 
 
 def show(args: argparse.Namespace):
-    """`data.py show`: one record as the model reads it, what is trained on in green."""
+    """Print one record as the model reads it, trained tokens in green."""
     tokenizer = Tokenizer.load(args.model)
     turns = turns_of(read_records(args.data)[args.record])
-    ids, labels = render_dialogue(turns, tokenizer, args.template or read_config(args.model).template, features=1)
+    ids, labels = render_dialogue(turns, tokenizer, args.template or read_config(args.model).template, image_tokens=1)
     names = {i: name for name, i in tokenizer.specials.items()}
     for i, label in zip(ids, labels):
         text = names.get(i) or tokenizer.decode([i])
@@ -470,31 +348,42 @@ def show(args: argparse.Namespace):
     print()
 
 
+def check(args: argparse.Namespace):
+    """Report bad records, and with --model the lengths of the good ones. Exit status 1 if a record is bad."""
+    sources = open_sources(args.data, args.images)
+    bad, total = report_faults(sources, args.decode), sum(len(source.file) for source in sources)
+    print(f"{bad:,} of {total:,} records are bad" if bad else f"all {total:,} records are good")
+    if args.model and bad < total:
+        config = read_config(args.model)
+        uncut = np.iinfo(np.int32).max
+        dataset = Records(sources, Tokenizer.load(args.model), config, uncut, template=args.template)
+        if config.vision_config is None and any(source.file.distinct_images for source in sources):
+            print("the model has no vision tower: images are not counted")
+        print_lengths(dataset.lengths())
+    sys.exit(1 if bad else 0)
+
+
 def main():
-    """Show a record, or check a mixture; what a user can mend ends in one line and status 1."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(required=True)
-    add = commands.add_parser("show", help="print one record with what is trained on in color")
+    add = commands.add_parser("show", help="print one record, trained tokens in green")
     add.set_defaults(run=show)
     add.add_argument("data", help="LLaVA's JSON")
     add.add_argument("--model", type=Path, required=True, help="folder of a model")
-    add.add_argument("--record", type=int, default=0, help="which record to print")
+    add.add_argument("--record", type=int, default=0, help="number of the record")
     add.add_argument("--template", choices=TEMPLATES, help="default: the model's")
-    add = commands.add_parser("check", help="count what is wrong, by kind")
-    add.set_defaults(run=check_files)
+    add = commands.add_parser("check", help="count bad records by kind")
+    add.set_defaults(run=check)
     add.add_argument("data", nargs="+", help="LLaVA's JSON, as in train.py --data")
-    add.add_argument("--images", nargs="+", help="folder the paths start from, or one for each file")
-    add.add_argument("--model", type=Path, help="folder of a model: also count tokens, with its tokenizer")
+    add.add_argument("--images", nargs="+", help="folder that image paths start from, or one for each file")
+    add.add_argument("--model", type=Path, help="folder of a model: also count tokens with its tokenizer")
     add.add_argument("--template", choices=TEMPLATES, help="for the tokens; default: the model's")
-    add.add_argument("--decode", action="store_true", help="decode every picture, not only look whether it is there")
+    add.add_argument("--decode", action="store_true", help="decode every image, instead of only looking for its file")
     args = parser.parse_args()
-    try:
-        args.run(args)
-    except (ValueError, IndexError) as error:
-        sys.exit(f"data.py: {error}")
+    args.run(args)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, "data.py")

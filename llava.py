@@ -20,9 +20,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from clip import CLIPVisionConfig, CLIPVisionModel
-from inputs.templates import IGNORE
 from variants.anyres import Size, pack_tiles, tile_grid
 
+IGNORE = -100  # label of a token that is not trained on; F.cross_entropy's ignore_index
 LOSS_CHUNK = 4096  # the logits of at most this many tokens exist at one time
 PROJECTORS = {"linear": 1, "mlp2x_gelu": 2}  # LLaVA-1.0's and 1.5's: how many linear layers
 

@@ -32,16 +32,19 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from clip import save_clip
-from data import CaptionPairs, DataError, Records, Samples, Skips, collate, image_faults, name_skipped, refuse_bad
+from data import CaptionPairs, Records, collate
 from fast.accelerate import accelerate
 from fast.compile import compile_layers
 from formats.adapters import is_adapter, sample_weights, save_adapter
 from formats.saving import save_model
 from formats.weights import load_checkpoint
 from inputs.files import publish_folder, verify_manifest
+from inputs.check import Skips, image_faults, log_skipped, refuse_bad
 from inputs.images import BadImage
 from inputs.mixture import Source, batches, check_mixing, counts_of, open_sources, order_of
-from inputs.templates import TEMPLATES, end_ids
+from inputs.records import DataError
+from inputs.samples import Samples
+from inputs.templates import end_ids, template_words
 from inputs.tokenizer import Tokenizer, train_bpe
 from llava import IGNORE, Llava
 from lora import NF4Linear, add_lora
@@ -407,8 +410,8 @@ def stage0(args, ranks: Distributed, folder: Path):
     sources = data_files(args, ranks, "text")
     records = (source.file[i] for source in sources for i in source.usable()[: 20_000 // len(sources)])
     texts = [message["value"] for record in records for message in record["conversations"]]
-    form = TEMPLATES[args.template or "llava_hf"]  # its roles stand in every dialogue, so they are to be words
-    tokenizer = train_bpe(texts + [form.user, form.assistant] * 2000, merges=600)
+    words = template_words(args.template or "llava_hf")  # its roles stand in every dialogue, so they are to be words
+    tokenizer = train_bpe(texts + words * 2000, merges=600)
     for part, train in (("clip", train_clip), ("decoder", train_decoder)):
         if args.tower in ("both", part):
             run = open_run(args, ranks, folder / part)
@@ -599,7 +602,7 @@ def allow_skips(args, ranks: Distributed, run: runs.Run, dataset: Samples):
         faults = [fault for source in dataset.sources for fault in source.faults.values()]
         path = run.folder / "skipped.jsonl"
         if ranks.is_main:
-            name_skipped(path, faults)
+            log_skipped(path, faults)
             ranks.print0(
                 f"--skip-bad: {len(faults):,} records are left out; {path} names them, and what else is found bad"
             )

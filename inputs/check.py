@@ -1,0 +1,150 @@
+"""Bad records: find and report them before a run, replace bad samples during it.
+
+`python data.py check` prints report_faults; train.py calls refuse_bad, and with --skip-bad image_faults and Skips.
+"""
+
+import json
+import re
+from collections import defaultdict
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from inputs.images import BadImage, check_file, open_image, resolve_inside
+from inputs.index import RecordFile
+from inputs.mixture import Source
+from inputs.parallel import parallel_map
+from inputs.records import DataError, Fault, image_paths
+
+# ---------------------------------------------------------------------------------------------------------------------
+# before a run
+
+
+def image_faults(source: Source, decode: bool = False) -> dict[int, Fault]:
+    """The usable records with an image that is missing (with `decode`: that cannot be decoded), by number."""
+    file, numbers = source.file, source.usable()
+    numbers = numbers[file.image_counts[numbers] > 0]
+    paths = parallel_map(partial(paths_of, file, numbers), len(numbers), f"images named in {file.path.name}")
+    distinct = list(dict.fromkeys(chain.from_iterable(paths)))  # an image that many records share is checked once
+    check = partial(image_fault, source.images, distinct, decode)
+    reasons = dict(zip(distinct, parallel_map(check, len(distinct), f"images in {source.images}")))
+    faults = {}
+    for number, own in zip(numbers.tolist(), paths):
+        if bad := [reasons[path] for path in own if reasons[path]]:
+            faults[number] = Fault(file.where(number), bad[0])
+    return faults
+
+
+def paths_of(file: RecordFile, numbers: np.ndarray, i: int) -> list[str]:
+    return image_paths(file[numbers[i]])
+
+
+def image_fault(root: Path, paths: list[str], decode: bool, i: int) -> str:
+    """Why an image cannot be used; "" if it can."""
+    try:
+        path = resolve_inside(root, paths[i])
+        open_image(path) if decode else check_file(path)
+    except BadImage as error:
+        return str(error)
+    return ""
+
+
+def refuse_bad(sources: list[Source], percent: float):
+    """Raise DataError if more than `percent` of the records are bad, or all records of one file."""
+    faults = [fault for source in sources for fault in source.faults.values()]
+    total = sum(len(source.file) for source in sources)
+    if len(faults) > percent / 100 * total:
+        more = f" ({len(faults):,} of {total:,} records are bad, over the {percent:g} % of --skip-bad)"
+        raise DataError(f"{faults[0].record}: {faults[0].reason}{more if percent else ''}")
+    for source in sources:
+        if len(source.faults) == len(source.file):
+            raise DataError(f"{source.file.path}: no record can be used")
+
+
+def report_faults(sources: list[Source], decode: bool) -> int:
+    """Print the bad records of each source by kind, with the first three of each. Returns their number."""
+    total = 0
+    for source in sources:
+        source.faults |= image_faults(source, decode)
+        counts = source.file.image_counts
+        print(f"{source.file.path}: {len(counts):,} records, {int((counts > 0).sum()):,} with images", end="")
+        print(f" ({source.file.distinct_images:,} different), weight {source.weight:g}; {len(source.faults):,} bad")
+        kinds = defaultdict(list)
+        for fault in source.faults.values():
+            kinds[kind_of(fault.reason)].append(fault)
+        for kind, faults in sorted(kinds.items(), key=lambda item: -len(item[1])):
+            print(f"  {len(faults):>9,}  {kind}")
+            for fault in faults[:3]:
+                print(f"             {fault.record}: {fault.reason}".encode(errors="backslashreplace").decode())
+        total += len(source.faults)
+    return total
+
+
+def kind_of(reason: str) -> str:
+    """A reason without the numbers, names and paths of one record, so that equal faults are counted together."""
+    reason = re.sub(r"^/.*?: ", "image: ", reason)
+    return re.sub(r"""'(\\.|[^'])*'|"(\\.|[^"])*"|\d+|/\S+""", "…", reason)
+
+
+def print_lengths(lengths: np.ndarray, bars: int = 16):
+    """Print a histogram. Args: lengths: tokens of each sample, negative if it has no image."""
+    sizes, width = np.abs(lengths), 64
+    while width * bars <= sizes.max():
+        width *= 2
+    counts = np.bincount(sizes // width)
+    print(f"tokens: {sizes.sum():,} in all, {sizes.mean():.0f} a sample, {sizes.max():,} at most")
+    for i, count in enumerate(counts):
+        print(f"  {i * width:>7,} - {(i + 1) * width - 1:>7,}  {count:>9,}  {'#' * -(-40 * count // counts.max())}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# during a run
+
+
+class Skips:
+    """Replaces bad samples, up to a limit; the state is shared by the loader processes of a rank.
+
+    Args: percent: how many of the drawn samples may be bad. count: number of samples. path: a JSON Lines file that
+    names each bad record once.
+    """
+
+    DRAWN, BAD = 1, 2
+
+    def __init__(self, percent: float, count: int, path: Path):
+        self.percent, self.path = percent, path
+        self.state = torch.zeros(count, dtype=torch.uint8).share_memory_()
+
+    def load(self, dataset, index: int) -> dict:
+        """Sample `index`, or the next good one if it is bad: the same in every process, and after a resume."""
+        for number in chain(range(index, len(dataset)), range(index)):
+            try:
+                sample = dataset.sample(number)
+            except (DataError, BadImage) as error:
+                self.note_bad(number, Fault(dataset.where(number), " ".join(str(error).split())))
+            else:
+                self.state[number] |= self.DRAWN
+                return sample
+        raise DataError("no sample is good")
+
+    def note_bad(self, index: int, fault: Fault):
+        """Log a bad sample. Raises DataError if there are too many; the limit counts at least 1,000 drawn samples."""
+        known = bool(self.state[index] & self.BAD)
+        self.state[index] |= self.DRAWN | self.BAD
+        if not known:
+            log_skipped(self.path, [fault])
+        drawn, bad = int((self.state > 0).sum()), int((self.state & self.BAD > 0).sum())
+        if bad > self.percent / 100 * max(drawn, min(1000, len(self.state))):
+            more = f"bad sample {bad} of {drawn} drawn, over the {self.percent:g} % of --skip-bad"
+            raise DataError(f"{fault.record}: {fault.reason} ({more}; {self.path} names all)")
+
+
+def log_skipped(path: Path, faults: list[Fault]):
+    """Append one JSON line for each fault that the file does not name yet; before a resume it may have."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = set(path.read_text().splitlines()) if path.exists() else set()
+    lines = [json.dumps(fault._asdict()) for fault in faults]
+    with path.open("a") as file:
+        file.write("".join(line + "\n" for line in lines if line not in known))
