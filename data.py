@@ -42,7 +42,7 @@ from variants.anyres import Size, count_tokens, cut_tiles
 
 
 def render_dialogue(
-    turns: list[Turn], tokenizer: Tokenizer, template: str, image_tokens
+    turns: list[Turn], tokenizer: Tokenizer, template: str, image_tokens: int | list[int]
 ) -> tuple[list[int], list[int]]:
     """Ids and labels of a dialogue, built together in one pass; training, sampling and evaluation all use it.
 

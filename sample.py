@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-from data import prepare_image
+from data import prepare_image, prompt_ids
 from fast.accelerate import accelerate
 from fast.compile import compile_decoding
 from formats.adapters import base_of_adapter, load_with_adapter
 from formats.weights import DTYPES, choose_dtype
 from inputs import cli
 from inputs.images import open_image
-from inputs.templates import prompt_ids, stop_text
+from inputs.templates import stop_text
 from inputs.tokenizer import Tokenizer
 from llava import KVCache, Llava, generate
 from training import runs

@@ -38,8 +38,8 @@ from fast.compile import compile_layers
 from formats.adapters import is_adapter, sample_weights, save_adapter
 from formats.saving import save_model
 from formats.weights import load_checkpoint
-from inputs.files import publish_folder, verify_manifest
 from inputs.check import Skips, image_faults, log_skipped, refuse_bad
+from inputs.files import publish_folder, verify_manifest
 from inputs.images import BadImage
 from inputs.mixture import Source, batches, check_mixing, counts_of, open_sources, order_of
 from inputs.records import DataError

@@ -24,11 +24,11 @@ import PIL
 import torch
 from tqdm import tqdm
 
-from data import load_image
+from data import load_image, prompt_ids
 from inputs.files import fingerprint, read_complete_lines, read_json, write_atomic, write_json
 from inputs.images import BadImage, check_file, resolve_inside
 from inputs.records import DataError
-from inputs.templates import TEMPLATES, prompt_ids, stop_text
+from inputs.templates import TEMPLATES, stop_text
 from inputs.tokenizer import Tokenizer
 from llava import Llava, generate
 from training.meters import peak_memory

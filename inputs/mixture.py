@@ -1,12 +1,13 @@
-"""Many files as one: how much of each is seen, and in which order; all of it a pure function of its arguments.
+"""Mixtures of several files: how often each record is seen, in which order, and which records make a batch.
 
-    --data a.json b.json:2                     one epoch is every record of a once and of b twice, in random order
-    --mixing equal, --mixing 2                 shares instead of epochs: as large as each other, or ~ records^(1/2)
-    --shares 80/20                             shares as named
-    --shares 80/20:20/80:4                     80/20, 60/40, 40/60 and 20/80, each for a quarter of the run
+    --data a.json b.json:2       an epoch holds each record of a once and each of b twice, in random order
+    --mixing equal               every file has the same share of each batch, whatever its size
+    --mixing 2                   shares proportional to records^(1/2)
+    --shares 80/20               these shares
+    --shares 80/20:20/80:4       80/20, then 60/40, 40/60 and 20/80, each for a quarter of the run
 
-The batch of a step is the same set of records on any number of ranks and with any --accumulate, and a run that is
-resumed asks for the steps that are left: nothing is replayed.
+Everything is a pure function of its arguments (seed, step, rank, ...), so a resumed run continues at any step without
+replaying the steps before. A step trains on the same records with any number of ranks and any --accumulate.
 """
 
 import math
@@ -17,17 +18,18 @@ from pathlib import Path
 
 import numpy as np
 
-from inputs.records import Fault, RecordFile
+from inputs.index import RecordFile
+from inputs.records import Fault
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is mixed
+# sources
 
 
 @dataclass
 class Source:
-    """One file of a mixture. images: the folder its paths start from. weight: times each record is seen in an epoch.
+    """One file of a mixture. images: folder that its image paths start from. weight: uses of a record in an epoch.
 
-    faults: number of a record -> why it is left out; what the file's index found, and later what its pictures lack.
+    faults: why a record is left out, by number; first what the index of the file found, later also bad images.
     """
 
     file: RecordFile
@@ -39,14 +41,15 @@ class Source:
         self.faults = self.file.faults | self.faults
 
     def usable(self) -> np.ndarray:
-        """Numbers of the records that are used, (N,)."""
+        """Numbers of the records without a fault, (N,)."""
         return np.setdiff1d(np.arange(len(self.file), dtype=np.int32), list(self.faults))
 
 
 def open_sources(texts: list[str], folders: list[str] | None) -> list[Source]:
-    """`PATH` or `PATH:WEIGHT` each, and a folder of pictures for all or for each; by default the one a file is in.
+    """Open the files of --data, each PATH or PATH:WEIGHT.
 
-    Raises ValueError, in one line, before anything is read that would take long.
+    Args: folders: an image folder for all files, or one for each; default: the folder of each file. Raises ValueError;
+    names and folders are checked before a file is read.
     """
     named = [split_weight(text) for text in texts]
     folders = [Path(folder) for folder in folders or []]
@@ -60,7 +63,7 @@ def open_sources(texts: list[str], folders: list[str] | None) -> list[Source]:
 
 
 def split_weight(text: str) -> tuple[Path, float]:
-    """ "a.json:2" is a path and its weight; a file whose own name has a colon is found first. Raises ValueError."""
+    """ "a.json:2" -> ("a.json", 2.0). A file whose name contains the colon takes precedence. Raises ValueError."""
     path, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists():
         return Path(text), 1.0
@@ -71,7 +74,7 @@ def split_weight(text: str) -> tuple[Path, float]:
 
 
 def as_number(text: str) -> float:
-    """NaN where a text is no number, so that a comparison refuses it."""
+    """The number, or NaN for any other text, which fails every comparison."""
     try:
         return float(text)
     except ValueError:
@@ -79,13 +82,13 @@ def as_number(text: str) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# in which order; `take(first, last)` gives the samples at these positions of the run
+# order of samples
 
-Order = Callable[[int, int], np.ndarray]
+Order = Callable[[int, int], np.ndarray]  # take(first, last): the samples at these positions of the run
 
 
 def check_mixing(weights: list[float], mixing: str, shares: str, group: int):
-    """Raise ValueError if these do not go together; arguments as of order_of."""
+    """Raise ValueError if the arguments contradict each other. Args: see order_of."""
     if group > 1 and (shares or mixing != "proportional"):
         raise ValueError("CLIP learns from neighbors in a file: it takes --mixing proportional, and no --shares")
     if shares and (mixing != "proportional" or set(weights) != {1.0}):
@@ -97,9 +100,10 @@ def check_mixing(weights: list[float], mixing: str, shares: str, group: int):
 def order_of(
     sizes: list[int], weights: list[float], seed: int, total: int, mixing: str, shares: str, group: int
 ) -> Order:
-    """The order of a run of `total` samples from sources of these sizes, which are numbered one after another.
+    """The order of a run of `total` samples.
 
-    Args: mixing, shares: as on the command line. group: neighbors that stay together. Raises ValueError.
+    Args: sizes: samples of each source; they are numbered consecutively. mixing, shares: as on the command line. group:
+    so many neighbors stay together. Raises ValueError.
     """
     check_mixing(weights, mixing, shares, group)
     if not shares and mixing == "proportional":
@@ -112,7 +116,7 @@ def order_of(
 
 
 def read_mixing(text: str) -> float:
-    """The temperature T of shares that go with records^(1/T): 1 for "proportional", infinite for "equal"."""
+    """The temperature T in: share ~ records^(1/T). "proportional" is 1, "equal" infinite. Raises ValueError."""
     value = {"proportional": 1.0, "equal": math.inf}.get(text) or as_number(text)
     if not value > 0:
         raise ValueError(f"--mixing {text}: proportional, equal, or a temperature above 0")
@@ -120,19 +124,19 @@ def read_mixing(text: str) -> float:
 
 
 def read_shares(text: str) -> np.ndarray:
-    """ "80/20" as (1, 2), "80/20:20/80:4" as (4, 2): the shares of the files in each equal stretch of the run."""
+    """Shares of the files in each part of the run, (parts, files): (1, 2) for "80/20", (4, 2) for "80/20:20/80:4"."""
     first, *rest = text.split(":")
     ends = [[as_number(share) for share in part.split("/")] for part in (first, *rest[:1])]
     steps = as_number(rest[1]) if len(rest) == 2 else 1
     alike = len({len(part) for part in ends}) == 1 and (not rest or (len(rest) == 2 and steps >= 2 and steps % 1 == 0))
     if not alike or not all(0 <= share < math.inf for part in ends for share in part) or not all(map(sum, ends)):
-        raise ValueError(f"--shares {text}: write 80/20, or 80/20:20/80:4 to go from the one to the other in 4 steps")
+        raise ValueError(f"--shares {text}: write 80/20, or 80/20:20/80:4 to go from one to the other in 4 steps")
     ends = [np.array(part) / sum(part) for part in ends]
     return np.linspace(ends[0], ends[-1], int(steps))
 
 
 def draws(seed: int, source: int, size: int, numbers: np.ndarray) -> np.ndarray:
-    """Which sample a source gives at its n-th draw: none comes again before all have been."""
+    """The samples that a source gives at its draws `numbers`. No sample is repeated before all have been drawn."""
     found, rounds = np.empty(len(numbers), np.int64), numbers // size
     for i in np.unique(rounds):
         permutation = np.random.default_rng([seed, source, int(i), 2]).permutation(size)
@@ -141,14 +145,14 @@ def draws(seed: int, source: int, size: int, numbers: np.ndarray) -> np.ndarray:
 
 
 def counts_of(sizes: list[int], weights: list[float]) -> list[int]:
-    """Samples that each source gives to an epoch."""
+    """Samples of each source in an epoch."""
     return [max(1, round(weight * size)) for size, weight in zip(sizes, weights)]
 
 
 def epochs(sizes: list[int], weights: list[float], seed: int, group: int = 1) -> Order:
-    """Epoch after epoch, each a new permutation of every sample as often as its source's weight says.
+    """The order in which every epoch is a new permutation of all samples, each repeated as its source's weight says.
 
-    Of a weight of 2.5, each sample comes twice and half of them once more, the other half in the next epoch.
+    With weight 2.5, an epoch has each sample twice, and half of them once more; the next epoch takes the other half.
     `group` neighbors stay together.
     """
     offsets = np.cumsum([0, *sizes])
@@ -177,21 +181,24 @@ def epochs(sizes: list[int], weights: list[float], seed: int, group: int = 1) ->
 
 
 def evenly(sizes: list[int], path: np.ndarray, seed: int, total: int) -> Order:
-    """Sources in given shares, whatever their size. Args: path: (K, S), the shares in each K-th of `total` samples.
+    """The order in which sources have given shares, whatever their size.
 
-    A source's n-th draw falls somewhere in the stretch of the run in which its shares add up from n to n + 1, so that
-    every batch has about its part of each source; sorted by where they fall, the draws of all are the order.
+    Args: path: (K, S), the shares of the S sources in each K-th of `total` samples.
+
+    The share of a source, summed over the positions of the run, grows from n to n + 1 over some interval; the n-th draw
+    of the source gets a random position in that interval. So every batch has about its share of each source. The draws
+    of all sources, sorted by position, are the order.
     """
-    offsets, stretches = np.cumsum([0, *sizes]), np.linspace(0, total, len(path) + 1)
-    owed = np.concatenate([np.zeros((1, len(sizes))), np.cumsum(path * (total / len(path)), axis=0)])  # (K + 1, S)
-    falls, sources, numbers = [], [], []
+    offsets, borders = np.cumsum([0, *sizes]), np.linspace(0, total, len(path) + 1)
+    drawn = np.concatenate([np.zeros((1, len(sizes))), np.cumsum(path * (total / len(path)), axis=0)])  # (K + 1, S)
+    positions, sources, numbers = [], [], []
     for source in range(len(sizes)):
-        count = math.ceil(owed[-1, source])
+        count = math.ceil(drawn[-1, source])
         within = np.random.default_rng([seed, source, 3]).random(count)
-        falls.append(np.interp(np.arange(count) + within, owed[:, source], stretches))
+        positions.append(np.interp(np.arange(count) + within, drawn[:, source], borders))
         sources.append(np.full(count, source, np.int16))
         numbers.append(np.arange(count, dtype=np.int32))
-    order = np.argsort(np.concatenate(falls), kind="stable")[:total]
+    order = np.argsort(np.concatenate(positions), kind="stable")[:total]
     sources, numbers = np.concatenate(sources)[order], np.concatenate(numbers)[order]
 
     def take(first: int, last: int) -> np.ndarray:
@@ -207,22 +214,23 @@ def evenly(sizes: list[int], path: np.ndarray, seed: int, total: int) -> Order:
 # ---------------------------------------------------------------------------------------------------------------------
 # batches
 
-GROUPED_STEPS = 16  # steps whose records are sorted together
+GROUPED_STEPS = 16  # steps whose records are sorted by length together
 
 
 def batches(
     take: Order, batch_size: int, seed: int, start: int, stop: int, rank: int, world: int, group: int = 1, lengths=None
 ) -> Iterator[list[int]]:
-    """This rank's samples for every step from `start` to `stop`, the end of the run.
+    """Yields this rank's samples for every step from `start` to `stop`, the end of the run.
 
-    `batch_size` counts all ranks; `group` keeps that many neighbors on one rank. With `lengths`, one per sample and
-    negative without a picture, a batch holds samples of like length, and at most one batch in GROUPED_STEPS holds
-    both with pictures and without: as with LLaVA's group_by_modality_length, but in every stretch of the run by itself.
+    Args: batch_size: samples of all ranks together. group: so many neighbors stay on one rank. lengths: tokens of each
+    sample, negative if it has no image; a batch then holds samples of similar length, and at most one batch in
+    GROUPED_STEPS mixes samples with and without images. (LLaVA's group_by_modality_length does the same over an epoch;
+    here it is done in blocks of GROUPED_STEPS steps, so that it depends on the step only.)
     """
 
     @lru_cache(1)
     def grouped(block: int) -> np.ndarray:
-        """The batches of one block of steps, sorted within, shuffled among themselves."""
+        """The batches of a block of steps: samples sorted by length and cut into batches, which are then shuffled."""
         first, last = block * GROUPED_STEPS, min((block + 1) * GROUPED_STEPS, stop)
         found = take(first * batch_size, last * batch_size)
         found = found[np.argsort(lengths[found], kind="stable")].reshape(-1, batch_size)

@@ -1,12 +1,14 @@
-"""LLaVA-1.6's way to see more: the picture once as a whole, and once in tiles of the tower's own size.
+"""LLaVA-1.6's higher resolution ("anyres"): the image as a whole, and in tiles of the vision tower's size.
 
-    640 x 480, tower of 336:   whole, squeezed to 336 x 336         576 tokens
-                               2 x 2 tiles of the picture in        36 rows of 48 tokens, the black bars cut away,
-                               672 x 672, black bars above          a newline token after each
-                               and below                            2,340 tokens in all
+A 640 x 480 image (width x height) and a tower of 336 pixels:
 
-Sources: the LLaVA-NeXT blog (2024-01-30) and its code; rounding as in transformers' LlavaNext (facts with each rule).
-Sizes are (height, width) throughout, as in image_grid_pinpoints.
+    whole    squeezed to 336 x 336                                     24 x 24 = 576 tokens
+    tiles    fitted into a canvas of 672 x 672, black bars above and   48 x 48 tokens; 6 + 6 rows of black bars are
+             below, and cut into 2 x 2 tiles                           dropped, and each of the 36 rows that are left
+                                                                       gets a newline token: 36 x 49 = 1,764 tokens
+
+2,340 tokens together. Sizes are (height, width) throughout, as in image_grid_pinpoints.
+Sources: the LLaVA-NeXT blog (2024-01-30) and its code; rounding as in transformers' LlavaNext.
 """
 
 import math
@@ -18,27 +20,27 @@ Size = tuple[int, int]  # height, width
 
 
 def best_canvas(size: Size, pinpoints: list[Size]) -> Size:
-    """The canvas that keeps most of the picture's pixels; of equals, the one that wastes least; then the first."""
+    """The canvas that keeps the most pixels of the image; among equals, the least padding, then the first."""
     height, width = size
 
-    def kept_and_wasted(canvas: Size) -> tuple[int, int]:
+    def kept_and_padding(canvas: Size) -> tuple[int, int]:
         scale = min(canvas[1] / width, canvas[0] / height)
         kept = min(int(width * scale) * int(height * scale), width * height)
         return kept, kept - canvas[0] * canvas[1]
 
-    return tuple(max(pinpoints, key=kept_and_wasted))
+    return tuple(max(pinpoints, key=kept_and_padding))
 
 
 def fit_to_canvas(size: Size, canvas: Size) -> Size:
-    """The picture's size when it fills the canvas one way, its shape kept; the other side is rounded up."""
-    (height, width), (most_high, most_wide) = size, canvas
-    if most_wide / width < most_high / height:
-        return min(math.ceil(height * (most_wide / width)), most_high), most_wide
-    return most_high, min(math.ceil(width * (most_high / height)), most_wide)
+    """The largest size with the image's aspect ratio that fits the canvas; the shorter side is rounded up."""
+    (height, width), (max_height, max_width) = size, canvas
+    if max_width / width < max_height / height:
+        return min(math.ceil(height * (max_width / width)), max_height), max_width
+    return max_height, min(math.ceil(width * (max_height / height)), max_width)
 
 
 def cut_tiles(image: Image.Image, pinpoints: list[Size], side: int) -> list[Image.Image]:
-    """The whole squeezed into a square, then its tiles row by row, all `side` pixels square."""
+    """The whole image, then its tiles row by row, each an image of (side, side) pixels."""
     size = image.height, image.width
     canvas_size = best_canvas(size, pinpoints)
     height, width = fit_to_canvas(size, canvas_size)
@@ -51,13 +53,13 @@ def cut_tiles(image: Image.Image, pinpoints: list[Size], side: int) -> list[Imag
 
 
 def tile_grid(size: Size, pinpoints: list[Size], side: int) -> Size:
-    """Rows and columns of tiles for a picture of this size."""
+    """Rows and columns of tiles for an image of this size."""
     canvas = best_canvas(size, pinpoints)
     return canvas[0] // side, canvas[1] // side
 
 
 def image_area(size: Size, grid: Size) -> tuple[slice, slice]:
-    """Which rows and columns of a grid of features the picture itself covers, the black bars left out."""
+    """The rows and columns of a grid of features that the image covers, without the black bars."""
     (height, width), (rows, columns) = size, grid
     if width / height > columns / rows:
         bar = (rows - int(round(height * (columns / width), 7))) // 2
@@ -67,19 +69,19 @@ def image_area(size: Size, grid: Size) -> tuple[slice, slice]:
 
 
 def count_tokens(size: Size, pinpoints: list[Size], side: int, patch: int) -> int:
-    """Tokens of a picture: the whole, then what is left of the tiles with a newline after each row."""
+    """Tokens of an image: the whole, then the tiles without black bars and with a newline after each row."""
     per_side = side // patch
-    tall, wide = tile_grid(size, pinpoints, side)
-    rows, columns = image_area(size, (tall * per_side, wide * per_side))
+    down, across = tile_grid(size, pinpoints, side)
+    rows, columns = image_area(size, (down * per_side, across * per_side))
     return per_side**2 + (rows.stop - rows.start) * (columns.stop - columns.start + 1)
 
 
 def pack_tiles(tokens: torch.Tensor, size: Size, grid: Size, newline: torch.Tensor) -> torch.Tensor:
-    """Projected features of one picture, whole first and then its tiles (1 + n, P, C), as its tokens (T, C)."""
+    """Tokens (T, C) of an image. Args: tokens: projected features of the whole, then of its tiles, (1 + n, P, C)."""
     per_side = math.isqrt(tokens.shape[1])
-    tall, wide = grid
-    tiles = tokens[1:].view(tall, wide, per_side, per_side, -1).transpose(1, 2)  # (tall, P_y, wide, P_x, C)
-    tiles = tiles.reshape(tall * per_side, wide * per_side, -1)
+    down, across = grid
+    tiles = tokens[1:].view(down, across, per_side, per_side, -1).transpose(1, 2)  # (down, P_y, across, P_x, C)
+    tiles = tiles.reshape(down * per_side, across * per_side, -1)
     rows, columns = image_area(size, tiles.shape[:2])
     tiles = tiles[rows, columns]
     ends = newline.to(tiles.dtype).expand(len(tiles), 1, -1)

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from data import CaptionPairs, PreparedImage, Records, collate
+from data import CaptionPairs, PreparedImage, Records, collate, prompt_ids, render_dialogue
 from inputs import files
+from inputs.index import read_records
 from inputs.mixture import GROUPED_STEPS, Source, batches, epochs
-from inputs.records import DataError, read_records, turns_of
-from inputs.templates import MARKUP, TEMPLATES, Turn, prompt_ids, render_dialogue
+from inputs.records import DataError, Turn, turns_of
+from inputs.templates import MARKUP, TEMPLATES
 from inputs.tokenizer import train_bpe
 from llava import IGNORE, LlavaConfig, TextConfig
 
@@ -52,7 +53,7 @@ def specials(ids):
 
 def named(markup):
     """Ids of the special tokens that a part of a template names."""
-    return [TOKENIZER.specials[{"{bos}": "<s>", "{eos}": "</s>"}.get(name, name)] for name in MARKUP.findall(markup)]
+    return [TOKENIZER.specials[{"bos": "<s>", "eos": "</s>"}.get(name, name)] for name in MARKUP.findall(markup)]
 
 
 def supervised(labels):
@@ -107,18 +108,18 @@ EXPECTED = {
 @pytest.mark.parametrize("case", EXPECTED)
 def test_ids_and_labels_by_hand(case):
     template, turns, chunks = EXPECTED[case]
-    assert render_dialogue(turns, TOKENIZER, template, features=2) == spell(*chunks)
+    assert render_dialogue(turns, TOKENIZER, template, image_tokens=2) == spell(*chunks)
 
 
 @pytest.mark.parametrize("template", ["vicuna_v1", "llava_hf"])
 def test_of_an_empty_answer_only_the_end_is_trained(template):
-    _, labels = render_dialogue([Turn("What is this?", "", 1)], TOKENIZER, template, features=2)
+    _, labels = render_dialogue([Turn("What is this?", "", 1)], TOKENIZER, template, image_tokens=2)
     assert supervised(labels) == [EOS]
 
 
 def test_an_unanswered_question_ends_where_the_model_speaks():
     for template, end in (("plain", []), ("vicuna_v1", "ASSISTANT:"), ("llava_hf", "ASSISTANT:")):
-        ids, labels = render_dialogue([Turn("What is this?", None, 1)], TOKENIZER, template, features=2)
+        ids, labels = render_dialogue([Turn("What is this?", None, 1)], TOKENIZER, template, image_tokens=2)
         assert not supervised(labels) and ids[-1] != EOS
         assert TOKENIZER.decode(ids).endswith(end) if end else ids == [BOS, IMG, IMG]
 
@@ -344,10 +345,10 @@ UNREADABLE = {
     "role list": (turns((["human"], "a"), ("gpt", "b")), "['human']"),
     "half a surrogate": (record("a\ud800", "b"), "surrogate"),
     "half a surrogate in an answer": (record("a", "\udc00b"), "turn 1"),
-    "two markers, one picture": (record("<image><image>", "a", image="a.png"), "2 <image> markers for 1 pictures"),
-    "one marker, two pictures": (record("<image>", "a", image=["a.png", "b.png"]), "1 <image> markers for 2 pictures"),
-    "no marker": (record("what?", "a", image="a.png"), "0 <image> markers for 1 pictures"),
-    "marker in the answer only": (record("what?", "<image>", image="a.png"), "0 <image> markers for 1 pictures"),
+    "two markers, one picture": (record("<image><image>", "a", image="a.png"), "2 <image> markers for 1 images"),
+    "one marker, two pictures": (record("<image>", "a", image=["a.png", "b.png"]), "1 <image> markers for 2 images"),
+    "no marker": (record("what?", "a", image="a.png"), "0 <image> markers for 1 images"),
+    "marker in the answer only": (record("what?", "<image>", image="a.png"), "0 <image> markers for 1 images"),
     "image number": (record("<image>", "a", image=3), "3 is not a path"),
     "image empty": (record("<image>", "a", image=""), "'' is not a path"),
     "image null in a list": (record("<image>", "a", image=[None]), "None is not a path"),
@@ -375,7 +376,7 @@ UNUSABLE = {
     "file address": ("file:///etc/passwd", "address"),
     "missing": ("none.png", "no such file"),
     "missing folder": ("none/a.png", "no such file"),
-    "not a picture": ("broken.png", "not a picture"),
+    "not an image": ("broken.png", "not an image"),
     "folder": (".", "not a regular file"),
     "zero byte": ("a\0.png", "not a file name"),
     "long": ("a" * 5000, "aaa"),
@@ -506,7 +507,7 @@ def test_caption_pairs(world):
     assert len(pairs) == 2 and pairs[0]["ids"] == [BOS, *TOKENIZER.encode("a"), EOS]
     assert pairs[1]["ids"] == [BOS, *TOKENIZER.encode(long)[:4], EOS]
     assert pairs[1]["pixel_values"][0].shape == (3, 4, 4)
-    refusal(world.file, lambda: captions(world, record("hi", "x")), "no record has a picture")
+    refusal(world.file, lambda: captions(world, record("hi", "x")), "no record has an image")
 
 
 def test_caption_pairs_of_a_list_of_one(world):

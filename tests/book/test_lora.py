@@ -25,8 +25,8 @@ from formats.convert import merge_folder
 from formats.saving import save_model
 from formats.weights import load_model
 from inputs.files import read_json
+from inputs.index import read_records
 from inputs.mixture import Source
-from inputs.records import read_records
 from inputs.tokenizer import Tokenizer
 from llava import IGNORE
 from lora import LoRALinear, NF4Linear, add_lora, find_linears, lora_layers

@@ -14,10 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import image_pixels
+from data import image_pixels, prompt_ids
 from formats.weights import load_clip, load_model, load_tokenizer
 from inputs.images import open_image
-from inputs.templates import prompt_ids
 from inputs.tokenizer import Tokenizer
 from llava import generate
 

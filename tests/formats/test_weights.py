@@ -30,14 +30,13 @@ from test_llava import (
 
 import sample
 import train
-from data import image_pixels
+from data import image_pixels, prompt_ids
 from formats import __main__ as formats_cli
 from formats import configs, layouts, saving, weights
 from formats.configs import read_config
 from formats.saving import save_model
 from formats.weights import load_clip, load_model
 from inputs.images import open_image
-from inputs.templates import prompt_ids
 from inputs.tokenizer import Tokenizer
 from llava import Llava, LlavaConfig, TextConfig, generate
 

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import data
 import train
 from clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from data import Records, collate
 from formats.weights import load_model
-from inputs import files, records
+from inputs import check, files, index, parallel
+from inputs.index import RecordFile, read_records
 from inputs.mixture import (
     GROUPED_STEPS,
     Source,
@@ -31,7 +33,7 @@ from inputs.mixture import (
     read_shares,
     split_weight,
 )
-from inputs.records import DataError, RecordFile, read_records
+from inputs.records import DataError
 from inputs.tokenizer import Tokenizer, train_bpe
 from llava import LlavaConfig, TextConfig
 
@@ -60,7 +62,7 @@ def write(path, content):
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     """Every index is kept in a folder, however small the file."""
-    monkeypatch.setattr(records, "SMALL", 0)
+    monkeypatch.setattr(index, "MIN_KEPT", 0)
     monkeypatch.setattr(files, "OUTPUT_ROOT", tmp_path / "out")
     return tmp_path / "out/index"
 
@@ -80,7 +82,7 @@ HOSTILE = [
 def test_a_scan_in_chunks_of_any_size_is_plain_json(indent, ascii_only, mark):
     text = mark + json.dumps(HOSTILE, ensure_ascii=ascii_only, indent=indent).encode() + b" \r\n\t"
     for chunk in (*range(1, 20), 31, 64, 200, 10_000):
-        found = list(records.scan(Path("x"), io.BytesIO(text), chunk))
+        found = list(index.scan(Path("x"), io.BytesIO(text), chunk))
         assert [value for value, _, _ in found] == HOSTILE and not any(fault for _, fault, _ in found)
         assert [json.loads(text[start : start + size]) for _, _, (start, size) in found] == HOSTILE
 
@@ -89,7 +91,7 @@ def test_a_scan_in_chunks_of_any_size_is_plain_json(indent, ascii_only, mark):
 def test_a_spoiled_value_does_not_spoil_the_file(chunk):
     spoiled = ['{"a": NaN}', '{"a": [-Infinity]}', '{"a": 1, "a": "]}"}', "9" * 5000, "NaN"]
     text = "[" + ", ".join(f'{{"n": {i}}}, {bad}' for i, bad in enumerate(spoiled)) + ', "last"]'
-    found = list(records.scan(Path("x"), io.BytesIO(text.encode()), chunk))
+    found = list(index.scan(Path("x"), io.BytesIO(text.encode()), chunk))
     assert [value for value, fault, _ in found if not fault] == [*({"n": i} for i in range(5)), "last"]
     faults = [fault for _, fault, _ in found if fault]
     assert [word in fault for word, fault in zip(("NaN", "Infinity", "twice", "digits", "NaN"), faults)] == [True] * 5
@@ -107,14 +109,14 @@ def test_what_is_no_list_of_values_is_refused_at_any_chunk(text, says):
     for chunk in (1, 3, 8, 10_000_000):
         with pytest.raises(DataError) as caught:
             content = text if isinstance(text, bytes) else text.encode()
-            list(records.scan(Path("some.json"), io.BytesIO(content), chunk))
+            list(index.scan(Path("some.json"), io.BytesIO(content), chunk))
         assert str(caught.value).startswith("some.json: ") and says in str(caught.value), caught.value
         assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_scan_holds_little_in_memory():
     text = json.dumps(["x" * 1000] * 2000).encode()
-    reader = records.Reader(io.BytesIO(text), 10_000)
+    reader = index.Reader(io.BytesIO(text), 10_000)
     longest = 0
     for _ in range(2000):
         assert reader.peek() in "[,"
@@ -129,7 +131,7 @@ def test_kept_index_equals_the_one_in_memory(tmp_path, kept, monkeypatch):
     path = write(tmp_path / "a.json", [*seen("a.png", 3), 7, *told(2), record("x", "y", ["a.png", "b.png"])])
     first, again = RecordFile(path), RecordFile(path)
     assert len(list(kept.glob("*-*"))) == 1 and isinstance(first.spans, np.memmap)
-    monkeypatch.setattr(records, "SMALL", 1_000_000)
+    monkeypatch.setattr(index, "MIN_KEPT", 1_000_000)
     memory = RecordFile(path)
     assert memory.folder is None
     for file in (first, again):
@@ -144,7 +146,7 @@ def test_kept_index_equals_the_one_in_memory(tmp_path, kept, monkeypatch):
 def test_an_index_is_built_once(tmp_path, kept, monkeypatch):
     path = write(tmp_path / "a.json", told(3))
     RecordFile(path)
-    monkeypatch.setattr(records, "build_index", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(index, "build_index", lambda *_: pytest.fail("built again"))
     assert len(RecordFile(path)) == 3
     assert len(RecordFile(tmp_path / "." / "a.json")) == 3
 
@@ -162,13 +164,13 @@ def test_a_file_that_changes_gets_a_new_index_and_the_old_one_goes(tmp_path, kep
 
 def build(path, root, go, results):
     """In a process of its own, as soon as all are ready."""
-    records.SMALL, files.OUTPUT_ROOT, built = 0, root, records.build_index
+    index.MIN_KEPT, files.OUTPUT_ROOT, built = 0, root, index.build_index
 
     def counted(*args):
         results.put("built")
         return built(*args)
 
-    records.build_index = counted
+    index.build_index = counted
     go.wait()
     results.put(len(RecordFile(path)))
 
@@ -206,11 +208,11 @@ def test_a_build_that_was_killed_is_no_index(tmp_path, kept, monkeypatch):
 @pytest.mark.parametrize("small", [0, 1_000_000])
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_read_what_this_process_reads(tmp_path, kept, monkeypatch, small, context):
-    monkeypatch.setattr(records, "SMALL", small)
+    monkeypatch.setattr(index, "MIN_KEPT", small)
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     path = write(tmp_path / "a.json", seen("a.png", 9) + told(9))
     dataset = Records([Source(read_records(path), tmp_path)], TOKENIZER, CONFIG, 500)
-    loader = data.DataLoader(
+    loader = DataLoader(
         dataset, batch_sampler=[[i] for i in range(18)], num_workers=2, multiprocessing_context=context,
         collate_fn=list,
     )  # fmt: skip
@@ -264,7 +266,7 @@ def test_lengths_are_counted_once_for_a_tokenizer(tmp_path, kept, monkeypatch):
     sources = [Source(read_records(write(tmp_path / "a.json", told(9))), tmp_path)]
     lengths = Records(sources, TOKENIZER, CONFIG, 500).lengths()
     with monkeypatch.context() as patch:
-        patch.setattr(data, "each", lambda *_: pytest.fail("counted again"))
+        patch.setattr(data, "parallel_map", lambda *_: pytest.fail("counted again"))
         assert np.array_equal(Records(sources, TOKENIZER, CONFIG, 500).lengths(), lengths)
         assert Records(sources, TOKENIZER, CONFIG, 7).lengths().min() == -7
     other = train_bpe(["cat cat cat"] * 5, 3)
@@ -283,12 +285,12 @@ def test_lengths_counted_by_many_processes_are_the_same(tmp_path, monkeypatch):
     sources = [Source(read_records(write(tmp_path / "a.json", told(600))), tmp_path)]
     dataset = Records(sources, TOKENIZER, CONFIG, 500)
     alone = dataset.lengths()
-    monkeypatch.setattr(data, "BUSY", 10)
+    monkeypatch.setattr(parallel, "MIN_PARALLEL", 10)
     assert np.array_equal(dataset.lengths(), alone)
 
 
 @pytest.mark.parametrize("size, turned", [((8, 4), False), ((4, 8), False), ((8, 4), True), ((3, 3), False)])
-def test_pictures_in_tiles_are_counted_from_their_headers(tmp_path, size, turned):
+def test_images_in_tiles_are_counted_from_their_headers(tmp_path, size, turned):
     config = LlavaConfig(
         TextConfig(), CONFIG.vision_config, template="llava_hf", image_grid_pinpoints=[[4, 8], [8, 4], [8, 8]]
     )
@@ -516,8 +518,8 @@ def test_check_counts_by_kind_and_says_so_by_its_status(mine, command, capsys):
     said = capsys.readouterr().out
     assert "4 of 40 records are bad" in said and "weight 2; 0 bad" in said
     for kind in (
-        "… <image> markers for … pictures",
-        "picture: no such file",
+        "… <image> markers for … images",
+        "image: no such file",
         "… leaves the images folder",
         "not JSON (NaN",
     ):
@@ -525,9 +527,9 @@ def test_check_counts_by_kind_and_says_so_by_its_status(mine, command, capsys):
     assert "record 4 (id 'four')" in said and "gone.png" in said and "record 9 (id nan)" in said
     assert status(command, "check", mine.bad, "--images", mine.pictures, "--decode") == 1
     said = capsys.readouterr().out
-    assert "5 of 20 records are bad" in said and "record 6 (id 'six')" in said and "not a picture" in said
+    assert "5 of 20 records are bad" in said and "record 6 (id 'six')" in said and "not an image" in said
     assert status(command, "check", mine.folder / "unmarked.json", "--images", mine.pictures) == 1
-    assert "        2  … <image> markers for … pictures" in capsys.readouterr().out
+    assert "        2  … <image> markers for … images" in capsys.readouterr().out
 
 
 def test_check_shows_the_lengths_with_the_pictures_in_them(mine, tiny, command, capsys):
@@ -616,9 +618,9 @@ def test_more_ranks_than_records(mine, tiny, command):
 def dataset_of(mine, percent, path):
     sources = open_sources([str(mine.bad)], [str(mine.pictures)])
     for source in sources:
-        source.faults |= data.image_faults(source)
+        source.faults |= check.image_faults(source)
     dataset = Records(sources, TOKENIZER, CONFIG, 500)
-    dataset.skips = data.Skips(percent, len(dataset), path)
+    dataset.skips = check.Skips(percent, len(dataset), path)
     return dataset
 
 
@@ -628,7 +630,7 @@ def test_in_the_place_of_a_broken_picture_comes_the_next_good_sample(mine):
     assert dataset.numbers.tolist() == [0, 2, 3, 6, 7, 8, *range(10, 20)]
     assert dataset[3]["ids"] == dataset[4]["ids"] and dataset[3]["ids"] == dataset[3]["ids"]
     (line,) = path.read_text().splitlines()
-    assert "record 6 (id 'six')" in line and "not a picture" in json.loads(line)["reason"]
+    assert "record 6 (id 'six')" in line and "not an image" in json.loads(line)["reason"]
     assert dataset_of(mine, 10, path)[3]["ids"] == dataset[4]["ids"]  # whoever asks, after a resume too
     assert len(path.read_text().splitlines()) == 1
     with pytest.raises(DataError, match=r"record 6.*over the 5 % of --skip-bad"):
@@ -641,7 +643,7 @@ def test_in_the_place_of_a_broken_picture_comes_the_next_good_sample(mine):
 def test_workers_share_what_they_know_of_bad_samples(mine):
     dataset = dataset_of(mine, 100, mine.folder / "run/skipped.jsonl")
     order = [[i] for i in range(16)] * 2
-    loader = data.DataLoader(dataset, batch_sampler=order, num_workers=2, collate_fn=lambda part: collate(part, 0))
+    loader = DataLoader(dataset, batch_sampler=order, num_workers=2, collate_fn=lambda part: collate(part, 0))
     assert len(list(loader)) == 32
     assert dataset.skips.state.tolist() == [1, 1, 1, 3] + [1] * 12
 
@@ -650,7 +652,7 @@ def test_an_error_in_a_worker_is_one_line(mine):
     (source,) = open_sources([str(mine.bad)], [str(mine.pictures)])
     dataset = Records([source], TOKENIZER, CONFIG, 500)
     with pytest.raises(DataError) as caught:
-        list(data.DataLoader(dataset, batch_sampler=[[3]], num_workers=1, collate_fn=list))
+        list(DataLoader(dataset, batch_sampler=[[3]], num_workers=1, collate_fn=list))
     assert len(str(caught.value).splitlines()) == 1 and str(caught.value).startswith(
         f"{mine.bad}: record 4 (id 'four'): "
     )

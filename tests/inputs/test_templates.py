@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from test_data import TOKENIZER
 
-from inputs.templates import TEMPLATES, Turn, end_ids, render_dialogue
+from data import render_dialogue
+from inputs.records import Turn
+from inputs.templates import TEMPLATES, end_ids
 from inputs.tokenizer import Tokenizer, train_bpe
 from llava import IGNORE
 
@@ -46,11 +48,11 @@ def written(ids):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_written_out_by_hand(template):
-    ids, labels = render_dialogue(TURNS, TOKENIZER, template, features=1)
+    ids, labels = render_dialogue(TURNS, TOKENIZER, template, image_tokens=1)
     assert written(ids) == WRITTEN[template]
     learned = written([label for label in labels if label != IGNORE])
     form = TEMPLATES[template]
-    end = form.end.replace("{eos}", "</s>")
+    end = form.end.replace("{eos}", "</s>").replace("{<", "<").replace(">}", ">")
     assert learned == f"{form.space}A1{end}{form.space}A2{end}"
     assert [written([i]) for i in end_ids(template, TOKENIZER)] == [
         name for name in ("</s>", "<|eot_id|>", "<|im_end|>") if end.endswith(name)

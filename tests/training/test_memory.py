@@ -6,8 +6,8 @@ from memory_accuracy import KINDS, SPEEDRUN, SPEEDRUN_TOWER, allocated_bytes, ma
 
 import train
 from clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
-from data import DataError
 from inputs.images import BadImage
+from inputs.records import DataError
 from training import memory
 from training.towers import Contrastive
 

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 import train
 from data import Records, collate
 from formats.weights import load_model
+from inputs.index import read_records
 from inputs.mixture import Source, batches, epochs
-from inputs.records import check_record, read_records
+from inputs.records import check_record
 from inputs.tokenizer import Tokenizer
 from llava import IGNORE
 from training import towers

@@ -15,8 +15,8 @@ import train
 from data import Records, collate
 from formats.saving import save_model
 from formats.weights import load_model
+from inputs.index import read_records
 from inputs.mixture import Source, batches, epochs
-from inputs.records import read_records
 from inputs.tokenizer import Tokenizer
 from llava import IGNORE
 from training.towers import assemble

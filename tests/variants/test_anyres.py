@@ -9,13 +9,12 @@ from test_llava import IMAGE, PAD, SHAPE, close, random_ids, randomized
 
 import train
 from clip import CLIPVisionConfig
-from data import Records, collate, prepare_image
+from data import Records, collate, prepare_image, prompt_ids
 from formats import weights
 from formats.configs import read_config
 from formats.saving import save_model
 from formats.weights import load_model
 from inputs.mixture import open_sources
-from inputs.templates import prompt_ids
 from inputs.tokenizer import train_bpe
 from llava import Llava, LlavaConfig, TextConfig, generate
 from variants.anyres import count_tokens, tile_grid

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inputs.records import read_records
+from inputs.index import read_records
 from world.drawing import SHIFTS, draw_background, draw_scene
 from world.language import (
     CELL_NAMES,
