@@ -123,7 +123,7 @@ class Tokenizer:
     bos_id = property(lambda self: self.role("bos"))  # None: texts start without
     eos_id = property(lambda self: self.role("eos"))
     pad_id = property(lambda self: self.role("pad"))
-    image_id = property(lambda self: self.role("image"))  # None: no picture can be written
+    image_id = property(lambda self: self.role("image"))  # None: the model takes no images
 
     @property
     def vocab_size(self) -> int:

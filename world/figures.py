@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from clip import CLIPVisionConfig
+from data import render_dialogue
 from formats.configs import read_config
 from inputs import cli
 from inputs.files import OUTPUT_ROOT
 from inputs.records import turns_of
-from inputs.templates import IGNORE, render_dialogue
 from inputs.tokenizer import Tokenizer, train_bpe
-from llava import LlavaConfig, TextConfig
+from llava import IGNORE, LlavaConfig, TextConfig
 from training import plots
 from training.towers import new_clip, new_decoder
 from world.drawing import draw_scene

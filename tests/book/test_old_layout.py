@@ -13,10 +13,9 @@ import pytest
 import torch
 
 import train
-from data import Records, collate, load_image
+from data import Records, collate, load_image, prompt_ids
 from formats.adapters import load_with_adapter
 from inputs.mixture import open_sources
-from inputs.templates import prompt_ids
 from llava import generate
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/old_layout"
