@@ -3,13 +3,15 @@
 import json
 import multiprocessing
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import eval as evaluation
-from evaluation import answering, metrics, scores
+from evaluation import answering, manifest, metrics, scores
 from formats.weights import load_model
 from inputs.records import DataError
 from inputs.tokenizer import Tokenizer
@@ -352,7 +354,7 @@ def test_two_runs_write_the_same_bytes(tiny, babbler, command, pope, tmp_path):
 
 def test_a_run_is_not_gone_on_with_in_another_way(tiny, babbler, command, pope, tmp_path):
     run_pope(command, babbler, pope, tiny, tmp_path / "a")
-    with pytest.raises(SystemExit, match="begun with another max_new_tokens"):
+    with pytest.raises(SystemExit, match="started with another max_new_tokens"):
         run_pope(command, babbler, pope, tiny, tmp_path / "a", "--max-new-tokens", 5)
     (tmp_path / "a/manifest.json").unlink()
     with pytest.raises(SystemExit, match=r"no manifest\.json says how"):
@@ -378,19 +380,35 @@ def test_a_run_is_not_gone_on_with_other_pictures_or_code(tiny, babbler, command
     picture.write_bytes(picture.read_bytes() + b"\0")
     assert "another pictures_sha256" in refusal(command, *argv)
     picture.write_bytes(picture.read_bytes()[:-1])
-    monkeypatch.setattr(answering, "code_hash", lambda: "another")
+    monkeypatch.setattr(manifest, "hash_code", lambda: "another")
     assert "another code_sha256" in refusal(command, *argv)
 
 
-def test_the_code_of_answers_is_what_they_come_through(tmp_path):
-    source = Path(answering.__file__).parents[1]
-    for name in [*answering.CODE.split(), "train", "eval"]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / f"{name}.py").write_bytes((source / f"{name}.py").read_bytes())
-    for name, same in (("scratch", True), ("train", True), ("eval", True), ("llava", False)):
-        with (tmp_path / f"{name}.py").open("a") as file:
-            file.write("# another\n")
-        assert (answering.code_hash(tmp_path) == answering.code_hash()) is same, name
+def test_the_hash_of_the_code_changes_with_any_module_that_answers_pass_through(tmp_path):
+    source = Path(manifest.__file__).parents[1]
+    for path in [*source.glob("*.py"), *source.glob("[a-z]*/*.py")]:
+        (tmp_path / path.relative_to(source)).parent.mkdir(exist_ok=True)
+        (tmp_path / path.relative_to(source)).write_bytes(path.read_bytes())
+    assert manifest.hash_code(tmp_path) == manifest.hash_code()
+    for name in ("train.py", "eval.py", "scratch.py", "evaluation/scores.py", "training/flags.py", "world/probes.py"):
+        (tmp_path / name).write_text("# another\n")
+        assert manifest.hash_code(tmp_path) == manifest.hash_code(), name
+    for name in ("llava.py", "data.py", "lora.py", "evaluation/answering.py", "inputs/new.py", "variants/anyres.py"):
+        before = manifest.hash_code(tmp_path)
+        (tmp_path / name).write_text("# another\n")
+        assert manifest.hash_code(tmp_path) != before, name
+
+
+def test_every_module_that_answers_pass_through_is_hashed():
+    """Imported by answering.py and by the loader, directly or not; training/ has only Distributed and peak_memory."""
+    script = "import sys, evaluation.answering, formats.adapters, fast.accelerate; print(*(getattr(m, '__file__', '')"
+    script += " or '' for m in list(sys.modules.values())), sep=chr(10))"
+    root = Path(manifest.__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    imported = {Path(line).relative_to(root) for line in run.stdout.splitlines() if line.startswith(str(root))}
+    imported = {path.as_posix() for path in imported if ".venv" not in path.parts}
+    hashed = {path.relative_to(root).as_posix() for pattern in manifest.CODE_FILES for path in root.glob(pattern)}
+    assert {name for name in imported - hashed if not name.startswith("training/")} <= {"evaluation/__init__.py"}
 
 
 class Rank:
@@ -441,9 +459,9 @@ def test_stopped_anywhere_on_any_number_of_ranks_the_file_is_the_same(tmp_path, 
             for rank in reversed(range(world)):
                 answering.answer_all(questions, out, 4, "model", ask, evaluation.answer_metadata, Rank(rank, world))
         except (Stop, KeyError):  # KeyError: rank 0 is done, but a rank of a larger world was stopped before
-            for part in answering.parts(out):
+            for part in answering.part_files(out):
                 part.write_bytes(part.read_bytes()[: -rng.randint(1, 9)] if rng.random() < 0.5 else part.read_bytes())
-    assert out.read_bytes() == whole.read_bytes() and not answering.parts(out)
+    assert out.read_bytes() == whole.read_bytes() and not answering.part_files(out)
 
 
 def test_two_processes_do_not_answer_into_one_file(tmp_path, answers, questions):

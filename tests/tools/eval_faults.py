@@ -34,6 +34,7 @@ import eval as evaluation  # noqa: E402
 from evaluation import answering, captions  # noqa: E402
 from evaluation.ptb import ptb_words  # noqa: E402
 from formats.weights import load_checkpoint  # noqa: E402
+from inputs import cli  # noqa: E402
 
 DATA = Path(os.environ.get("LLAVA_DATA", REPOSITORY / "../shared/data")).resolve()
 
@@ -370,7 +371,7 @@ def score(task: str, predictions: Path, references: list[Path]) -> tuple[dict[st
     kept, sys.argv = sys.argv, argv
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            evaluation.main()
+            cli.run(evaluation.main, "eval.py")
     except SystemExit as stop:
         return {}, err.getvalue(), str(stop.code)
     finally:
