@@ -219,7 +219,7 @@ def test_alone_or_in_a_batch_the_answers_are_the_same(tiny, llava, questions):
     assert together == alone and len(set(together)) == len(asked)
 
 
-def test_blank_pictures_change_nothing_but_the_pixels(tiny, llava, questions, monkeypatch):
+def test_blank_images_change_nothing_but_the_pixels(tiny, llava, questions, monkeypatch):
     shown, prompts = [], []
 
     def generate(model, rows, features, sizes, **_):
@@ -238,7 +238,7 @@ def test_blank_pictures_change_nothing_but_the_pixels(tiny, llava, questions, mo
 
 def test_blank_and_seen_answers_go_to_different_files(tiny, command, monkeypatch):
     outs = []
-    monkeypatch.setattr(answering, "answer_all", lambda questions, out, *_: outs.append(out) or [])
+    monkeypatch.setattr(evaluation, "answer_all", lambda questions, out, *_: outs.append(out) or [])
     argv = ["--model", tiny.stage2, "--questions", tiny.world / "questions.jsonl", "--device", "cpu"]
     command(evaluation, *argv)
     command(evaluation, *argv, "--blank")
@@ -247,7 +247,7 @@ def test_blank_and_seen_answers_go_to_different_files(tiny, command, monkeypatch
         out.with_name(f"{out.stem}-manifest.json").unlink()
 
 
-def test_questions_without_a_picture_are_answered(tiny, llava):
+def test_questions_without_a_image_are_answered(tiny, llava):
     assert len(answer(*llava, [{"question_id": 1, "text": "Red?"}], tiny.world, 4)) == 1
 
 
@@ -257,7 +257,7 @@ def test_a_prompt_that_is_too_long_is_named_by_its_question(tiny, llava, questio
         answer(*llava, asked, tiny.world, 4)
 
 
-def test_a_decoder_refuses_a_question_with_a_picture(tiny, questions):
+def test_a_decoder_refuses_a_question_with_a_image(tiny, questions):
     decoder, tokenizer = load_model(tiny.decoder), Tokenizer.load(tiny.decoder)
     with pytest.raises(DataError, match=r"question 0 .*vision tower"):
         answer(decoder, tokenizer, questions[:1], tiny.world, 4)
@@ -296,7 +296,7 @@ def test_missing_questions_are_named(tiny, command, tmp_path):
     assert "nowhere.jsonl" in refusal(command, "--model", tiny.stage2, "--questions", tmp_path / "nowhere.jsonl")
 
 
-def test_a_missing_picture_and_its_question_are_named(tiny, command, tmp_path):
+def test_a_missing_image_and_its_question_are_named(tiny, command, tmp_path):
     path = write_lines(tmp_path / "q.jsonl", [{"question_id": "k7", "text": "Red?", "image": "nowhere.png"}])
     argv = ["--model", tiny.stage2, "--questions", path, "--device", "cpu", "--out", tmp_path / "a.jsonl"]
     line = refusal(command, *argv)
@@ -315,7 +315,7 @@ def test_without_a_model_both_ways_to_one_are_named(command, tiny, tmp_path, mon
 
 @pytest.fixture
 def pope(tiny, tmp_path):
-    """POPE's form of questions about the tiny world's pictures."""
+    """POPE's form of questions about the tiny world's images."""
     asked = evaluation.read_questions(tiny.world / "questions.jsonl")
     rows = [
         {"question_id": i, "image": q["image"], "text": "Is there a red star?", "label": ("yes", "no")[i % 2]}
@@ -361,25 +361,25 @@ def test_a_run_is_not_gone_on_with_in_another_way(tiny, babbler, command, pope, 
         run_pope(command, babbler, pope, tiny, tmp_path / "a")
 
 
-def test_a_missing_picture_is_named_before_anything_is_answered(tiny, babbler, command, pope, tmp_path):
+def test_a_missing_image_is_named_before_anything_is_answered(tiny, babbler, command, pope, tmp_path):
     rows = [json.loads(line) for line in pope.read_text().splitlines()]
     write_lines(pope, [*rows[:-2], rows[-2] | {"image": "nowhere.jpg"}, rows[-1] | {"image": "../x.jpg"}])
-    with pytest.raises(SystemExit, match=r"random/10: .*nowhere\.jpg: no such file \(and 1 more pictures"):
+    with pytest.raises(SystemExit, match=r"random/10: .*nowhere\.jpg: no such file \(and 1 more images"):
         run_pope(command, babbler, pope, tiny, tmp_path / "a")
     assert not (tmp_path / "a/answers.jsonl").exists()
 
 
-def test_a_run_is_not_gone_on_with_other_pictures_or_code(tiny, babbler, command, tmp_path, monkeypatch):
-    path, picture = tmp_path / "q.jsonl", tmp_path / "a.png"
+def test_a_run_is_not_gone_on_with_other_images_or_code(tiny, babbler, command, tmp_path, monkeypatch):
+    path, image = tmp_path / "q.jsonl", tmp_path / "a.png"
     asked = evaluation.read_questions(tiny.world / "questions.jsonl")[0]
-    picture.write_bytes((tiny.world / asked["image"]).read_bytes())
+    image.write_bytes((tiny.world / asked["image"]).read_bytes())
     write_lines(path, [{"question_id": 1, "text": "Red?", "image": "a.png"}])
     argv = ["--model", babbler, "--questions", path, "--out", tmp_path / "r[1].jsonl", "--device", "cpu"]
     argv += ["--max-new-tokens", 2]
     command(evaluation, *argv)  # whose name is a pattern
-    picture.write_bytes(picture.read_bytes() + b"\0")
+    image.write_bytes(image.read_bytes() + b"\0")
     assert "another pictures_sha256" in refusal(command, *argv)
-    picture.write_bytes(picture.read_bytes()[:-1])
+    image.write_bytes(image.read_bytes()[:-1])
     monkeypatch.setattr(manifest, "hash_code", lambda: "another")
     assert "another code_sha256" in refusal(command, *argv)
 

@@ -179,7 +179,12 @@ def test_pope_by_hand_and_a_missing_answer_is_wrong(tmp_path):
 def test_pope_by_llavas_list(tmp_path):
     references, _ = MAKERS["pope"](tmp_path, random.Random(0), 4)
     asked = [
-        {"question_id": 100 + i, "image": item.image, "text": build_prompt(item, "END"), "category": item.groups["split"]}
+        {
+            "question_id": 100 + i,
+            "image": item.image,
+            "text": build_prompt(item, "END"),
+            "category": item.groups["split"],
+        }
         for i, item in enumerate(read_items("pope", references))
     ]
     listed = write(tmp_path / "llava_pope_test.jsonl", lines(asked))
@@ -253,8 +258,8 @@ def test_mmbench_vanilla_and_circular(tmp_path):
     said[1] = "D" if said[1] != "D" else "A"  # a rotation of question 0
     figures = scores.mmbench(items, said)
     assert figures["vanilla"] == 100 and figures["circular"] == 50
-    unpack_images(items, tmp_path / "pictures")
-    assert (tmp_path / "pictures/1000001.jpg").read_bytes()[:2] == b"\xff\xd8"
+    unpack_images(items, tmp_path / "images")
+    assert (tmp_path / "images/1000001.jpg").read_bytes()[:2] == b"\xff\xd8"
 
 
 def test_captions_of_a_test_set_are_asked_for_but_not_scored(tmp_path):
@@ -362,17 +367,17 @@ def test_gqa_by_llavas_list_and_its_own_in_either_order(tmp_path):
         read_items("gqa", [own, other])
 
 
-def test_pictures_of_test_dev_are_those_of_the_test_set(tmp_path):
+def test_images_of_test_dev_are_those_of_the_test_set(tmp_path):
     content = {"data_subtype": "test-dev2015", "questions": [{"question_id": 1, "image_id": 5, "question": "?"}]}
     assert read_items("vqav2", [write(tmp_path / "q.json", content)])[0].image == "COCO_test2015_000000000005.jpg"
 
 
-def test_pictures_of_another_table_are_written_anew(tmp_path):
+def test_images_of_another_table_are_written_anew(tmp_path):
     for content in (b"half", b"one", b"another"):
         unpack_images([Item(1, "", "1.jpg", data=base64.b64encode(content).decode())], tmp_path)
         assert (tmp_path / "1.jpg").read_bytes() == content and len(list(tmp_path.iterdir())) == 1
     for data in ("é", "A"):
-        with pytest.raises(DataError, match="question 2: its picture is not base64"):
+        with pytest.raises(DataError, match="question 2: its image is not base64"):
             unpack_images([Item(2, "", "2.jpg", data=data)], tmp_path)
 
 
@@ -382,17 +387,17 @@ def test_a_line_of_mmbench_with_a_column_too_many_is_refused(tmp_path):
         read_items("mmbench", [path])
 
 
-def test_pictures_of_mme_may_have_brackets(tmp_path):
+def test_images_of_mme_may_have_brackets(tmp_path):
     write(tmp_path / "count/a[1].txt", "Is it?\tYes\nIs it not?\tNo\n")
     write(tmp_path / "count/a[1].jpg", "")
     assert {item.image for item in read_items("mme", [tmp_path])} == {"count/a[1].jpg"}
 
 
 @pytest.mark.parametrize("task, content, why", [
-    ("docvqa", {"data": [{"questionId": 1, "question": "?", "image": 5}]}, "question 1: its picture is 5"),
-    ("coco", {"images": [{"id": 1, "file_name": 5}]}, "question 1: its picture is 5"),
+    ("docvqa", {"data": [{"questionId": 1, "question": "?", "image": 5}]}, "question 1: its image is 5"),
+    ("coco", {"images": [{"id": 1, "file_name": 5}]}, "question 1: its image is 5"),
     ("coco", {"images": [{"id": [1], "file_name": "a"}]}, "id is"),
-    ("scienceqa", [{"id": 1, "image": 5, "conversations": []}], "question '1': its picture is 5"),
+    ("scienceqa", [{"id": 1, "image": 5, "conversations": []}], "question '1': its image is 5"),
     ("gqa", {"1": {"valid": [[1]], "plausible": []}}, "'1': .1. stands where a text"),
     ("gqa", {"1": {"question": "?", "imageId": "1", "answer": "a", "groups": [1]}}, "groups is .1., not dict"),
     ("gqa", {"1": {"question": "?", "imageId": "1", "answer": "a", "groups": {"global": []}}}, "stands where a text"),
