@@ -30,7 +30,7 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
-VISION = CLIPVisionConfig(image_size=4, patch_size=2)  # 4 placeholders per picture
+VISION = CLIPVisionConfig(image_size=4, patch_size=2)  # 4 placeholders per image
 CONFIG = LlavaConfig(TextConfig(), VISION)
 BLIND = LlavaConfig(TextConfig())
 
@@ -61,7 +61,7 @@ def supervised(labels):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# templates, two placeholders a picture
+# templates, two placeholders an image
 
 ONE = [Turn("What is this?", "a cat", 1)]
 TWO = [*ONE, Turn("Is it red?", "yes")]
@@ -74,32 +74,32 @@ SECOND = ["USER: Is it red? ASSISTANT:", (" yes", EOS)]
 EXPECTED = {
     "vicuna one turn": ("vicuna_v1", ONE, [BOS, SYSTEM + "USER: ", IMG, IMG, *FIRST]),
     "vicuna two turns": ("vicuna_v1", TWO, [BOS, SYSTEM + "USER: ", IMG, IMG, *FIRST, *SECOND]),
-    "vicuna picture last": (
+    "vicuna image last": (
         "vicuna_v1",
         LAST,
         [BOS, SYSTEM + "USER: What is this?\n", IMG, IMG, " ASSISTANT:", (" a cat", EOS), *SECOND],
     ),
     "vicuna text": ("vicuna_v1", TEXT, [BOS, SYSTEM + "USER: What is this? ASSISTANT:", (" a cat", EOS)]),
-    "vicuna two pictures": ("vicuna_v1", PAIR, [BOS, SYSTEM + "USER: ", IMG, IMG, IMG, IMG, *FIRST]),
+    "vicuna two images": ("vicuna_v1", PAIR, [BOS, SYSTEM + "USER: ", IMG, IMG, IMG, IMG, *FIRST]),
     "vicuna no question": ("vicuna_v1", BARE, [BOS, SYSTEM + "USER: ", IMG, IMG, "\n ASSISTANT:", (" a cat", EOS)]),
     "llava_hf one turn": ("llava_hf", ONE, [BOS, "USER: ", IMG, IMG, *FIRST]),
     "llava_hf two turns": ("llava_hf", TWO, [BOS, "USER: ", IMG, IMG, *FIRST, *SECOND]),
-    "llava_hf picture last": (
+    "llava_hf image last": (
         "llava_hf",
         LAST[:1],
         [BOS, "USER: What is this?\n", IMG, IMG, " ASSISTANT:", (" a cat", EOS)],
     ),
     "llava_hf text": ("llava_hf", TEXT, [BOS, "USER: What is this? ASSISTANT:", (" a cat", EOS)]),
-    "llava_hf pictures in two turns": (
+    "llava_hf images in two turns": (
         "llava_hf",
         [*ONE, Turn("Red?", "yes", 1)],
         [BOS, "USER: ", IMG, IMG, *FIRST, "USER: ", IMG, IMG, "\nRed? ASSISTANT:", (" yes", EOS)],
     ),
     # Stage 1: no roles, a line's end instead of the end token; the question of a single round is dropped.
     "plain one turn": ("plain", ONE, [BOS, IMG, IMG, ("a cat\n",)]),
-    "plain two pictures": ("plain", PAIR, [BOS, IMG, IMG, IMG, IMG, ("a cat\n",)]),
+    "plain two images": ("plain", PAIR, [BOS, IMG, IMG, IMG, IMG, ("a cat\n",)]),
     "plain two turns": ("plain", TWO, [BOS, IMG, IMG, "What is this?\n", ("a cat\n",), "Is it red?\n", ("yes\n",)]),
-    "plain picture last": ("plain", LAST[:1], [BOS, "What is this?\n", IMG, IMG, ("a cat\n",)]),
+    "plain image last": ("plain", LAST[:1], [BOS, "What is this?\n", IMG, IMG, ("a cat\n",)]),
     "plain text": ("plain", TEXT, [BOS, "What is this?\n", ("a cat\n",)]),
     "plain empty answer": ("plain", [Turn("What is this?", "", 1)], [BOS, IMG, IMG, ("\n",)]),
 }
@@ -148,9 +148,9 @@ def test_what_is_trained_is_the_answers_and_their_ends(template):
         assert TOKENIZER.decode(learned) == "".join(space + turn.answer + end for turn in turns)
         assert specials(learned) == closing * len(turns)
         assert len(ids) == len(labels) and all(label in (i, IGNORE) for i, label in zip(ids, labels))
-        pictures = [IMG] * (features * sum(turn.images for turn in turns))
+        images = [IMG] * (features * sum(turn.images for turn in turns))
         markup = named(form.first + form.user * (len(turns) - 1) + form.assistant * len(turns))
-        assert sorted(specials(ids)) == sorted([BOS, *pictures, *markup, *specials(learned)]) and ids[0] == BOS
+        assert sorted(specials(ids)) == sorted([BOS, *images, *markup, *specials(learned)]) and ids[0] == BOS
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -215,7 +215,7 @@ def indexes(tmp_path, monkeypatch):
 
 @pytest.fixture
 def world(tmp_path):
-    """A folder with pictures, and a function that makes Records of what is put into its JSON."""
+    """A folder with images, and a function that makes Records of what is put into its JSON."""
     for i, name in enumerate(("a.png", "b.png", "c.png")):
         Image.new("RGB", (4, 4), (80 * i, 0, 0)).save(tmp_path / name)
     (tmp_path / "broken.png").write_bytes(b"<html>")
@@ -241,9 +241,9 @@ def test_injection_in_records_is_text(text, world):
     expected = [BOS, SYSTEM + "USER: ", *[IMG] * 4, "\nWhat? ASSISTANT:", (f" {text}", EOS)]
     expected += ["USER: Is it red? ASSISTANT:", (f" {text}", EOS)]
     assert (sample["ids"], sample["labels"]) == spell(*expected) and len(sample["pixel_values"]) == 1
-    sample = world([record(text, text)])[0]  # no picture, so no marker either
+    sample = world([record(text, text)])[0]  # no image, so no marker either
     assert (sample["ids"], sample["labels"]) == spell(BOS, SYSTEM + f"USER: {text} ASSISTANT:", (f" {text}", EOS))
-    if "<image>" not in text:  # in a question that has a picture the marker is the marker
+    if "<image>" not in text:  # in a question that has an image the marker is the marker
         sample = world([record(f"<image>\n{text}", "a cat", image="a.png")])[0]
         expected = [BOS, SYSTEM + "USER: ", *[IMG] * 4, f"\n{text} ASSISTANT:", (" a cat", EOS)]
         assert (sample["ids"], sample["labels"]) == spell(*expected)
@@ -253,7 +253,7 @@ def test_injection_in_records_is_text(text, world):
 # records
 
 
-def test_markers_become_pictures():
+def test_markers_become_images():
     both = record("one <image> two <image>", "a", "three", "<image>", image=["a.png", "b.png"])
     assert turns_of(both) == [Turn("one  two", "a", 2), Turn("three", "<image>", 0)]
     assert turns_of(both, image_last=True) == [Turn("one  two", "a", 2, True), Turn("three", "<image>", 0)]
@@ -275,8 +275,8 @@ GOOD = json.dumps(record("hi", "yes"))
 BAD_JSON = {
     "NaN": (f'[{GOOD}, {{"id": NaN}}]', "NaN"),
     "infinity": ('[{"id": -Infinity}]', "Infinity"),
-    "duplicate keys": ('[{"id": 1, "id": 2}]', "twice"),
-    "nested duplicate keys": ('[{"conversations": [{"value": "a", "value": "b"}]}]', "twice"),
+    "duplicate keys": ('[{"id": 1, "id": 2}]', "duplicate key"),
+    "nested duplicate keys": ('[{"conversations": [{"value": "a", "value": "b"}]}]', "duplicate key"),
     "trailing comma": (f"[{GOOD},]", "not JSON"),
     "two lists": (f"[{GOOD}][{GOOD}]", "not JSON"),
     "JSON lines": (f"{GOOD}\n{GOOD}\n", "not JSON"),
@@ -345,8 +345,8 @@ UNREADABLE = {
     "role list": (turns((["human"], "a"), ("gpt", "b")), "['human']"),
     "half a surrogate": (record("a\ud800", "b"), "surrogate"),
     "half a surrogate in an answer": (record("a", "\udc00b"), "turn 1"),
-    "two markers, one picture": (record("<image><image>", "a", image="a.png"), "2 <image> markers for 1 images"),
-    "one marker, two pictures": (record("<image>", "a", image=["a.png", "b.png"]), "1 <image> markers for 2 images"),
+    "two markers, one image": (record("<image><image>", "a", image="a.png"), "2 <image> markers for 1 images"),
+    "one marker, two images": (record("<image>", "a", image=["a.png", "b.png"]), "1 <image> markers for 2 images"),
     "no marker": (record("what?", "a", image="a.png"), "0 <image> markers for 1 images"),
     "marker in the answer only": (record("what?", "<image>", image="a.png"), "0 <image> markers for 1 images"),
     "image number": (record("<image>", "a", image=3), "3 is not a path"),
@@ -384,7 +384,7 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("kind", UNUSABLE)
-def test_bad_pictures_are_refused(kind, world):
+def test_bad_images_are_refused(kind, world):
     name, reason = UNUSABLE[kind]
     records = world([record("hi", "yes"), record("<image>", "a", image=name)])
     assert records[0]["pixel_values"] == []
@@ -411,16 +411,16 @@ def test_names_that_cannot_be_printed_in_a_line(name, world):
     refusal(world.file, lambda: world([record("<image>", "a", image=name)])[0], "record 0 (id 'x7'): ")
 
 
-def test_a_picture_needs_a_tower(world):
+def test_an_image_needs_a_tower(world):
     records = world([record("hi", "yes"), record("<image>", "a", image="a.png")], BLIND)
     assert supervised(records[0]["labels"]) == [*TOKENIZER.encode(" yes"), EOS]
     refusal(world.file, lambda: records[1], "record 1 (id 'x7'): ", "no vision tower")
 
 
-def test_truncation_cuts_text_and_never_a_picture(world):
+def test_truncation_cuts_text_and_never_an_image(world):
     content = [record("<image>\nWhat?", "a cat", "<image>\nIs it red?", "yes", image=["a.png", "b.png"])]
     ids, labels = render_dialogue(turns_of(content[0]), TOKENIZER, "vicuna_v1", 4)
-    needed = max(i for i, token in enumerate(ids) if token == IMG) + 1  # the first answer is before the second picture
+    needed = max(i for i, token in enumerate(ids) if token == IMG) + 1  # the first answer is before the second image
     for length in range(1, len(ids) + 2):
         records = world(content, max_length=length)
         if length < needed:
@@ -451,9 +451,9 @@ def test_template_and_order_of_records(world):
     assert blind["ids"] == spell(BOS, "USER: What? ASSISTANT:", " a cat", EOS)[0] and blind["pixel_values"] == []
 
 
-def test_pictures_come_in_the_order_of_the_record(world):
+def test_images_come_in_the_order_of_the_record(world):
     sample = world([record("<image><image><image>", "a", image=["c.png", "a.png", "b.png"])])[0]
-    reds = [picture[0].mean().item() for picture in sample["pixel_values"]]
+    reds = [image[0].mean().item() for image in sample["pixel_values"]]
     assert reds[1] < reds[2] < reds[0] and sample["pixel_values"][0].shape == (3, 4, 4)
     records = world([record("<image>", "a", image="b.png"), record("<image>", "b", image=["a.png"]), record("hi", "a")])
     folder = str(world.folder)
@@ -469,7 +469,7 @@ def test_dialogues_are_cut_into_single_questions(world):
     content = [
         record("Hi", "yes", "<image>\nWhat?", "a cat", "Is it <image> red?", "no", image=["a.png", "b.png"]),
         record("<image>\nWhat?", "a dog", "Where?", "here", image="c.png", template="plain"),
-        record("<image>", "<image>", "so?", "a"),  # no picture, so no marker either
+        record("<image>", "<image>", "so?", "a"),  # no image, so no marker either
     ]
     whole, single, pairs = world(content), world(content, questions=1), world(content, questions=2)
     assert (len(whole), len(single), len(pairs)) == (3, 7, 4)
@@ -486,8 +486,8 @@ def test_dialogues_are_cut_into_single_questions(world):
         )
     ):
         assert (single[i]["ids"], single[i]["labels"]) == spell(*expected), i
-    reds = [[float(picture[0].mean()) for picture in single[i]["pixel_values"]] for i in range(7)]
-    assert [len(pictures) for pictures in reds] == [0, 1, 2, 1, 1, 0, 0] and reds[2][0] == reds[1][0] < reds[2][1]
+    reds = [[float(image[0].mean()) for image in single[i]["pixel_values"]] for i in range(7)]
+    assert [len(images) for images in reds] == [0, 1, 2, 1, 1, 0, 0] and reds[2][0] == reds[1][0] < reds[2][1]
     assert pairs[0]["ids"] == render_dialogue(turns_of(content[0])[:2], TOKENIZER, "vicuna_v1", 4)[0]
     seen = {name: index for (_, name), index in single.images().items()}
     assert seen == {"a.png": 1, "b.png": 2, "c.png": 3} and single.where(4).endswith("record 1 (id 'x7')")
@@ -515,7 +515,7 @@ def test_caption_pairs_of_a_list_of_one(world):
 
 
 def test_caption_pairs_of_a_dialogue(world):
-    """A picture's text is all that is said about it: one answer of many ("no") would tell CLIP nothing."""
+    """An image's text is all that is said about it: one answer of many ("no") would tell CLIP nothing."""
     pairs = captions(world, record("<image>\nWhat?", "a cat", "Is it red?", "no", image="a.png"))
     pairs.config.text_config.max_position_embeddings = 100
     assert TOKENIZER.decode(pairs[0]["ids"]) == "What? a cat. Is it red? no."
@@ -531,13 +531,13 @@ def test_caption_pairs_name_the_record_of_the_file(world):
 
 
 def test_collate_pads_on_the_right():
-    def picture(value):
+    def image(value):
         return torch.full((3, 4, 4), float(value))
 
     samples = [
-        {"ids": [1, 2, 3], "labels": [IGNORE, 2, 3], "pixel_values": [picture(1)]},
+        {"ids": [1, 2, 3], "labels": [IGNORE, 2, 3], "pixel_values": [image(1)]},
         {"ids": [4, 5, 6, 7, 8], "labels": [IGNORE, IGNORE, 6, 7, 8], "pixel_values": []},
-        {"ids": [9], "labels": [9], "pixel_values": [picture(2), picture(3)]},
+        {"ids": [9], "labels": [9], "pixel_values": [image(2), image(3)]},
     ]
     batch = collate(samples, PAD)
     assert batch["input_ids"].tolist() == [[1, 2, 3, PAD, PAD], [4, 5, 6, 7, 8], [9, PAD, PAD, PAD, PAD]]
@@ -547,7 +547,7 @@ def test_collate_pads_on_the_right():
     assert batch["vision_features"] is None and batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
 
 
-def test_collate_without_pictures_and_with_features():
+def test_collate_without_images_and_with_features():
     text = {"ids": [1], "labels": [1], "pixel_values": []}
     assert collate([text, text], PAD)["pixel_values"] is None
     seen = [{"ids": [1], "labels": [1], "vision_features": [torch.full((4, 2), float(i))]} for i in range(3)]

@@ -1,4 +1,4 @@
-"""Every picture a stranger may hand over: the right pixels, or one line that names the file and says why not."""
+"""Every image a stranger may hand over: the right pixels, or one line that names the file and says why not."""
 
 import os
 import pickle
@@ -52,7 +52,7 @@ def test_missing(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"<!DOCTYPE html>\n<html><body>404</body></html>\n", b"\xff\xd8\xff", b"\0" * 4096]
 )
-def test_not_a_picture(tmp_path, content):
+def test_not_an_image(tmp_path, content):
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
     assert_refused(path)

@@ -8,7 +8,7 @@ from test_data import TOKENIZER
 
 from data import render_dialogue
 from inputs.records import Turn
-from inputs.templates import TEMPLATES, end_ids
+from inputs.templates import TEMPLATES, Template, end_ids, stop_text, template_words
 from inputs.tokenizer import Tokenizer, train_bpe
 from llava import IGNORE
 
@@ -23,7 +23,7 @@ HUMAN = USER.replace("curious user", "curious human").replace("user's", "human's
 SEES = "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
 SEES += "provides, and assist the user with a variety of tasks using natural language."
 HEAD = "<|start_header_id|>{}<|end_header_id|>\n\n"
-WRITTEN = {  # two turns, a picture in the first; <s> and </s> stand for each tokenizer's own
+WRITTEN = {  # two turns, an image in the first; <s> and </s> stand for each tokenizer's own
     "plain": "<s><image>Q1\nA1\nQ2\nA2\n",
     "raw": "<s><image>\nQ1A1</s>Q2A2</s>",
     "vicuna_v1": f"<s>{USER} USER: <image>\nQ1 ASSISTANT: A1</s>USER: Q2 ASSISTANT: A2</s>",
@@ -65,9 +65,28 @@ def test_a_special_token_that_the_tokenizer_has_not_is_named():
         render_dialogue(TURNS, plain, "llava_llama_3", 1)
 
 
+def test_only_what_stands_in_braces_is_a_special_token(monkeypatch):
+    """So a template can name any special token, and can also hold text that looks like one."""
+    tokenizer = train_bpe(["<|im_end|> a cat"], 0)
+    turn = tokenizer.add_special("<turn>")
+    tokenizer.add_special("<|im_end|>")
+    monkeypatch.setitem(TEMPLATES, "own", Template("{<turn>}user ", end="<|im_end|>{<turn>}"))
+    ids, labels = render_dialogue([Turn("{<turn>}", "a")], tokenizer, "own", image_tokens=1)
+    end = [*tokenizer.encode(" a<|im_end|>"), turn]
+    assert ids == [tokenizer.bos_id, turn, *tokenizer.encode("user {<turn>}"), *end]
+    assert [label for label in labels if label != IGNORE] == end
+    assert end_ids("own", tokenizer) == [turn] and stop_text("own") == ""
+
+
+def test_the_words_of_a_template_hold_no_special_tokens():
+    assert template_words("llava_hf") == ["USER: ", " ASSISTANT:"] and template_words("plain") == []
+    assert template_words("llava_llama_2") == ["[INST] ", " [/INST]"]
+    assert template_words("qwen_1_5") == ["\n", "user\n", "\n", "assistant\n"]
+
+
 @pytest.fixture(scope="module")
 def llama2():
-    """LLaMA-2's tokenizer with LLaVA's own number for a picture."""
+    """LLaMA-2's tokenizer with LLaVA's own number for an image."""
     tokenizer = Tokenizer.load(LLAMA2)
     tokenizer.specials["<image>"], tokenizer.roles["image"] = -200, "<image>"
     return tokenizer

@@ -4,7 +4,7 @@ python tests/tools/preprocess_speed.py
 
 One core, one thread, and the time that the processor spent. "square" cuts out the center, as CLIPImageProcessor does;
 "pad" is LlavaImageProcessor's. "file": from the path to normalized pixels, decoding included, which is the same library
-in both; "picture": from the decoded picture. The pictures are made here, with the spectrum of photographs (each octave
+in both; "image": from the decoded image. The images are made here, with the spectrum of photographs (each octave
 as strong as the next). Both ways must give the same bits.
 """
 
@@ -28,7 +28,7 @@ from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 from data import image_pixels
 from inputs.images import open_image
 
-PICTURES = ("640x480.jpg", "480x640.jpg", "1920x1080.jpg", "4000x3000.jpg", "336x336.png", "72x72.png")
+IMAGES = ("640x480.jpg", "480x640.jpg", "1920x1080.jpg", "4000x3000.jpg", "336x336.png", "72x72.png")
 
 
 def photograph(width: int, height: int) -> Image.Image:
@@ -62,9 +62,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print("| picture | mode | size | from | ours, ms | transformers, ms | ratio |\n|---|---|---:|---|---:|---:|---:|")
+    print("| image | mode | size | from | ours, ms | transformers, ms | ratio |\n|---|---|---:|---|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
-        for name in PICTURES:
+        for name in IMAGES:
             path = Path(folder, name)
             photograph(*map(int, path.stem.split("x"))).save(path, quality=90)
             for mode, size in product(("square", "pad"), (224, 336)):
@@ -86,7 +86,7 @@ def compare(path: Path, mode: str, size: int, rounds: int):
     assert torch.equal(ours(image), theirs(Image.open(path).convert("RGB")))
     calls = {
         "file": (lambda: ours(open_image(path)), lambda: theirs(Image.open(path).convert("RGB"))),
-        "picture": (lambda: ours(image), lambda: theirs(image)),
+        "image": (lambda: ours(image), lambda: theirs(image)),
     }
     for what, pair in calls.items():
         a, b, ratio, spread = paired(*pair, rounds)

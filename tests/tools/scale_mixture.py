@@ -2,7 +2,7 @@
 
     python tests/tools/scale_mixture.py --model DIR [--out /tmp/scale]
 
-Writes it, its words drawn at random, with one picture of 64 pixels for all; then measures, each in a new process, as
+Writes it, its words drawn at random, with one image of 64 pixels for all; then measures, each in a new process, as
 train.py goes about it: indexing, counting tokens, a start with both at hand up to the first batch, and the memory of 4
 workers that draw 200 batches. Not a test: it takes minutes and 2 GB of disk. DIR holds a tokenizer.
 """
@@ -45,7 +45,7 @@ SOURCES = {
 
 
 def write_mixture(folder: Path):
-    """mix.json, every source in one file and shuffled within it, as published; and the picture."""
+    """mix.json, every source in one file and shuffled within it, as published; and the image."""
     rng = random.Random(0)
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(20_000)]
     (folder / "images").mkdir(parents=True)

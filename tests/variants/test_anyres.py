@@ -60,7 +60,7 @@ def noise(height, width):
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    """Our random model with tiles, as transformers reads it, and its own processor of pictures."""
+    """Our random model with tiles, as transformers reads it, and its own processor of images."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("next")
     save_model(tiled(), folder)
@@ -73,16 +73,16 @@ def theirs(tmp_path_factory):
 def test_tiles_and_logits_equal_transformers(theirs, size):
     model, processor, folder = theirs
     ours, image = load_model(folder), noise(*size)
-    picture = prepare_image(image, ours.config)
+    prepared = prepare_image(image, ours.config)
     seen = processor(image, return_tensors="pt")
-    assert seen["image_sizes"].tolist() == [list(size)] == [list(picture.size)]
-    assert torch.equal(seen["pixel_values"][0], picture.pixels)
+    assert seen["image_sizes"].tolist() == [list(size)] == [list(prepared.size)]
+    assert torch.equal(seen["pixel_values"][0], prepared.pixels)
     ids = random_ids(9, seed=1).tolist()
-    ids = torch.tensor([ids[:2] + [IMAGE] * picture.tokens + ids[2:]])
+    ids = torch.tensor([ids[:2] + [IMAGE] * prepared.tokens + ids[2:]])
     with torch.no_grad():
         want = model(input_ids=ids, **seen).logits
-        features = ours.vision_features(picture.pixels)
-        got = ours.language_model.lm_head(ours.language_model.model(ours.embed(ids, features, [picture.size])))
+        features = ours.vision_features(prepared.pixels)
+        got = ours.language_model.lm_head(ours.language_model.model(ours.embed(ids, features, [prepared.size])))
     close(got, want)
 
 
@@ -120,8 +120,8 @@ def test_geometry_of_llava_16_mistral(tmp_path):
 # training and answering
 
 
-def test_a_batch_of_pictures_of_different_sizes(tmp_path):
-    """Placeholders differ from picture to picture; answers in a batch are those given alone, and the loss adds up."""
+def test_a_batch_of_images_of_different_sizes(tmp_path):
+    """Placeholders differ from image to image; answers in a batch are those given alone, and the loss adds up."""
     model, tokenizer = tiled(), train_bpe(["What is this? a cat"] * 3, 20)
     model.config.image_token_index, model.config.eos_token_ids = 97, []
     tokenizer.specials["<image>"] = 97
@@ -139,9 +139,9 @@ def test_a_batch_of_pictures_of_different_sizes(tmp_path):
         together = model(**collate(samples, PAD))
         alone = [model(**collate([sample], PAD)) for sample in samples]
         torch.testing.assert_close(together, sum(alone))
-        pictures = [prepare_image(noise(*size), model.config) for size in SIZES[:4]]
-        prompts = [prompt_ids(["ab"], [], 1, tokenizer, "raw", [picture.tokens]) for picture in pictures]
-        sizes, features = [p.size for p in pictures], [model.vision_features(p.pixels) for p in pictures]
+        prepared = [prepare_image(noise(*size), model.config) for size in SIZES[:4]]
+        prompts = [prompt_ids(["ab"], [], 1, tokenizer, "raw", [image.tokens]) for image in prepared]
+        sizes, features = [p.size for p in prepared], [model.vision_features(p.pixels) for p in prepared]
         both = zip(*generate(model, prompts, torch.cat(features), sizes, max_new_tokens=8))
         single = [
             [i for (i,) in generate(model, [prompt], seen, [size], max_new_tokens=8)]
