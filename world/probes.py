@@ -231,7 +231,7 @@ def score_probe(row: dict, answer: str) -> float:
 
 
 def summarize(rows: list[dict], answers: list[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return probe -> condition -> {"questions": count, "right": percent, and what else the probe measures}."""
+    """Return probe -> condition -> {"questions": count, "right": percent, other measures of the probe}."""
     groups = defaultdict(list)
     for row, answer in zip(rows, answers):
         groups[row["probe"], row["condition"]].append((row, answer))

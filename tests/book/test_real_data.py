@@ -1,4 +1,4 @@
-"""Real photographs, any size and shape: memorize a few captions through all stages, then ask for one."""
+"""Real photographs of any size and shape: train all stages until a few captions are memorized, then ask for them."""
 
 import json
 import os

@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import sample
 from inputs.index import read_records
 from world.drawing import SHIFTS, draw_background, draw_scene
 from world.language import (
     CELL_NAMES,
+    DESCRIBE,
     DIALOGUE_FAMILIES,
     FAMILIES,
     describe_object,
@@ -331,6 +333,10 @@ def test_half_of_the_same_colors_are_yes(asked):
 def test_no_answer_is_the_usual_one(family, asked):
     answers = Counter(answer for *_, answer in asked[family])
     assert max(answers.values()) < 0.6 * answers.total(), answers.most_common(3)
+
+
+def test_sample_asks_for_a_description_as_training_did():
+    assert sample.DESCRIBE == DESCRIBE
 
 
 def test_captions_and_descriptions_say_all_there_is():
