@@ -14,7 +14,8 @@ from pathlib import Path
 
 from formats.convert import convert_folder, merge_folder, quantize_folder
 from formats.layouts import CLIP_LAYOUTS, EXTRAS, LLAVA_LAYOUTS, choose_layout, is_extra, match
-from formats.tensors import find_llama2c, open_tensors
+from formats.llama2c import find_llama2c
+from formats.tensors import open_tensors
 from formats.weights import open_model
 from inputs.templates import TEMPLATES
 from llava import LlavaConfig

@@ -1,12 +1,12 @@
-"""Adapters in files: what LoRA trained, apart from the model it was trained on.
+"""Adapters: the tensors that a LoRA run trained, in files of their own, without the base model.
 
-One folder holds A, B and everything else that trained (the projector), as Hugging Face's peft writes and reads it:
+A folder has the layout of Hugging Face's peft, which reads it and whose folders are read here:
 
     adapter_config.json          ranks, alphas, and the exact path of every adapted layer
-    adapter_model.safetensors    base_model.model.PATH.lora_A.weight, ...lora_B.weight; other tensors whole
-    config.json                  the whole model's, for its template and how it makes pictures square
+    adapter_model.safetensors    base_model.model.PATH.lora_A.weight, ...lora_B.weight; other trained tensors whole
+    config.json                  of the whole model, for its template and image mode
 
-It also reads the folders of LLaVA's authors, who keep the projector in a file of its own.
+Folders of LLaVA's authors, who keep the projector in a second file, are read too.
 """
 
 import json
@@ -21,54 +21,43 @@ from safetensors.torch import save_file
 from torch import nn
 
 from formats.configs import config_to_json, read_config
-from formats.layouts import LLAVA_LAYOUTS, Layout, choose_layout, llama, match
-from formats.saving import merged_into, rename_back
-from formats.tensors import LazyTensor, open_tensors
-from formats.weights import (
-    FLOATS,
-    build,
-    load_checkpoint,
-    load_tokenizer,
-    open_model,
-)
+from formats.layouts import LLAVA_LAYOUTS, Layout, choose_layout, llama, match, to_layout
+from formats.saving import merged_adapters
+from formats.tensors import FLOAT_NAMES, FLOATS, LazyTensor, open_tensors
+from formats.weights import build, load_checkpoint, load_tokenizer, open_model
 from inputs.files import fingerprint, read_json, write_json
 from inputs.tokenizer import Tokenizer
 from llava import Llava, LlavaConfig
 from lora import LoRALinear, NF4Linear, base_weight, lora_scale
 
-PEFT = "base_model.model."  # stands in front of every name
+PREFIX = "base_model.model."  # of every tensor's name in peft's files
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
-REST = "non_lora_trainables.bin"  # of LLaVA's authors
-# What peft can do to the arithmetic of LoRA, and we cannot; and what else may train beside it.
-UNKNOWN = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora")
-UNKNOWN += ("alora_invocation_tokens", "use_bdlora", "eva_config", "arrow_config", "monteclora_config")
-STARTS = ("gaussian", "orthogonal")  # ways to begin that leave the base alone
-
+AUTHORS_WEIGHTS = "non_lora_trainables.bin"  # the file in which LLaVA's authors keep the projector
+# Options of peft that change the arithmetic, or train something else besides, and are not supported here.
+UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices")
+UNSUPPORTED += ("use_qalora", "alora_invocation_tokens", "use_bdlora", "eva_config", "arrow_config")
+UNSUPPORTED += ("monteclora_config",)
+INITIALIZATIONS = ("gaussian", "orthogonal")  # values of init_lora_weights that do not change the base
 
 # ---------------------------------------------------------------------------------------------------------------------
 # writing
 
 
 def save_adapter(
-    trained: dict[str, torch.Tensor],
-    folder: Path,
-    config: LlavaConfig,
-    layers: dict[str, tuple[int, float]],
-    dropout: float,
-    base: Path,
-    sample: dict[str, list[float]],
-):
-    """Write what trained.
+    trained: dict[str, torch.Tensor], folder: Path, config: LlavaConfig, layers: dict[str, tuple[int, float]],
+    dropout: float, base: Path, sample: dict[str, list[float]],
+):  # fmt: skip
+    """Write the trained tensors as an adapter.
 
-    Args: trained: tensors by our names, A, B and all others; config: of the whole model; layers: what add_lora
-    returned; base: folder of the model below; sample: what sample_weights found there.
+    Args: trained: all trained tensors by our names, A, B and others; config: of the whole model; layers: rank and
+    alpha by path, from add_lora; base: folder of the base model; sample: of its weights, from sample_weights.
     Raises ValueError if peft has no name for some of the tensors.
     """
-    layout = their_layout(config)
-    theirs = rename_back(trained, layout)
-    if len(theirs) != len(trained):
-        raise ValueError(f"{len(trained) - len(theirs)} of the {len(trained)} trained tensors have no name in peft")
-    modules = {their_path(path, layout): values for path, values in layers.items()}
+    layout = peft_layout(config)
+    renamed = to_layout(trained, layout)
+    if len(renamed) != len(trained):
+        raise ValueError(f"{len(trained) - len(renamed)} of the {len(trained)} trained tensors have no name in peft")
+    modules = {peft_path(path, layout): values for path, values in layers.items()}
     rank, alpha = next(iter(modules.values()))
     whole = {name.split(".")[0] for name in trained if ".lora_" not in name}
     values = {"peft_type": "LORA", "base_model_name_or_path": str(base), "task_type": None, "inference_mode": True}
@@ -78,29 +67,28 @@ def save_adapter(
     values["alpha_pattern"] = {re.escape(path): a for path, (_, a) in modules.items() if a != alpha}
     write_json(folder / CONFIG, values)
     write_json(folder / "config.json", config_to_json(config))
-    metadata = {"base": json.dumps(sample)}  # of two entries, the order in the file would be by chance
-    save_file({PEFT + name: tensor for name, tensor in theirs.items()}, folder / WEIGHTS[0], metadata=metadata)
+    metadata = {"base": json.dumps(sample)}  # a single entry: safetensors writes several in random order
+    save_file({PREFIX + name: tensor for name, tensor in renamed.items()}, folder / WEIGHTS[0], metadata=metadata)
 
 
-def their_layout(config: LlavaConfig) -> Layout:
-    """Names of transformers 5 in memory, which is where peft looks."""
+def peft_layout(config: LlavaConfig) -> Layout:
+    """The names that peft sees: those of the modules of transformers 5 in memory."""
     if config.vision_config is not None:
         return LLAVA_LAYOUTS["LLaVA, transformers 5 in memory"]
     return llama("model.", "")
 
 
-def their_path(path: str, layout: Layout) -> str:
-    (name,) = rename_back({f"{path}.weight": torch.empty(0)}, layout)
+def peft_path(path: str, layout: Layout) -> str:
+    (name,) = to_layout({f"{path}.weight": torch.empty(0)}, layout)
     return name.removesuffix(".weight")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# which base it is for
+# recognize the base
 
 
-def sample_weights(model: nn.Module, paths) -> dict[str, list[float]]:
-    """64 numbers of each of 8 of these matrices, by which to know a base again: in fewer bits they are nearly the
-    same, in another model they are not."""
+def sample_weights(model: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
+    """64 weights of each of 8 of these layers, by path: enough to recognize a base, also when it is quantized."""
     paths, found = list(paths), {}
     for path in paths[:: -(-len(paths) // 8)]:
         flat = base_weight(model.get_submodule(path)).flatten().float()
@@ -109,14 +97,14 @@ def sample_weights(model: nn.Module, paths) -> dict[str, list[float]]:
 
 
 def check_base(model: nn.Module, adapter: "Adapter"):
-    """Raise ValueError if the numbers that the adapter's file noted of its base are not about those of this model."""
-    for path, theirs in adapter.base.items():
-        ours = (
-            sample_weights(model, [path])[path] if isinstance(model.get_submodule(path), (nn.Linear, NF4Linear)) else []
+    """Raise ValueError if the weights of `model` are not those that the adapter was trained on."""
+    for path, expected in adapter.base_sample.items():
+        found = (
+            sample_weights(model, [path])[path] if isinstance(model.get_submodule(path), nn.Linear | NF4Linear) else []
         )
-        if len(ours) == len(theirs):
-            apart = float(torch.dist(torch.tensor(ours), torch.tensor(theirs)) / torch.tensor(theirs).norm())
-            if apart < 0.3:  # NF4 puts weights 0.1 apart, bfloat16 0.002, other weights 1.4
+        if len(found) == len(expected):
+            distance = torch.dist(torch.tensor(found), torch.tensor(expected)) / torch.tensor(expected).norm()
+            if distance < 0.3:  # NF4 changes weights by 0.1, bfloat16 by 0.002; another model is 1.4 away
                 continue
         raise ValueError(f"{adapter.folder} was trained on another base: its {path} held other weights")
 
@@ -127,15 +115,15 @@ def check_base(model: nn.Module, adapter: "Adapter"):
 
 @dataclass
 class Adapter:
-    """An adapter as its folder holds it, under our names."""
+    """The content of an adapter's folder, under our names."""
 
     folder: Path
-    sha256: str  # of its file of weights
-    lora: dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # of a layer: A (r, in), B (out, r), scale
-    whole: dict[str, torch.Tensor]  # tensors in the place of the base's
-    base: dict[str, list[float]]  # what sample_weights found in the base; empty in files that are not ours
-    config: LlavaConfig | None  # of the whole model, where the folder has it
-    has_template: bool  # whether that says how the template and the pictures are; or else `config` guesses
+    sha256: str  # of the file with A and B
+    lora: dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # path of a layer: A (r, in), B (out, r), scale
+    replaced: dict[str, torch.Tensor]  # tensors that replace those of the base
+    base_sample: dict[str, list[float]]  # from sample_weights; empty in folders of other programs
+    config: LlavaConfig | None  # of the whole model, if the folder has it
+    has_template: bool  # False: the template and the image mode of `config` are guesses
 
 
 def is_adapter(folder: Path) -> bool:
@@ -143,44 +131,45 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """An adapter of ours, of peft's or of LLaVA's authors'. Raises ValueError naming what it cannot use."""
-    values, path = read_peft_config(folder), weights_file(folder)
-    pairs, whole = sort_tensors(open_tensors(path) | (open_tensors(folder / REST) if (folder / REST).exists() else {}))
+    """An adapter of ours, of peft or of LLaVA's authors. Raises ValueError naming what is malformed or unsupported."""
+    values, path = read_peft_config(folder), find_weights(folder)
+    pairs, whole = sort_tensors(open_tensors(path) | open_authors_weights(folder))
     for name, lazy in [*whole.items(), *((name, half) for name, pair in pairs.items() for half in pair.values())]:
         if lazy.dtype not in FLOATS:
-            raise ValueError(f"{path}: {name} is {lazy.dtype}, should be {', '.join(list(FLOATS)[:4])}")
+            raise ValueError(f"{path}: {name} is {lazy.dtype}, should be {FLOAT_NAMES}")
     names = [*(f"{name}.weight" for name in pairs), *whole]
     layout = LLAVA_LAYOUTS[choose_layout(names, LLAVA_LAYOUTS)]
-    if strange := [name for name in names if not match(name, layout)]:
-        raise ValueError(f"{path}: {len(strange)} tensors belong to no part of a LLaVA: {', '.join(strange[:3])}")
+    if unknown := [name for name in names if not match(name, layout)]:
+        raise ValueError(f"{path}: {len(unknown)} tensors belong to no part of a LLaVA: {', '.join(unknown[:3])}")
     if not pairs:
         raise ValueError(f"{path}: holds no LoRA")
-    lora, rest = {}, {}
+    lora, replaced = {}, {}
     for name, pair in pairs.items():
         lora |= read_layer(path, name, pair, values, layout)
     for name, lazy in whole.items():
-        ours, change = match(name, layout)
-        rest |= zip(ours, change.split(lazy.read()))
-    for name, tensor in [*rest.items(), *((name, half) for name, layer in lora.items() for half in layer[:2])]:
+        ours, transform = match(name, layout)
+        replaced |= zip(ours, transform.split(lazy.read()))
+    for name, tensor in [*replaced.items(), *((name, half) for name, layer in lora.items() for half in layer[:2])]:
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds numbers that are not finite")
     config = read_config(folder) if (folder / "config.json").exists() else None
     has_template = config is not None and "template" in read_json(folder / "config.json")
-    return Adapter(folder, fingerprint(path)["sha256"], lora, rest, read_sample(path, lora), config, has_template)
+    sample = read_base_sample(path, lora)
+    return Adapter(folder, fingerprint(path)["sha256"], lora, replaced, sample, config, has_template)
 
 
 def read_peft_config(folder: Path) -> dict:
-    """adapter_config.json. Raises ValueError if there is none, or if it asks for something that we do not have."""
+    """adapter_config.json, its patterns compiled. Raises ValueError if it is missing, malformed or unsupported."""
     if not is_adapter(folder):
         raise ValueError(f"{folder}: holds no {CONFIG}, so it is no adapter")
     values = read_json(folder / CONFIG)
-    strange = [] if values.get("peft_type") == "LORA" else [f"peft_type {values.get('peft_type')!r}"]
-    strange += [key for key in UNKNOWN if values.get(key)]
-    strange += [f"bias {values['bias']!r}"] if values.get("bias", "none") != "none" else []
-    start = values.get("init_lora_weights")  # of these, some change the base when they are loaded
-    strange += [f"init_lora_weights {start!r}"] if isinstance(start, str) and start not in STARTS else []
-    if strange:
-        raise ValueError(f"{folder / CONFIG}: {strange[0]} is something else than LoRA as it is here")
+    wrong = [] if values.get("peft_type") == "LORA" else [f"peft_type {values.get('peft_type')!r}"]
+    wrong += [key for key in UNSUPPORTED if values.get(key)]
+    wrong += [f"bias {values['bias']!r}"] if values.get("bias", "none") != "none" else []
+    start = values.get("init_lora_weights")  # PiSSA and others change the base when they are loaded
+    wrong += [f"init_lora_weights {start!r}"] if isinstance(start, str) and start not in INITIALIZATIONS else []
+    if wrong:
+        raise ValueError(f"{folder / CONFIG}: {wrong[0]} is not supported: only plain LoRA is")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = values.setdefault(key, {}) or {}
         try:
@@ -190,19 +179,24 @@ def read_peft_config(folder: Path) -> dict:
     return values
 
 
-def weights_file(folder: Path) -> Path:
-    """Where A and B are. Raises ValueError if they are nowhere."""
+def find_weights(folder: Path) -> Path:
+    """The file with A and B. Raises ValueError if there is none."""
     path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if path is None:
         raise ValueError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}")
     return path
 
 
+def open_authors_weights(folder: Path) -> dict[str, LazyTensor]:
+    path = folder / AUTHORS_WEIGHTS
+    return open_tensors(path) if path.exists() else {}
+
+
 def sort_tensors(tensors: dict[str, LazyTensor]) -> tuple[dict[str, dict[str, LazyTensor]], dict[str, LazyTensor]]:
-    """A and B by the path of their layer, and all others by name, as the base calls them."""
+    """A and B by the path of their layer, and all other tensors by name, as the base calls them."""
     pairs, whole = {}, {}
     for name, lazy in tensors.items():
-        name = re.sub(r"modules_to_save\.(default\.)?", "", name.removeprefix(PEFT))
+        name = re.sub(r"modules_to_save\.(default\.)?", "", name.removeprefix(PREFIX))
         if found := re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name):
             pairs.setdefault(found[1], {})[found[2]] = lazy
         else:
@@ -211,38 +205,40 @@ def sort_tensors(tensors: dict[str, LazyTensor]) -> tuple[dict[str, dict[str, La
 
 
 def read_layer(path: Path, name: str, pair: dict[str, LazyTensor], values: dict, layout: Layout) -> dict:
-    """A, B and scale of a layer of theirs; where q, k and v are one matrix there, B is cut in three, and A shared."""
-    rank, alpha = of_layer(values, "r", "rank_pattern", name), of_layer(values, "lora_alpha", "alpha_pattern", name)
+    """A, B and scale by our path. Where q, k and v are one matrix in the file, B is cut in three and A is shared."""
+    rank, alpha = (
+        layer_value(values, "r", "rank_pattern", name),
+        layer_value(values, "lora_alpha", "alpha_pattern", name),
+    )
     if set(pair) != {"A", "B"}:
         raise ValueError(f"{path}: {name} lacks lora_{'A' if 'B' in pair else 'B'}")
     a, b = pair["A"].read().float(), pair["B"].read().float()
     if a.ndim != 2 or b.ndim != 2 or not 0 < len(a) == b.shape[1] == rank:
         raise ValueError(f"{path}: {name} holds {list(a.shape)} and {list(b.shape)}, its rank is {rank} in {CONFIG}")
     scale = lora_scale(rank, alpha, values.get("use_rslora") is True)
-    ours, _ = match(f"{name}.weight", layout)  # how the base stores its matrix (fan_in_fan_out) is no matter here
+    ours, _ = match(f"{name}.weight", layout)  # A and B are never transposed, even if the base's matrix is
     return {target.removesuffix(".weight"): (a, part, scale) for target, part in zip(ours, b.chunk(len(ours)))}
 
 
-def of_layer(values: dict, key: str, exceptions: str, name: str) -> float:
-    """Rank or alpha of a layer: peft's exceptions are regular expressions for the end of its path."""
-    patterns = values[exceptions]
-    value = next((patterns[pattern] for pattern in patterns if pattern.match(name)), values.get(key))
+def layer_value(values: dict, key: str, patterns: str, name: str) -> float:
+    """Rank or alpha of a layer: that of the first matching pattern, else the general one. Raises ValueError."""
+    value = next((value for pattern, value in values[patterns].items() if pattern.match(name)), values.get(key))
     if not isinstance(value, (int, float)) or not 0 < value < 2**31:
         raise ValueError(f"{CONFIG}: {key} of {name} is {value!r}")
     return value
 
 
-def read_sample(path: Path, layers: Iterable[str]) -> dict[str, list[float]]:
-    """What save_adapter noted of the base of these layers; nothing, if the file is not of ours."""
+def read_base_sample(path: Path, layers: Iterable[str]) -> dict[str, list[float]]:
+    """The sample of the base's weights in an adapter's file, for these layers; empty if the file has none."""
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get("base", "{}")
     try:
-        noted = {name: [float(n) for n in numbers] for name, numbers in json.loads(text).items()}
-        return {name: numbers for name, numbers in noted.items() if name in layers}
+        sample = {name: [float(n) for n in numbers] for name, numbers in json.loads(text).items()}
+        return {name: numbers for name, numbers in sample.items() if name in layers}
     except (ValueError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{path}: what it notes of its base cannot be read") from None
+        raise ValueError(f"{path}: its sample of the base's weights cannot be read") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,9 +247,10 @@ def read_sample(path: Path, layers: Iterable[str]) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def attach(model: Llava, adapter: Adapter):
-    """Put an adapter onto its base. Raises ValueError, the model unchanged, if it was made for another."""
-    refuse_other_base(model, adapter)
-    dtype, parameters = model.dtype, dict(model.named_parameters())  # by the names they have before layers are wrapped
+    """Put an adapter onto its base. Raises ValueError, the model unchanged, if it belongs to another base."""
+    check_shapes(model, adapter)
+    check_base(model, adapter)
+    dtype, parameters = model.dtype, dict(model.named_parameters())  # names as they are before layers are wrapped
     for path, (a, b, scale) in adapter.lora.items():
         layer = LoRALinear(model.get_submodule(path), len(a), scale)
         layer.lora_A.weight.copy_(a)
@@ -261,31 +258,29 @@ def attach(model: Llava, adapter: Adapter):
         for half in (layer.lora_A, layer.lora_B):
             half.to(dtype)
         model.set_submodule(path, layer)
-    for name, tensor in adapter.whole.items():
+    for name, tensor in adapter.replaced.items():
         parameters[name].copy_(tensor)
-    if adapter.has_template:  # stage 2 may have settled on another one, or way to make pictures square
+    if adapter.has_template:  # stage 2 may use another template or image mode than the base
         model.config.template, model.config.image_mode = adapter.config.template, adapter.config.image_mode
         model.config.eos_token_ids = sorted({*model.config.eos_token_ids, *adapter.config.eos_token_ids})
 
 
-def refuse_other_base(model: Llava, adapter: Adapter):
-    """Raise ValueError if a layer or tensor of the adapter is not there, has another shape, or held other numbers."""
-    modules, wrong = dict(model.named_modules()), []
+def check_shapes(model: Llava, adapter: Adapter):
+    """Raise ValueError if the model lacks a layer or tensor of the adapter, or has it in another shape."""
+    modules, parameters, wrong = dict(model.named_modules()), dict(model.named_parameters()), []
     for path, (a, b, _) in adapter.lora.items():
         base, wanted = modules.get(path), (len(b), a.shape[1])
-        if not isinstance(base, (nn.Linear, NF4Linear)) or path.endswith("lm_head"):
-            wrong.append(f"{path} is not there" if base is None else f"{path} cannot have LoRA here")
+        if not isinstance(base, nn.Linear | NF4Linear) or path.endswith("lm_head"):
+            wrong.append(f"{path} is missing" if base is None else f"{path} cannot have LoRA here")
         elif (base.out_features, base.in_features) != wanted:
             wrong.append(f"{path} is {base.out_features} x {base.in_features}, not {wanted[0]} x {wanted[1]}")
-    parameters = dict(model.named_parameters())
-    for name, tensor in adapter.whole.items():
+    for name, tensor in adapter.replaced.items():
         if name not in parameters:
-            wrong.append(f"{name} is not there")
+            wrong.append(f"{name} is missing")
         elif parameters[name].shape != tensor.shape:
             wrong.append(f"{name} is {list(parameters[name].shape)}, not {list(tensor.shape)}")
     if wrong:
         raise ValueError(f"{adapter.folder} is for another base: {len(wrong)} parts differ: {'; '.join(wrong[:3])}")
-    check_base(model, adapter)
 
 
 def load_with_adapter(
@@ -296,10 +291,10 @@ def load_with_adapter(
     bits: int = 16,
     vision: Path | None = None,
 ) -> tuple[Llava, Tokenizer]:
-    """A model and its tokenizer, for answering, with an adapter on it if there is one.
+    """A model and its tokenizer for inference, with an adapter if one is given.
 
-    Args: folder: the base, or an adapter, whose base is then where its file says; bits: 4 keeps the layers of the
-    decoder in NF4; vision: CLIP's folder, for an adapter of LLaVA's authors, whose base is a decoder alone.
+    Args: folder: the base; or an adapter, which then names its base itself; bits: 4 keeps the matrices of the
+    decoder's layers in NF4; vision: CLIP's folder, for an adapter of LLaVA's authors, whose base is a decoder alone.
     """
     if adapter is None and not is_adapter(folder):
         return load_checkpoint(folder, device, dtype, bits, copy=False)
@@ -309,28 +304,28 @@ def load_with_adapter(
 
 
 def build_with_adapter(
-    folder: Path, found: Adapter, device: str, dtype: torch.dtype | None, bits: int, vision: Path | None
+    folder: Path, adapter: Adapter, device: str, dtype: torch.dtype | None, bits: int, vision: Path | None
 ) -> tuple[Llava, Tokenizer]:
     """A base and its tokenizer, with an adapter that was read on it; for the arguments see load_with_adapter."""
     if is_adapter(folder):
-        raise ValueError(f"{folder} is an adapter: --model is the base below {found.folder}")
-    if found.sha256 in merged_into(folder):
-        raise ValueError(f"{folder} has {found.folder} in its weights already")
+        raise ValueError(f"{folder} is an adapter: --model is the base below {adapter.folder}")
+    if adapter.sha256 in merged_adapters(folder):
+        raise ValueError(f"{folder} has {adapter.folder} in its weights already")
     config, tensors = open_model(folder)
-    if config.vision_config is None and found.config is not None and found.config.vision_config is not None:
-        found.config.text_config, found.config.image_token_index = config.text_config, config.image_token_index
-        config = found.config
-        rest = open_tensors(found.folder / REST) if (found.folder / REST).exists() else {}
-        tensors = tensors | {name.removeprefix(PEFT): lazy for name, lazy in rest.items()}
+    if config.vision_config is None and adapter.config is not None and adapter.config.vision_config is not None:
+        # An adapter of LLaVA's authors: its base is the decoder alone, and the adapter's folder has the projector.
+        adapter.config.text_config, adapter.config.image_token_index = config.text_config, config.image_token_index
+        config, projector = adapter.config, open_authors_weights(adapter.folder)
+        tensors = tensors | {name.removeprefix(PREFIX): lazy for name, lazy in projector.items()}
     tokenizer = load_tokenizer(folder, config)
     model = build(config, tensors, folder, device, dtype, vision, bits=bits, copy=False)
-    attach(model, found)
+    attach(model, adapter)
     return model, tokenizer
 
 
 def base_of_adapter(folder: Path) -> Path:
-    """The base of an adapter, where its file says. Raises ValueError if it is not there."""
+    """The folder of an adapter's base, as its config names it. Raises ValueError if there is no such folder."""
     base = read_json(folder / CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or len(base) > 4000 or "\0" in base or not (Path(base) / "config.json").exists():
-        raise ValueError(f"{folder}: an adapter, and its base {base!r} is no folder here: name it with --model")
+        raise ValueError(f"{folder}: an adapter whose base {base!r:.99} is no folder here: give it with --model")
     return Path(base)

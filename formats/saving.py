@@ -1,4 +1,4 @@
-"""Save models in the layout of transformers, in safetensors files that transformers loads."""
+"""Save models in the layout of transformers: config.json, safetensors files, and the processor's files."""
 
 from pathlib import Path
 
@@ -6,35 +6,35 @@ import torch
 from safetensors.torch import save_file
 
 from formats import nf4_files
-from formats.configs import config_to_json, write_processor
-from formats.layouts import HEAD, Layout, gpt2, llama, pattern_of
+from formats.configs import config_to_json
+from formats.layouts import HEAD, gpt2, llama, to_layout
+from formats.processors import write_processor
 from inputs.files import publish_folder, read_json, write_json
 from inputs.tokenizer import Tokenizer
 from llava import Llava
 from lora import NF4Linear
 
 MERGED = "merged.json"  # names the adapters whose updates are in a model's weights
-SHARD_BYTES = 5_000_000_000  # of a file that is written; larger ones are unwieldy to copy
+SHARD_BYTES = 5_000_000_000  # larger files are unwieldy to copy
 
 
 def save_model(model: Llava, folder: str | Path, weights: dict[str, torch.Tensor] | None = None):
-    """Write config.json and model.safetensors (in shards, if large) as transformers' own classes load them.
+    """Write config.json and model.safetensors (in shards, if large) for transformers' own classes.
 
-    A LLaVA of the LLaMA family with the mlp2x_gelu projector is a LlavaForConditionalGeneration, a decoder alone a
-    LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or GPT2LMHeadModel.
-
-    Args: weights: what its parameters are, by name, where the model itself holds them narrowed or in slices.
+    A LLaVA of the LLaMA family with the mlp2x_gelu projector loads as LlavaForConditionalGeneration, a decoder alone
+    as LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or GPT2LMHeadModel.
+    Args: weights: parameters by name, if the model itself holds them sharded or in a narrower dtype.
     """
     folder, config = Path(folder), model.config
     weights = model.state_dict() if weights is None else weights
     state = {key: value.detach().contiguous() for key, value in weights.items()}
-    quantized = quantized_state(model, state)
+    quantization = quantize_state(model, state)
     if config.text_config.tie_word_embeddings:
         state.pop(HEAD, None)  # the same tensor as the embedding; stored once
     if config.vision_config is None:
-        state = rename_back(state, gpt2("transformer.") if config.text_config.gpt2 else llama("model.", ""))
+        state = to_layout(state, gpt2("transformer.") if config.text_config.gpt2 else llama("model.", ""))
     write_shards(state, folder)
-    write_json(folder / "config.json", config_to_json(config) | quantized)
+    write_json(folder / "config.json", config_to_json(config) | quantization)
     ends = {"eos_token_id": config.eos_token_ids, "pad_token_id": config.pad_token_id}
     write_json(folder / "generation_config.json", ends)
     if config.vision_config is not None:
@@ -42,7 +42,7 @@ def save_model(model: Llava, folder: str | Path, weights: dict[str, torch.Tensor
 
 
 def publish_model(model: Llava, tokenizer: Tokenizer, target: Path, merged: list[str]):
-    """Make a model's folder appear whole. Args: merged: hashes of the adapters that it has in its weights."""
+    """Write a model and its tokenizer; the folder appears whole or not at all. Args: merged: see merged_adapters."""
 
     def write(folder: Path):
         save_model(model, folder)
@@ -53,18 +53,21 @@ def publish_model(model: Llava, tokenizer: Tokenizer, target: Path, merged: list
     publish_folder(target, write)
 
 
-def merged_into(folder: Path) -> list[str]:
-    """Hashes of the adapters that a model has in its weights."""
+def merged_adapters(folder: Path) -> list[str]:
+    """SHA-256 of the weights file of every adapter that was merged into the model in `folder`."""
     return read_json(folder / MERGED).get("adapters", []) if (folder / MERGED).exists() else []
 
 
-def quantized_state(model: Llava, state: dict[str, torch.Tensor]) -> dict:
-    """Put what bitsandbytes writes of a layer in NF4 in the place of ours, and return what config.json says of it."""
+def quantize_state(model: Llava, state: dict[str, torch.Tensor]) -> dict:
+    """Replace the tensors of NF4 layers in `state` by those of bitsandbytes' files; returns their entry in config.json.
+
+    The entry is empty if no layer is in NF4.
+    """
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, NF4Linear)}
     if not layers:
         return {}
     if model.config.text_config.gpt2:
-        raise ValueError("a GPT-2 cannot be written in four bits: its files hold q, k and v in one")
+        raise ValueError("a GPT-2 cannot be written in four bits: its files hold q, k and v as one matrix")
     for path, layer in layers.items():
         for name, _ in layer.named_parameters():
             if name != "bias":
@@ -78,19 +81,8 @@ def quantized_state(model: Llava, state: dict[str, torch.Tensor]) -> dict:
     return {"quantization_config": values}
 
 
-def rename_back(state: dict[str, torch.Tensor], layout: Layout) -> dict[str, torch.Tensor]:
-    """The same tensors under the names of a layout, parts joined."""
-    renamed = {}
-    for theirs, ours, change in layout:
-        pattern = pattern_of(ours[0])
-        for found in filter(None, map(pattern.fullmatch, state)):
-            parts = tuple(state[name.format(**found.groupdict())] for name in ours)
-            renamed[theirs.format(**found.groupdict())] = change.join(parts).contiguous()
-    return renamed
-
-
 def write_shards(state: dict[str, torch.Tensor], folder: Path):
-    """model.safetensors; or model-00001-of-00003.safetensors and so on, with an index."""
+    """Write model.safetensors; or model-00001-of-00003.safetensors and so on, with an index."""
     shards, size = [{}], 0
     for name, tensor in state.items():
         if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
@@ -100,10 +92,10 @@ def write_shards(state: dict[str, torch.Tensor], folder: Path):
         size += tensor.nbytes
     if len(shards) == 1:
         return save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    where = {}
+    files = {}
     for i, shard in enumerate(shards):
-        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(shard, file)
+        name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        files |= dict.fromkeys(shard, name)
     total = sum(tensor.nbytes for tensor in state.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": files})

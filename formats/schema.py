@@ -1,12 +1,12 @@
-"""What a stranger's config.json may hold: the type and range of every field, before anything is built of it."""
+"""Type and range of every number in a config.json, checked before a model is built from it."""
 
 from dataclasses import fields
 
-LIMITS = {  # field: its type, the least and the most it may be
+LIMITS = {  # field: type, smallest and largest value
     "vocab_size": (int, 1, 1 << 24),
     "hidden_size": (int, 1, 1 << 17),
     "intermediate_size": (int, 1, 1 << 20),
-    "num_hidden_layers": (int, 1, 1000),  # modules are made for each: a billion would fill the memory
+    "num_hidden_layers": (int, 1, 1000),  # every layer is a Python object: a billion of them would fill the memory
     "num_attention_heads": (int, 1, 1 << 12),
     "num_key_value_heads": (int, 1, 1 << 12),
     "head_dim": (int, 1, 1 << 12),
@@ -25,23 +25,23 @@ LIMITS = {  # field: its type, the least and the most it may be
 }
 
 
-def known(cls, values: dict) -> dict:
-    """The entries of a config.json that the dataclass `cls` has; files carry many more, which do not concern us.
+def known_fields(cls, values: dict) -> dict:
+    """The entries of a config.json that are fields of the dataclass `cls`; null and all other entries are left out.
 
-    Raises ValueError on one that is out of its LIMITS.
+    Raises ValueError on a value outside its LIMITS.
     """
     names = {f.name for f in fields(cls)}
     result = {key: value for key, value in values.items() if key in names and value is not None}
     for key in result.keys() & LIMITS.keys():
         (kind, least, most), value = LIMITS[key], result[key]
-        typed = type(value) is kind or (kind is float and type(value) is int)
-        if not typed or not least <= value <= most:
+        is_kind = type(value) is kind or (kind is float and type(value) is int)
+        if not is_kind or not least <= value <= most:
             raise ValueError(f"config.json: {key} is {value!r:.99}, not {kind.__name__} from {least} to {most}")
     return result
 
 
-def refuse_unbuilt(values: dict, built: dict):
-    """Raises ValueError where a config.json asks for another value than the one that is built; null asks nothing."""
-    for key, only in built.items():
+def check_supported(values: dict, supported: dict):
+    """Raise ValueError if a config.json gives a key another value than the supported one; null counts as absent."""
+    for key, only in supported.items():
         if values.get(key) not in (None, only):
-            raise ValueError(f"config.json: {key} is {values[key]!r:.99}, and only {only!r} is built")
+            raise ValueError(f"config.json: {key} is {values[key]!r:.99}, and only {only!r} is supported")

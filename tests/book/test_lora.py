@@ -569,7 +569,7 @@ def test_what_is_no_adapter_or_no_base(tiny, runs, tmp_path, command):
 @pytest.mark.parametrize("note", [5, [1, [2]], {"x": 5}, [[1, 2]]])
 def test_a_note_on_the_base_that_is_none(tiny, runs, tmp_path, command, note):
     folder = broken(runs, tmp_path / "adapter", lambda v, t: None)
-    path = next(iter(read_adapter(runs["lora"]).base))
+    path = next(iter(read_adapter(runs["lora"]).base_sample))
     text = json.dumps({path: note} if isinstance(note, (int, list)) else note)
     save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={"base": text})
     line = refusal(command, sample, "--model", tiny.stage1, "--adapter", folder, "--prompt", "a")

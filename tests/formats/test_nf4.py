@@ -355,7 +355,7 @@ BROKEN = {
     "state empty": (lambda t: t.update({STATE: as_bytes({})}), "cannot be read"),
     "absmax cut": (lambda t: t.update({f"{NAME}.absmax": t[f"{NAME}.absmax"][:-1].clone()}), "should be"),
     "codes cut": (lambda t: t.update({NAME: t[NAME][:-1].clone()}), "should be"),
-    "another book": (lambda t: t[f"{NAME}.quant_map"].mul_(2), "other values"),
+    "another book": (lambda t: t[f"{NAME}.quant_map"].mul_(2), "differs from the values"),
     "not finite": (lambda t: t[f"{NAME}.nested_absmax"].fill_(math.nan), "not finite"),
     "offset is none": (
         lambda t: t.update({STATE: as_bytes(json.loads(bytes(t[STATE].tolist())) | {"nested_offset": None})}),

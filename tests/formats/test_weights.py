@@ -34,6 +34,7 @@ from data import image_pixels, prompt_ids
 from formats import __main__ as formats_cli
 from formats import configs, layouts, saving, weights
 from formats.configs import read_config
+from formats.processors import clip_preprocessing
 from formats.saving import save_model
 from formats.weights import load_clip, load_model
 from inputs.images import open_image
@@ -782,7 +783,7 @@ def test_a_llava_that_says_once_that_it_is_tied(tmp_path):
 
 
 def processed(side=8, **changes):
-    return configs.preprocessing(side) | changes
+    return clip_preprocessing(side) | changes
 
 
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
