@@ -1,1 +1,1 @@
-"""Our speed and memory beside the reference libraries, paired in one run; a tool that nothing imports."""
+"""Measures speed and memory of this project beside the reference libraries; a tool that nothing else imports."""

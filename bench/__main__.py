@@ -1,5 +1,6 @@
-"""python -m bench: the table of table.py."""
+"""Runs `python -m bench`, see table.py."""
 
 from bench.table import main
 
-main()
+if __name__ == "__main__":  # the processes of worker.py import this file, too
+    main()

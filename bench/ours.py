@@ -1,0 +1,88 @@
+"""This project's part of a comparison: the plain model, or the one whose classes `fast.accelerate` has changed."""
+
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import torch
+
+import train
+from bench.models import Job, make_batch
+from data import prepare_image
+from fast.accelerate import accelerate
+from fast.compile import compile_decoding, compile_layers
+from formats.configs import read_config
+from formats.weights import load_model
+from inputs.images import open_image
+from inputs.tokenizer import Tokenizer
+from llava import generate
+from training import sharding
+from training.flags import read_flags
+from training.ranks import Distributed, compute_dtype
+
+
+def make_step(side: str, job: Job) -> Callable[[], float]:
+    """train.py's own step under its own flags, which returns the loss."""
+    stage = "1" if job.way == "stage1" else "2"
+    flags = ["--stage", stage, "--dtype", job.dtype, "--device", job.device, "--lr", "1e-5"]
+    if "lora" in job.way:
+        flags += ["--lora", "llm", "--bits", "4" if job.way == "qlora" else "16"]
+    args = read_flags("", flags)
+    args.model, args.weights = Path(job.folder), "float32"
+    ranks = Distributed(job.device)
+    ranks.print0 = lambda text: None
+    model = load_model(job.folder, job.device, torch.float32, bits=args.bits)
+    train.choose_trainable(model, args.train)
+    train.adapt(args, model)
+    sharding.cast_weights(model, args.shard, torch.float32, compute_dtype(ranks.device, args.dtype))
+    model.train()
+    if side == "fast":
+        accelerate(model, job.only and set(job.only))
+    if job.compiled:
+        compile_layers(model)
+    optimizer, batch, steps = train.make_optimizer(model, args, ranks), make_batch(model.config, job), count()
+
+    def step() -> float:
+        return train.train_step(args, ranks, model, optimizer, [batch], next(steps))["loss"]
+
+    return step
+
+
+class Answerer:
+    """The model as sample.py loads it, except that no token ends an answer."""
+
+    def __init__(self, side: str, job: Job):
+        self.model = load_model(job.folder, job.device, getattr(torch, job.dtype), bits=job.bits).eval()
+        self.model.config.eos_token_ids = []
+        if side == "fast":
+            accelerate(self.model, job.only and set(job.only))
+        if job.compiled:
+            compile_decoding(self.model)
+
+    @torch.inference_mode()
+    def logits(self, prompts: list[list[int]], pixels: torch.Tensor | None) -> list[float]:
+        """The first 500 logits after each prompt; all prompts have one length."""
+        model = self.model
+        features = None if pixels is None else model.vision_features(pixels)
+        hidden = model.language_model.model(model.embed(torch.tensor(prompts, device=model.device), features))
+        return model.language_model.lm_head(hidden[:, -1])[:, :500].float().flatten().tolist()
+
+    @torch.inference_mode()
+    def decode(self, prompts: list[list[int]], pixels: torch.Tensor | None, tokens: int) -> list[float]:
+        """Decode greedily; returns the time at which each token came."""
+        features, times = None if pixels is None else self.model.vision_features(pixels), []
+        for _ in generate(self.model, prompts, features, max_new_tokens=tokens):
+            times.append(time.perf_counter())  # generate() has waited for the device to hand the ids over
+        return times
+
+
+def make_image_loader(folder: Path) -> Callable[[Path], torch.Tensor]:
+    """A function from an image file to the tower's input (3, S, S)."""
+    config = read_config(folder)
+    return lambda path: prepare_image(open_image(path), config).pixels[0]
+
+
+def make_encoder(folder: Path) -> Callable[[str], list[int]]:
+    """A function from text to ids."""
+    return Tokenizer.load(folder).codec.encode

@@ -1,0 +1,140 @@
+"""Runs each side in a process of its own, which waits while another side is timed.
+
+In one process the sides would share torch's allocator, and each would slow the others down.
+"""
+
+import importlib
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from bench.contenders import make_contender
+from bench.models import Job, image_files
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+class Worker:
+    """A contender in another process. numbers, amount: as of contenders.Contender; bytes: peak memory so far.
+
+    Raises ValueError with the error's first line if the process fails.
+    """
+
+    def __init__(self, side: str, job: Job):
+        self.side, context = side, multiprocessing.get_context("spawn")
+        self.pipe, other_end = context.Pipe()
+        self.process = context.Process(target=serve, args=(other_end, side, job))
+        self.process.start()
+        other_end.close()
+        self.numbers, self.amount = self.receive()
+
+    def receive(self) -> tuple:
+        """The next message of the process."""
+        try:
+            message = self.pipe.recv()
+        except EOFError:
+            message = "the process was killed"
+        if isinstance(message, str):
+            self.close()
+            raise ValueError(f"{self.side}: {message}")
+        return message
+
+    def seconds(self) -> float:
+        """Do the work once; returns its duration."""
+        self.pipe.send("run")
+        seconds, self.bytes = self.receive()
+        return seconds
+
+    def close(self):
+        """End the process."""
+        self.pipe.close()
+        self.process.join()
+
+
+def serve(pipe: Connection, side: str, job: Job):
+    """In the worker's process: make the contender, then run it once for every message, until the pipe is closed."""
+    os.dup2(2, 1)  # standard output is the table's
+    try:
+        theirs = ("bench.theirs", "transformers.models.llava.modeling_llava")
+        for name in ("torch._dynamo", *(theirs if side == "theirs" else ["bench.ours"])):  # optimizers import the first
+            importlib.import_module(name)  # before memory is counted
+        before, gpu = process_memory("VmRSS"), job.device.startswith("cuda")
+        contender = make_contender(side, job)
+        pipe.send((contender.numbers, contender.amount))
+        while pipe.recv():
+            seconds = contender.seconds()
+            peak = torch.cuda.max_memory_allocated(job.device) if gpu else process_memory("VmHWM") - before
+            pipe.send((seconds, peak))
+    except EOFError:
+        return
+    except Exception as error:  # other people's libraries raise anything
+        pipe.send(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def process_memory(field: str) -> int:
+    """Bytes that the kernel counts for this process: VmRSS now, VmHWM at most."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a cold start
+
+# Reports the peak memory of a program. It is started in between because a child's counter begins at its parent's size.
+LAUNCHER = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+sys.exit(status)
+"""
+THEIR_ANSWER = """
+import sys, torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+folder, path, device, dtype = sys.argv[1:]
+model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+processor = AutoProcessor.from_pretrained(folder)
+text = "USER: <image>\\nWhat is this? ASSISTANT:"
+inputs = processor(images=Image.open(path), text=text, return_tensors="pt").to(device, getattr(torch, dtype))
+ids = model.generate(**inputs, max_new_tokens=1, do_sample=False)
+print(processor.decode(ids[0, -1:]).encode())
+"""
+
+
+class ColdStart:
+    """A new process each time: import, load, read an image, say one token. bytes: peak memory of the whole process.
+
+    The answers are not compared: ours and theirs put the question into different words.
+    """
+
+    numbers, amount = [0.0], 1.0
+
+    def __init__(self, side: str, job: Job):
+        (image,) = image_files(Path(job.folder).parent / "images", 1)
+        program = ["sample.py", "--model", job.folder, "--image", str(image), "--prompt", "What is this?"]
+        program += ["--max-new-tokens", "1", "--device", job.device, "--dtype", job.dtype]
+        program += ["--no-fast"] if side == "plain" else []
+        if side == "theirs":
+            program = ["-c", THEIR_ANSWER, job.folder, str(image), job.device, job.dtype]
+        self.side, self.command = side, [sys.executable, "-c", LAUNCHER, sys.executable, *program]
+        self.seconds()  # fills the disk's cache
+
+    def seconds(self) -> float:
+        """Run the process once; returns its duration."""
+        begin = time.perf_counter()
+        done = subprocess.run(self.command, cwd=REPOSITORY, capture_output=True, text=True)
+        elapsed = time.perf_counter() - begin
+        if done.returncode:
+            reason = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise ValueError(f"{self.side}: {reason} (status {done.returncode})")
+        self.bytes = int(done.stdout)
+        return elapsed
+
+    def close(self):
+        """Nothing is running."""
