@@ -1,4 +1,4 @@
-# Sourced by speedrun.sh and test.sh: enter .venv, made and filled on first use. $1: the extras this script needs.
+# Sourced by speedrun.sh and test.sh: activates .venv, which it creates and fills on first use. $1: the extras to install.
 if [ ! -d .venv ]; then
     for python in python3 python3.12 python3.11 none; do # a name on the PATH may still not run, or be too old
         if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi
