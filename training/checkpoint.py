@@ -32,9 +32,7 @@ def meta_states(p: nn.Parameter) -> dict[str, torch.Tensor]:
         return {"step": torch.empty(())} | {key: torch.empty(p.shape, dtype=p.dtype) for key in STATES[1:]}
 
 
-def gather_tensors(
-    files: dict[str, dict], optimizer: torch.optim.Optimizer, ranks: Distributed
-) -> Iterator[torch.Tensor]:
+def gather_tensors(files: dict[str, dict], optimizer, ranks: Distributed) -> Iterator[torch.Tensor]:
     """Yield the tensors of `checkpoint_tensors` in order, one at a time whole on rank 0. Every rank has to iterate."""
     is_zero1 = local_optimizer(optimizer) is not optimizer
     for name, tensors in files.items():

@@ -105,8 +105,8 @@ def fake_copy(model: nn.Module, fake: FakeTensorMode, dtype: torch.dtype | None)
         }
     twin = copy.deepcopy(model, parameters)  # deepcopy takes from this memo what it would copy
     for module in twin.modules():
-        if hasattr(module, "items"):  # a layer of fast/: estimate for a CPU that computes in 16 bits
-            module.items = module.items - {"widen"}
+        if isinstance(getattr(module, "items", None), frozenset):  # a layer of fast/: as if the CPU had bfloat16
+            module.items -= {"widen"}
         if isinstance(module, NF4Linear):  # decoding block by block would make the dry run slow
             module.dequantize = lambda dtype=None, of=module: of.weight.new_empty(
                 (of.out_features, of.in_features), dtype=dtype or of.dtype

@@ -31,27 +31,22 @@ from inputs.files import OUTPUT_ROOT, publish_folder, verify_manifest, write_jso
 # Flags that may differ when a run is resumed: they do not change what is learned, except for summation order. The
 # last ones are compared elsewhere (model, vision, llm, steps) or repeat the other flags (flags, differs).
 MAY_CHANGE = ("out", "resume", "allow_changes", "device", "workers", "save_every", "keep", "cache_gb", "timeout")
-MAY_CHANGE += ("accumulate", "compile", "check_replicas", "max_skips", "shard", "recompute", "board")
+MAY_CHANGE += ("accumulate", "compile", "no_fast", "shard", "recompute", "board")
 MAY_CHANGE += ("model", "vision", "llm", "steps", "flags", "differs")
-
-
-def finished_runs(*stages: int, root: Path = OUTPUT_ROOT) -> list[Path]:
-    """Return the folders of the finished runs of these stages below `root`, newest last."""
-    runs = {path.parent: json.loads(path.read_text()) for path in root.glob("**/run.json")}
-    found = [folder for folder, run in runs.items() if run.get("finished") and run["stage"] in stages]
-    return sorted(found, key=lambda folder: runs[folder]["finished"])
 
 
 def newest_run(*stages: int, part: str = "") -> Path:
     """Return the newest finished run of these stages; of stage 0, of one tower. Raises ValueError if there is none."""
-    runs = [run for run in finished_runs(*stages) if not part or run.name == part]
-    if not runs:
-        names = " or ".join(map(str, stages))
+    runs = {path.parent: files.read_json(path) for path in OUTPUT_ROOT.glob("**/run.json")}
+    finished = [folder for folder, run in runs.items() if run.get("finished") and run["stage"] in stages]
+    finished = [folder for folder in finished if part in ("", folder.name)]
+    if not finished:
+        names = " or ".join(map(str, stages)) + (f" ({part})" if part else "")
         raise ValueError(
-            f"no finished stage-{names} run {f'({part}) ' if part else ''}below {OUTPUT_ROOT}/: name a folder, "
-            f"or make one with `python train.py --stage {stages[-1]}`, or all of them with `bash speedrun.sh`"
+            f"no finished run of stage {names} below {OUTPUT_ROOT}/: name a folder, make one with "
+            f"`python train.py --stage {stages[-1]}`, or make all of them with `bash speedrun.sh`"
         )
-    return runs[-1]
+    return max(finished, key=lambda folder: runs[folder]["finished"])
 
 
 def checkpoint_step(path: Path) -> int:

@@ -184,6 +184,21 @@ def test_a_folder_that_is_not_writable(tiny, command):
     assert "/proc/no-such-place" in caught.value.code and len(caught.value.code.splitlines()) == 1
 
 
+def test_the_newest_finished_run_of_a_stage_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "OUTPUT_ROOT", tmp_path)
+    values = {"a": (2, 30), "b": (2, 20), "c": (1, 40), "later": (2, None), "0/clip": (0, 1), "0/decoder": (0, 2)}
+    for name, (stage, finished) in values.items():
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "run.json").write_text(json.dumps({"stage": stage, "finished": finished}))
+    assert runs.newest_run(2) == tmp_path / "a" and runs.newest_run(1, 2) == tmp_path / "c"
+    assert runs.newest_run(0, part="clip") == tmp_path / "0/clip"
+    with pytest.raises(ValueError, match=r"no finished run of stage 0 \(tower\) .* name a folder"):
+        runs.newest_run(0, part="tower")
+    (tmp_path / "a/run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"a/run\.json: not JSON"):
+        runs.newest_run(2)
+
+
 def test_only_one_process_trains_into_a_folder(tmp_path):
     folder = tmp_path / "run"
     code = f"""
