@@ -112,7 +112,7 @@ def order_of(
         path = read_shares(shares)
     else:
         path = np.array([[w * n ** (1 / read_mixing(mixing)) for w, n in zip(weights, sizes)]])
-    return evenly(sizes, path / path.sum(1, keepdims=True), seed, total)
+    return interleave(sizes, path / path.sum(1, keepdims=True), seed, total)
 
 
 def read_mixing(text: str) -> float:
@@ -135,7 +135,7 @@ def read_shares(text: str) -> np.ndarray:
     return np.linspace(ends[0], ends[-1], int(steps))
 
 
-def draws(seed: int, source: int, size: int, numbers: np.ndarray) -> np.ndarray:
+def draw(seed: int, source: int, size: int, numbers: np.ndarray) -> np.ndarray:
     """The samples that a source gives at its draws `numbers`. No sample is repeated before all have been drawn."""
     found, rounds = np.empty(len(numbers), np.int64), numbers // size
     for i in np.unique(rounds):
@@ -150,7 +150,7 @@ def counts_of(sizes: list[int], weights: list[float]) -> list[int]:
 
 
 def epochs(sizes: list[int], weights: list[float], seed: int, group: int = 1) -> Order:
-    """The order in which every epoch is a new permutation of all samples, each repeated as its source's weight says.
+    """The order in which each epoch is a new permutation of all samples, each repeated as its source's weight says.
 
     With weight 2.5, an epoch has each sample twice, and half of them once more; the next epoch takes the other half.
     `group` neighbors stay together.
@@ -164,7 +164,7 @@ def epochs(sizes: list[int], weights: list[float], seed: int, group: int = 1) ->
         parts = []
         for source, (size, count) in enumerate(zip(sizes, counts)):
             whole, rest = divmod(count, size)
-            more = draws(seed, source, size, np.arange(epoch * rest, (epoch + 1) * rest))
+            more = draw(seed, source, size, np.arange(epoch * rest, (epoch + 1) * rest))
             parts += [offsets[source] + part for part in (np.tile(np.arange(size), whole), more)]
         groups = np.random.default_rng([seed, epoch]).permutation(-(-length // group))
         order = (groups[:, None] * group + np.arange(group)).ravel()
@@ -180,8 +180,8 @@ def epochs(sizes: list[int], weights: list[float], seed: int, group: int = 1) ->
     return take
 
 
-def evenly(sizes: list[int], path: np.ndarray, seed: int, total: int) -> Order:
-    """The order in which sources have given shares, whatever their size.
+def interleave(sizes: list[int], path: np.ndarray, seed: int, total: int) -> Order:
+    """The order that mixes the sources in given shares, whatever their size.
 
     Args: path: (K, S), the shares of the S sources in each K-th of `total` samples.
 
@@ -205,7 +205,7 @@ def evenly(sizes: list[int], path: np.ndarray, seed: int, total: int) -> Order:
         found = np.empty(last - first, np.int64)
         for source, size in enumerate(sizes):
             here = sources[first:last] == source
-            found[here] = offsets[source] + draws(seed, source, size, numbers[first:last][here])
+            found[here] = offsets[source] + draw(seed, source, size, numbers[first:last][here])
         return found
 
     return take

@@ -1,11 +1,8 @@
-"""Records, templates and batches: exact ids and labels by hand, and one clear line for everything that is refused."""
+"""Records, templates and batches: ids and labels written by hand, and one clear line for everything refused."""
 
 import json
 import random
-from collections import Counter
-from itertools import chain
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +11,7 @@ from clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from data import CaptionPairs, PreparedImage, Records, collate, prompt_ids, render_dialogue
 from inputs import files
 from inputs.index import read_records
-from inputs.mixture import GROUPED_STEPS, Source, batches, epochs
+from inputs.mixture import Source
 from inputs.records import DataError, Turn, turns_of
 from inputs.templates import MARKUP, TEMPLATES
 from inputs.tokenizer import train_bpe
@@ -36,7 +33,7 @@ BLIND = LlavaConfig(TextConfig())
 
 
 def spell(*chunks):
-    """Ids and labels from ids and chunks of text, each chunk encoded on its own; a tuple is what is trained on."""
+    """Return ids and labels of chunks, each an id or a text that is encoded on its own; a tuple is trained on."""
     ids, labels = [], []
     for chunk in chunks:
         learn = isinstance(chunk, tuple)
@@ -52,7 +49,7 @@ def specials(ids):
 
 
 def named(markup):
-    """Ids of the special tokens that a part of a template names."""
+    """Return the ids of the special tokens in a text of a template."""
     return [TOKENIZER.specials[{"bos": "<s>", "eos": "</s>"}.get(name, name)] for name in MARKUP.findall(markup)]
 
 
@@ -112,12 +109,12 @@ def test_ids_and_labels_by_hand(case):
 
 
 @pytest.mark.parametrize("template", ["vicuna_v1", "llava_hf"])
-def test_of_an_empty_answer_only_the_end_is_trained(template):
+def test_only_the_end_of_an_empty_answer_is_trained(template):
     _, labels = render_dialogue([Turn("What is this?", "", 1)], TOKENIZER, template, image_tokens=2)
     assert supervised(labels) == [EOS]
 
 
-def test_an_unanswered_question_ends_where_the_model_speaks():
+def test_an_unanswered_question_ends_where_the_answer_starts():
     for template, end in (("plain", []), ("vicuna_v1", "ASSISTANT:"), ("llava_hf", "ASSISTANT:")):
         ids, labels = render_dialogue([Turn("What is this?", None, 1)], TOKENIZER, template, image_tokens=2)
         assert not supervised(labels) and ids[-1] != EOS
@@ -129,7 +126,7 @@ SNIPPETS += ("👩‍👧 مرحبا",)
 
 
 def random_turns(rng):
-    """Answers are never empty, see test_of_an_empty_answer_only_the_end_is_trained."""
+    """Answers are never empty, see test_only_the_end_of_an_empty_answer_is_trained."""
 
     def text(least):
         return " ".join(rng.choices(SNIPPETS, k=rng.randint(least, 3)))
@@ -138,7 +135,7 @@ def random_turns(rng):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_what_is_trained_is_the_answers_and_their_ends(template):
+def test_answers_and_their_ends_are_trained(template):
     rng, form = random.Random(template), TEMPLATES[template]
     space, end, closing = form.space, MARKUP.sub("", form.end), named(form.end)
     for _ in range(200):
@@ -209,13 +206,13 @@ def test_injection_in_captions_is_text(text):
 
 @pytest.fixture(autouse=True)
 def indexes(tmp_path, monkeypatch):
-    """Those of the few long files go with the test."""
+    """Keep the index of a long file in the folder of the test."""
     monkeypatch.setattr(files, "OUTPUT_ROOT", tmp_path / "out")
 
 
 @pytest.fixture
 def world(tmp_path):
-    """A folder with images, and a function that makes Records of what is put into its JSON."""
+    """A folder with images, and a function that writes its JSON and returns Records of it."""
     for i, name in enumerate(("a.png", "b.png", "c.png")):
         Image.new("RGB", (4, 4), (80 * i, 0, 0)).save(tmp_path / name)
     (tmp_path / "broken.png").write_bytes(b"<html>")
@@ -446,8 +443,8 @@ def test_template_and_order_of_records(world):
     seen = [either[i]["ids"] for i in range(60)]
     front = [ids[1 + len(TOKENIZER.encode("USER: ")) :][: len(first)] == first for ids in seen]
     assert front == [ids[1:][: len(last)] != last for ids in seen] and 15 < sum(front) < 45
-    assert [either[i]["ids"] for i in range(60)] == seen  # the coin belongs to the record, not to the visit
-    blind = world(content, template="llava_hf", text_only=True)[0]  # what the decoder's own pretraining reads
+    assert [either[i]["ids"] for i in range(60)] == seen  # the coin depends on the record only
+    blind = world(content, template="llava_hf", text_only=True)[0]  # for the decoder's own pretraining
     assert blind["ids"] == spell(BOS, "USER: What? ASSISTANT:", " a cat", EOS)[0] and blind["pixel_values"] == []
 
 
@@ -515,7 +512,7 @@ def test_caption_pairs_of_a_list_of_one(world):
 
 
 def test_caption_pairs_of_a_dialogue(world):
-    """An image's text is all that is said about it: one answer of many ("no") would tell CLIP nothing."""
+    """The text of an image is the whole dialogue: a single answer like "no" would teach CLIP nothing."""
     pairs = captions(world, record("<image>\nWhat?", "a cat", "Is it red?", "no", image="a.png"))
     pairs.config.text_config.max_position_embeddings = 100
     assert TOKENIZER.decode(pairs[0]["ids"]) == "What? a cat. Is it red? no."
@@ -553,86 +550,3 @@ def test_collate_without_images_and_with_features():
     seen = [{"ids": [1], "labels": [1], "vision_features": [torch.full((4, 2), float(i))]} for i in range(3)]
     batch = collate([*seen, {"ids": [1], "labels": [1], "vision_features": []}], PAD)
     assert batch["vision_features"][:, 0, 0].tolist() == [0, 1, 2] and batch["pixel_values"] is None
-
-
-def run(count, batch_size, seed=0, start=0, stop=30, world=1, group=1, lengths=None):
-    """steps[s][r]: the indices of rank r at step s."""
-    take = epochs([count], [1.0], seed, group)
-    ranks = [list(batches(take, batch_size, seed, start, stop, rank, world, group, lengths)) for rank in range(world)]
-    return [list(step) for step in zip(*ranks, strict=True)]
-
-
-@pytest.mark.parametrize("count", [1, 2, 5, 7, 16, 33])
-@pytest.mark.parametrize("batch_size", [1, 3, 4, 16, 40])
-def test_every_record_once_an_epoch(count, batch_size):
-    steps = run(count, batch_size, stop=-(-4 * count // batch_size))
-    assert all(len(ranks[0]) == batch_size for ranks in steps)  # none is short, at the end of an epoch either
-    flat = [index for ranks in steps for index in ranks[0]]
-    epochs = [flat[i * count : (i + 1) * count] for i in range(4)]
-    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
-    assert count < 16 or len(set(map(tuple, epochs))) == 4  # each in an order of its own
-
-
-def some_lengths(count):
-    return np.random.default_rng(3).integers(5, 200, count)
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_records_of_like_length_share_a_batch(world):
-    count, size = 2 * 8 * GROUPED_STEPS, 8  # two blocks of steps to an epoch
-    lengths = some_lengths(count)
-    steps = [list(chain(*ranks)) for ranks in run(count, size, stop=4 * GROUPED_STEPS, world=world, lengths=lengths)]
-    flat = list(chain(*steps))
-    assert sorted(flat[:count]) == sorted(flat[count:]) == list(range(count)) and flat[:count] != flat[count:]
-    spread = [max(lengths[i] for i in step) - min(lengths[i] for i in step) for step in steps]
-    mixed = [max(lengths[i] for i in step) - min(lengths[i] for i in step) for (step,) in run(count, size)]
-    assert np.mean(spread) < 0.2 * np.mean(mixed)
-    means = [np.mean([lengths[i] for i in step]) for step in steps[:GROUPED_STEPS]]
-    assert means not in (sorted(means), sorted(means)[::-1])  # long and short ones come in no order
-
-
-def test_every_record_once_an_epoch_when_grouped_by_length():
-    # Blocks of steps and epochs need not meet: every record still comes as often as any other.
-    seen = Counter(chain(*(ranks[0] for ranks in run(50, 8, stop=25 * GROUPED_STEPS, lengths=some_lengths(50)))))
-    assert set(seen.values()) == {8 * GROUPED_STEPS // 2}
-
-
-def test_resuming_in_the_middle_of_a_block_of_like_lengths():
-    whole = run(200, 8, stop=40, world=2, lengths=some_lengths(200))
-    for start in (0, 1, 7, 15, 16, 17, 39):
-        assert run(200, 8, start=start, stop=40, world=2, lengths=some_lengths(200)) == whole[start:]
-
-
-@pytest.mark.parametrize("group", [1, 2])
-def test_the_same_batches_whatever_the_number_of_ranks(group):
-    alone = run(22, 8, group=group)
-    for world in (2, 4):
-        shared = run(22, 8, world=world, group=group)
-        assert all(len(part) == 8 // world for ranks in shared for part in ranks)
-        assert [sorted(chain(*ranks)) for ranks in shared] == [sorted(ranks[0]) for ranks in alone]
-
-
-def test_resuming_gives_the_rest_of_the_run():
-    for world, group in ((1, 1), (2, 1), (2, 4)):
-        whole = run(20, 8, world=world, group=group)
-        for start in (0, 1, 2, 5, 13, 30):
-            assert run(20, 8, start=start, world=world, group=group) == whole[start:]
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_groups_stay_together(world):
-    # As train.py asks for it: the records, the batch and each rank's share hold whole groups.
-    for ranks in run(24, 16, world=world, group=4):
-        for part in ranks:
-            assert part == [4 * (index // 4) + i for index in part[::4] for i in range(4)]
-
-
-def test_an_incomplete_group_is_not_lost():
-    steps = run(10, 5, stop=8, group=4)
-    flat = [index for ranks in steps for index in ranks[0]]
-    assert all(sorted(flat[i : i + 10]) == list(range(10)) for i in range(0, 40, 10))
-
-
-def test_seeds_differ():
-    assert run(30, 6, seed=1) == run(30, 6, seed=1) != run(30, 6, seed=2)
-    assert run(30, 6, seed=1)[0] != run(30, 6, seed=1)[5]

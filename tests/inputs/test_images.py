@@ -1,4 +1,4 @@
-"""Every image a stranger may hand over: the right pixels, or one line that names the file and says why not."""
+"""Image files of all kinds give the right pixels, or one line with the file and the reason."""
 
 import os
 import pickle
@@ -129,13 +129,13 @@ def test_too_elongated(tmp_path, size):
 def test_32_bit_channels_are_refused(tmp_path, mode, name):
     path = save(Image.new(mode, (4, 4), 70_000 if name != "a.pgm" else 7_000), tmp_path / name)
     with Image.open(path) as image:
-        assert image.mode == mode  # otherwise this tests something else
+        assert image.mode == mode  # or this would not test the mode
     assert_refused(path, "32 bits")
 
 
 @pytest.mark.parametrize("kind, old, new", [("jpg", b"\x01\x0e\0\x02", b"\x01\0\0\x02"), ("avif", b"iloc", b"iloX")])
-def test_damage_that_plugins_report_in_their_own_ways(tmp_path, kind, old, new):
-    """A text in a numeric EXIF field is a struct.error, a broken AVIF index a RuntimeError: neither may get out."""
+def test_damage_that_plugins_report_with_other_exceptions(tmp_path, kind, old, new):
+    """Text in a numeric EXIF field is a struct.error, a broken AVIF index a RuntimeError; both become BadImage."""
     exif = Image.Exif()
     exif[0x010E], exif[0x0112] = "hello", 6
     try:
@@ -155,7 +155,7 @@ def test_damage_that_plugins_report_in_their_own_ways(tmp_path, kind, old, new):
 # the right pixels
 
 
-def test_what_is_opened_needs_its_file_no_more(tmp_path):
+def test_an_open_image_does_not_need_its_file(tmp_path):
     path = save(noise(), tmp_path / "a.png")
     image = open_image(path)
     path.unlink()

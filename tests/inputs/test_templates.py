@@ -1,4 +1,4 @@
-"""Templates: written out by hand as their models were taught, and LLaVA's own ids with LLaMA-2's tokenizer."""
+"""Templates, written out by hand as their models were trained, and LLaVA's own ids with LLaMA-2's tokenizer."""
 
 import os
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_written_out_by_hand(template):
     ]
 
 
-def test_a_special_token_that_the_tokenizer_has_not_is_named():
+def test_a_special_token_that_the_tokenizer_lacks_is_named():
     plain = train_bpe(["abc"], 0)
     with pytest.raises(ValueError, match="start_header_id"):
         render_dialogue(TURNS, plain, "llava_llama_3", 1)
@@ -101,7 +101,7 @@ def test_llavas_own_ids_of_stage_1(llama2):
 
 @here
 def test_llavas_own_ids_of_stage_2(llama2):
-    """facts D3: the ids of LLaVA's preprocess_v1 for this sample, 60 of them, the last two trained."""
+    """The ids of LLaVA's preprocess_v1 for this sample, 60 of them, the last two trained."""
     question = "What is this?\nAnswer the question using a single word or phrase."
     ids, labels = render_dialogue([Turn(question, "Cat", 1)], llama2, "vicuna_v1", 1)
     tail = [322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889, 3148, 1001, 29901, 29871, -200, 29871, 13]
@@ -113,7 +113,7 @@ def test_llavas_own_ids_of_stage_2(llama2):
 
 @here
 @pytest.mark.parametrize("legacy, user", [(True, [3148, 1001]), (False, [11889])])
-def test_what_stands_after_an_end_token(llama2, legacy, user):
+def test_text_after_an_end_token(llama2, legacy, user):
     """After </s> the old tokenizers put a space in front of USER and the newer do not; LLaVA trained with both."""
     llama2.legacy = legacy
     ids, _ = render_dialogue(TURNS, llama2, "vicuna_v1", 1)

@@ -1,11 +1,10 @@
-"""Our preprocessing beside transformers' (its PIL backend), in turn: A B A B, medians and their spread.
+"""Time our image preprocessing against transformers' PIL backend, alternating (A B A B): medians and their spread.
 
 python tests/tools/preprocess_speed.py
 
-One core, one thread, and the time that the processor spent. "square" cuts out the center, as CLIPImageProcessor does;
-"pad" is LlavaImageProcessor's. "file": from the path to normalized pixels, decoding included, which is the same library
-in both; "image": from the decoded image. The images are made here, with the spectrum of photographs (each octave
-as strong as the next). Both ways must give the same bits.
+Measured is CPU time on one thread. Modes: "square" cuts out the center like CLIPImageProcessor, "pad" pads like
+LlavaImageProcessor. From "file" includes decoding, which both do with Pillow; from "image" starts with decoded pixels.
+The images are drawn here with the spectrum of photographs. Both sides must give the same bits.
 """
 
 import argparse

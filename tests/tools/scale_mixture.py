@@ -1,10 +1,10 @@
-"""The mixture of LLaVA-1.5 (665,298 records of ten sources), in size and shape: what a start costs, and a worker.
+"""Measure time and memory with a mixture of the size of LLaVA-1.5's (665,298 records of ten sources).
 
     python tests/tools/scale_mixture.py --model DIR [--out /tmp/scale]
 
-Writes it, its words drawn at random, with one image of 64 pixels for all; then measures, each in a new process, as
-train.py goes about it: indexing, counting tokens, a start with both at hand up to the first batch, and the memory of 4
-workers that draw 200 batches. Not a test: it takes minutes and 2 GB of disk. DIR holds a tokenizer.
+Writes the mixture with random words and one image of 64 pixels. Then measures, each in a new process and as train.py
+does it: building the index, counting tokens, a second start up to the first batch, and the memory of 4 loader workers
+over 200 batches. Takes minutes and 2 GB of disk. DIR holds a tokenizer.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""LLaVA-1.6's tiles: the worked table of token counts, and transformers' LlavaNext where it is installed."""
+"""LLaVA-1.6's tiles: a table of token counts, and equality with transformers' LlavaNext."""
 
 import json
 
@@ -31,7 +31,7 @@ WORKED = [  # width, height, tiles across and down, tokens
 
 
 @pytest.mark.parametrize("width, height, across_and_down, tokens", WORKED)
-def test_worked_numbers(width, height, across_and_down, tokens):
+def test_token_counts(width, height, across_and_down, tokens):
     across, down = across_and_down
     assert tile_grid((height, width), WIDE_FIRST, 336) == (down, across)
     assert count_tokens((height, width), WIDE_FIRST, 336, 14) == tokens
@@ -60,7 +60,7 @@ def noise(height, width):
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    """Our random model with tiles, as transformers reads it, and its own processor of images."""
+    """A random model with tiles, loaded by transformers, and transformers' image processor."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("next")
     save_model(tiled(), folder)
@@ -86,7 +86,7 @@ def test_tiles_and_logits_equal_transformers(theirs, size):
     close(got, want)
 
 
-def test_the_way_back_is_bitwise(theirs, tmp_path):
+def test_files_of_transformers_load_bitwise_equal(theirs, tmp_path):
     model, _, folder = theirs
     model.save_pretrained(tmp_path)
     want, got = load_model(folder).state_dict(), load_model(tmp_path).state_dict()
@@ -121,7 +121,7 @@ def test_geometry_of_llava_16_mistral(tmp_path):
 
 
 def test_a_batch_of_images_of_different_sizes(tmp_path):
-    """Placeholders differ from image to image; answers in a batch are those given alone, and the loss adds up."""
+    """Images need different numbers of tokens; answers in a batch equal single ones, and losses add up."""
     model, tokenizer = tiled(), train_bpe(["What is this? a cat"] * 3, 20)
     model.config.image_token_index, model.config.eos_token_ids = 97, []
     tokenizer.specials["<image>"] = 97
@@ -151,7 +151,7 @@ def test_a_batch_of_images_of_different_sizes(tmp_path):
 
 
 @pytest.mark.parametrize("pinpoints", [[[16, 17]], [[0, 16]], [[16]], [[16, 16, 16]]])
-def test_canvases_that_are_not_made_of_tiles_are_refused(pinpoints, tmp_path):
+def test_canvases_must_consist_of_whole_tiles(pinpoints, tmp_path):
     save_model(tiled(), tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_grid_pinpoints": pinpoints}))
@@ -190,5 +190,5 @@ def test_stage_2_trains_the_newline_too(tmp_path, command):
     command(
         train, "--stage", 2, *flags, "--max-length", 300, "--out", tmp_path / "anew", "--cache-gb", 0, "--device", "cpu"
     )
-    anew = load_model(tmp_path / "anew")  # its tower saw other batches: on some CPUs the last bits differ
+    anew = load_model(tmp_path / "anew")  # its tower ran on other batches: on some CPUs the last bits differ
     assert all((a - b).norm() <= 1e-3 * a.norm() for a, b in zip(again.parameters(), anew.parameters()))
