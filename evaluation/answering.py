@@ -1,156 +1,186 @@
-"""Answering a list of questions: in batches, on every rank, so that a kill loses no answer and changes none.
+"""Answer a list of questions in batches, on every rank, so that a kill loses no finished batch and changes no answer.
 
-Which questions share a batch depends on the whole list alone, never on what is answered already: an answer comes out
-bit for bit the same whatever stopped the run before, and on however many ranks it goes on.
+Which questions share a batch depends only on the whole list, not on what is answered already. So every answer is equal
+bit for bit, wherever a run was stopped and on however many ranks it is resumed.
 
-    OUT              all answers in the order of the questions, once they are all there
-    OUT.part-0, ...  those of each rank until then, a line each, a batch at a time
-    MANIFEST         everything the answers depend on; with another one, OUT is not gone on with
+    OUT              all answers in the order of the questions, written once all exist
+    OUT.part-RANK    until then, the answers of one rank, one JSON object a line, appended batch by batch
 """
 
 import fcntl
 import glob
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 
-import numpy
-import PIL
 import torch
 from tqdm import tqdm
 
-from data import load_image, prompt_ids
-from inputs.files import fingerprint, read_complete_lines, read_json, write_atomic, write_json
-from inputs.images import BadImage, check_file, resolve_inside
+from data import PreparedImage, load_image, prompt_ids
+from inputs.files import read_complete_lines, write_atomic, write_json
+from inputs.images import BadImage
 from inputs.records import DataError
-from inputs.templates import TEMPLATES, stop_text
+from inputs.templates import stop_text
 from inputs.tokenizer import Tokenizer
-from llava import Llava, generate
+from llava import Llava, LlavaConfig, generate
 from training.meters import peak_memory
 from training.ranks import Distributed
-
-# ---------------------------------------------------------------------------------------------------------------------
-# one batch
 
 
 @dataclass
 class Cost:
-    """What answering took, over the batches of this process: under torchrun those of its rank, and of a run that goes
-    on where it was stopped those that were left. Seconds count from when the pictures are read."""
+    """Counts and seconds of the batches that this process answered; image loading is not timed."""
 
     questions: int = 0
     visual_tokens: int = 0
-    prompt_tokens: int = 0  # placeholders of pictures included
+    prompt_tokens: int = 0  # including the image placeholders
     new_tokens: int = 0
     seconds: float = 0.0
-    first: list[float] = field(default_factory=list)  # seconds to the first token of each batch
+    first_token: list[float] = field(default_factory=list)  # seconds, one for each batch
 
-    def columns(self, device: str) -> dict[str, float]:
-        """Means per question, seconds per batch, tokens per second of all rows together, memory at its peak in GB."""
+    def save(self, path: Path, device: str):
+        """Write and print means per question, seconds per batch, tokens per second of a batch, and peak memory."""
         if not self.questions:
-            return {}
-        return {
+            return
+        values = {
             "questions": self.questions,
             "visual tokens": self.visual_tokens / self.questions,
             "prompt tokens": self.prompt_tokens / self.questions,
             "new tokens": self.new_tokens / self.questions,
-            "seconds to first token": sum(self.first) / len(self.first),
+            "seconds to first token": sum(self.first_token) / len(self.first_token),
             "tokens/s": self.new_tokens / self.seconds,
             "peak GB": peak_memory(torch.device(device)) / 1e9,
         }
+        write_json(path, values)
+        texts = (f"{name} {v:,}" if isinstance(v, int) else f"{name} {v:.3g}" for name, v in values.items())
+        print("  ".join(texts), file=sys.stderr)
+
+
+def load_question_image(images: Path, question: dict, config: LlavaConfig) -> PreparedImage:
+    """The image of a question, all zero (the mean color) if the question says "blank". Raises DataError."""
+    if config.vision_config is None:
+        raise DataError(f"question {question['question_id']} has an image, but the model has no vision tower")
+    try:
+        image = load_image(images, question["image"], config)
+    except BadImage as error:
+        raise DataError(f"question {question['question_id']}: {error}") from None
+    if question.get("blank"):
+        image.pixels = torch.zeros_like(image.pixels)
+    return image
 
 
 def answer_batch(
     model: Llava, tokenizer: Tokenizer, questions: list[dict], images: Path, max_new_tokens: int, cost: Cost
 ) -> list[str]:
-    """Greedy answers to a batch of questions, each the same as if it had been asked alone, as long as the longest
-    prompt of the batch leaves room for max_new_tokens in the model's context: what is left for it is left for all.
+    """Greedy answers to a batch of questions, by the renderer and the image pipeline of training.
 
-    A question with "blank" is shown the mean color; what can still be answered, the language alone gave away.
+    Each answer is equal to the answer without the batch, if the longest prompt leaves max_new_tokens of the context;
+    otherwise all answers may have only as many tokens as the longest prompt leaves.
     """
-    config, pictures, prompts = model.config, [], []
+    config, prepared, prompts = model.config, [], []
     for question in questions:
-        shown = [load(images, question, config)] if question.get("image") else []
-        tokens = [picture.tokens for picture in shown]
+        shown = [load_question_image(images, question, config)] if question.get("image") else []
+        tokens = [image.tokens for image in shown]
         prompts.append(prompt_ids([question["text"]], [], len(shown), tokenizer, config.template, tokens))
         if len(prompts[-1]) >= (limit := config.text_config.max_position_embeddings):
-            what = f"{len(prompts[-1]):,} tokens long, picture included; the context holds {limit:,}"
-            raise DataError(f"question {question['question_id']}: its prompt is {what}")
-        pictures += shown
+            reason = f"{len(prompts[-1]):,} tokens long, image included; the context holds {limit:,}"
+            raise DataError(f"question {question['question_id']}: its prompt is {reason}")
+        prepared += shown
         cost.visual_tokens += sum(tokens)
-        cost.prompt_tokens += len(prompts[-1])
-    begin = time.perf_counter()
-    features, sizes = None, [picture.size for picture in pictures]
-    if pictures:
-        pixels = torch.cat([picture.pixels for picture in pictures])
+    start, features = time.perf_counter(), None
+    if prepared:
         with torch.inference_mode():
-            features = model.vision_features(pixels.to(model.device))
-    ids = [[] for _ in questions]
+            features = model.vision_features(torch.cat([image.pixels for image in prepared]).to(model.device))
+    sizes, ids = [image.size for image in prepared], [[] for _ in questions]
     for step in generate(model, prompts, features, sizes, max_new_tokens=max_new_tokens):
         if not ids[0]:
-            cost.first.append(time.perf_counter() - begin)
+            cost.first_token.append(time.perf_counter() - start)
         for row, token in zip(ids, step):
             if token is not None:
                 row.append(token)
-    cost.seconds += time.perf_counter() - begin
+    cost.seconds += time.perf_counter() - start
     cost.questions += len(questions)
+    cost.prompt_tokens += sum(map(len, prompts))
     cost.new_tokens += sum(map(len, ids))
     texts, end = [tokenizer.decode(row).lstrip() for row in ids], stop_text(config.template)
     return [(text.split(end)[0] if end else text).strip() for text in texts]
 
 
-def load(images: Path, question: dict, config):
-    """A question's picture, ready for the tower. Raises DataError naming the question."""
-    if config.vision_config is None:
-        raise DataError(f"question {question['question_id']} has a picture, but the model has no vision tower")
-    try:
-        picture = load_image(images, question["image"], config)
-    except BadImage as error:
-        raise DataError(f"question {question['question_id']}: {error}") from None
-    if question.get("blank"):
-        picture.pixels = torch.zeros_like(picture.pixels)
-    return picture
+ROW = ("question_id", "prompt", "text", "answer_id", "model_id", "metadata")  # keys of LLaVA's answer files
 
 
-def hash_images(questions: list[dict], images: Path) -> str:
-    """Raise DataError if a picture is not there: now, not after hours. Returns a hash of their names and sizes in bytes
-    (the content of 80,000 would take minutes)."""
-    wrong, sizes = [], {}
-    for question in questions:
-        try:
-            if question.get("image"):
-                path = resolve_inside(images, question["image"])
-                check_file(path)
-                sizes[question["image"]] = path.stat().st_size
-        except BadImage as error:
-            wrong.append(f"question {question['question_id']}: {error}")
-    if wrong:
-        raise DataError(wrong[0] + (f" (and {len(wrong) - 1:,} more pictures cannot be read)" if wrong[1:] else ""))
-    return sha256(json.dumps(sorted(sizes.items())).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# all of them
-
-
-def batches_of(questions: list[dict], size: int) -> list[list[dict]]:
-    """Questions of like length together, those with pictures apart, the longest first: if memory is short, it shows."""
+def make_batches(questions: list[dict], size: int) -> list[list[dict]]:
+    """Batches of questions of similar length, with and without images apart; the longest first, to fail early if memory
+    is short."""
     order = sorted(questions, key=lambda question: (not question.get("image"), -len(question["text"])))
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-ROW = ("question_id", "prompt", "text", "answer_id", "model_id", "metadata")  # LLaVA's
+def answer_all(
+    questions: list[dict],
+    out: Path,
+    batch_size: int,
+    model_name: str,
+    ask: Callable[[list[dict]], list[str]],
+    describe: Callable[[dict, str], dict],
+    ranks: Distributed | None = None,
+) -> list[dict]:
+    """Answer the questions that have no answer in `out` yet. Returns all rows in the order of the questions on rank 0,
+    and an empty list on the others.
+
+    Args: ask: the answers to a batch; describe: the metadata of a row, from question and answer.
+    """
+    rank, world = (ranks.rank, ranks.world_size) if ranks else (0, 1)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done, texts = read_answers(out), {question["question_id"]: question["text"] for question in questions}
+    if any(texts.get(key) != row["prompt"] or row["model_id"] != model_name for key, row in done.items()):
+        raise DataError(f"{out} holds answers to other questions, or another model's: remove it, or name another --out")
+    batches = make_batches(questions, batch_size)[rank::world]
+    with open_part(out, rank) as file, tqdm(total=sum(map(len, batches)), unit="answer", disable=rank > 0) as bar:
+        for batch in batches:
+            if any(question["question_id"] not in done for question in batch):
+                for question, text in zip(batch, ask(batch), strict=True):
+                    if (key := question["question_id"]) not in done:
+                        values = (
+                            key,
+                            question["text"],
+                            text,
+                            f"{model_name}-{key}",
+                            model_name,
+                            describe(question, text),
+                        )
+                        file.write(to_line(dict(zip(ROW, values))))
+                file.flush()
+            bar.update(len(batch))
+        if ranks:
+            ranks.all_reduce_sum(1)  # wait until every rank has answered its batches
+        rows = merge_parts(questions, out) if rank == 0 else []
+    if ranks:
+        ranks.all_reduce_sum(1)  # keep the parts open, and so locked, until rank 0 has merged them
+    return rows
 
 
-def answered(out: Path) -> dict[int | str, dict]:
-    """The answers a stopped run left, by question. Raises DataError if its files hold anything else."""
+def sibling_file(out: Path, name: str) -> Path:
+    """The file `name` beside a run's answers.jsonl; beside other answers, with their name in front."""
+    is_run = out.name == "answers.jsonl" and not (out.parent / "config.json").exists()
+    return out.with_name(name if is_run else f"{out.stem}-{name}")
+
+
+def to_line(row: dict) -> bytes:
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+
+
+def part_files(out: Path) -> list[Path]:
+    return sorted(out.parent.glob(f"{glob.escape(out.name)}.part-*"))
+
+
+def read_answers(out: Path) -> dict[int | str, dict]:
+    """The rows that exist so far, by question. Raises DataError if a file holds anything but answers."""
     rows = {}
-    for path in (out, *parts(out)):
+    for path in (out, *part_files(out)):
         try:
             found = [json.loads(line) for line in read_complete_lines(path).split(b"\n") if line]
             complete = all(row.keys() >= set(ROW) for row in found)
@@ -162,148 +192,24 @@ def answered(out: Path) -> dict[int | str, dict]:
     return rows
 
 
-def parts(out: Path) -> list[Path]:
-    return sorted(out.parent.glob(f"{glob.escape(out.name)}.part-*"))
-
-
-def answer_all(
-    questions: list[dict],
-    out: Path,
-    batch_size: int,
-    name: str,
-    ask: Callable[[list[dict]], list[str]],
-    describe: Callable[[dict, str], dict],
-    ranks: Distributed | None = None,
-) -> list[dict]:
-    """Answer what is not answered yet; returns all rows in the order of the questions (on rank 0; elsewhere none).
-
-    Args: name: of the model, for the rows; ask: answers of a batch; describe: a row's metadata, from its question and
-    answer.
-    """
-    rank, world = (ranks.rank, ranks.world_size) if ranks else (0, 1)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    done, asked = answered(out), {question["question_id"]: question["text"] for question in questions}
-    if any(asked.get(key) != row["prompt"] or row["model_id"] != name for key, row in done.items()):
-        raise DataError(f"{out} holds answers to other questions, or another model's: remove it, or name another --out")
-    mine = batches_of(questions, batch_size)[rank::world]
-    with open_part(out, rank) as file, tqdm(total=sum(map(len, mine)), unit="answer", disable=rank > 0) as bar:
-        for batch in mine:
-            if any(question["question_id"] not in done for question in batch):
-                rows = [row_of(q, text, name, describe(q, text)) for q, text in zip(batch, ask(batch), strict=True)]
-                rows = [row for row in rows if row["question_id"] not in done]
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-                file.flush()
-            bar.update(len(batch))
-        if ranks:
-            ranks.all_reduce_sum(1)  # all are done
-        rows = publish(questions, out) if rank == 0 else []
-    if ranks:
-        ranks.all_reduce_sum(1)  # and rank 0 has read what they wrote
-    return rows
-
-
-def row_of(question: dict, text: str, name: str, metadata: dict) -> dict:
-    key = question["question_id"]
-    return dict(zip(ROW, (key, question["text"], text, f"{name}-{key}", name, metadata)))
-
-
 def open_part(out: Path, rank: int):
-    """This rank's part, cut back to whole lines, at its end. Raises DataError if another process writes to it."""
+    """The part of this rank, opened for appending after its last complete line. Raises DataError if another process
+    has it open."""
     path = out.with_name(f"{out.name}.part-{rank}")
     file = path.open("ab")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lockf would let go as soon as the file is read beside it
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a lockf lock would end when read_answers closes the file
     except OSError:
         raise DataError(f"{out}: another process is answering into it") from None
     file.truncate(len(read_complete_lines(path)))
     return file
 
 
-def publish(questions: list[dict], out: Path) -> list[dict]:
-    """Put all answers into one file, in the order of the questions, in one step; then the parts can go."""
-    rows = answered(out)
+def merge_parts(questions: list[dict], out: Path) -> list[dict]:
+    """Write all answers to `out`, in the order of the questions and in one step, then delete the parts."""
+    rows = read_answers(out)
     rows = [rows[question["question_id"]] for question in questions]
-    write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-    for path in parts(out):
+    write_atomic(out, b"".join(map(to_line, rows)))
+    for path in part_files(out):
         path.unlink()
     return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what it all depends on
-
-MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "*.model", "tokenizer*.json", "vocab*")
-
-
-def model_files(folder: Path) -> list[Path]:
-    return sorted({path for name in MODEL_FILES for path in folder.glob(name)})
-
-
-def hashes(paths: list[Path]) -> list[str]:
-    """SHA-256 and name of every file, of a folder those of its text files."""
-    files = [file for path in paths for file in (sorted(path.rglob("*.txt")) if path.is_dir() else [path])]
-    return [f"{fingerprint(file)['sha256']} {file.name}" for file in files]
-
-
-CODE = (
-    "clip llava lora data fast/accelerate fast/attention fast/linear fast/quantized variants/anyres inputs/images "
-    "inputs/templates inputs/tokenizer inputs/bpe formats/weights formats/tensors formats/layouts formats/configs "
-    "formats/adapters evaluation/answering"
-)
-
-
-def code_hash(folder: Path = Path(__file__).parents[1]) -> str:
-    """SHA-256 of the modules that answers come through; what becomes of them, or trains models, is none."""
-    return sha256(b"".join((folder / f"{name}.py").read_bytes() for name in CODE.split())).hexdigest()
-
-
-def manifest_of(folders: list[Path], files: list[Path], model: Llava, settings: dict) -> dict:
-    """Everything the answers depend on, and nothing else: no times, no paths, so that two runs write the same.
-
-    Args: folders: of the model, and of what is laid over it; files: the questions; settings: what was chosen.
-    """
-    template = model.config.template
-    device = model.device
-    return settings | {
-        "model": [{"name": folder.name, "files": hashes(model_files(folder))} for folder in folders],
-        "questions": hashes(files),
-        "template": template,
-        "template_sha256": sha256(repr(TEMPLATES[template]).encode()).hexdigest(),
-        "image_mode": "anyres" if model.config.image_grid_pinpoints else model.config.image_mode,
-        "decoding": "greedy",
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": numpy.__version__,
-            "pillow": PIL.__version__,
-            "code_sha256": code_hash(),
-        },
-    }
-
-
-def keep_manifest(path: Path, out: Path, folders: list[Path], files: list[Path], model: Llava, settings: dict):
-    """Write the manifest beside the answers. Raises DataError if there are some that were made in another way."""
-    values = manifest_of(folders, files, model, settings)
-    started = out.exists() or bool(parts(out))
-    if started and path.exists():
-        old = read_json(path)
-        was, now = ({**kept, **(kept.get("versions") or {}), "versions": None} for kept in (old, values))
-        for key in sorted(was.keys() | now.keys()):
-            if was.get(key) != now.get(key):
-                raise DataError(f"{out} was begun with another {key} (see {path}): remove both, or name another --out")
-    elif started:
-        raise DataError(f"{out}: no {path.name} says how these answers were made: remove it, or name another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, values)
-
-
-def show_cost(cost: Cost, path: Path, device: str):
-    """Print what answering took and keep it in a file of its own: it is another each time."""
-    if columns := cost.columns(device):
-        write_json(path, columns)
-        shown = (
-            f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.3g}" for name, value in columns.items()
-        )
-        print("  ".join(shown), file=sys.stderr)

@@ -1,13 +1,13 @@
 """MM-Vet and LLaVA-Bench, whose free answers a language model grades.
 
-Which one is up to whoever runs this: any endpoint that speaks OpenAI's /chat/completions, by its address. What it says
-is kept in a file of grades, one line each; figures are made of that file alone, without the network:
+Any endpoint that speaks OpenAI's /chat/completions can grade. Its replies are kept in a file of grades, one line each;
+scores are computed from that file alone, without the network:
 
     python eval.py --score mmvet --predictions P --references mm-vet.json --grades G.jsonl --grader http://HOST/v1
     python eval.py --score mmvet --predictions P --references mm-vet.json --grades G.jsonl
 
-The official figures are GPT-4's of 2023, under the words of the official prompts; --rule takes those from their
-published files. Without it the grader is asked in words of our own: good for comparing models, not with papers.
+Published scores come from GPT-4 of 2023 and the official prompts, which --rule reads from their published files.
+Without --rule the prompts are our own: good to compare models with each other, not with papers.
 """
 
 import hashlib
@@ -23,77 +23,35 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from evaluation.predictions import Item, by_id, entries, is_llava, llava_items, load, shown, want
+from evaluation.predictions import Item, Row, load_json, short
 from inputs.files import read_complete_lines
 from inputs.records import DataError
 
-CORRECTNESS = """You grade answers to questions about a picture. Below are a question, the true answer and a given \
+CORRECTNESS = """You grade answers to questions about an image. Below are a question, the true answer and a given \
 answer. Where the true answer has parts joined by <AND>, all are needed; joined by <OR>, any one is enough. Reply with \
 one number between 0.0 (wrong) and 1.0 (right), in steps of 0.1, and nothing else.
 
 """
-COMPARISON = """Above are a description of a picture, a question about it, and the answers of two assistants. Rate \
+COMPARISON = """Above are a description of an image, a question about it, and the answers of two assistants. Rate \
 each answer for how helpful, relevant, correct and detailed it is, from 1 to 10, whichever comes first. Reply \
 with a first line that holds the two numbers only, assistant 1 first, separated by a space; then explain."""
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what is published
+Grades = dict[str, tuple[float, ...] | None]  # by item id; None where there is no grade that can be read
 
 
-def read_mmvet(paths: list[Path]) -> list[Item]:
-    """mm-vet.json: {"v1_0": {"imagename", "question", "answer", "capability": [...]}}; LLaVA's list says 0 for v1_0."""
-    items = []
-    for path in paths:
-        content = load(path)
-        if is_llava(content):
-            items += llava_items(path, content)
-            continue
-        for key, where, row in by_id(path, content):
-            skills = sorted(map(str, want(row, "capability", list, where)))
-            item = Item(key, want(row, "question", str, where), want(row, "imagename", str, where))
-            item.truth, item.keys = (want(row, "answer", str, where), skills), (key.removeprefix("v1_"),)
-            items.append(item)
-    return items
-
-
-def read_llavabench(paths: list[Path]) -> list[Item]:
-    """questions.jsonl, context.jsonl (a caption of each picture) and answers_gpt4.jsonl, in any order."""
-    asked, captions, answers = [], {}, {}
-    for path in paths:
-        for where, row in entries(path, load(path)):
-            if "caption" in row:
-                text = row["caption"]
-                captions[want(row, "image", str, where)] = "\n".join(text) if isinstance(text, list) else str(text)
-            elif "answer_id" in row:
-                answers[str(want(row, "question_id", (int, str), where))] = want(row, "text", str, where)
-            else:
-                key, text = want(row, "question_id", (int, str), where), want(row, "text", str, where)
-                groups = {"category": want(row, "category", str, where)}
-                asked.append(Item(key, text, want(row, "image", str, where), groups=groups))
-    for item in asked:
-        caption, answer = captions.get(item.image), answers.get(str(item.id))
-        item.truth = (caption, answer) if caption is not None and answer is not None else None
-    return asked
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what the grader is asked
-
-
-def truth_of(item: Item) -> tuple:
-    """MM-Vet's answer and skills. Raises DataError where only LLaVA's list was given, which has neither."""
+def mmvet_truth(item: Item) -> tuple[str, list[str]]:
+    """The true answer and the skills. Raises DataError if only LLaVA's list was given, which has neither."""
     if item.truth is None:
-        raise DataError(f"question {shown(item.id)}: no answer to compare with in the files, mm-vet.json has it")
+        raise DataError(f"question {short(item.id)}: no answer to compare with in the files, mm-vet.json has it")
     return item.truth
 
 
 def mmvet_request(item: Item, answer: str, rule: object) -> list[dict]:
     """Messages that ask for one grade, a number in [0, 1]. Args: rule: the official few-shot prompt, as text."""
-    truth = truth_of(item)[0].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    if rule is not None:
-        return [{"role": "user", "content": f"{rule}\n" + " | ".join([item.text, truth, answer, ""])}]
+    truth = mmvet_truth(item)[0].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     text = f"{CORRECTNESS}Question: {item.text}\nTrue answer: {truth}\nGiven answer: {answer}\nGrade:"
+    if rule is not None:
+        text = f"{rule}\n" + " | ".join([item.text, truth, answer, ""])
     return [{"role": "user", "content": text}]
 
 
@@ -107,48 +65,43 @@ def llavabench_request(item: Item, answer: str, rule: object) -> list[dict]:
         key = f"llava_bench_{item.groups['category']}"
         if not isinstance(rule, dict) or not isinstance(rule.get(key), dict):
             raise DataError(f"question {item.id}: --rule has no {key}")
-        prompt, role = (want(rule[key], name, str, f"--rule: {key}") for name in ("prompt", "role"))
-    parts = [("Context", caption), ("Question", item.text)]
-    text = "".join(f"[{name}]\n{value}\n\n" for name, value in parts)
+        prompt, role = map(Row(rule[key], f"--rule: {key}").need, ("prompt", "role"))
+    text = f"[Context]\n{caption}\n\n[Question]\n{item.text}\n\n"
     text += "".join(f"[{role} {n}]\n{value}\n\n[End of {role} {n}]\n\n" for n, value in ((1, reference), (2, answer)))
     return [{"role": "user", "content": f"{text}[System]\n{prompt}\n\n"}]
 
 
 REQUESTS = {"mmvet": mmvet_request, "llavabench": llavabench_request}
-TOKENS = {"mmvet": 8, "llavabench": 1024}  # longest reply
+MAX_TOKENS = {"mmvet": 8, "llavabench": 1024}  # of a reply
 
 
 def read_rule(path: Path | None) -> object:
-    """The official prompt: rule.json of LLaVA-Bench, or a text file for MM-Vet."""
+    """The official prompt: the content of LLaVA-Bench's rule.json, or the text of a file for MM-Vet."""
     if path is None:
         return None
-    return load(path) if path.suffix == ".json" else path.read_text(encoding="utf-8")
+    return load_json(path) if path.suffix == ".json" else path.read_text(encoding="utf-8")
 
 
-def requests(task: str, items: list[Item], answers: list[str | None], rule: object, model: str) -> list[dict]:
-    """A line for each answer in the form of OpenAI's batches: what --submission writes for other graders."""
+def build_requests(task: str, items: list[Item], answers: list[str | None], rule: object, model: str) -> list[dict]:
+    """A request for each answer, in the form of OpenAI's batch files."""
     lines = []
     for item, answer in zip(items, answers):
         if answer is not None:
             messages = REQUESTS[task](item, answer, rule)
-            body = {"model": model, "temperature": 0, "max_tokens": TOKENS[task], "messages": messages}
+            body = {"model": model, "temperature": 0, "max_tokens": MAX_TOKENS[task], "messages": messages}
             lines.append({"custom_id": str(item.id), "method": "POST", "url": "/v1/chat/completions", "body": body})
     return lines
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what it says
-
-
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: urllib would follow it, to any host, and take the key along."""
+    """Treats a redirect as an error: urllib would follow it to any host and send the API key along."""
 
     def redirect_request(self, *_):
         return None
 
 
-def ask(address: str, body: dict, timeout: float = 120) -> str:
-    """The reply of an endpoint; its key, if it wants one, is in OPENAI_API_KEY. Raises ValueError with the reason."""
+def request_reply(address: str, body: dict, timeout: float = 120) -> str:
+    """The reply of a chat completion endpoint. The API key, if needed, is in OPENAI_API_KEY. Raises ValueError."""
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
@@ -160,29 +113,29 @@ def ask(address: str, body: dict, timeout: float = 120) -> str:
     except (urllib.error.URLError, TimeoutError, OSError, http.client.HTTPException) as error:
         raise ValueError(f"{url}: {str(error) or repr(error)}") from None
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{url}: replied something else than a chat completion ({error!r})") from None
+        raise ValueError(f"{url}: the reply is not a chat completion ({error!r})") from None
 
 
-def grade(lines: list[dict], path: Path, send: Callable[[dict], str]):
-    """Ask for every grade that the file does not hold yet, and add each to it as soon as it is there.
+def collect_grades(lines: list[dict], path: Path, send: Callable[[dict], str]):
+    """Send every request whose reply is not in the file of grades yet, and append each reply to it at once.
 
-    A grade goes with what was asked: once an answer, the prompt or the grader is another, it is asked for again.
+    A grade belongs to the hash of its request: if the answer, the prompt or the grader changes, it is requested again.
     """
     known = {row["asked"] for row in read_grades(path)}
     with path.open("a", encoding="utf-8") as file:
         for line in tqdm(lines, unit="grade"):
-            if (asked := fingerprint(line)) not in known:
+            if (asked := request_hash(line)) not in known:
                 row = {"id": line["custom_id"], "grader": line["body"]["model"], "asked": asked}
                 file.write(json.dumps(row | {"reply": send(line["body"])}) + "\n")
                 file.flush()
 
 
-def fingerprint(line: dict) -> str:
+def request_hash(line: dict) -> str:
     return hashlib.sha256(json.dumps(line["body"], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_grades(path: Path) -> list[dict]:
-    """The lines of a file of grades; a last one cut short by a kill is dropped from it."""
+    """The rows of a file of grades. A last line that a kill cut short is removed from the file."""
     if not path.exists():
         return []
     whole, rows = read_complete_lines(path), []
@@ -198,31 +151,31 @@ def read_grades(path: Path) -> list[dict]:
     return rows
 
 
-def graded(items: list[Item], lines: list[dict], path: Path, task: str) -> dict[str, tuple[float, ...] | None]:
-    """What each item's grade says, by id; None where there is none, or none that can be read, which counts as 0.
+def match_grades(items: list[Item], lines: list[dict], path: Path, task: str) -> Grades:
+    """The grade of each item, from the replies to its request.
 
-    Raises DataError if there are grades of these questions, but every one goes with something else that was asked.
+    Raises DataError if the file has grades of these questions, but every one belongs to another request.
     """
     rows = read_grades(path)
     replies = {row["asked"]: row["reply"] for row in rows}
-    found = {line["custom_id"]: replies.get(fingerprint(line)) for line in lines}
+    found = {line["custom_id"]: replies.get(request_hash(line)) for line in lines}
     graders = sorted({row["grader"] for row in rows if row["id"] in found})
     if graders and not any(reply is not None for reply in found.values()):
-        names = ", ".join(map(shown, graders))
+        names = ", ".join(map(short, graders))
         raise DataError(f"{path}: its grades, by {names}, are of other answers, or --grader-model or --rule is another")
     read = {"mmvet": read_correctness, "llavabench": read_pair}[task]
     return {str(item.id): read(found[str(item.id)]) if found.get(str(item.id)) is not None else None for item in items}
 
 
 def read_correctness(reply: str) -> tuple[float] | None:
-    """A number in [0, 1], the first word of the reply (mm-vet_evaluator.py)."""
+    """A number in [0, 1] as the first word of the reply (mm-vet_evaluator.py); None if there is none."""
     match = re.match(r"\s*(\d*\.?\d+)(?:\s|$)", reply)
     value = float(match[1]) if match else -1.0
     return (value,) if 0 <= value <= 1 else None
 
 
 def read_pair(reply: str) -> tuple[float, float] | None:
-    """Two numbers from 1 to 10 in the first line, commas allowed (eval_gpt_review_bench.py)."""
+    """Two numbers from 1 to 10 in the first line, commas allowed (eval_gpt_review_bench.py); None if there are none."""
     words = reply.strip().split("\n")[0].replace(",", " ").split()
     try:
         one, two = map(float, words)
@@ -231,33 +184,30 @@ def read_pair(reply: str) -> tuple[float, float] | None:
     return (one, two) if 1 <= one <= 10 and 1 <= two <= 10 else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# figures
-
-
-def score_mmvet(items: list[Item], grades: dict[str, tuple | None]) -> dict[str, float]:
-    """100 x the mean grade: over all, by capability, and by what is asked for together."""
+def score_mmvet(items: list[Item], grades: Grades) -> dict[str, float]:
+    """100 x the mean grade: in total, by skill, and by combination of skills."""
     groups = defaultdict(list)
     for item in items:
         value = (grades[str(item.id)] or (0.0,))[0]
-        skills = truth_of(item)[1]
+        skills = mmvet_truth(item)[1]
         for name in ("total", *skills, *(["_".join(skills)] if len(skills) > 1 else [])):
             groups[name].append(value)
     return {name: 100 * sum(values) / len(values) for name, values in groups.items()}
 
 
-def score_llavabench(items: list[Item], grades: dict[str, tuple | None]) -> dict[str, float]:
-    """100 x the sum of its grades / the sum of the reference's, over all and by category (summarize_gpt_review.py).
-
-    An answer without a grade has the lowest, 1, against a reference with 10.
-    """
+def score_llavabench(items: list[Item], grades: Grades) -> dict[str, float]:
+    """100 x the sum of the answers' grades / the sum of the references', in total and by category
+    (summarize_gpt_review.py). An answer without a grade gets the lowest, 1, against a reference with 10."""
     groups = defaultdict(list)
     for item in items:
         for name in ("all", item.groups["category"]):
             groups[name].append(grades[str(item.id)] or (10.0, 1.0))
-    return {name: 100 * sum(its for _, its in rows) / sum(other for other, _ in rows) for name, rows in groups.items()}
+    return {name: 100 * sum(own for _, own in rows) / sum(other for other, _ in rows) for name, rows in groups.items()}
 
 
-def need_grades(items: list[Item], answers: list[str | None]) -> dict[str, float]:
-    """In the place of a score where there are no grades."""
-    raise DataError(f"{shown(items[0].id)} and the others are graded by a language model: --grades FILE, see grader.py")
+SCORES = {"mmvet": score_mmvet, "llavabench": score_llavabench}
+
+
+def require_grades(items: list[Item], answers: list[str | None]) -> dict[str, float]:
+    """Takes the place of a scorer: raises DataError, as answers alone give no score."""
+    raise DataError(f"{short(items[0].id)} and the others are graded by a language model: --grades FILE, see grader.py")

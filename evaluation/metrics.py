@@ -1,13 +1,16 @@
-"""An answer and the truth: what the official scorers of each kind of benchmark make of them, quirks included.
+"""Metrics of one answer against the truth, each computed as the official scorer computes it, quirks included.
 
-Nothing here reads files; scores.py makes tables of these. Answers are text as the model wrote it.
+Nothing here reads files; scores.py builds the tables of a benchmark from these. Answers are the model's own text.
 """
 
 import re
 from collections import Counter
 
+import torch
+from torch.nn import functional as F
+
 # ---------------------------------------------------------------------------------------------------------------------
-# questions of your own
+# exact match, for questions of your own
 
 
 def plain_form(text: str) -> str:
@@ -21,18 +24,19 @@ def exact_match(answer: str, truth: str) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# VQA: ten people's answers to one question
+# VQA: one answer against those of ten people
 
 NUMBERS = ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 NUMBERS = dict(zip(NUMBERS, ["0", *map(str, range(11))]))
 ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# Meant to spare the point of a number. The look-behind is misspelled, so only a digit after it does; and the flag that
-# followed landed in the place of `count`: 32 points at most are removed. Both are part of every published score.
-POINT, POINTS = re.compile(r"(?!<=\d)\.(?!\d)"), 32
+# Two errors of the official code are part of every published score. The look-behind, meant to spare decimal points, is
+# misspelled, so that only a digit after the point spares it. And re.UNICODE (32) was passed as `count`, so that at most
+# 32 points are removed.
+POINT, MAX_POINTS = re.compile(r"(?!<=\d)\.(?!\d)"), 32
 DIGIT_COMMA = re.compile(r"\d,\d")
-# Words of the official table, which knows each without one of its apostrophes. (Those with a capital I can never match,
-# since text is in lower case by then, and are left out.)
+# The official table maps each of these words, written without one of its apostrophes, to the word. (Its entries with a
+# capital I are left out: they never match, because the text is in lower case by then.)
 WORDS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
 how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
@@ -43,58 +47,96 @@ where'd where's where've who'd who'd've who'll who's who've why'll why're why's 
 wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in WORDS.split() for i in range(len(word)) if word[i] == "'"}
-CONTRACTIONS["somebody'd"] = "somebodyd"  # the table's slip
+CONTRACTIONS["somebody'd"] = "somebodyd"  # an error of the official table
 
 
 def normalize_answer(text: str) -> str:
-    """The official form of an answer (GT-Vision-Lab/VQA, vqaEval.py): "Two dogs." is "2 dogs", "black/white" two words.
+    """The normalized answer of VQA's scorer (GT-Vision-Lab/VQA, vqaEval.py): "Two dogs." becomes "2 dogs".
 
-    A mark beside a space, anywhere, goes without a trace, one that never stands there leaves a space; and all go
-    without a trace if the text has a comma between digits.
+    A punctuation mark is deleted if it stands beside a space anywhere in the text, or if the text has a comma between
+    digits; otherwise it becomes a space ("black/white" becomes two words).
     """
     text = text.replace("\n", " ").replace("\t", " ").strip()
-    out, number = text, bool(DIGIT_COMMA.search(text))
+    result, has_number = text, bool(DIGIT_COMMA.search(text))
     for mark in PUNCTUATION:
-        beside = mark + " " in text or " " + mark in text
-        out = out.replace(mark, "" if beside or number else " ")
-    words = [NUMBERS.get(word, word) for word in POINT.sub("", out, count=POINTS).lower().split()]
+        beside_space = mark + " " in text or " " + mark in text
+        result = result.replace(mark, "" if beside_space or has_number else " ")
+    words = [NUMBERS.get(word, word) for word in POINT.sub("", result, count=MAX_POINTS).lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def normalize_m4c(text: str) -> str:
-    """The form of TextVQA's and VizWiz's scorers (EvalAI's processor, LLaVA's m4c_evaluator.py).
-
-    That of VQA, but for "it's", which becomes "it 's", and for commas and question marks, which go before all else.
-    """
+    """The normalized answer of TextVQA's and VizWiz's scorers (EvalAI's processor, LLaVA's m4c_evaluator.py): VQA's,
+    after "it's" became "it 's" and commas and question marks were deleted."""
     return normalize_answer(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
 
 
-def agreement(answer: str, answers: list[str]) -> float:
-    """Leave-one-out accuracy: the mean, over the people, of min(1, how many of the others said the same / 3).
+def leave_one_out(answer: str, answers: list[str]) -> float:
+    """The mean, over the people, of min(1, number of other people who gave this answer / 3).
 
-    Of ten people who agree with the answer, 0, 1, 2, 3, 4 give 0, 0.3, 0.6, 0.9, 1.
+    If 0, 1, 2, 3 or 4 of ten people gave it, the result is 0, 0.3, 0.6, 0.9 or 1.
     """
     same = [other == answer for other in answers]
-    return sum(min(1, (sum(same) - mine) / 3) for mine in same) / len(same)
+    return sum(min(1, (sum(same) - own) / 3) for own in same) / len(same)
 
 
 def vqa_accuracy(answer: str, answers: list[str]) -> float:
-    """VQA's official accuracy. Answers are normalized only if the people disagree; if not, letter for letter."""
+    """VQA's official accuracy. Answers are normalized only if the people disagree; otherwise compared literally."""
     answer, *answers = (text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *answers))
     if len(set(answers)) > 1:
         answer, *answers = map(normalize_answer, (answer, *answers))
-    return agreement(answer, answers)
+    return leave_one_out(answer, answers)
 
 
 def soft_accuracy(answer: str, answers: list[str]) -> float:
-    """min(n / 3, 1), as the accuracy is often quoted: no leaving out, always normalized."""
+    """min(n / 3, 1) for n people with this answer, as papers often state the accuracy; always normalized."""
     return min(1, [*map(normalize_answer, answers)].count(normalize_answer(answer)) / 3)
 
 
 def m4c_accuracy(answer: str, answers: list[str]) -> float:
-    """TextVQA's accuracy, always normalized (TextVQAAccuracyEvaluator)."""
+    """TextVQA's and VizWiz's accuracy, always normalized (TextVQAAccuracyEvaluator)."""
     answer, *answers = map(normalize_m4c, (answer, *answers))
-    return agreement(answer, answers)
+    return leave_one_out(answer, answers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VQA by classification (Teney et al. 2017, arXiv 1708.02711): one output for each of the most frequent answers, trained
+# with soft targets and binary cross-entropy, since several answers may be right. This is how VQA models answered before
+# they generated text, and it is still a cheap head on a frozen tower.
+
+HumanAnswers = list[list[str]]  # for each question, the answers of its people
+
+
+def answer_classes(humans: HumanAnswers, k: int = 3129, at_least: int = 1) -> list[str]:
+    """The k normalized answers that are most often the most frequent one of a question; ties in alphabetical order.
+
+    Args: at_least: the number of questions whose most frequent answer it must be.
+    """
+    counts = Counter(Counter(map(normalize_answer, answers)).most_common(1)[0][0] for answers in humans)
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [answer for answer, count in ranked[:k] if count >= at_least]
+
+
+def soft_targets(humans: HumanAnswers, classes: list[str]) -> torch.Tensor:
+    """min(n / 3, 1) for each class, given by n people: (B, K) float32 in [0, 1]."""
+    counts = [Counter(map(normalize_answer, answers)) for answers in humans]
+    return torch.tensor([[min(count[name] / 3, 1) for name in classes] for count in counts])
+
+
+def soft_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of (B, K) logits, summed over classes, averaged over questions. (An average over classes
+    would scale the loss, and the learning rate it needs, with 1 / K.)"""
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(targets)
+
+
+def classifier_accuracy(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """Mean soft accuracy, in per cent, of the class with the largest logit; `soft_accuracy` of its text."""
+    return 100 * targets.gather(1, logits.argmax(dim=1, keepdim=True)).mean().item()
+
+
+def classifier_ceiling(targets: torch.Tensor) -> float:
+    """The accuracy, in per cent, of a classifier that always picks its best class: the rest is lost from the start."""
+    return 100 * targets.max(dim=1).values.mean().item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,47 +144,47 @@ def m4c_accuracy(answer: str, answers: list[str]) -> float:
 
 
 def anls(answer: str, answers: list[str], threshold: float = 0.5) -> float:
-    """Normalized Levenshtein similarity to the nearest of the true answers, 0 below one half (Biten et al. 2019).
+    """Normalized Levenshtein similarity to the nearest true answer, 0 below the threshold (Biten et al. 2019).
 
-    Case and white space do not count. (lmms-eval divides by the length with its white space, see README.)
+    Case and extra white space are ignored. (lmms-eval divides by the length with white space, see README.)
     """
     answer = " ".join(answer.lower().split())
-    return max((similarity(answer, " ".join(truth.lower().split()), threshold) for truth in answers), default=0.0)
+    return max((edit_similarity(answer, " ".join(truth.lower().split()), threshold) for truth in answers), default=0.0)
 
 
-def similarity(one: str, other: str, threshold: float) -> float:
-    """1 - distance / longer length, 0 below the threshold; two empty texts are the same."""
+def edit_similarity(one: str, other: str, threshold: float) -> float:
+    """1 - distance / longer length, 0 below the threshold; 1 for two empty texts."""
     longer = max(len(one), len(other))
     if not longer:
         return 1.0
-    if abs(len(one) - len(other)) / longer > 1 - threshold:  # the least the distance can be: the rest is not worth it
+    if abs(len(one) - len(other)) / longer > 1 - threshold:  # a lower bound of the distance, without computing it
         return 0.0
     value = 1 - levenshtein(one, other) / longer
     return value if value >= threshold else 0.0
 
 
 def levenshtein(one: str, other: str) -> int:
-    """The fewest letters to put in, take out or change."""
+    """The smallest number of letters to insert, delete or replace; one row of the table at a time."""
     row = list(range(len(other) + 1))
     for i, letter in enumerate(one, 1):
         diagonal, row[0] = row[0], i
-        for j, its in enumerate(other, 1):
-            diagonal, row[j] = row[j], min(diagonal + (letter != its), row[j] + 1, row[j - 1] + 1)
+        for j, other_letter in enumerate(other, 1):
+            diagonal, row[j] = row[j], min(diagonal + (letter != other_letter), row[j] + 1, row[j - 1] + 1)
     return row[-1]
 
 
-def relaxed(answer: str, truth: str) -> bool:
-    """ChartQA's relaxed accuracy: a number within 5 %, anything else letter for letter, case aside.
+def relaxed_match(answer: str, truth: str) -> bool:
+    """ChartQA's relaxed accuracy: numbers may differ by 5 %, other answers must be equal, case aside.
 
-    (Masry et al. 2022, section 5.1; Qwen-VL's scorer, lmms-eval's.) "12%" is 0.12. A truth of 0 must be written alike.
+    (Masry et al. 2022, section 5.1; Qwen-VL's scorer, lmms-eval's.) "12%" is 0.12. A truth of 0 must match literally.
     """
-    mine, its = number(answer), number(truth)
-    if mine is not None and its:
-        return abs(mine - its) / abs(its) <= 0.05
+    number, true_number = parse_number(answer), parse_number(truth)
+    if number is not None and true_number:
+        return abs(number - true_number) / abs(true_number) <= 0.05
     return answer.lower() == truth.lower()
 
 
-def number(text: str) -> float | None:
+def parse_number(text: str) -> float | None:
     try:
         return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
@@ -154,38 +196,38 @@ def number(text: str) -> float | None:
 
 
 def yes_no_llava(text: str) -> str:
-    """LLaVA's reading of an answer to POPE (eval_pope.py): "no" if a No, no or not stands alone before the first full
-    stop, or else "yes". So an empty answer is a yes, and so are "NO", "no!" and "no\\n"."""
+    """LLaVA's reading of an answer to POPE (eval_pope.py): "no" if No, no or not is a word before the first full stop,
+    otherwise "yes". So an empty answer is a yes, and so are "NO", "no!" and "no\\n"."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
 def yes_no_whole(text: str) -> str:
-    """lmms-eval's reading: the whole answer is yes or no, case aside, and anything else ("Yes.", "no, it is not") is
-    neither."""
+    """lmms-eval's reading: "yes" or "no" if that is the whole answer, case aside; otherwise ("Yes.") "other"."""
     text = text.lower().strip()
     return text if text in ("yes", "no") else "other"
 
 
 def yes_no_mme(text: str) -> str:
-    """MME's reading (its calculation.py): yes or no somewhere in the first four letters, yes first; or "other"."""
+    """MME's reading (its calculation.py): "yes" or "no" if the first four letters contain it; otherwise "other"."""
     start = text.lower()[:4]
     return next((word for word in ("yes", "no") if word in start), "other")
 
 
 def yes_no_scores(answers: list[str], labels: list[str], lmms: bool = False) -> dict[str, float]:
-    """Accuracy, precision, recall, F1 and the share of yes, all in per cent; "yes" is what is to be found (POPE, Li et
-    al. 2023). Args: answers: "yes", "no" or "other", which is wrong and, where "yes" is true, a miss; labels; lmms: as
-    lmms-eval counts, to which only "no" is a miss, and whose share of yes is that of the labels."""
+    """Accuracy, precision, recall, F1 and ratio of yes in per cent; "yes" is the positive class (POPE, Li et al. 2023).
+
+    Args: answers: "yes", "no" or "other", which is wrong, and a miss if the label is "yes"; lmms: count as lmms-eval,
+    where only "no" is a miss and the ratio of yes is that of the labels.
+    """
     pairs = Counter(zip(answers, labels))
-    hit, false = pairs["yes", "yes"], pairs["yes", "no"]
-    precision = hit / (hit + false) if hit + false else 0.0
-    found = hit + pairs["no", "yes"] if lmms else labels.count("yes")
-    recall = hit / found if found else 0.0
+    hits, false_alarms = pairs["yes", "yes"], pairs["yes", "no"]
+    precision = hits / (hits + false_alarms) if hits + false_alarms else 0.0
+    positives = hits + pairs["no", "yes"] if lmms else labels.count("yes")
+    recall = hits / positives if positives else 0.0
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-    right = hit + pairs["no", "no"]
-    values = {"accuracy": right / len(labels), "precision": precision, "recall": recall, "f1": f1}
-    values["yes ratio"] = (labels.count("yes") if lmms else hit + false) / len(labels)
+    values = {"accuracy": (hits + pairs["no", "no"]) / len(labels), "precision": precision, "recall": recall, "f1": f1}
+    values["yes ratio"] = (labels.count("yes") if lmms else hits + false_alarms) / len(labels)
     return {name: 100 * value for name, value in values.items()}
 
 
@@ -196,8 +238,8 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def science_letter(text: str) -> str:
-    """ScienceQA's reading (LLaVA's eval_science_qa.py): the letter alone, or "B. ..." in front, or one "The answer is
-    B" with any character behind it, since the dot of its pattern is bare; "" if there is none."""
+    """The letter ScienceQA's scorer reads (LLaVA's eval_science_qa.py), "" if none: the letter alone, "B. ..." at the
+    start, or one "The answer is B" followed by any character (the dot of the official pattern is not escaped)."""
     if text in tuple(LETTERS):
         return text
     if len(text) >= 3 and text[0] in LETTERS and text[1:3] == ". ":
@@ -207,10 +249,10 @@ def science_letter(text: str) -> str:
 
 
 def option_letter(text: str, options: dict[str, str]) -> str:
-    """The option that an answer names, "" if none or several: by its letter, standing alone; or else by its own text.
+    """The one option that an answer names, by its letter as a word of its own, else by its text; "" if none or several.
 
-    A rule of our own, for MMBench, whose server has a language model read what is no letter. Two letters are none. "A"
-    alone in an answer of more than three words is an article, and no letter. Args: options: text by letter.
+    Our own rule, for MMBench, whose server asks a language model what an answer means. "A" alone in an answer of more
+    than three words is an article, not a letter. Args: options: text by letter.
     """
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
     named = [letter for letter in options if letter in words]
@@ -223,25 +265,25 @@ def option_letter(text: str, options: dict[str, str]) -> str:
 # medicine
 
 
-def overlap(answer: str, truth: str) -> dict[str, float]:
-    """Word precision, recall and F1, and LLaVA-Med's "exact match", between 0 and 1 (its evaluate_metrics.py).
+def word_overlap(answer: str, truth: str) -> dict[str, float]:
+    """LLaVA-Med's word precision, recall, F1 and "exact match", between 0 and 1 (its evaluate_metrics.py), and "same".
 
-    Words are counted as they stand in the answer where both have them, in the truth where only it has: an answer that
-    says a true word twice raises them. "Exact match" there is the share of the answer's words that are different true
-    words; `same` is what the name says.
+    A word that both have counts as often as the answer has it, so an answer that repeats a true word scores higher.
+    "Exact match" is the number of different common words / the number of words in the answer; "same" is 1 if both
+    have the same words.
     """
-    mine, its = (
-        Counter(normalize_answer(normalize_answer(text.lower())).replace(",", "").split()) for text in (answer, truth)
-    )
-    both, only = sum(mine[word] for word in mine if word in its), sum(its[word] for word in its if word not in mine)
-    precision, recall = (both / sum(mine.values()), both / (both + only)) if both else (0.0, 0.0)
-    f1 = 2 * precision * recall / (precision + recall) if both else 0.0
-    exact = len(mine.keys() & its.keys()) / sum(mine.values()) if mine else 0.0
-    return {"recall": recall, "precision": precision, "f1": f1, "exact match": exact, "same": float(mine == its)}
+    forms = (normalize_answer(normalize_answer(text.lower())) for text in (answer, truth))
+    said, wanted = (Counter(form.replace(",", "").split()) for form in forms)
+    common = sum(said[word] for word in said if word in wanted)
+    missed = sum(wanted[word] for word in wanted if word not in said)
+    precision, recall = (common / sum(said.values()), common / (common + missed)) if common else (0.0, 0.0)
+    f1 = 2 * precision * recall / (precision + recall) if common else 0.0
+    exact = len(said.keys() & wanted.keys()) / sum(said.values()) if said else 0.0
+    return {"recall": recall, "precision": precision, "f1": f1, "exact match": exact, "same": float(said == wanted)}
 
 
 def contains_truth(answer: str, truth: str) -> bool:
-    """Of a closed question: the true answer is somewhere in the given one, once both are normalized (LLaVA-Med)."""
+    """Whether the normalized truth is part of the normalized answer: LLaVA-Med's rule for closed questions."""
     return normalize_answer(truth.lower()) in normalize_answer(answer.lower())
 
 
@@ -251,6 +293,6 @@ def contains_truth(answer: str, truth: str) -> bool:
 METRICS = {
     "exact": exact_match,
     "contains": lambda answer, truth: float(contains_truth(answer, truth)),
-    "relaxed": lambda answer, truth: float(relaxed(answer, truth)),
+    "relaxed": lambda answer, truth: float(relaxed_match(answer, truth)),
     "anls": lambda answer, truth: anls(answer, [truth]),
 }

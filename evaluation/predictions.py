@@ -1,7 +1,7 @@
-"""Questions and the answers to them, as files hold them: nothing is guessed, skipped or counted twice.
+"""Read question files and prediction files strictly: every fault is an error that names file, record and reason.
 
-A predictions file is LLaVA's answers (a line each: "question_id", "text"), a results list as the servers take them
-(VQA, VizWiz, GQA, COCO, DocVQA, SEED), MM-Vet's object of answers by id, or MME's folder of SUBTASK.txt.
+A predictions file is LLaVA's answers (one JSON object a line with "question_id" and "text"), a results list in the form
+of the servers (VQA, VizWiz, GQA, COCO, DocVQA, SEED), MM-Vet's object of answers by id, or MME's folder of SUBTASK.txt.
 """
 
 import json
@@ -13,16 +13,17 @@ from pathlib import Path
 from inputs.files import reject_duplicate_keys
 from inputs.records import DataError
 
-IDS = ("question_id", "questionId", "image_id", "qid", "index", "id", "image")  # the first that a row has is its id
-TEXTS = ("text", "prediction", "caption", "answer")  # and its answer
-LONGEST = 100_000  # characters; a longer answer is a broken file
+# Keys under which a row may hold its id and its answer; the first that is present counts.
+ID_KEYS = ("question_id", "questionId", "image_id", "qid", "index", "id", "image")
+ANSWER_KEYS = ("text", "prediction", "caption", "answer")
+MAX_ANSWER = 100_000  # characters; a longer answer is a broken file
 
 
 @dataclass
 class Item:
-    """One question. truth: what the task's scorer wants, None where the files have none; groups: kind to name, what
-    scores are told apart by; keys: what a predictions file may call it besides its id; data: its picture, in base64;
-    options: what there is to choose from, by letter."""
+    """One question of a benchmark. Args: truth: in the form the task's scorer takes, None if the files have none;
+    groups: kind to name, for scores by group; keys: what a predictions file may call the question besides its id;
+    data: its image in base64; options: answers to choose from, by letter."""
 
     id: int | str
     text: str
@@ -34,146 +35,171 @@ class Item:
     options: dict[str, str] = field(default_factory=dict)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# files
+def load_json(path: Path) -> object:
+    """The content of a JSON file, or the list of values of a jsonl file, recognized by its name or by its first line.
 
-
-def parse(text: str) -> object:
-    """JSON in which no key is given twice. (NaN is let in: no reader takes it for an answer.) Raises ValueError."""
-    try:
-        return json.loads(text, object_pairs_hook=reject_duplicate_keys)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def load(path: Path) -> object:
-    """A JSON file, or the list of what the lines of a jsonl hold. Raises DataError naming file, line and reason."""
+    Raises DataError naming file, line and reason; an object with a key given twice is refused. (NaN is accepted: no
+    reader takes it for an answer.)
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {error}") from None
-    lines = text.split("\n")  # not at U+2028, as splitlines does
-    while len(lines) > 1 and not lines[-1].strip():
-        lines.pop()
-    if path.suffix == ".jsonl" or (len(lines) > 1 and lines[0].rstrip().endswith("}") and lines[0].startswith("{")):
-        rows = []
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(parse(line))
-            except ValueError as error:
-                raise DataError(f"{path}: line {number}: not JSON ({error})") from None
-        return rows
-    try:
-        content = parse(text)
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from None
-    one_row = isinstance(content, dict) and not content.keys().isdisjoint(IDS) and not content.keys().isdisjoint(TEXTS)
-    return [content] if one_row else content
+    lines, values = text.rstrip().split("\n"), []  # not splitlines, which also splits at U+2028
+    is_jsonl = path.suffix == ".jsonl" or (len(lines) > 1 and lines[0][:1] == "{" and lines[0].rstrip()[-1:] == "}")
+    for number, part in enumerate(lines if is_jsonl else [text], 1):
+        try:
+            values.append(json.loads(part, object_pairs_hook=reject_duplicate_keys))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: {f'line {number}: ' if is_jsonl else ''}not JSON ({error})") from None
+    content = values if is_jsonl else values[0]
+    is_row = isinstance(content, dict) and any(key in content for key in ID_KEYS) and bool(answer_key(content))
+    return [content] if is_row else content
 
 
-def entries(path: Path, rows: object) -> Iterator[tuple[str, dict]]:
-    """The objects of a list, each with how messages name it. Raises DataError on anything else."""
+def answer_key(row: dict) -> str | None:
+    return next((key for key in ANSWER_KEYS if key in row), None)
+
+
+class Row(dict):
+    """A JSON object of a file. Args: where: file, entry and id, as messages name it."""
+
+    def __init__(self, values: dict, where: str):
+        super().__init__(values)
+        self.where = where
+
+    def need(self, key: str, *kinds: type):
+        """The value under a key. Raises DataError if it is missing or of none of these kinds (default: str)."""
+        value, kinds = self.get(key), kinds or (str,)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise DataError(f"{self.where}: {key} is {short(value)}, not {names}")
+        return value
+
+    def need_id(self) -> int | str:
+        return self.need(next((name for name in ID_KEYS if name in self), "question_id"), int, str)
+
+
+def rows_of(path: Path, rows: object) -> Iterator[Row]:
+    """The rows of a list. Raises DataError on anything but a list of objects."""
     if not isinstance(rows, list):
         raise DataError(f"{path}: holds a {type(rows).__name__} where a list of objects should be")
     for number, row in enumerate(rows, 1):
+        where = f"{path}: {'line' if path.suffix == '.jsonl' else 'entry'} {number}"
         if not isinstance(row, dict):
-            raise DataError(f"{path}: entry {number}: is a {type(row).__name__}, not an object")
-        key = next((row[name] for name in IDS if isinstance(row.get(name), (int, str))), None)
-        yield f"{path}: entry {number}" + (f" ({shown(key)})" if key is not None else ""), row
+            raise DataError(f"{where}: is a {type(row).__name__}, not an object")
+        key = next((row[name] for name in ID_KEYS if isinstance(row.get(name), (int, str))), None)
+        yield Row(row, where + (f" ({short(key)})" if key is not None else ""))
 
 
-def by_id(path: Path, content: object) -> Iterator[tuple[str, str, dict]]:
-    """Key, how messages name it, and object of every entry of a JSON object. Raises DataError on anything else."""
+def rows_by_id(path: Path, content: object) -> Iterator[tuple[str, Row]]:
+    """(id, row) for each entry of a JSON object. Raises DataError on anything but an object of objects."""
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {type(content).__name__} where an object of questions by id should be")
     for key, row in content.items():
         if not isinstance(row, dict):
-            raise DataError(f"{path}: question {shown(key)}: is a {type(row).__name__}, not an object")
-        yield key, f"{path}: question {shown(key)}", row
+            raise DataError(f"{path}: question {short(key)}: is a {type(row).__name__}, not an object")
+        yield key, Row(row, f"{path}: question {short(key)}")
 
 
-def want(row: dict, key: str, kind, where: str):
-    """The value under a key, which must be of a kind. Raises DataError."""
-    value = row.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        names = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
-        raise DataError(f"{where}: {key} is {shown(value)}, not {names}")
-    return value
-
-
-def listed(content: object, key: str) -> list:
-    """The list under a key of a JSON object, or none."""
+def get_list(content: object, key: str) -> list:
+    """The list under a key of a JSON object; empty if there is none."""
     found = content.get(key) if isinstance(content, dict) else None
     return found if isinstance(found, list) else []
 
 
-def shown(value: object) -> str:
-    """A value for a message: on one line, and short."""
+def short(value: object) -> str:
+    """A value as messages show it: one line of at most 60 ASCII characters."""
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# answers
+def is_llava_list(content: object) -> bool:
+    return isinstance(content, list) and bool(content) and isinstance(content[0], dict) and "text" in content[0]
+
+
+def read_llava_list(path: Path, rows: list[dict]) -> list[Item]:
+    """Items of LLaVA's own list of questions, which holds no true answers."""
+    items = []
+    for row in rows_of(path, rows):
+        groups = {"category": row["category"]} if isinstance(row.get("category"), str) else {}
+        image = row.need("image", str, type(None))
+        items.append(Item(row.need("question_id", int, str), row.need("text"), image, groups=groups))
+    return items
+
+
+def load_files(paths: list[Path]) -> tuple[list[Item], list[tuple[Path, object]]]:
+    """Items of LLaVA's lists among the files, and path and content of every other file."""
+    listed, others = [], []
+    for path in paths:
+        content = load_json(path)
+        if is_llava_list(content) and "label" not in content[0]:  # POPE's label files have texts too
+            listed += read_llava_list(path, content)
+        else:
+            others.append((path, content))
+    return listed, others
+
+
+def bare_question(prompt: str) -> str:
+    """The question in a prompt, without what LLaVA's lists put around it, in lower case."""
+    lines = prompt.split("\n")
+    line = lines[1] if lines[0].startswith("Reference OCR token:") and len(lines) > 1 else lines[0]
+    return line.replace("Please answer yes or no.", "").strip().lower()
 
 
 def read_predictions(path: Path, items: list[Item]) -> list[str | None]:
-    """The answer to each item, None where there is none. Raises DataError naming file, id and reason.
+    """The answer to each item, None where the file has none (scorers count that as wrong).
 
-    An id that comes twice, one that no question has, an answer that is not text: each is an error. A missing answer is
-    none: whoever scores counts it as wrong, and says how many there are.
+    Raises DataError naming file, id and reason: for an id given twice or unknown, for an answer that is not text.
     """
-    places = defaultdict(list)
-    for place, item in enumerate(items):
+    positions = defaultdict(list)
+    for position, item in enumerate(items):
         for key in (str(item.id), *item.keys):
-            places[key].append(place)
+            positions[key].append(position)
     answers = [None] * len(items)
-    for where, candidates, text in folder_answers(path) if path.is_dir() else file_answers(path):
-        named = next((places[key] for key in candidates if key in places), None)
-        if named is None:
+    for where, keys, text in answers_in_folder(path) if path.is_dir() else answers_in_file(path):
+        candidates = next((positions[key] for key in keys if key in positions), None)
+        if candidates is None:
             raise DataError(f"{where}: no question has this id")
-        place = next((place for place in named if answers[place] is None), None)
-        if place is None:
-            raise DataError(f"{where}: a second answer to question {shown(items[named[0]].id)}")
-        if len(text) > LONGEST:
-            raise DataError(f"{where}: an answer of {len(text):,} characters, more than {LONGEST:,}")
-        answers[place] = text
+        position = next((position for position in candidates if answers[position] is None), None)
+        if position is None:
+            raise DataError(f"{where}: a second answer to question {short(items[candidates[0]].id)}")
+        if len(text) > MAX_ANSWER:
+            raise DataError(f"{where}: an answer of {len(text):,} characters, more than {MAX_ANSWER:,}")
+        answers[position] = text
     return answers
 
 
-def file_answers(path: Path) -> Iterator[tuple[str, list[str], str]]:
-    """Of every row: how messages name it, what the question may be called, the answer."""
-    content = load(path)
+def answers_in_file(path: Path) -> Iterator[tuple[str, list[str], str]]:
+    """(how messages name it, keys the question may have, answer) for each row of a predictions file."""
+    content = load_json(path)
     if isinstance(content, dict):
         for key, text in content.items():
             if not isinstance(text, str):
-                raise DataError(f"{path}: id {shown(key)}: the answer is {shown(text)}, not text")
-            yield f"{path}: id {shown(key)}", [key], text
+                raise DataError(f"{path}: id {short(key)}: the answer is {short(text)}, not text")
+            yield f"{path}: id {short(key)}", [key], text
         return
-    for where, row in entries(path, content):
-        name = next((name for name in IDS if name in row), None)
-        if name is None:
-            raise DataError(f"{where}: has no id ({', '.join(IDS)})")
-        key = str(want(row, name, (int, str), where))
-        kind = next((kind for kind in TEXTS if kind in row), None)
-        if kind is None:
-            raise DataError(f"{where}: has no answer ({', '.join(TEXTS)})")
-        # LLaVA's lists number some questions by their pictures, others anew in every category
-        asked = [f"{key}\n{question_of(row['prompt'])}"] if isinstance(row.get("prompt"), str) else []
-        asked += [f"{row['category']}/{key}"] if isinstance(row.get("category"), str) else []
-        yield where, [*asked, key], want(row, kind, str, where)
+    for row in rows_of(path, content):
+        if not any(key in row for key in ID_KEYS):
+            raise DataError(f"{row.where}: has no id ({', '.join(ID_KEYS)})")
+        if not answer_key(row):
+            raise DataError(f"{row.where}: has no answer ({', '.join(ANSWER_KEYS)})")
+        key = str(row.need_id())
+        # LLaVA's lists give some questions the id of their image, or number them anew in every category.
+        keys = [f"{key}\n{bare_question(row['prompt'])}"] if isinstance(row.get("prompt"), str) else []
+        keys += [f"{row['category']}/{key}"] if isinstance(row.get("category"), str) else []
+        yield row.where, [*keys, key], row.need(answer_key(row))
 
 
-def folder_answers(folder: Path) -> Iterator[tuple[str, list[str], str]]:
-    """MME's results: SUBTASK.txt with the lines "picture, question, truth, answer", cut at tabs."""
+def answers_in_folder(folder: Path) -> Iterator[tuple[str, list[str], str]]:
+    """The same of MME's results: SUBTASK.txt with tab-separated lines of image, question, truth, answer."""
     for path in sorted(folder.glob("*.txt")):
-        for number, (picture, question, _, text) in enumerate(tabbed(path, 4), 1):
-            yield f"{path}: line {number} ({shown(picture)})", [f"{path.stem}/{picture}\n{question_of(question)}"], text
+        for number, (image, question, _, text) in enumerate(split_tabs(path, 4), 1):
+            yield f"{path}: line {number} ({short(image)})", [f"{path.stem}/{image}\n{bare_question(question)}"], text
 
 
-def tabbed(path: Path, columns: int) -> list[list[str]]:
-    """The first so many columns of each line, cut at tabs. Raises DataError naming a line with fewer."""
+def split_tabs(path: Path, columns: int) -> list[list[str]]:
+    """The lines of a file split at tabs into so many columns. Raises DataError naming a line that has fewer."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -183,25 +209,3 @@ def tabbed(path: Path, columns: int) -> list[list[str]]:
         if len(row) < columns:
             raise DataError(f"{path}: line {number}: {len(row)} columns, needs {columns}")
     return rows
-
-
-def question_of(prompt: str) -> str:
-    """The question in a prompt, without what LLaVA's lists put around it, in lower case."""
-    lines = prompt.split("\n")
-    line = lines[1] if lines[0].startswith("Reference OCR token:") and len(lines) > 1 else lines[0]
-    return line.replace("Please answer yes or no.", "").strip().lower()
-
-
-def llava_items(path: Path, rows: list[dict]) -> list[Item]:
-    """LLaVA's list of questions, which holds no truth (but may hold an answer and a category, as ours does)."""
-    items = []
-    for where, row in entries(path, rows):
-        groups = {"category": row["category"]} if isinstance(row.get("category"), str) else {}
-        image = want(row, "image", (str, type(None)), where)
-        key, text = want(row, "question_id", (int, str), where), want(row, "text", str, where)
-        items.append(Item(key, text, image, groups=groups))
-    return items
-
-
-def is_llava(content: object) -> bool:
-    return isinstance(content, list) and bool(content) and isinstance(content[0], dict) and "text" in content[0]

@@ -1,15 +1,16 @@
-"""The words of a caption, cut as Stanford's PTBTokenizer 3.4.1 cuts them for the COCO caption metrics.
+"""Tokenize captions as Stanford's PTBTokenizer 3.4.1 does for the COCO caption metrics.
 
-That program is a longest-match lexer (its PTBLexer.flex, 2014): of all rules the one that reaches furthest wins, the
-first of equals, and what a rule wants to see behind its token counts as reached. RULES are the ones a caption can
-meet, written anew; `python tests/tools/eval_faults.py --only ptb` counts on how many captions the two agree.
+That program is a longest-match lexer (its PTBLexer.flex, 2014): at each position the rule with the longest match wins,
+and the first of equally long ones. The context that a rule requires behind its token counts as matched. RULES are the
+rules that captions can meet, written anew; `python tests/tools/eval_faults.py --only ptb` counts on how many captions
+both tokenizers agree.
 """
 
 import re
 import unicodedata
 
-# What coco-caption's ptbtokenizer.py throws away. It lists -LRB- and its like as well, but in capitals, and sees only
-# lower case: "-lrb-" stays, as a word of the caption.
+# Tokens that coco-caption's ptbtokenizer.py drops. Its list also has -LRB- and the like, but in capitals, while tokens
+# are in lower case by then: "-lrb-" stays a word of the caption.
 DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 
@@ -17,13 +18,14 @@ SPACE = r"[ \t\u00a0\u2000-\u200a\u3000]"
 LETTER, ALNUM = r"(?:[^\W\d_]|[\u00ad\u0300-\u036f])", r"[^\W_]"
 WORD = rf"{LETTER}(?:{LETTER}|\d)*(?:[.!?]{LETTER}(?:{LETTER}|\d)*)*"
 APOSTROPHE = r"(?:['\x92\u2019]|&apos;)"
-MARK = rf"(?:{APOSTROPHE}|[`\x91\u2018\u201b])"  # what stands for an apostrophe, rightly or wrongly
-TAIL = rf"{APOSTROPHE}(?:[msdMSD]|(?i:re|ve|ll))"  # the 's of dog's
+MARK = rf"(?:{APOSTROPHE}|[`\x91\u2018\u201b])"  # an apostrophe, or a quote used as one
+CLITIC = rf"{APOSTROPHE}(?:[msdMSD]|(?i:re|ve|ll))"  # the 's of dog's
 NOT = rf"[nN]{MARK}[tT]"
 NUM = r"(?:\d+(?:[.:,\u00ad]\d+)+|\d*(?:[.,]\d+)+|\d+)"
 PART = rf"(?:[dDoOlL]{MARK}{ALNUM})?{ALNUM}+"
-POINTED = r"(?:\d+(?:[.:,\u00ad]\d+)+|(?:[.,]\d+)+)"  # no PART: were there two ways to read "1-1-1", 2^n would be tried
-THING = rf"(?:{PART}|[-+]{NUM}|{POINTED})(?:[-_\u058a\u2010\u2011](?:{PART}|{POINTED}))*"
+# Never matches a PART: with two ways to match each piece of "1-1-1", backtracking would try 2^n of them.
+POINTED = r"(?:\d+(?:[.:,\u00ad]\d+)+|(?:[.,]\d+)+)"
+COMPOUND = rf"(?:{PART}|[-+]{NUM}|{POINTED})(?:[-_\u058a\u2010\u2011](?:{PART}|{POINTED}))*"
 SLASHED = rf"{ALNUM}+(?:-[A-Za-z]+){{0,2}}(?:\\?/{ALNUM}+(?:-[A-Za-z]+){{0,2}}){{1,2}}"
 HYPHENED = r"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:[A-Za-z0-9\u00ad]+(?:\.\d+)?|[A-Za-z](?:\.[A-Za-z])+\.))+"
 ACRONYM = r"[A-Za-z](?:\.[A-Za-z])*"
@@ -36,12 +38,12 @@ ODD += r"|(?i:cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l)"
 
 
 def caseless(words: str) -> str:
-    """Alternatives in any case, but for a first letter in brackets: "Mass." is a state, "mass." ends a sentence."""
+    """The alternatives in any case, except a first letter in brackets: "Mass." is a state, "mass." ends a sentence."""
     parts = words.replace("\n", "").split("|")
     return "|".join(f"{w[1]}(?i:{w[3:]})" if re.match(r"\[[A-Z]\]", w) else f"(?i:{w})" for w in parts)
 
 
-# Abbreviations keep their full stop. Those of the first list also end sentences.
+# Abbreviations keep their full stop. Those in SHORT can also end a sentence.
 SHORT = caseless(r"""
 Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Sept|Oct|Nov|Dec|Mon|Tue|Tues|Wed|Thu|Thurs|Fri|Ala|Ariz|[A]z|[A]rk|Calif|Colo|Conn|Ct|
 Dak|[D]el|Fla|Ga|[I]ll|Ind|Kans?|Ky|[L]a|[M]ass|Md|Mich|Minn|[M]iss|Mo|Mont|Neb|Nev|Okla|[O]re|[P]a|Penn|Tenn|[T]ex|Va|
@@ -51,31 +53,32 @@ TITLE = caseless(r"""
 Mr|Mrs|Ms|[M]iss|Drs?|Profs?|Sens?|Reps?|Attys?|Lt|Col|Gen|Messrs|Govs?|Adm|Rev|Maj|Sgt|Cpl|Pvt|Capt|Ste?|Ave|Pres|
 Lieut|Hon|Brig|Co?mdr|Pfc|Spc|Supts?|Det|Mt|Ft|Adj|Adv|Asst|Assoc|Ens|Insp|Mlle|Mme|Msgr|Sfc|vs|Alex|Wm|Jos|Cie|a\.k\.a|
 cf|TREAS|Ph|Invt|Elec|Natl|M[ft]g|Dept|Blvd|Rd""")
-NUMBERED = "(?i:ca|figs?|prop|nos?|sect?s?|arts?|bldg|pp|op)"  # abbreviations before a number only
+NUMBERED = "(?i:ca|figs?|prop|nos?|sect?s?|arts?|bldg|pp|op)"  # abbreviations only if a number follows
 STOP = r"[,;:\u3001]"
 STARTS = "About|According|Additionally|After|An?|As|At|But|Earlier|Her?|Here|However|If|In|It|Last|Many|More|M[rs]\\."
 STARTS += "|Now|Once|One|Other|Our|She|Since|So|Some|Such|That|The|Their|Then|There|These|They|This|We|When|While|What"
 STARTS += "|Yet|You"
 
 
-def straight(token: str) -> str:
+def straighten_quotes(token: str) -> str:
     return re.sub(MARK, "'", token)
 
 
-def bracketed(token: str) -> str:
+def escape_brackets(token: str) -> str:
     return token.replace("(", "-lrb-").replace(")", "-rrb-")
 
 
-# (token, what must stand behind it, what becomes of it: itself, two pieces, another text), in the order they have there
+# (token pattern, pattern required behind it, result), in the order of PTBLexer.flex. Result: None keeps the token, a
+# string or function replaces it, a number splits off so many letters as a second token.
 RULES = [
-    (rf"(?i:cannot|{APOSTROPHE}twas)", "", 3),  # how many letters of it are the second word
+    (rf"(?i:cannot|{APOSTROPHE}twas)", "", 3),
     (r"[cC]\+\+|[cCfF]#", "", None),
     (r"</?[A-Za-z!?][^>\n]*>", "", None),
     (r"(?i:gonna|gotta|lemme|gimme|wanna)|(?:'|\u2019)(?i:tis)", "", 2),
     (r"&(?:MD|mdash|ndash);|[\x96\x97\u2013-\u2015]", "", "--"),
     (r"&amp;", "", "&"),
     (r"[\u00bc-\u00be\u2153-\u215e]", "", lambda token: unicodedata.normalize("NFKC", token).replace("\u2044", "/")),
-    (WORD, TAIL, None),
+    (WORD, CLITIC, None),
     (r"[A-Za-z\u00ad]*[A-MO-Za-mo-z]\u00ad*", NOT, None),
     (WORD, "", None),
     (ODD, "", None),
@@ -83,8 +86,8 @@ RULES = [
     (URL, "", None),
     (r"[a-zA-Z0-9][^\s\"<>|()\u00a0{}]*@(?:[^\s\"<>|(){}.\u00a0]+\.)*[^\s\"<>|(){}.\u00a0]+", "", None),
     (r"@[A-Za-z_]\w*|#[^\W\d_]\w*[^\W_]", "", None),
-    (TAIL, "[^A-Za-z]", straight),
-    (NOT, "[^A-Za-z]", straight),
+    (CLITIC, "[^A-Za-z]", straighten_quotes),
+    (NOT, "[^A-Za-z]", straighten_quotes),
     (r"\d{1,2}[-/]\d{1,2}[-/]\d{2,4}", "", None),
     (rf"[-+]?{NUM}", "", None),
     (r"(?:\d{1,4}[- ])?\d{1,4}(?:\\?/|\u2044)\d{1,4}", "", None),
@@ -102,61 +105,61 @@ RULES = [
     (
         r"(?:\(\d{2,3}\)[ \u00a0]?|(?:\+\+?)?(?:\d{2,4}[- \u00a0])?\d{2,4}[- \u00a0])\d{3,4}[- \u00a0]?\d{3,5}",
         "",
-        bracketed,
+        escape_brackets,
     ),
     (r'"|&quot;|\'\'', "", "''"),
     (r"<<|>>", "", None),
     (r"&lt;|<", "", "<"),
     (r"&gt;|>", "", ">"),
-    (r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", r"[^A-Za-z0-9]", bracketed),
+    (r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", r"[^A-Za-z0-9]", escape_brackets),
     (r"[()\[\]{}]", "", BRACKETS.get),
     (r"-{3,4}", "", "--"),
     (r"-+", "", None),
     (r"\.(?:\.\.+|[ \u00a0](?:\.[ \u00a0])+\.)|[\x85\u2026]", "", "..."),
     (r"@+|#+|_+|\*+|[,;:\u3001]|[?!]+|[.\u00a1\u00bf]|=|/", "", None),
-    (rf"(?:{HYPHENED}|{THING})\.", STOP, None),
+    (rf"(?:{HYPHENED}|{COMPOUND})\.", STOP, None),
     (HYPHENED, "", None),
-    (THING, "", None),
+    (COMPOUND, "", None),
     (r"[A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+", "", None),
     (rf"{APOSTROPHE}|[`\u2018-\u201f\x91-\x94\u2039\u203a\u00ab\u00bb]{{1,2}}", "", "'"),
-    (TAIL, "", straight),
-    (NOT, "", straight),
+    (CLITIC, "", straighten_quotes),
+    (NOT, "", straighten_quotes),
     (r"[+%&~^|\\\u00a2-\u00a9\u00ac\u00ae-\u00ba\u00d7\u00f7\u2020-\u2044\u20a0-\u20bf\u2100-\u2bff]", "", None),
 ]
-LEXER = [(re.compile(f"({token})(?:{behind})"), becomes) for token, behind, becomes in RULES]
+LEXER = [(re.compile(f"({token})(?:{context})"), result) for token, context, result in RULES]
 
-# Most captions are words and spaces, perhaps with a full stop, and then all of this comes to `split`.
-PLAIN = re.compile(r"[A-Za-z]+(?: +[A-Za-z]+)* *[.]? *")
-KNOWN = re.compile(rf"(?:{SHORT}|{TITLE}|[A-Za-z])")
-JOINED = re.compile(r"\b(?:cannot|gonna|gotta|lemme|gimme|wanna)\b", re.IGNORECASE)
+# A shortcut for speed: most captions are words and spaces, perhaps with a full stop, for which `split` is enough.
+PLAIN_CAPTION = re.compile(r"[A-Za-z]+(?: +[A-Za-z]+)* *[.]? *")
+ABBREVIATION = re.compile(rf"(?:{SHORT}|{TITLE}|[A-Za-z])")
+CONTRACTED = re.compile(r"\b(?:cannot|gonna|gotta|lemme|gimme|wanna)\b", re.IGNORECASE)
 
 
 def ptb_words(caption: str) -> list[str]:
     """The words of a caption in lower case, without punctuation."""
-    if PLAIN.fullmatch(caption) and not JOINED.search(caption):
+    if PLAIN_CAPTION.fullmatch(caption) and not CONTRACTED.search(caption):
         words = caption.split()
         if words[-1][-1] != ".":
             return caption.lower().split()
         last = words[-1][:-1]
-        if last and not KNOWN.fullmatch(last):
+        if last and not ABBREVIATION.fullmatch(last):
             return [*map(str.lower, words[:-1]), last.lower()]
     return [token for token in map(str.lower, tokens(" ".join(caption.split()) + "\n")) if token not in DROPPED]
 
 
 def tokens(line: str):
-    """Every token of a line, which ends in a line break: rules look behind their tokens."""
-    at = 0
-    while at < len(line):
-        matches = [(match, becomes) for rule, becomes in LEXER if (match := rule.match(line, at))]
+    """Yield the tokens of a line. It must end in a line break, for rules that require white space behind a token."""
+    position = 0
+    while position < len(line):
+        matches = [(match, result) for rule, result in LEXER if (match := rule.match(line, position))]
         if not matches:
-            at += 1  # a space, or a character that no rule knows
+            position += 1  # skip a space, or a character without a rule
             continue
-        match, becomes = max(matches, key=lambda pair: pair[0].end())  # the first of equals
-        token, at = match[1], match.end(1)
-        if isinstance(becomes, int):
-            yield token[:-becomes]
-            yield token[-becomes:]
-        elif callable(becomes):
-            yield from (becomes(token) or "$").split()
+        match, result = max(matches, key=lambda pair: pair[0].end())  # max returns the first of equals
+        token, position = match[1], match.end(1)
+        if isinstance(result, int):
+            yield token[:-result]
+            yield token[-result:]
+        elif callable(result):
+            yield from (result(token) or "$").split()
         else:
-            yield from (token.replace("\u00ad", "") if becomes is None else becomes).split()
+            yield from (token.replace("\u00ad", "") if result is None else result).split()

@@ -1,58 +1,43 @@
-"""From questions and answers to a benchmark's figures, named as its official scorer names them.
+"""The scores of each benchmark, computed from items and answers and named as the official scorer names them.
 
-Every function takes the items and, for each, the answer, None where a file has none: that one counts as wrong, whatever
-the scorer would make of an empty answer. Figures are in per cent; those of captions and ANLS are as they are quoted.
+Every function takes the items and, for each item, its answer or None. A missing answer counts as wrong, whatever the
+official scorer would do with an empty one. Scores are in per cent, except those of captions and ANLS.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
 
+from evaluation import metrics
 from evaluation.captions import caption_scores
-from evaluation.metrics import (
-    agreement,
-    anls,
-    contains_truth,
-    m4c_accuracy,
-    normalize_answer,
-    normalize_m4c,
-    option_letter,
-    overlap,
-    relaxed,
-    science_letter,
-    soft_accuracy,
-    vqa_accuracy,
-    yes_no_llava,
-    yes_no_mme,
-    yes_no_scores,
-    yes_no_whole,
-)
+from evaluation.predictions import Item
 from inputs.records import DataError
+
+Answers = list[str | None]
 
 
 def mean(values: list[float]) -> float:
+    """The mean in per cent."""
     return 100 * sum(values) / len(values)
 
 
-def each(measure: Callable[[str, object], float], items: list, answers: list[str | None]) -> list[float]:
-    """What a measure of (answer, truth) gives each answer, 0 where there is none."""
-    need_truth(items)
-    return [0.0 if answer is None else float(measure(answer, item.truth)) for item, answer in zip(items, answers)]
+def score_each(metric: Callable[[str, object], float], items: list[Item], answers: Answers) -> list[float]:
+    """metric(answer, truth) for every item, 0 for a missing answer. Raises DataError if a truth is missing."""
+    require_truth(items)
+    return [0.0 if answer is None else float(metric(answer, item.truth)) for item, answer in zip(items, answers)]
 
 
-def need_truth(items: list):
-    """Raise DataError if the files lack an answer to compare with."""
+def require_truth(items: list[Item]):
     for item in items:
         if item.truth is None:
             raise DataError(f"question {item.id}: no answer to compare with in the files; see --submission")
 
 
-def by_group(items: list, values: list[float], kinds: tuple[str, ...] = ()) -> dict[str, float]:
-    """Means by every kind of group (or these), as "KIND NAME"."""
+def mean_by_group(items: list[Item], values: list[float]) -> dict[str, float]:
+    """Means of the values by each kind of group, under "KIND NAME"."""
     groups = defaultdict(list)
     for item, value in zip(items, values):
         for kind, name in item.groups.items():
-            if not kinds or kind in kinds:
-                groups[f"{kind} {name}"].append(value)
+            groups[f"{kind} {name}"].append(value)
     return {name: mean(groups[name]) for name in sorted(groups)}
 
 
@@ -72,128 +57,123 @@ def accuracy_by_category(rows: list[dict]) -> dict[str, float]:
 # VQA
 
 
-def vqa(items: list, answers: list[str | None]) -> dict[str, float]:
-    """VQAv2's official accuracy, over all and by answer and question type; and min(n / 3, 1) beside it."""
-    values = each(vqa_accuracy, items, answers)
-    soft = mean(each(soft_accuracy, items, answers))
-    return {"overall": mean(values), "min(n/3, 1)": soft} | by_group(items, values)
+def vqa(items: list[Item], answers: Answers) -> dict[str, float]:
+    """VQAv2's official accuracy, overall and by answer and question type, and the mean of min(n / 3, 1)."""
+    values = score_each(metrics.vqa_accuracy, items, answers)
+    soft = mean(score_each(metrics.soft_accuracy, items, answers))
+    return {"overall": mean(values), "min(n/3, 1)": soft} | mean_by_group(items, values)
 
 
-def textvqa(items: list, answers: list[str | None]) -> dict[str, float]:
-    """TextVQA's accuracy; it asks for ten true answers to each question, as its scorer does."""
+def textvqa(items: list[Item], answers: Answers) -> dict[str, float]:
+    """TextVQA's accuracy. As its scorer, it requires ten true answers to each question."""
     for item in items:
         if item.truth is not None and len(item.truth) != 10:
             raise DataError(f"question {item.id}: {len(item.truth)} true answers, TextVQA has 10")
-    return {"accuracy": mean(each(m4c_accuracy, items, answers))}
+    return {"accuracy": mean(score_each(metrics.m4c_accuracy, items, answers))}
 
 
-def vizwiz(items: list, answers: list[str | None]) -> dict[str, float]:
-    """VizWiz's accuracy, with the same form of answers as its submission, by answer type too."""
-    values = each(lambda answer, truth: agreement(normalize_m4c(answer), [*map(normalize_m4c, truth)]), items, answers)
-    return {"accuracy": mean(values)} | by_group(items, values)
+def vizwiz(items: list[Item], answers: Answers) -> dict[str, float]:
+    """VizWiz's accuracy, overall and by answer type; answers are normalized as for its server."""
+    values = score_each(metrics.m4c_accuracy, items, answers)
+    return {"accuracy": mean(values)} | mean_by_group(items, values)
 
 
 COMMON = ("color", "material", "shape")
 
 
 def gqa_form(answer: str) -> str:
-    """As LLaVA hands answers to GQA's scorer (convert_gqa_for_eval.py)."""
+    """The answer as LLaVA passes it to GQA's scorer (convert_gqa_for_eval.py)."""
     return answer.rstrip(".").lower()
 
 
-def gqa(items: list, answers: list[str | None]) -> dict[str, float]:
-    """GQA's accuracy and what else its eval.py prints, as far as the files have what it needs (no attention maps, so no
-    grounding). Only balanced questions count, except where others are entailed by one that was answered rightly."""
-    every = each(lambda answer, truth: gqa_form(answer) == truth["answer"], items, answers)
-    right = dict(zip((str(item.id) for item in items), every))
+def gqa(items: list[Item], answers: Answers) -> dict[str, float]:
+    """The scores of GQA's eval.py for which the files have the data (there are no attention maps, so no grounding).
+
+    Only balanced questions count, except in consistency: there, all that a correctly answered question entails.
+    """
+    values = score_each(lambda answer, truth: gqa_form(answer) == truth["answer"], items, answers)
+    right = dict(zip((str(item.id) for item in items), values))
     said = {str(item.id): gqa_form(answer) if answer is not None else None for item, answer in zip(items, answers)}
     rows = [(str(item.id), item.truth) for item in items if item.truth.get("isBalanced", True)]
     if not rows:
-        raise DataError("no question is balanced: GQA's scores are over those")
-    result = {"accuracy": mean([right[key] for key, _ in rows])}
-    kinds, chains = defaultdict(list), []
+        raise DataError("no question is balanced: GQA scores balanced questions only")
+    groups, consistency = defaultdict(list), []
     for key, truth in rows:
         types = truth.get("types", {})
         if "structural" in types:
-            kinds["open" if types["structural"] == "query" else "binary"].append(right[key])
+            groups["open" if types["structural"] == "query" else "binary"].append(right[key])
         for kind in ("structural", "semantic"):
             if kind in types:
-                kinds[f"{kind} {types[kind]}"].append(right[key])
+                groups[f"{kind} {types[kind]}"].append(right[key])
         for kind, name in (("valid", "validity"), ("plausible", "plausibility")):
-            if kind in truth:
-                common = "Common" in types.get("detailed", "")  # what two things share, of which choices know nothing
-                kinds[name].append(said[key] in (COMMON if common else truth[kind]))
-        followed = [right[other] for other in truth.get("entailed", []) if other != key and other in right]
-        if right[key] and followed:
-            chains.append(sum(followed) / len(followed))
-    result |= {name: mean(kinds[name]) for name in sorted(kinds)}
-    result |= {"consistency": mean(chains)} if chains else {}
-    return result | distribution(rows, said)
+            if kind in truth:  # the choices do not cover questions about what two objects have in common
+                common = "Common" in types.get("detailed", "")
+                groups[name].append(said[key] in (COMMON if common else truth[kind]))
+        entailed = [right[other] for other in truth.get("entailed", []) if other != key and other in right]
+        if right[key] and entailed:
+            consistency.append(sum(entailed) / len(entailed))
+    result = {"accuracy": mean([right[key] for key, _ in rows])}
+    result |= {name: mean(groups[name]) for name in sorted(groups)}
+    result |= {"consistency": mean(consistency)} if consistency else {}
+    return result | gqa_distribution(rows, said)
 
 
-def distribution(rows: list[tuple[str, dict]], said: dict[str, str | None]) -> dict[str, float]:
-    """Chi-square of what was answered against what is true, within each group of like questions, the mean over groups
-    by their size, / 100; lower is better. Nothing if questions have no groups."""
-    gold, mine = defaultdict(Counter), defaultdict(Counter)
+def gqa_distribution(rows: list[tuple[str, dict]], said: dict[str, str | None]) -> dict[str, float]:
+    """Chi-square of the given answers against the true ones within each question group, averaged over groups weighted
+    by size, / 100. Empty if questions have no groups."""
+    wanted, given = defaultdict(Counter), defaultdict(Counter)
     for key, truth in rows:
         group = (truth.get("groups") or {}).get("global")
         if group is not None:
-            gold[group][truth["answer"]] += 1
-            mine[group][said[key]] += 1
-    total = sum(sum(counts.values()) for counts in gold.values())
-    if not total:
-        return {}
-    parts = (
-        sum((mine[group][answer] - count) ** 2 / count for answer, count in counts.items()) * sum(counts.values())
-        for group, counts in gold.items()
-    )
-    return {"distribution (lower is better)": sum(parts) / total / 100}
+            wanted[group][truth["answer"]] += 1
+            given[group][said[key]] += 1
+    total, weighted = sum(counts.total() for counts in wanted.values()), 0.0
+    for group, counts in wanted.items():
+        chi_square = sum((given[group][answer] - count) ** 2 / count for answer, count in counts.items())
+        weighted += chi_square * counts.total()
+    return {"distribution (lower is better)": weighted / total / 100} if total else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # yes or no
 
 
-def pope(items: list, answers: list[str | None]) -> dict[str, float]:
-    """POPE by split, read by LLaVA's rule and by lmms-eval's, and the mean of LLaVA's F1, which papers quote.
+def pope(items: list[Item], answers: Answers) -> dict[str, float]:
+    """POPE's scores by split, by LLaVA's and by lmms-eval's rule, and the mean F1 of LLaVA's, which papers quote.
 
-    A missing answer is the wrong one of the two. (To LLaVA's rule, nothing would be a yes.)
+    A missing answer counts as the wrong one of yes and no. (LLaVA's rule would take it for a yes.)
     """
-    need_truth(items)
-    result, headline = {}, []
-    splits = dict.fromkeys(item.groups["split"] for item in items)
-    for split in splits:
-        rows = [(a, item.truth) for item, a in zip(items, answers) if item.groups["split"] == split]
+    require_truth(items)
+    result, f1 = {}, []
+    for split in dict.fromkeys(item.groups["split"] for item in items):
+        rows = [(answer, item.truth) for item, answer in zip(items, answers) if item.groups["split"] == split]
         labels = [label for _, label in rows]
-        for rule, read, lmms in (("", yes_no_llava, False), (" (lmms-eval)", yes_no_whole, True)):
-            said = [opposite(label) if answer is None else read(answer) for answer, label in rows]
-            result |= {f"{split} {name}{rule}": value for name, value in yes_no_scores(said, labels, lmms).items()}
-        headline.append(result[f"{split} f1"])
-    return {"mean f1": sum(headline) / len(headline)} | result
-
-
-def opposite(label: str) -> str:
-    return "no" if label == "yes" else "yes"
+        for suffix, read, lmms in (("", metrics.yes_no_llava, False), (" (lmms-eval)", metrics.yes_no_whole, True)):
+            said = [{"yes": "no", "no": "yes"}[label] if answer is None else read(answer) for answer, label in rows]
+            values = metrics.yes_no_scores(said, labels, lmms)
+            result |= {f"{split} {name}{suffix}": value for name, value in values.items()}
+        f1.append(result[f"{split} f1"])
+    return {"mean f1": sum(f1) / len(f1)} | result
 
 
 PERCEPTION = ["existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"]
 COGNITION = ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"]
 
 
-def mme(items: list, answers: list[str | None]) -> dict[str, float]:
-    """MME's score of each subtask, accuracy + accuracy+ (both of a picture right), up to 200; and the sums."""
-    right = each(lambda answer, truth: yes_no_mme(answer) == truth, items, answers)
-    tasks = defaultdict(lambda: defaultdict(list))
+def mme(items: list[Item], answers: Answers) -> dict[str, float]:
+    """MME's score of each subtask, up to 200: accuracy + accuracy+ (images with both answers right); and the sums."""
+    right = score_each(lambda answer, truth: metrics.yes_no_mme(answer) == truth, items, answers)
+    subtasks = defaultdict(lambda: defaultdict(list))
     for item, value in zip(items, right):
-        tasks[item.groups["subtask"]][item.groups["picture"]].append(value)
+        subtasks[item.groups["subtask"]][item.groups["image"]].append(value)
     result = {}
-    for name, pictures in tasks.items():
-        for picture, values in pictures.items():
+    for name, images in subtasks.items():
+        for image, values in images.items():
             if len(values) != 2:
-                raise DataError(f"{name}/{picture}: {len(values)} questions, MME asks two of each picture")
-        every = [value for values in pictures.values() for value in values]
-        result[name] = mean(every) + mean([all(values) for values in pictures.values()])
-        result |= {f"{name} accuracy": mean(every), f"{name} accuracy+": mean([all(v) for v in pictures.values()])}
+                raise DataError(f"{name}/{image}: {len(values)} questions, MME asks two about each image")
+        accuracy = mean([value for values in images.values() for value in values])
+        both = mean([all(values) for values in images.values()])
+        result |= {name: accuracy + both, f"{name} accuracy": accuracy, f"{name} accuracy+": both}
     sums = {"perception": PERCEPTION, "cognition": COGNITION}
     return {kind: sum(result.get(name, 0) for name in names) for kind, names in sums.items()} | result
 
@@ -202,81 +182,80 @@ def mme(items: list, answers: list[str | None]) -> dict[str, float]:
 # options
 
 
-def scienceqa(items: list, answers: list[str | None]) -> dict[str, float]:
-    """ScienceQA's accuracy, over all and over those with a picture (SQA-I of LLaVA's tables)."""
-    values = each(lambda answer, truth: science_letter(answer) == truth, items, answers)
-    return {"accuracy": mean(values)} | by_group(items, values)
+def scienceqa(items: list[Item], answers: Answers) -> dict[str, float]:
+    """ScienceQA's accuracy, overall and for questions with an image (SQA-I in LLaVA's tables) and without."""
+    values = score_each(lambda answer, truth: metrics.science_letter(answer) == truth, items, answers)
+    return {"accuracy": mean(values)} | mean_by_group(items, values)
 
 
-def mmbench(items: list, answers: list[str | None]) -> dict[str, float]:
-    """MMBench: vanilla (each question once) and circular (right only with its options in every order)."""
-    values = each(lambda answer, truth: option_letter(answer, truth[1]) == truth[0], items, answers)
-    groups = defaultdict(list)
+ROTATION = 1_000_000  # question i with rotated options has the index i + n * ROTATION
+
+
+def mmbench(items: list[Item], answers: Answers) -> dict[str, float]:
+    """MMBench's accuracy: vanilla (each question once) and circular (right only in every order of the options)."""
+    values = score_each(lambda answer, truth: metrics.option_letter(answer, truth[1]) == truth[0], items, answers)
+    rotations = defaultdict(list)
     for item, value in zip(items, values):
-        groups[int(item.id) % 1_000_000].append(value)
-    first = [(item, value) for item, value in zip(items, values) if int(item.id) < 1_000_000]
-    if not first:
-        raise DataError("every question is a rotation of one that is not there")
-    result = {"vanilla": mean([value for _, value in first])}
-    if len(first) == len(items):
-        return result | by_group(items, values)
-    asked = [item for item, _ in first]
-    circular = [float(all(groups[int(item.id)])) for item in asked]
-    return result | {"circular": mean(circular)} | by_group(asked, circular)
+        rotations[int(item.id) % ROTATION].append(value)
+    originals = [(item, value) for item, value in zip(items, values) if int(item.id) < ROTATION]
+    if not originals:
+        raise DataError("every question is a rotation of a question that is not in the file")
+    result = {"vanilla": mean([value for _, value in originals])}
+    if len(originals) == len(items):
+        return result | mean_by_group(items, values)
+    asked = [item for item, _ in originals]
+    circular = [float(all(rotations[int(item.id)])) for item in asked]
+    return result | {"circular": mean(circular)} | mean_by_group(asked, circular)
 
 
-def seed(items: list, answers: list[str | None]) -> dict[str, float]:
-    """SEED-Bench: the answer is the letter and nothing else (LLaVA's convert_seed_for_submission.py)."""
-    values = each(lambda answer, truth: answer == truth, items, answers)
-    return {"accuracy": mean(values)} | by_group(items, values)
+def seed(items: list[Item], answers: Answers) -> dict[str, float]:
+    """SEED-Bench's accuracy: the answer must be the letter alone (LLaVA's convert_seed_for_submission.py)."""
+    values = score_each(lambda answer, truth: answer == truth, items, answers)
+    return {"accuracy": mean(values)} | mean_by_group(items, values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # free answers
 
+MAX_CAPTION = 10_000  # characters; the time to tokenize one grows with the square of its length
 
-LONGEST_CAPTION = 10_000
 
-
-def captions(items: list, answers: list[str | None]) -> dict[str, float]:
-    """BLEU, METEOR (if its tool is there), ROUGE-L and CIDEr-D over all pictures of the references."""
-    need_truth(items)
+def captions(items: list[Item], answers: Answers) -> dict[str, float]:
+    """BLEU, METEOR (if its tool is installed), ROUGE-L and CIDEr-D over all images of the references."""
+    require_truth(items)
     for item, answer in zip(items, answers):
-        if answer is not None and len(answer) > LONGEST_CAPTION:  # cutting it takes time with its square
-            raise DataError(f"question {item.id}: a caption of {len(answer):,} characters, {LONGEST_CAPTION:,} at most")
+        if answer is not None and len(answer) > MAX_CAPTION:
+            raise DataError(f"question {item.id}: a caption of {len(answer):,} characters, {MAX_CAPTION:,} at most")
     return caption_scores(answers, [item.truth for item in items])
 
 
-def docvqa(items: list, answers: list[str | None]) -> dict[str, float]:
-    return {"ANLS": mean(each(anls, items, answers)) / 100}
+def docvqa(items: list[Item], answers: Answers) -> dict[str, float]:
+    return {"ANLS": mean(score_each(metrics.anls, items, answers)) / 100}
 
 
-def chartqa(items: list, answers: list[str | None]) -> dict[str, float]:
-    """ChartQA's relaxed accuracy, by split and over all; papers quote the mean of the splits."""
-    values = each(relaxed, items, answers)
-    splits = by_group(items, values)
+def chartqa(items: list[Item], answers: Answers) -> dict[str, float]:
+    """ChartQA's relaxed accuracy: the mean of the splits, which papers quote, over all questions, and by split."""
+    values = score_each(metrics.relaxed_match, items, answers)
+    splits = mean_by_group(items, values)
     return {"relaxed": sum(splits.values()) / len(splits), "over all questions": mean(values)} | splits
 
 
-def medical(items: list, answers: list[str | None]) -> dict[str, float]:
-    """Of open questions recall and its like, of closed ones accuracy; as LLaVA-Med's run_eval.py prints them too.
-
-    That one leaves a closed question out when the answer says yes or no, and the wrong one: see README.
-    """
-    need_truth(items)
-    result = {}
-    rows = [(item.groups["kind"], item.truth, answer) for item, answer in zip(items, answers)]
-    nothing = dict.fromkeys(overlap("", ""), 0.0)
-    opened = [nothing if said is None else overlap(said, truth) for kind, truth, said in rows if kind == "open"]
-    if opened:
-        result |= {f"open {name}": mean([row[name] for row in opened]) for name in opened[0]}
-    closed = [(truth, answer) for kind, truth, answer in rows if kind == "closed"]
-    right = [answer is not None and contains_truth(answer, truth) for truth, answer in closed]
-    if closed:
+def medical(items: list[Item], answers: Answers) -> dict[str, float]:
+    """Word overlap on open questions, accuracy on closed ones; also the closed accuracy of LLaVA-Med's run_eval.py,
+    which leaves out a closed question if the answer says yes or no and is wrong (see README)."""
+    require_truth(items)
+    rows = {"open": [], "closed": []}
+    for item, answer in zip(items, answers):
+        rows[item.groups["kind"]].append((answer, item.truth))
+    result, zeros = {}, dict.fromkeys(metrics.word_overlap("", ""), 0.0)
+    if rows["open"]:
+        overlaps = [zeros if answer is None else metrics.word_overlap(answer, truth) for answer, truth in rows["open"]]
+        result |= {f"open {name}": mean([overlap[name] for overlap in overlaps]) for name in zeros}
+    if rows["closed"]:
+        right = [answer is not None and metrics.contains_truth(answer, truth) for answer, truth in rows["closed"]]
+        forms = [metrics.normalize_answer((answer or "").lower()) for answer, _ in rows["closed"]]
+        says = ["yes" in form or "no" in form for form in forms]
+        kept = [value and said for value, said in zip(right, says) if value or not said]
         result["closed accuracy"] = mean(right)
-        says = [
-            "yes" in form or "no" in form for form in (normalize_answer((answer or "").lower()) for _, answer in closed)
-        ]
-        kept = [hit and said for hit, said in zip(right, says) if hit or not said]
         result["closed accuracy (LLaVA-Med)"] = mean(kept) if kept else 0.0
     return result

@@ -17,6 +17,7 @@ from PIL import Image
 
 from evaluation import metrics
 from evaluation.metrics import plain_form, yes_no_llava, yes_no_scores
+from inputs.files import write_json
 from training import plots
 from world.drawing import draw_scene, font_size, load_font
 from world.language import find_directions, with_article
@@ -284,6 +285,15 @@ def format_value(column: str, value: float | None) -> str:
     if value is None or isinstance(value, int):
         return "" if value is None else str(value)
     return f"{value:.2f}" if column == "mean error" else f"{value:.1f}"
+
+
+def write_report(rows: list[dict], answers: list[str], folder: Path, side: int) -> str:
+    """Write probes.json, probes.md and probes.png into a folder; returns the Markdown table."""
+    found = summarize(rows, answers)
+    write_json(folder / "probes.json", found)
+    (folder / "probes.md").write_text(to_markdown(found, side))
+    draw_bars(found, folder / "probes.png")
+    return to_markdown(found, side)
 
 
 def draw_bars(found: dict, path: Path):

@@ -3,13 +3,15 @@
 import json
 import multiprocessing
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import eval as evaluation
-from evaluation import answering, metrics, scores
+from evaluation import answering, manifest, metrics, scores
 from formats.weights import load_model
 from inputs.records import DataError
 from inputs.tokenizer import Tokenizer
@@ -111,7 +113,7 @@ def test_descriptions_of_a_world_that_names_no_metrics_are_scored_by_their_objec
 
 
 def test_an_unknown_metric_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"q\.jsonl: line 1: metric 'bleu' is none of exact, contains"):
+    with pytest.raises(DataError, match=r"q\.jsonl: line 1 .1.: metric 'bleu' is none of exact, contains"):
         read_one(tmp_path / "q.jsonl", metric="bleu")
 
 
@@ -217,7 +219,7 @@ def test_alone_or_in_a_batch_the_answers_are_the_same(tiny, llava, questions):
     assert together == alone and len(set(together)) == len(asked)
 
 
-def test_blank_pictures_change_nothing_but_the_pixels(tiny, llava, questions, monkeypatch):
+def test_blank_images_change_nothing_but_the_pixels(tiny, llava, questions, monkeypatch):
     shown, prompts = [], []
 
     def generate(model, rows, features, sizes, **_):
@@ -236,7 +238,7 @@ def test_blank_pictures_change_nothing_but_the_pixels(tiny, llava, questions, mo
 
 def test_blank_and_seen_answers_go_to_different_files(tiny, command, monkeypatch):
     outs = []
-    monkeypatch.setattr(answering, "answer_all", lambda questions, out, *_: outs.append(out) or [])
+    monkeypatch.setattr(evaluation, "answer_all", lambda questions, out, *_: outs.append(out) or [])
     argv = ["--model", tiny.stage2, "--questions", tiny.world / "questions.jsonl", "--device", "cpu"]
     command(evaluation, *argv)
     command(evaluation, *argv, "--blank")
@@ -245,7 +247,7 @@ def test_blank_and_seen_answers_go_to_different_files(tiny, command, monkeypatch
         out.with_name(f"{out.stem}-manifest.json").unlink()
 
 
-def test_questions_without_a_picture_are_answered(tiny, llava):
+def test_questions_without_a_image_are_answered(tiny, llava):
     assert len(answer(*llava, [{"question_id": 1, "text": "Red?"}], tiny.world, 4)) == 1
 
 
@@ -255,7 +257,7 @@ def test_a_prompt_that_is_too_long_is_named_by_its_question(tiny, llava, questio
         answer(*llava, asked, tiny.world, 4)
 
 
-def test_a_decoder_refuses_a_question_with_a_picture(tiny, questions):
+def test_a_decoder_refuses_a_question_with_a_image(tiny, questions):
     decoder, tokenizer = load_model(tiny.decoder), Tokenizer.load(tiny.decoder)
     with pytest.raises(DataError, match=r"question 0 .*vision tower"):
         answer(decoder, tokenizer, questions[:1], tiny.world, 4)
@@ -294,7 +296,7 @@ def test_missing_questions_are_named(tiny, command, tmp_path):
     assert "nowhere.jsonl" in refusal(command, "--model", tiny.stage2, "--questions", tmp_path / "nowhere.jsonl")
 
 
-def test_a_missing_picture_and_its_question_are_named(tiny, command, tmp_path):
+def test_a_missing_image_and_its_question_are_named(tiny, command, tmp_path):
     path = write_lines(tmp_path / "q.jsonl", [{"question_id": "k7", "text": "Red?", "image": "nowhere.png"}])
     argv = ["--model", tiny.stage2, "--questions", path, "--device", "cpu", "--out", tmp_path / "a.jsonl"]
     line = refusal(command, *argv)
@@ -313,7 +315,7 @@ def test_without_a_model_both_ways_to_one_are_named(command, tiny, tmp_path, mon
 
 @pytest.fixture
 def pope(tiny, tmp_path):
-    """POPE's form of questions about the tiny world's pictures."""
+    """POPE's form of questions about the tiny world's images."""
     asked = evaluation.read_questions(tiny.world / "questions.jsonl")
     rows = [
         {"question_id": i, "image": q["image"], "text": "Is there a red star?", "label": ("yes", "no")[i % 2]}
@@ -352,45 +354,61 @@ def test_two_runs_write_the_same_bytes(tiny, babbler, command, pope, tmp_path):
 
 def test_a_run_is_not_gone_on_with_in_another_way(tiny, babbler, command, pope, tmp_path):
     run_pope(command, babbler, pope, tiny, tmp_path / "a")
-    with pytest.raises(SystemExit, match="begun with another max_new_tokens"):
+    with pytest.raises(SystemExit, match="started with another max_new_tokens"):
         run_pope(command, babbler, pope, tiny, tmp_path / "a", "--max-new-tokens", 5)
     (tmp_path / "a/manifest.json").unlink()
     with pytest.raises(SystemExit, match=r"no manifest\.json says how"):
         run_pope(command, babbler, pope, tiny, tmp_path / "a")
 
 
-def test_a_missing_picture_is_named_before_anything_is_answered(tiny, babbler, command, pope, tmp_path):
+def test_a_missing_image_is_named_before_anything_is_answered(tiny, babbler, command, pope, tmp_path):
     rows = [json.loads(line) for line in pope.read_text().splitlines()]
     write_lines(pope, [*rows[:-2], rows[-2] | {"image": "nowhere.jpg"}, rows[-1] | {"image": "../x.jpg"}])
-    with pytest.raises(SystemExit, match=r"random/10: .*nowhere\.jpg: no such file \(and 1 more pictures"):
+    with pytest.raises(SystemExit, match=r"random/10: .*nowhere\.jpg: no such file \(and 1 more images"):
         run_pope(command, babbler, pope, tiny, tmp_path / "a")
     assert not (tmp_path / "a/answers.jsonl").exists()
 
 
-def test_a_run_is_not_gone_on_with_other_pictures_or_code(tiny, babbler, command, tmp_path, monkeypatch):
-    path, picture = tmp_path / "q.jsonl", tmp_path / "a.png"
+def test_a_run_is_not_gone_on_with_other_images_or_code(tiny, babbler, command, tmp_path, monkeypatch):
+    path, image = tmp_path / "q.jsonl", tmp_path / "a.png"
     asked = evaluation.read_questions(tiny.world / "questions.jsonl")[0]
-    picture.write_bytes((tiny.world / asked["image"]).read_bytes())
+    image.write_bytes((tiny.world / asked["image"]).read_bytes())
     write_lines(path, [{"question_id": 1, "text": "Red?", "image": "a.png"}])
     argv = ["--model", babbler, "--questions", path, "--out", tmp_path / "r[1].jsonl", "--device", "cpu"]
     argv += ["--max-new-tokens", 2]
     command(evaluation, *argv)  # whose name is a pattern
-    picture.write_bytes(picture.read_bytes() + b"\0")
+    image.write_bytes(image.read_bytes() + b"\0")
     assert "another pictures_sha256" in refusal(command, *argv)
-    picture.write_bytes(picture.read_bytes()[:-1])
-    monkeypatch.setattr(answering, "code_hash", lambda: "another")
+    image.write_bytes(image.read_bytes()[:-1])
+    monkeypatch.setattr(manifest, "hash_code", lambda: "another")
     assert "another code_sha256" in refusal(command, *argv)
 
 
-def test_the_code_of_answers_is_what_they_come_through(tmp_path):
-    source = Path(answering.__file__).parents[1]
-    for name in [*answering.CODE.split(), "train", "eval"]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / f"{name}.py").write_bytes((source / f"{name}.py").read_bytes())
-    for name, same in (("scratch", True), ("train", True), ("eval", True), ("llava", False)):
-        with (tmp_path / f"{name}.py").open("a") as file:
-            file.write("# another\n")
-        assert (answering.code_hash(tmp_path) == answering.code_hash()) is same, name
+def test_the_hash_of_the_code_changes_with_any_module_that_answers_pass_through(tmp_path):
+    source = Path(manifest.__file__).parents[1]
+    for path in [*source.glob("*.py"), *source.glob("[a-z]*/*.py")]:
+        (tmp_path / path.relative_to(source)).parent.mkdir(exist_ok=True)
+        (tmp_path / path.relative_to(source)).write_bytes(path.read_bytes())
+    assert manifest.hash_code(tmp_path) == manifest.hash_code()
+    for name in ("train.py", "eval.py", "scratch.py", "evaluation/scores.py", "training/flags.py", "world/probes.py"):
+        (tmp_path / name).write_text("# another\n")
+        assert manifest.hash_code(tmp_path) == manifest.hash_code(), name
+    for name in ("llava.py", "data.py", "lora.py", "evaluation/answering.py", "inputs/new.py", "variants/anyres.py"):
+        before = manifest.hash_code(tmp_path)
+        (tmp_path / name).write_text("# another\n")
+        assert manifest.hash_code(tmp_path) != before, name
+
+
+def test_every_module_that_answers_pass_through_is_hashed():
+    """Imported by answering.py and by the loader, directly or not; training/ has only Distributed and peak_memory."""
+    script = "import sys, evaluation.answering, formats.adapters, fast.accelerate; print(*(getattr(m, '__file__', '')"
+    script += " or '' for m in list(sys.modules.values())), sep=chr(10))"
+    root = Path(manifest.__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    imported = {Path(line).relative_to(root) for line in run.stdout.splitlines() if line.startswith(str(root))}
+    imported = {path.as_posix() for path in imported if ".venv" not in path.parts}
+    hashed = {path.relative_to(root).as_posix() for pattern in manifest.CODE_FILES for path in root.glob(pattern)}
+    assert {name for name in imported - hashed if not name.startswith("training/")} <= {"evaluation/__init__.py"}
 
 
 class Rank:
@@ -441,9 +459,9 @@ def test_stopped_anywhere_on_any_number_of_ranks_the_file_is_the_same(tmp_path, 
             for rank in reversed(range(world)):
                 answering.answer_all(questions, out, 4, "model", ask, evaluation.answer_metadata, Rank(rank, world))
         except (Stop, KeyError):  # KeyError: rank 0 is done, but a rank of a larger world was stopped before
-            for part in answering.parts(out):
+            for part in answering.part_files(out):
                 part.write_bytes(part.read_bytes()[: -rng.randint(1, 9)] if rng.random() < 0.5 else part.read_bytes())
-    assert out.read_bytes() == whole.read_bytes() and not answering.parts(out)
+    assert out.read_bytes() == whole.read_bytes() and not answering.part_files(out)
 
 
 def test_two_processes_do_not_answer_into_one_file(tmp_path, answers, questions):

@@ -7,20 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaluation import vqa_classes
 from evaluation.metrics import (
     anls,
+    answer_classes,
+    classifier_accuracy,
+    classifier_ceiling,
     contains_truth,
     levenshtein,
     m4c_accuracy,
     normalize_answer,
     normalize_m4c,
     option_letter,
-    overlap,
-    relaxed,
+    relaxed_match,
     science_letter,
     soft_accuracy,
+    soft_loss,
+    soft_targets,
     vqa_accuracy,
+    word_overlap,
     yes_no_llava,
     yes_no_mme,
     yes_no_scores,
@@ -132,7 +136,7 @@ def test_levenshtein():
     ("inf", "5", False), ("1e2", "100", True),
 ])  # fmt: skip
 def test_relaxed(said, truth, good):
-    assert relaxed(said, truth) is good
+    assert relaxed_match(said, truth) is good
 
 
 @pytest.mark.parametrize("text, llava, whole, mme", [
@@ -187,10 +191,10 @@ def test_letters_of_mmbench(text, letter):
 
 
 def test_medical_measures_by_hand():
-    found = overlap("The left lung lung", "left lung base")
+    found = word_overlap("The left lung lung", "left lung base")
     assert found["recall"] == pytest.approx(3 / 4) and found["precision"] == 1  # lung counts twice, as it was said
     assert found["exact match"] == pytest.approx(2 / 3) and found["same"] == 0
-    assert overlap("", "left")["f1"] == 0 and overlap("Left.", "left")["same"] == 1
+    assert word_overlap("", "left")["f1"] == 0 and word_overlap("Left.", "left")["same"] == 1
     assert contains_truth("Yes, it is", "yes") and not contains_truth("no", "yes")
 
 
@@ -201,21 +205,21 @@ PEOPLE = [["cat"] * 10, ["Cat"] * 4 + ["dog"] * 2 + ["a bus"] * 3 + ["x"], ["dog
 
 
 def test_soft_targets():
-    classes = vqa_classes.answer_classes(PEOPLE, 2)
+    classes = answer_classes(PEOPLE, 2)
     assert classes == ["cat", "dog"]
-    targets = vqa_classes.soft_targets(PEOPLE, classes)
+    targets = soft_targets(PEOPLE, classes)
     assert torch.allclose(targets, torch.tensor([[1, 0], [1, 2 / 3], [0, 1]]))
-    assert vqa_classes.answer_classes(PEOPLE, 9, at_least=2) == ["cat"] and vqa_classes.ceiling(targets) == 100
+    assert answer_classes(PEOPLE, 9, at_least=2) == ["cat"] and classifier_ceiling(targets) == 100
     for row, answers in zip(targets, PEOPLE):
         for name, value in zip(classes, row):
             assert value.item() == pytest.approx(soft_accuracy(name, answers))
 
 
 def test_the_best_logits_are_those_of_the_targets():
-    targets = vqa_classes.soft_targets(PEOPLE, ["cat", "dog"])
+    targets = soft_targets(PEOPLE, ["cat", "dog"])
     best = torch.special.logit(targets, eps=1e-6).requires_grad_()
-    loss = vqa_classes.soft_loss(best, targets)
+    loss = soft_loss(best, targets)
     (gradient,) = torch.autograd.grad(loss, best)
-    assert gradient.abs().max() < 1e-5 and vqa_classes.soft_loss(-best, targets) > loss
-    assert vqa_classes.classes_accuracy(best, targets) == 100
-    assert vqa_classes.classes_accuracy(torch.tensor([[0, 1.0]] * 3), targets) == pytest.approx(100 * (2 / 3 + 1) / 3)
+    assert gradient.abs().max() < 1e-5 and soft_loss(-best, targets) > loss
+    assert classifier_accuracy(best, targets) == 100
+    assert classifier_accuracy(torch.tensor([[0, 1.0]] * 3), targets) == pytest.approx(100 * (2 / 3 + 1) / 3)

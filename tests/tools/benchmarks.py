@@ -140,14 +140,14 @@ def mme(folder: Path, rng: random.Random, n: int):
 def mmbench(folder: Path, rng: random.Random, n: int):
     file = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(file, "JPEG")
-    picture, rows, said = base64.b64encode(file.getvalue()).decode(), [], []
+    image, rows, said = base64.b64encode(file.getvalue()).decode(), [], []
     for i in range(n):
         options, answer = rng.sample(WORDS[:9], 4), rng.randrange(4)
         for turn in range(4):
             turned = options[turn:] + options[:turn]
             letter = "ABCD"[(answer - turn) % 4]
             rows.append(
-                [str(turn * 1_000_000 + i), f"Which {i}?", "nan", *turned, letter, "color", "perception", picture]
+                [str(turn * 1_000_000 + i), f"Which {i}?", "nan", *turned, letter, "color", "perception", image]
             )
             wrong = turn == 3 and rng.random() < 0.4
             said.append({"question_id": turn * 1_000_000 + i, "text": rng.choice("ABCD") if wrong else letter})

@@ -1,0 +1,69 @@
+"""The command line of eval.py."""
+
+import argparse
+from pathlib import Path
+
+from evaluation.submissions import SUBMISSIONS
+from evaluation.tasks import TASKS
+from formats.weights import DTYPES
+
+
+def read_flags(description: str) -> argparse.Namespace:
+    """The parsed flags. A wrong flag, value or combination ends the program with status 2."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument_group("answering").add_argument
+    add("--model", type=Path, help="folder of a model; default: the newest finished run below out/")
+    add("--adapter", type=Path, help="folder of a LoRA adapter for --model")
+    add("--bits", type=int, choices=(4, 16), default=16, help="4: decoder layers in NF4, a quarter of the memory")
+    add("--task", choices=[*TASKS, "probes"], help="the benchmark; default: your own questions")
+    add("--questions", type=Path, nargs="+", help="your jsonl of questions, or the benchmark's files")
+    add("--images", type=Path, help="folder of the images; default: the folder of --questions")
+    add("--out", type=Path, help="jsonl of answers; with --task a folder; default: in the model's folder")
+    add("--batch-size", type=int, default=64, help="questions in a batch")
+    add("--max-new-tokens", type=int, help="tokens of the longest answer; default: LLaVA's, 128 or 1024 by task")
+    add("--limit", type=int, help="answer only so many questions; for probes: scenes per condition (default 100)")
+    add("--suffix", help="text after each question; default: LLaVA-1.5's for the task")
+    add("--image-mode", choices=("pad", "square"), help="how images are made square; default: pad for benchmarks")
+    add("--blank", action="store_true", help="replace images by their mean color: what language alone can answer")
+    add("--device", help="cpu, cuda or cuda:N; default: cuda if there is a GPU")
+    add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
+    add("--submission", type=Path, metavar="FILE", help="also write the file that the benchmark's server takes")
+    add = parser.add_argument_group("scoring answers of any model").add_argument
+    add("--score", choices=TASKS, help="score --predictions, answer nothing")
+    add("--predictions", type=Path, help="LLaVA's jsonl, the server's list, COCO results, or MME's folder")
+    add("--references", type=Path, nargs="+", help="the benchmark's files with the true answers")
+    add("--grades", type=Path, help="MM-Vet, LLaVA-Bench: file of a language model's grades")
+    add("--grader", metavar="URL", help="request missing grades from an OpenAI-compatible address, http://HOST/v1")
+    add("--grader-model", help="model name for --grader; default: gpt-4-0613")
+    add("--rule", type=Path, help="official prompt: rule.json of LLaVA-Bench, or MM-Vet's in a text file")
+    args = parser.parse_args()
+    if reason := why_refused(args):
+        parser.error(reason)
+    return args
+
+
+def why_refused(args: argparse.Namespace) -> str:
+    """Why the flags do not go together; "" if they do."""
+    if args.score and not (args.predictions and args.references):
+        return "--score needs --predictions and --references"
+    if not args.score and args.task != "probes" and not args.questions:
+        return "the following arguments are required: --questions"
+    own_prompt = args.submission and "llavabench" in (args.score, args.task) and not args.grades
+    if own_prompt and (args.rule or args.grader_model):
+        return "--submission of llavabench has our own prompt and names no model: no --rule, no --grader-model"
+    if args.submission and (args.score or args.task) not in SUBMISSIONS:
+        named = args.score or args.task or "these"
+        return f"--submission: no server takes {named}, only {', '.join(SUBMISSIONS)}"
+    if args.grader and not args.grades:
+        return "--grader needs --grades, the file that keeps the replies"
+    if any(count is not None and count < 1 for count in (args.batch_size, args.limit, args.max_new_tokens)):
+        return "--batch-size, --limit and --max-new-tokens must be above 0"
+    if args.suffix is not None and args.task not in TASKS:
+        return "--suffix is for the questions of a benchmark, see --task"
+    if args.score and args.limit:
+        return "--limit is for answering: a score covers all questions of --references"
+    if args.task == "mme" and args.limit and args.limit % 2:
+        return "--limit of MME must be even: it asks two questions about each image"
+    return ""

@@ -1,0 +1,103 @@
+"""The manifest of a file of answers: everything the answers depend on. With another manifest, no run is resumed."""
+
+import json
+import platform
+from hashlib import sha256
+from pathlib import Path
+
+import numpy
+import PIL
+import torch
+
+from evaluation.answering import part_files, sibling_file
+from inputs.files import fingerprint, read_json, write_json
+from inputs.images import BadImage, check_file, resolve_inside
+from inputs.records import DataError
+from inputs.templates import TEMPLATES
+from llava import Llava
+
+MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "*.model", "tokenizer*.json", "vocab*")
+# The code that turns a question into an answer. Rooms are listed whole: a new file in one of them is covered.
+CODE_FILES = ("clip.py", "llava.py", "lora.py", "data.py", "evaluation/answering.py")
+CODE_FILES += ("inputs/*.py", "variants/*.py", "formats/*.py", "fast/*.py")
+
+
+def hash_code(root: Path = Path(__file__).parents[1]) -> str:
+    """SHA-256 of names and contents of all CODE_FILES."""
+    paths = sorted(path.relative_to(root) for pattern in CODE_FILES for path in root.glob(pattern))
+    return sha256(b"".join(f"{path.as_posix()}\n".encode() + (root / path).read_bytes() for path in paths)).hexdigest()
+
+
+def hash_files(paths: list[Path]) -> list[str]:
+    """SHA-256 and name of every file; of a folder, of its text files."""
+    files = [file for path in paths for file in (sorted(path.rglob("*.txt")) if path.is_dir() else [path])]
+    return [f"{fingerprint(file)['sha256']} {file.name}" for file in files]
+
+
+def hash_images(questions: list[dict], images: Path) -> str:
+    """A hash of names and sizes in bytes of the images (to hash the content of 80,000 would take minutes).
+
+    Raises DataError if an image is missing: before the first answer, not after hours.
+    """
+    faults, sizes = [], {}
+    for question in questions:
+        try:
+            if question.get("image"):
+                path = resolve_inside(images, question["image"])
+                check_file(path)
+                sizes[question["image"]] = path.stat().st_size
+        except BadImage as error:
+            faults.append(f"question {question['question_id']}: {error}")
+    if faults:
+        raise DataError(faults[0] + (f" (and {len(faults) - 1:,} more images cannot be read)" if faults[1:] else ""))
+    return sha256(json.dumps(sorted(sizes.items())).encode()).hexdigest()
+
+
+def make_manifest(
+    folders: list[Path], files: list[Path], questions: list[dict], images: Path, model: Llava, settings: dict
+) -> dict:
+    """The manifest's values: no times and no paths, so that two equal runs write equal bytes.
+
+    Args: folders: of the model and of its adapter; files: the questions; settings: values of the command line.
+    """
+    config, device, template = model.config, model.device, TEMPLATES[model.config.template]
+    image_marker = "<image>\n" if questions[0].get("image") else ""
+    return settings | {
+        "prompt": f"{template.first}{image_marker}{questions[0]['text']}{template.assistant}",  # the first one
+        "pictures_sha256": hash_images(questions, images),
+        "model": [
+            {"name": folder.name, "files": hash_files(sorted({p for name in MODEL_FILES for p in folder.glob(name)}))}
+            for folder in folders
+        ],
+        "questions": hash_files(files),
+        "template": config.template,
+        "template_sha256": sha256(repr(template).encode()).hexdigest(),
+        "image_mode": "anyres" if config.image_grid_pinpoints else config.image_mode,
+        "decoding": "greedy",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "pillow": PIL.__version__,
+            "code_sha256": hash_code(),
+        },
+    }
+
+
+def save_manifest(out: Path, *args):
+    """Make the manifest (see make_manifest) and write it beside `out`. Raises DataError if `out` has answers that were
+    made with another one."""
+    path, values = sibling_file(out, "manifest.json"), make_manifest(*args)
+    has_answers = out.exists() or bool(part_files(out))
+    if has_answers and not path.exists():
+        raise DataError(f"{out}: no {path.name} says how these answers were made: remove it, or name another --out")
+    if has_answers:
+        old, new = ({**kept, **(kept.get("versions") or {}), "versions": None} for kept in (read_json(path), values))
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                reason = f"{out} was started with another {key} (see {path})"
+                raise DataError(f"{reason}: remove both, or name another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, values)
