@@ -34,7 +34,7 @@ def make_step(side: str, job: Job) -> Callable[[], float]:
     ranks.print0 = lambda text: None
     model = load_model(job.folder, job.device, torch.float32, bits=args.bits)
     train.choose_trainable(model, args.train)
-    train.adapt(args, model)
+    train.add_adapters(args, model)
     sharding.cast_weights(model, args.shard, torch.float32, compute_dtype(ranks.device, args.dtype))
     model.train()
     if side == "fast":

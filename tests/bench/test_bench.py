@@ -91,7 +91,7 @@ def test_a_batch_has_an_image_in_each_row_and_as_many_labels_as_the_shape_says(f
     assert (batch["labels"] >= 0).sum(1).tolist() == [5, 5, 5]
     assert (batch["input_ids"] == config.image_token_index).sum(1).tolist() == [4, 4, 4]
     model = Llava(config)
-    train.choose_trainable(model, "projector,llm")
+    train.choose_trainable(model, ["projector", "llm"])
     assert model(**batch).isfinite()
 
 

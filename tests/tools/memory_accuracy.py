@@ -46,7 +46,7 @@ def make_model(text: dict, vision: dict, kind: str, dtype: torch.dtype, recomput
     trains, rank, bits = KINDS[kind]
     text = TextConfig(**text)
     model = Llava(LlavaConfig(text, CLIPVisionConfig(**vision), image_token_index=text.vocab_size - 1))
-    train.choose_trainable(model, trains)
+    train.choose_trainable(model, trains.split(","))
     layers = model.language_model.model.layers
     if bits == 4:
         for path, module in list(layers.named_modules()):

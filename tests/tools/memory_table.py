@@ -44,7 +44,7 @@ def make_model(size: str, trains: str, rank: int, bits: int, trained: torch.dtyp
     text = TextConfig(vocab_size=32064, **SHAPES[size])
     with torch.device("meta"):
         model = Llava(LlavaConfig(text, CLIPVisionConfig(image_size=336, patch_size=14), image_token_index=32000))
-        train.choose_trainable(model, trains)
+        train.choose_trainable(model, trains.split(","))
         if bits == 4:
             for path, module in list(model.language_model.model.layers.named_modules()):
                 if isinstance(module, torch.nn.Linear):

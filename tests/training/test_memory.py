@@ -8,7 +8,7 @@ import train
 from clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from inputs.images import BadImage
 from inputs.records import DataError
-from training import memory
+from training import machine, memory
 from training.towers import Contrastive
 
 TEXT = SPEEDRUN | {"num_hidden_layers": 2}
@@ -102,7 +102,7 @@ class Broken:
 
 
 def test_the_largest_batch_leaves_out_what_is_broken():
-    batch = train.largest_batch(Broken(), 4, pad_id=0)
+    batch = machine.largest_batch(Broken(), 4, pad_id=0)
     assert batch["input_ids"].shape == (4, 4) and (batch["input_ids"][:, -1] != 0).tolist() == [True, False] * 2
 
 

@@ -36,7 +36,7 @@ def test_arithmetic_is_what_torch_counts(trains):
     """Of a step of which every token is trained on. The formula leaves out the projector, norms and the like."""
     torch.manual_seed(0)
     llava, batch = model(), batch_of(64)
-    train.choose_trainable(llava, trains)
+    train.choose_trainable(llava, trains.split(","))
     batch["labels"] = batch["labels"].masked_fill(batch["labels"] == 96, 5)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the fused kernel is not counted
         llava(**batch).backward()
@@ -49,7 +49,7 @@ def test_arithmetic_is_what_torch_counts(trains):
 def test_arithmetic_under_lora_is_what_torch_counts(parts, bits):
     torch.manual_seed(0)
     llava, batch = model(), batch_of(64)
-    train.choose_trainable(llava, "projector")
+    train.choose_trainable(llava, ["projector"])
     if bits == 4:
         for path, module in list(llava.language_model.model.layers.named_modules()):
             if isinstance(module, torch.nn.Linear):

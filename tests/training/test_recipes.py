@@ -18,9 +18,9 @@ from training import recipes
 # From the authors' papers and scripts, and for the world from train.py as it was before there were recipes.
 SHORT = {"warmup": 0.03, "weight_decay": 0.0, "beta2": 0.99, "clip_grad": 1.0, "loss_mean": "token"}
 LONG = {"warmup": 0.03, "weight_decay": 0.0, "beta2": 0.999, "clip_grad": 0.0, "loss_mean": "token"}
-FIRST = LONG | {"projector": "linear", "image_size": 224, "image_mode": "square", "max_length": 2048, "clip_grad": 1.0}
-SECOND = LONG | {"projector": "mlp2x_gelu", "image_size": 336, "max_length": 2048}
-NEXT = LONG | {"projector": "mlp2x_gelu", "image_size": 336, "max_length": 4096, "image_mode": "anyres"}
+FIRST = LONG | {"projector": "linear", "image_mode": "square", "max_length": 2048, "clip_grad": 1.0}
+SECOND = LONG | {"projector": "mlp2x_gelu", "max_length": 2048}
+NEXT = LONG | {"projector": "mlp2x_gelu", "max_length": 4096, "image_mode": "anyres"}
 PUBLISHED = {
     ("world", 0): SHORT | {"steps": 1000, "batch_size": 64, "lr": 5e-4, "train": ""},
     ("world", 1): SHORT | {"steps": 300, "batch_size": 16, "lr": 1e-3, "train": "projector", "template": "plain"},
@@ -40,7 +40,8 @@ PUBLISHED = {
 
 
 def resolved(args):
-    return {key: value for key in recipes.KNOBS if (value := getattr(args, key)) is not None}
+    values = {key: value for key in recipes.KNOBS if (value := getattr(args, key)) is not None}
+    return values | {"train": ",".join(args.train)}
 
 
 @pytest.mark.parametrize("name, stage", PUBLISHED)
@@ -56,7 +57,7 @@ def test_every_recipe_is_written_out_above():
 
 def test_lora_leaves_the_towers_of_any_recipe_alone():
     args = flags("--recipe", "llava-1.5", "--stage", 2, "--lora", "both")
-    assert (args.train, args.lora_rank, args.lora_rank_vision, args.lora_dropout) == ("projector", 16, 32, 0.05)
+    assert (args.train, args.lora_rank, args.lora_rank_vision, args.lora_dropout) == (("projector",), 16, 32, 0.05)
     assert args.differs["train"] == {"recipe": "projector,llm", "here": "projector"}
 
 
@@ -81,7 +82,7 @@ def test_a_flag_that_says_what_the_recipe_says_is_no_difference():
 
 def test_what_differs_is_marked():
     args = flags("--recipe", "llava-1.5", "--stage", 2, "--lr", 1e-5, "--batch-size", 128, "--data", "mine.json")
-    heading, *lines = (line.split() for line in recipes.describe(args).splitlines())
+    heading, *lines = (line.split() for line in recipes.configuration_table(args).splitlines())
     assert heading == ["recipe", "llava-1.5,", "stage", "2", "value", "from"]
     assert [line for line in lines if line[0] == "*"] == [["*", "lr", "1e-05", "flag;", "recipe:", "2e-05"]]
     assert ["batch_size", "128", "flag"] in lines and ["data", "mine.json", "flag"] in lines
@@ -97,7 +98,7 @@ def test_what_differs_is_marked():
     (1e-9, 10, 4, 1),
 ])  # fmt: skip
 def test_steps_of_epochs(epochs, records, batch_size, steps):
-    assert recipes.steps_of(epochs, records, batch_size) == steps
+    assert recipes.count_steps(epochs, records, batch_size) == steps
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -139,7 +140,7 @@ def test_every_part_has_the_rate_its_recipe_says(tiny):
 
 
 def test_both_stages_by_the_recipe(tiny, command, tmp_path, capsys):
-    here = ["--image-size", 72, "--max-length", 1024, "--batch-size", BATCH, "--world", tiny.world, "--device", "cpu"]
+    here = ["--max-length", 1024, "--batch-size", BATCH, "--world", tiny.world, "--device", "cpu"]
     towers = ["--vision", tiny.clip, "--llm", tiny.decoder]
     command(train, "--recipe", "llava-1.5", "--stage", 1, *towers, *here, "--out", tmp_path / "1")
     command(train, "--recipe", "llava-1.5", "--stage", 2, "--model", tmp_path / "1", *here, "--out", tmp_path / "2")
@@ -167,7 +168,7 @@ def test_next_trains_all_of_a_model_with_tiles(tiny, command, tmp_path):
     start.mkdir()
     save_model(Llava(config), start)
     Tokenizer.load(tiny.stage1).save(start)
-    here = ["--image-size", 72, "--max-length", 1024, "--batch-size", 4, "--steps", 2, "--device", "cpu"]
+    here = ["--max-length", 1024, "--batch-size", 4, "--steps", 2, "--device", "cpu"]
     here += ["--lr-vision", 1e-3, "--world", tiny.world]  # 2e-6 in two steps is less than a float32 may hold
     command(train, "--recipe", "llava-next", "--stage", 2, "--model", start, *here, "--out", out)
     before, after = weights(start), weights(out)
@@ -187,10 +188,9 @@ def test_epochs_are_steps(tiny, command, tmp_path):
 
 
 @pytest.mark.parametrize("own, words", [
-    ({}, ["--image-size 336 (recipe llava-1.5)", "72"]),
-    ({"--image-size": 72}, ["--max-length 2048", "1024"]),
-    ({"--image-size": 72, "--projector": "linear"}, ["--projector linear,", "mlp2x_gelu"]),
-    ({"--image-size": 72, "--image-mode": "anyres"}, ["--image-mode anyres,", "pad"]),
+    ({}, ["--max-length 2048", "1024"]),
+    ({"--projector": "linear"}, ["--projector linear,", "mlp2x_gelu"]),
+    ({"--image-mode": "anyres"}, ["--image-mode anyres,", "pad"]),
 ])  # fmt: skip
 def test_a_model_of_another_shape_is_refused(tiny, command, tmp_path, own, words):
     argv = ["--recipe", "llava-1.5", "--stage", 2, "--model", tiny.stage1, "--world", tiny.world, "--device", "cpu"]
@@ -221,7 +221,7 @@ def test_a_run_goes_on_with_its_own_recipe(tiny, command, tmp_path, monkeypatch)
         patch.setattr(train, "train_step", interrupted)
         command(train, *tiny.flags["stage2"], "--out", tmp_path / "run")
     argv = [*tiny.flags["stage2"], "--out", tmp_path / "run", "--resume"]
-    line = refusal(command, *argv, "--recipe", "llava-1.5", "--image-size", 72, "--max-length", 1024)
+    line = refusal(command, *argv, "--recipe", "llava-1.5", "--max-length", 1024)
     assert "--recipe world" in line
     command(train, *argv)
     assert same_weights(tmp_path / "run", tiny.stage2)

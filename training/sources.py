@@ -1,0 +1,64 @@
+"""Where a run's data and its first weights come from; the data is checked before any work starts."""
+
+from pathlib import Path
+
+from inputs.check import Skips, image_faults, log_skipped, refuse_bad
+from inputs.mixture import Source, check_mixing, open_sources
+from inputs.samples import Samples
+from training import runs
+from training.ranks import Distributed
+
+WEIGHTS = ("model", "vision", "llm")  # flags that name folders of weights
+
+
+def open_data(args, ranks: Distributed, default: Path | None, group: int) -> tuple[list[Source], list[Source]]:
+    """The files to train on, and those to validate on.
+
+    Args: default: what to train on without --data; group: neighboring records that stay in one batch.
+    Raises ValueError on a mixture that cannot be, on more bad records than --skip-bad allows, and on any bad record of
+    the validation data.
+    """
+    files, val_files = args.data or [], args.val or []
+    opened = open_sources([*files, *val_files], args.images)
+    sources, val_sources = opened[: len(files)], opened[len(files) :]
+    sources = sources or open_sources([str(default)], None)
+    if args.skip_bad:  # rank 0 opens every image, so that all ranks leave out the same records
+        found = ranks.broadcast([image_faults(source) for source in sources] if ranks.is_main else None)
+        for source, faults in zip(sources, found):
+            source.faults |= faults
+    refuse_bad(sources, args.skip_bad)
+    refuse_bad(val_sources, 0)
+    check_mixing([source.weight for source in sources], args.mixing, args.shares, group)
+    count = sum(len(source.usable()) for source in sources)
+    if count < ranks.world_size:
+        raise ValueError(f"--data: {count} records for {ranks.world_size} ranks")
+    return sources, val_sources
+
+
+def skip_bad_samples(args, ranks: Distributed, run: runs.Run, dataset: Samples):
+    """With --skip-bad: list the records left out in the run's folder, and let `dataset` replace bad samples."""
+    if not args.skip_bad:
+        return
+    faults = [fault for source in dataset.sources for fault in source.faults.values()]
+    path = run.folder / "skipped.jsonl"
+    if ranks.is_main:
+        log_skipped(path, faults)
+    ranks.print0(f"--skip-bad: {len(faults):,} records are left out; {path} names them and those that turn out bad")
+    ranks.broadcast(None)  # the file is there before any rank adds to it
+    dataset.skips = Skips(args.skip_bad, len(dataset), path)
+
+
+def choose_weights(args, run: runs.Run):
+    """Set --model, or --vision and --llm, where the command line leaves them open; a resumed run keeps its own."""
+    if run.old:
+        for name in WEIGHTS:
+            if getattr(args, name):
+                run.check_unchanged(name, str(getattr(args, name).resolve()), args.allow_changes)
+            else:
+                setattr(args, name, run.old[name] and Path(run.old[name]))
+    elif args.vision or args.llm or (args.stage == 1 and not args.model):
+        args.vision = args.vision or runs.newest_run(0, part="clip")
+        args.llm = args.llm or runs.newest_run(0, part="decoder")
+    else:
+        args.model = args.model or runs.newest_run(1)
+    run.values |= {name: str(path.resolve()) for name in WEIGHTS if (path := getattr(args, name))}
