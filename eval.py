@@ -125,7 +125,8 @@ def answer(args: argparse.Namespace):
     ranks = Distributed(args.device)
     device = str(ranks.device)
     model, tokenizer = load_with_adapter(base, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
-    accelerate(model)
+    if not args.no_fast:
+        accelerate(model)
     choose_image_mode(args.task, args.image_mode, model.config)
     if args.task == "probes":
         plan = ranks.on_main(plan_probes, args, folder, model.config)
@@ -135,7 +136,7 @@ def answer(args: argparse.Namespace):
         plan.questions = [question | {"blank": True} for question in plan.questions]
     length = args.max_new_tokens or (TASKS[args.task].max_new_tokens if args.task in TASKS else 128)
     settings = {"task": args.task, "suffix": plan.suffix, "limit": args.limit, "blank": args.blank}
-    settings |= {"batch_size": args.batch_size, "max_new_tokens": length, "bits": args.bits}
+    settings |= {"batch_size": args.batch_size, "max_new_tokens": length, "bits": args.bits, "fast": not args.no_fast}
     ranks.on_main(save_manifest, plan.out, folders, plan.files, plan.questions, plan.images, model, settings)
     cost, name = Cost(), folder.name + ("-blank" if args.blank else "")
     ask = partial(answer_batch, model, tokenizer, images=plan.images, max_new_tokens=length, cost=cost)

@@ -29,6 +29,7 @@ def read_flags(description: str) -> argparse.Namespace:
     add("--blank", action="store_true", help="replace images by their mean color: what language alone can answer")
     add("--device", help="cpu, cuda or cuda:N; default: cuda if there is a GPU")
     add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
+    add("--no-fast", action="store_true", help="plain PyTorch layers, without those of fast/")
     add("--submission", type=Path, metavar="FILE", help="also write the file that the benchmark's server takes")
     add = parser.add_argument_group("scoring answers of any model").add_argument
     add("--score", choices=TASKS, help="score --predictions, answer nothing")

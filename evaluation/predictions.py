@@ -35,16 +35,22 @@ class Item:
     options: dict[str, str] = field(default_factory=dict)
 
 
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
 def load_json(path: Path) -> object:
     """The content of a JSON file, or the list of values of a jsonl file, recognized by its name or by its first line.
 
     Raises DataError naming file, line and reason; an object with a key given twice is refused. (NaN is accepted: no
     reader takes it for an answer.)
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {error}") from None
+    text = read_text(path)
     lines, values = text.rstrip().split("\n"), []  # not splitlines, which also splits at U+2028
     is_jsonl = path.suffix == ".jsonl" or (len(lines) > 1 and lines[0][:1] == "{" and lines[0].rstrip()[-1:] == "}")
     for number, part in enumerate(lines if is_jsonl else [text], 1):
@@ -200,10 +206,7 @@ def answers_in_folder(folder: Path) -> Iterator[tuple[str, list[str], str]]:
 
 def split_tabs(path: Path, columns: int) -> list[list[str]]:
     """The lines of a file split at tabs into so many columns. Raises DataError naming a line that has fewer."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {error}") from None
+    lines = read_text(path).split("\n")
     rows = [line.rstrip("\r").split("\t", columns - 1) for line in lines if line.strip()]
     for number, row in enumerate(rows, 1):
         if len(row) < columns:

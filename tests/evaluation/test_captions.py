@@ -1,4 +1,4 @@
-"""Caption measures: by hand, against every recorded set, and against pycocoevalcap on random corpora."""
+"""Caption metrics: by hand, against every recorded set, and against pycocoevalcap on random corpora."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Scoring: points by hand, and answers that are the same whatever stopped the run or stood beside them."""
+"""eval.py: metrics of own questions, equal answers in any batch and after any stop, manifests, ranks, error lines."""
 
 import json
 import multiprocessing
@@ -265,7 +265,7 @@ def test_a_decoder_refuses_a_question_with_a_image(tiny, questions):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# one line for what a user can mend
+# errors that a user can fix are one line
 
 
 @pytest.mark.parametrize("line", [

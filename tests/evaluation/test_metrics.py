@@ -1,4 +1,4 @@
-"""Answers against the truth: forms and points by hand, and every case that was recorded from the official code."""
+"""Metrics: values by hand, and every case recorded from the official code."""
 
 import json
 import os

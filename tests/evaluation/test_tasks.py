@@ -1,4 +1,4 @@
-"""Benchmarks: the published files as they are, figures by hand, servers' files, and files that are spoiled."""
+"""Benchmarks: reading published files, scores by hand, files for servers, corrupted files, graders."""
 
 import base64
 import json
@@ -323,7 +323,7 @@ def test_no_server_takes_pope(tmp_path, command, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is not as it should be
+# faulty files
 
 
 @pytest.mark.parametrize("task", MAKERS)
@@ -409,7 +409,7 @@ def test_what_is_no_text_in_references_is_named(task, content, why, tmp_path):
         read_items(task, [write(tmp_path / "reference.json", content)])
 
 
-def test_spoiled_predictions(tmp_path):
+def test_corrupted_predictions(tmp_path):
     assert not eval_faults.fuzz(400, random.Random(5), tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Small files of every benchmark, in the form each is published in, with predictions of which about half are right."""
+"""Small files of every benchmark in their published form, with predictions of which about half are right."""
 
 import base64
 import io

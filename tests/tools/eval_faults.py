@@ -1,10 +1,10 @@
-"""Try the scorers and the runner of eval.py until there is a figure for it, and print the figures as a table.
+"""Test the scorers and the resume of eval.py on many random cases, and print how many agree as a table.
 
     python tests/tools/eval_faults.py                       everything that needs no model
     python tests/tools/eval_faults.py --only ptb    ptb, meteor, corpora, speed, fuzz; with --model kills, batches
     python tests/tools/eval_faults.py --only kills --model out/speedrun/stage2 --world out/speedrun/world
 
-Not a part of `bash test.sh`, which tries a little of each.
+`bash test.sh` runs a few cases of each instead.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def golden(name: str) -> dict:
 
 
 def human_captions() -> list[str]:
-    """All captions people wrote, in the recorded sets and beside the photographs."""
+    """All captions written by people: those of the recorded sets and of the photographs."""
     found = []
     for name in ("coco_human_loo_500", "coco_fakecap_126", "nlgeval", "clipscore_good", "clipscore_bad"):
         found += [text for item in golden(name)["items"] for text in (item["candidate"], *item["references"])]
@@ -66,7 +66,7 @@ ODD = [  # grey, colour: the tokenizer must leave British spellings as they are
 
 
 def odd_captions(count: int, rng: random.Random) -> list[str]:
-    """People's captions with something odd put in; ASCII and a little beyond."""
+    """Human captions with odd words inserted, most of them ASCII."""
     base, found = human_captions(), []
     for _ in range(count):
         words = rng.choice(base).split()
@@ -77,7 +77,7 @@ def odd_captions(count: int, rng: random.Random) -> list[str]:
 
 
 def java_words(texts: list[str]) -> list[list[str]]:
-    """What pycocoevalcap's tokenizer makes of them, with Java."""
+    """The tokens of pycocoevalcap's tokenizer, which needs Java."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     cut = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(texts)})
@@ -100,7 +100,7 @@ def try_ptb(count: int, verbose: bool = False) -> list[tuple[str, str]]:
 
 
 def random_corpus(rng: random.Random) -> tuple[list[list[str]], list[list[list[str]]]]:
-    """Words of few kinds, so that n-grams meet; captions may be empty, references differ in number."""
+    """Captions over a small vocabulary, so that n-grams are shared; candidates may be empty."""
     words = [f"w{i}" for i in range(rng.choice([3, 10, 50]))]
 
     def caption(least: int) -> list[str]:
@@ -111,7 +111,7 @@ def random_corpus(rng: random.Random) -> tuple[list[list[str]], list[list[list[s
 
 
 def reference_scores(candidates, references) -> dict[str, tuple[float, list[float]]]:
-    """pycocoevalcap's."""
+    """The scores by pycocoevalcap, of the corpus and of each image."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -137,7 +137,7 @@ def furthest(ours: dict, theirs: dict) -> float:
 
 
 def try_meteor() -> list[tuple[str, str]]:
-    """The recorded METEOR of every set, by the tool it was recorded with."""
+    """Compare METEOR by its reference tool with the recorded scores."""
     jar, alike, names = captions.meteor_tool(), 0, ("clipscore_good", "clipscore_bad", "nlgeval", "coco_fakecap_126")
     for name in names if jar else ():
         record = golden(name)
@@ -173,13 +173,13 @@ def try_speed(count: int) -> list[tuple[str, str]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# prediction files that are not as they should be
+# corrupted prediction files
 
 TEXTS, IDS = ("text", "answer", "prediction", "caption"), ("question_id", "questionId", "image_id", "qid", "image")
 
 
 def drop(rows, rng):
-    """(rows, what must be said: an error, a report, or nothing; what the message must name)."""
+    """(rows, required outcome: an error, a report or nothing, text that the message must contain)."""
     gone = rng.randrange(len(rows))
     return rows[:gone] + rows[gone + 1 :], "missing", ""
 
@@ -304,7 +304,7 @@ def text_key(row: dict) -> str:
 
 
 def score(task: str, predictions: Path, references: list[Path]) -> tuple[dict[str, float], str, str]:
-    """Figures, what was reported, and the error, of `eval.py --score` in this process."""
+    """Scores, stderr and error message of `eval.py --score`, run in this process."""
     out, err = io.StringIO(), io.StringIO()
     argv = ["eval.py", "--score", task, "--predictions", str(predictions), "--references", *map(str, references)]
     kept, sys.argv = sys.argv, argv
@@ -319,11 +319,11 @@ def score(task: str, predictions: Path, references: list[Path]) -> tuple[dict[st
     return {name: float(value) for name, value in figures}, err.getvalue(), ""
 
 
-MAY_RISE = ("yes ratio", "distribution", "Bleu")  # no measure of being right, or one that a bad caption can lower
+MAY_RISE = ("yes ratio", "distribution", "Bleu")  # not measures of accuracy, or lowered by a bad caption
 
 
 def judge(base: dict, figures: dict, report: str, error: str, expected: str, name: str) -> str:
-    """Why an outcome is not what it must be; "" if it is."""
+    """The reason why an outcome is wrong; "" if it is right."""
     if error:
         if len(error.splitlines()) != 1 or not error.startswith("eval.py: "):
             return f"not one line: {error!r}"
@@ -343,11 +343,11 @@ def judge(base: dict, figures: dict, report: str, error: str, expected: str, nam
         return ""
     if "have no answer" not in report:
         return "not reported"
-    return f"better for want of answers: {better}" if better else ""
+    return f"better with answers missing: {better}" if better else ""
 
 
 def fuzz(count: int, rng: random.Random, folder: Path) -> list[str]:
-    """What went wrong in so many spoiled files, over all tasks."""
+    """The wrong outcomes of `count` corrupted predictions files of random tasks."""
     tasks, found = {}, []
     for task, make in benchmarks.MAKERS.items():
         references, rows = make(folder / task, rng, 6)
@@ -400,7 +400,7 @@ def environment() -> dict:
 
 
 def written(out: Path) -> int:
-    """Bytes of answers so far; -1 while they are put together."""
+    """Bytes of answers in the parts; -1 while they are being merged."""
     try:
         return sum(path.stat().st_size for path in out.parent.glob("*.part-*"))
     except FileNotFoundError:
@@ -408,7 +408,7 @@ def written(out: Path) -> int:
 
 
 def try_kills(args, count: int, ranks: int = 1) -> list[tuple[str, str]]:
-    """Kill while it answers, again and again until a run is done; all files must be those of a run nobody touched."""
+    """Kill runs at random times and resume them until done; all files must equal those of an uninterrupted run."""
     rng, folder = random.Random(4), Path(tempfile.mkdtemp())
 
     def start(out: Path) -> subprocess.Popen:
@@ -450,7 +450,7 @@ def try_kills(args, count: int, ranks: int = 1) -> list[tuple[str, str]]:
 
 
 def try_batches(args, count: int) -> list[tuple[str, str]]:
-    """Wall time of answering alone, and in batches of 64, images and all; the model is loaded before."""
+    """Wall time of answering one by one and in batches of 64, with image loading, without model loading."""
     torch.set_num_threads(1)
     model, tokenizer = load_checkpoint(args.model, "cpu", torch.float32)
     questions, seconds, texts = evaluation.read_questions(args.world / "questions.jsonl")[:count], {}, {}
