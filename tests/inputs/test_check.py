@@ -134,7 +134,7 @@ def test_bad_input_ends_in_one_line_before_any_work(kind, stage, mine, tiny, com
 
 @pytest.mark.parametrize("argv, says", [
     (["--mixing", "warm"], "--mixing warm"), (["--mixing", "0"], "--mixing 0"), (["--shares", "80"], None),
-    (["--shares", "80/20:1"], "--shares 80/20:1"), (["--skip-bad", "many"], "no percentage"),
+    (["--shares", "80/20:1"], "--shares 80/20:1"), (["--skip-bad", "many"], "not a percentage"),
     (["--skip-bad", "101"], "101"),
 ])  # fmt: skip
 def test_bad_flags_are_refused(argv, says, command, capsys):
@@ -152,9 +152,9 @@ def test_more_ranks_than_records(mine, tiny, command):
     )
     ranks = SimpleNamespace(world_size=32, is_main=True, broadcast=lambda value: value)
     with pytest.raises(ValueError, match="20 records for 32 ranks"):
-        train.data_files(args, ranks, "instruct")
+        train.open_sources(args, ranks, "instruct")
     with pytest.raises(ValueError, match="--batch-size 8 is not a multiple of 32 ranks"):
-        train.micro_batch(args, ranks)
+        train.micro_batch_size(args, ranks)
 
 
 def dataset_of(mine, percent, path):

@@ -104,7 +104,7 @@ def whitened(tiny, monkeypatch):
     """What comes out of a new projector's first layer were it the identity, for a gain of places: (N, P, C) each."""
 
     def call(gain):
-        monkeypatch.setattr(towers, "PLACE_GAIN", gain)
+        monkeypatch.setattr(towers, "POSITION_GAIN", gain)
         model = load_model(tiny.stage1)
         images = Records(
             sources(tiny.world / "captions.json", tiny.world), Tokenizer.load(tiny.stage1), model.config, 1024
