@@ -146,7 +146,7 @@ def classifier_ceiling(targets: torch.Tensor) -> float:
 def anls(answer: str, answers: list[str], threshold: float = 0.5) -> float:
     """Normalized Levenshtein similarity to the nearest true answer, 0 below the threshold (Biten et al. 2019).
 
-    Case and extra white space are ignored. (lmms-eval divides by the length with white space, see README.)
+    Case and extra white space are ignored. (lmms-eval divides by the length with white space, see docs/evaluation.md.)
     """
     answer = " ".join(answer.lower().split())
     return max((edit_similarity(answer, " ".join(truth.lower().split()), threshold) for truth in answers), default=0.0)

@@ -242,7 +242,7 @@ def chartqa(items: list[Item], answers: Answers) -> dict[str, float]:
 
 def medical(items: list[Item], answers: Answers) -> dict[str, float]:
     """Word overlap on open questions, accuracy on closed ones; also the closed accuracy of LLaVA-Med's run_eval.py,
-    which leaves out a closed question if the answer says yes or no and is wrong (see README)."""
+    which leaves out a closed question if the answer says yes or no and is wrong (see docs/evaluation.md)."""
     require_truth(items)
     rows = {"open": [], "closed": []}
     for item, answer in zip(items, answers):

@@ -1,4 +1,4 @@
-"""Full fine-tuning, LoRA and QLoRA side by side, and which part to adapt when the pictures change: the README's tables.
+"""Full fine-tuning, LoRA and QLoRA side by side, and which part to adapt when the images change: docs/lora.md's tables.
 
     python tests/tools/lora_tables.py --speedrun out/speedrun --easy-vqa easy-vqa --out out/lora-tables
 
