@@ -13,8 +13,10 @@ from PIL import Image
 from clip import CLIPVisionConfig
 from formats.configs import config_to_json
 from formats.saving import save_model
+from inputs.bpe import ByteLevel
 from inputs.files import publish_folder, read_json
-from inputs.tokenizer import SPECIALS, SPLIT, ByteLevel, Tokenizer, roles_of, train_bpe
+from inputs.tokenizer import SPECIALS, Tokenizer, find_roles, train_bpe
+from inputs.vocabularies import SPLIT
 from llava import IGNORE, Llava, LlavaConfig, TextConfig
 from training.towers import new_clip, new_decoder
 from world.language import TURNS
@@ -76,7 +78,7 @@ def with_full_vocabulary(text: TextConfig, vision: CLIPVisionConfig) -> tuple[Ll
     tokens = [*(bytes([b]) for b in range(256)), *islice(pairs, text.vocab_size - 256 - len(SPECIALS))]
     ranks = {token: i for i, token in enumerate(tokens)}
     specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
-    tokenizer = Tokenizer(ByteLevel(ranks, SPLIT), specials, roles_of(specials, {}))
+    tokenizer = Tokenizer(ByteLevel(ranks, SPLIT), specials, find_roles(specials, {}))
     ids = {"eos_token_ids": [tokenizer.eos_id], "pad_token_id": tokenizer.pad_id}
     return LlavaConfig(text, vision, image_token_index=tokenizer.image_id, **ids), tokenizer
 

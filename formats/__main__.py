@@ -8,7 +8,6 @@ python -m formats quantize SRC DST             put the decoder's layers into fou
 
 import argparse
 import math
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from formats.layouts import CLIP_LAYOUTS, EXTRAS, LLAVA_LAYOUTS, choose_layout, 
 from formats.llama2c import find_llama2c
 from formats.tensors import open_tensors
 from formats.weights import open_model
+from inputs import cli
 from inputs.templates import TEMPLATES
 from llava import LlavaConfig
 
@@ -91,20 +91,17 @@ def parse_args() -> argparse.Namespace:
 
 
 def main():
-    """Run one command. An error that the user can fix is printed in one line, with exit status 1."""
+    """Run one command."""
     args = parse_args()
-    try:
-        if args.command == "inspect":
-            inspect(args.folder)
-        elif args.command == "convert":
-            convert_folder(args.source, args.target, args.vision, args.llm, args.template)
-        elif args.command == "merge":
-            merge_folder(args.base, args.adapter, args.out, args.bits, args.vision)
-        else:
-            quantize_folder(args.source, args.target)
-    except (ValueError, OSError) as error:
-        sys.exit(f"formats: {error}")
+    if args.command == "inspect":
+        inspect(args.folder)
+    elif args.command == "convert":
+        convert_folder(args.source, args.target, args.vision, args.llm, args.template)
+    elif args.command == "merge":
+        merge_folder(args.base, args.adapter, args.out, args.bits, args.vision)
+    else:
+        quantize_folder(args.source, args.target)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, "formats")

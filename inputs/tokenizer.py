@@ -1,13 +1,11 @@
-"""Text to ids and back: byte-level BPE on tiktoken, LLaMA's and CLIP's from bpe.py, and a trainer for one's own.
+"""Text to ids and back, with special tokens; and a trainer for new vocabularies.
 
-What is saved is Hugging Face's `tokenizer.json`, so that other tools load it. Text is only ever text: `encode` knows
-no special token, those are inserted by id, so nobody can type one.
+A tokenizer is saved as Hugging Face's `tokenizer.json`, so that other programs load it. Text is only ever text:
+`encode` recognizes no special token, they are inserted by id, so a user cannot type one.
 """
 
-import base64
 import json
 import struct
-import unicodedata
 import zlib
 from collections import Counter
 from functools import lru_cache
@@ -16,99 +14,38 @@ from itertools import pairwise
 from pathlib import Path
 
 import regex
-import tiktoken
 
-from inputs.bpe import (
-    SPACE,
-    ClipBPE,
-    SentencePiece,
-    clip_from_json,
-    from_json,
-    merges_of,
-    read_clip,
-    read_llama2c,
-    read_model,
-)
+from inputs.bpe import ByteLevel, Codec
 from inputs.files import read_json, write_json
+from inputs.vocabularies import SPLIT, byte_level_json, check_ids, parse_json, read_vocabulary, sentencepiece_json
 
-# Words, single digits and runs of punctuation, each with the space before it; then what space is left.
-SPLIT = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SPLIT_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# GPT-2's once every digit is cut off, as SmolLM2 has it: spaces before a digit end a piece, as where the text ends.
-SPLIT_DIGITS = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-SPLIT_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 SPECIALS = ("<pad>", "<image>", "<s>", "</s>")  # </s> last: CLIP's text tower finds its end token as the highest id
-ROLES = {  # which names stand for what, in files that do not say
+ROLES = {  # special tokens that play a role in files that do not say which one does
     "pad": ("<pad>", "<|finetune_right_pad_id|>", "<unk>", "<|endoftext|>", "<|end_of_text|>"),
     "image": ("<image>",),
     "bos": ("<s>", "<|begin_of_text|>", "<|startoftext|>"),
     "eos": ("</s>", "<|eot_id|>", "<|im_end|>", "<|endoftext|>"),
 }
-
-
-class ByteLevel:
-    """Byte-level BPE, on tiktoken. Args: ranks: bytes of each token -> id, in order of merging. split: the pattern
-    that cuts text into words before merging. nfc: put accents and letters together first, as Qwen2 does.
-
-    Bytes without an id, of which SmolLM2 has some, are left out of the text, as Hugging Face's tokenizers does.
-    """
-
-    def __init__(self, ranks: dict[bytes, int], split: str, nfc: bool = False):
-        self.ranks, self.split, self.nfc = ranks, split, nfc
-        self.lacking = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
-        self.encoding = tiktoken.Encoding("llava", pat_str=split, mergeable_ranks=ranks, special_tokens={})
-        self.words, self.highest_id = set(ranks.values()), max(ranks.values())
-
-    def encode(self, text: str, prefix: bool = True) -> list[int]:
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
-        if not (self.lacking and set(self.lacking) & set(text.encode())):
-            return self.encoding.encode_ordinary(text)
-        words = (word.encode().translate(None, self.lacking) for word in regex.findall(self.split, text))
-        return [i for word in words if word for i in self.encoding._encode_single_piece(word)]
-
-    def decode(self, ids: list[int]) -> str:
-        return self.encoding.decode([i for i in ids if i in self.words])  # a vocabulary may have rows without a token
-
-    def merges(self):
-        """The two halves each merged token was made of, found by merging its bytes with the earlier ranks only.
-
-        LLaMA-3 has tokens that no merge leads to: like tiktoken, its files take a whole word if it is a token.
-        """
-        for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
-            parts = [token[i : i + 1] for i in range(len(token))]
-            while len(parts) > 2:
-                pairs = [self.ranks.get(a + b, rank) for a, b in pairwise(parts)]
-                i = min(range(len(pairs)), key=pairs.__getitem__)
-                parts[i : i + 2] = [parts[i] + parts[i + 1]]
-            if len(parts) == 2 and all(part in self.ranks for part in parts):
-                yield parts
+CORRUPT = (EOFError, ValueError, LookupError, TypeError, AttributeError, RecursionError)  # errors of malformed files
+CORRUPT += (struct.error, zlib.error, regex.error)
 
 
 class Tokenizer:
-    """A vocabulary behind one interface, whichever way it cuts text.
+    """A vocabulary with its special tokens: one interface to all codecs.
 
-    Args: codec: ByteLevel, SentencePiece or ClipBPE. specials: name -> id. roles: "bos", "eos", "pad", "image" ->
-    name. legacy: of SentencePiece, whether text after a special token gets a space in front, as at the start.
+    Args: codec: turns ordinary text into ids; specials: name -> id; roles: "bos", "eos", "pad", "image" -> name;
+    legacy: for SentencePiece, True if text after a special token gets a space in front, as at the start of a text.
     """
 
-    def __init__(
-        self,
-        codec: ByteLevel | SentencePiece | ClipBPE,
-        specials: dict[str, int],
-        roles: dict[str, str],
-        legacy: bool = True,
-    ):
+    def __init__(self, codec: Codec, specials: dict[str, int], roles: dict[str, str], legacy: bool = True):
         self.codec, self.specials, self.roles, self.legacy = codec, specials, roles, legacy
         if "eos" not in roles:
             raise ValueError("no token that ends a text")
-        # Dialogues repeat their questions: with the cache, a batch of 64 is rendered in a tenth of the time.
+        # Dialogues repeat their questions: with this cache, a batch of 64 is rendered in a tenth of the time.
         self._encode = lru_cache(maxsize=1 << 16)(lambda text, prefix: tuple(codec.encode(text, prefix)))
 
     def __reduce__(self):
-        """For pickle: what is remembered of texts stays behind."""
+        """For pickle: the cache stays behind."""
         return Tokenizer, (self.codec, self.specials, self.roles, self.legacy)
 
     def fingerprint(self) -> str:
@@ -120,7 +57,7 @@ class Tokenizer:
     def role(self, name: str) -> int | None:
         return self.specials[self.roles[name]] if name in self.roles else None
 
-    bos_id = property(lambda self: self.role("bos"))  # None: texts start without
+    bos_id = property(lambda self: self.role("bos"))  # None: texts start without one
     eos_id = property(lambda self: self.role("eos"))
     pad_id = property(lambda self: self.role("pad"))
     image_id = property(lambda self: self.role("image"))  # None: the model takes no images
@@ -132,7 +69,7 @@ class Tokenizer:
     def encode(self, text: str, prefix: bool = True) -> list[int]:
         """Ids of a text. Special tokens are never recognized in it: "</s>" becomes four ordinary pieces.
 
-        Args: prefix: the text starts here; False: it goes on from other text (SentencePiece cares).
+        Args: prefix: False if the text continues another one; only SentencePiece makes a difference.
         """
         return list(self._encode(text, prefix))
 
@@ -142,22 +79,24 @@ class Tokenizer:
         return self.codec.decode([i for i in ids if i not in special])
 
     def add_special(self, name: str) -> int:
-        """Id of a special token, a new one at the end if there is none of that name."""
+        """The id of the special token `name`, which is added at the end if there is none."""
         return self.specials.setdefault(name, self.vocab_size)
 
     def save(self, folder: str | Path):
-        """Write `tokenizer.json` as Hugging Face's tokenizers reads it, and `tokenizer_config.json` with the roles."""
+        """Write `tokenizer.json` for Hugging Face's tokenizers, and `tokenizer_config.json` with the roles."""
         added = [
             {"id": i, "content": token, "special": True, "normalized": False}
             | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
             for token, i in sorted(self.specials.items(), key=lambda item: item[1])
         ]
-        spell = byte_level_json if isinstance(self.codec, ByteLevel) else sentencepiece_json
         content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
-        content |= spell(self) | {"post_processor": None}
-        text = {"Sequence": {"id": "A", "type_id": 0}}
+        if isinstance(self.codec, ByteLevel):
+            content |= byte_level_json(self.codec)
+        else:
+            content |= sentencepiece_json(self.codec, self.specials, self.legacy)
+        content["post_processor"] = None
         if bos := self.roles.get("bos"):  # set in front of every text
-            begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+            begin, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
             named = {bos: {"id": bos, "ids": [self.bos_id], "tokens": [bos]}}
             single = {"single": [begin, text], "pair": [begin, text, begin, text], "special_tokens": named}
             content["post_processor"] = {"type": "TemplateProcessing"} | single
@@ -176,36 +115,24 @@ class Tokenizer:
         path = next((path for name in names for path in sorted(folder.glob(name))), folder / names[0])
         try:
             if path.suffix == ".json":
-                codec, specials, bos = parse(json.loads(path.read_text(encoding="utf-8")))
-                roles = roles_of(specials, named | {"bos": bos}) if bos else roles_of(specials, named)
-                if not bos:  # nothing stands in front of a text, whatever tokens there are
+                codec, specials, bos = parse_json(json.loads(path.read_text(encoding="utf-8")))
+                roles = find_roles(specials, named | ({"bos": bos} if bos else {}))
+                if not bos:  # the file puts no token in front of a text, even if it has one by that name
                     roles.pop("bos", None)
             else:
                 codec, specials = read_vocabulary(path, legacy)
                 specials |= added if path.suffix == ".model" else {}
-                roles = roles_of(specials, named)
+                roles = find_roles(specials, named)
             return cls(codec, specials, roles, legacy=not getattr(codec, "unless_spaced", False))
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror or error}") from None
         except CORRUPT as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{path}: not a tokenizer that is built ({reason})") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# files
-
-MOST_IDS = 1 << 24  # far beyond any vocabulary: an id above is a broken file, not a reason to reserve memory
-CORRUPT = (EOFError, ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what broken files raise
-CORRUPT += (struct.error, zlib.error, regex.error)
-EVERY_KIND = "".join(map(chr, range(0x250))) + "\u2028\u3000猫が👩‍👩‍👧\u0301\ufeff"  # of character
-RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(251)]
-LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:4], "<|start_header_id|>", "<|end_header_id|>"]
-LLAMA3_SPECIALS += [RESERVED[4], "<|eot_id|>", *RESERVED[5:]]  # in the order of Meta's code: ids 128,000 to 128,255
+            raise ValueError(f"{path}: not a supported tokenizer ({reason})") from None
 
 
 def read_settings(path: Path) -> tuple[dict[str, int], dict[str, str], bool]:
-    """Of a tokenizer_config.json: ids of added tokens, the names that roles have, and "legacy". Raises ValueError."""
+    """From a tokenizer_config.json: ids of added tokens, token names by role, and "legacy". Raises ValueError."""
     settings = read_json(path) if path.exists() else {}
     try:
         added = {token["content"]: int(i) for i, token in (settings.get("added_tokens_decoder") or {}).items()}
@@ -214,37 +141,12 @@ def read_settings(path: Path) -> tuple[dict[str, int], dict[str, str], bool]:
         check_ids(added)
         check_ids(dict.fromkeys(named.values(), 0))
     except CORRUPT as error:
-        raise ValueError(f"{path}: its added_tokens_decoder or a *_token is not one ({error!r})") from None
+        raise ValueError(f"{path}: malformed added_tokens_decoder or *_token ({error!r})") from None
     return added, named, bool(settings.get("legacy", True))
 
 
-def check_ids(vocabulary: dict[str, int]):
-    """Raises ValueError on a name that is no text or an id that is none."""
-    for name, i in vocabulary.items():
-        if type(name) is not str or type(i) is not int or not 0 <= i < MOST_IDS:
-            raise ValueError(f"the id of {name!r} is {i!r}")
-
-
-def read_vocabulary(path: Path, legacy: bool) -> tuple[ByteLevel | SentencePiece | ClipBPE, dict[str, int]]:
-    """Codec and specials of a file that is no JSON. Raises any of CORRUPT."""
-    if path.suffix == ".gz":
-        return read_clip(path, byte_alphabet())
-    if path.suffix == ".bin":
-        return read_llama2c(path)
-    if not path.read_bytes()[:64].split(b"\n")[0].endswith(b" 0"):
-        return read_model(path, unless_spaced=not legacy)
-    lines = [line.split() for line in path.read_bytes().splitlines()]  # LLaMA-3's: a base64 token and its rank
-    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    if list(ranks.values()) != list(range(len(lines))) or len(lines) < 256:  # its special tokens are counted from there
-        raise ValueError("tokens are given twice, or missing")
-    codec = ByteLevel(ranks, SPLIT_LLAMA3)
-    if codec.lacking:
-        raise ValueError("a byte has no id")
-    return codec, {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIALS)}
-
-
-def roles_of(specials: dict[str, int], named: dict[str, str]) -> dict[str, str]:
-    """Which special token is "bos", "eos", "pad", "image": as the settings say, or else the first of ROLES there is."""
+def find_roles(specials: dict[str, int], named: dict[str, str]) -> dict[str, str]:
+    """The special token of each role: the one that the settings name, else the first of ROLES that exists."""
     roles = {}
     for role, usual in ROLES.items():
         found = [name for name in (named.get(role), *usual) if name in specials]
@@ -253,133 +155,8 @@ def roles_of(specials: dict[str, int], named: dict[str, str]) -> dict[str, str]:
     return {"pad": roles["eos"]} | roles if "eos" in roles else roles
 
 
-def byte_level_json(tokenizer: Tokenizer) -> dict:
-    """The sections of a tokenizer.json that say how a byte-level BPE cuts text."""
-    codec, to_unicode = tokenizer.codec, byte_alphabet()
-    name = {i: "".join(to_unicode[b] for b in token) for token, i in codec.ranks.items()}
-    merges = [[name[codec.ranks[half]] for half in halves] for halves in codec.merges()]
-    split = {"type": "Split", "pattern": {"Regex": codec.split}, "behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return {
-        "normalizer": {"type": "NFC"} if codec.nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "decoder": byte_level,
-        "model": {"type": "BPE", "ignore_merges": True, "vocab": {v: k for k, v in name.items()}, "merges": merges},
-    }
-
-
-def sentencepiece_json(tokenizer: Tokenizer) -> dict:
-    """The same of a SentencePiece vocabulary; where the space in front goes tells legacy from not."""
-    codec, legacy = tokenizer.codec, tokenizer.legacy
-    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    prefixed = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]}
-    steps = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
-    back = [
-        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-    ]
-    vocabulary = codec.ids | {f"<0x{byte:02X}>": i for byte, i in enumerate(codec.byte_ids)}
-    vocabulary |= {name: i for name, i in tokenizer.specials.items() if i < len(vocabulary) + 3}
-    model = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "ignore_merges": False}
-    return {
-        "normalizer": prefixed if legacy else None,
-        "pre_tokenizer": None if legacy else steps,
-        "decoder": {"type": "Sequence", "decoders": back},
-        "model": model | {"vocab": vocabulary, "merges": merges_of(codec)},
-    }
-
-
-def parse(content: dict) -> tuple[ByteLevel | SentencePiece | ClipBPE, dict[str, int], str]:
-    """Codec, specials and the token set in front of every text ("" for none) of a tokenizer.json.
-
-    Raises any of a dozen errors if it is something else.
-    """
-    specials, model = {token["content"]: token["id"] for token in content["added_tokens"]}, content["model"]
-    check_ids(model["vocab"] | specials)
-    if model.get("type", "BPE") != "BPE" or model.get("dropout") or model.get("continuing_subword_prefix"):
-        raise ValueError("its model is not plain BPE")
-    first = [
-        step["single"][0].get("SpecialToken", {}).get("id", "")
-        for step in steps_of(content.get("post_processor"), "processors")
-        if step["type"] == "TemplateProcessing"
-    ]
-    if model.get("byte_fallback"):
-        return from_json(model, specials, spaces_of(content)), specials, (first or [""])[0]
-    if model.get("end_of_word_suffix") == "</w>":
-        return clip_from_json(model, specials, byte_alphabet()), specials, (first or [""])[0]
-    normalizer = [step["type"] for step in steps_of(content.get("normalizer"), "normalizers")]
-    if normalizer not in ([], ["NFC"]):
-        raise ValueError(f"its normalizer is {', '.join(normalizer)}")
-    split = split_of(steps_of(content["pre_tokenizer"], "pretokenizers"))
-    to_byte = {char: byte for byte, char in byte_alphabet().items()}
-    vocabulary = {text: i for text, i in model["vocab"].items() if text not in specials}
-    ranks = {bytes(to_byte[char] for char in text): i for text, i in vocabulary.items()}
-    ids = [*ranks.values(), *specials.values()]
-    codec = ByteLevel(ranks, split, nfc=normalizer == ["NFC"])
-    if len(set(ids)) < len(ids) or (codec.lacking and model.get("unk_token")) or model.get("end_of_word_suffix"):
-        raise ValueError("an id is given twice, what has none gets <unk>, or words end in a mark")
-    check_merges(model, vocabulary)
-    return codec, specials, (first or [""])[0]
-
-
-def check_merges(model: dict, vocabulary: dict[str, int]):
-    """We join what gives the lowest id. Raises ValueError if the file's list of merges says otherwise."""
-    merges = ("".join(merge) if isinstance(merge, list) else merge.replace(" ", "") for merge in model["merges"])
-    joined = [vocabulary[text] for text in merges]
-    alone = {i for text, i in vocabulary.items() if len(text) > 1} - set(joined)
-    if joined != sorted(joined) or (alone and not model.get("ignore_merges")):
-        raise ValueError("its merges are not in the order of the ids, or leave tokens out")
-
-
-def spaces_of(content: dict) -> bool:
-    """Whether a tokenizer.json of SentencePiece leaves out its first space where the text brings one ("non-legacy").
-
-    Raises ValueError if it treats spaces, or text, in a way that is not built.
-    """
-    normalizer = [step["type"] for step in steps_of(content["normalizer"], "normalizers")]
-    cut = [(step["type"], step.get("prepend_scheme")) for step in steps_of(content["pre_tokenizer"], "pretokenizers")]
-    if normalizer == ["Prepend", "Replace"] and not cut:
-        return False
-    if not normalizer and cut == [("Metaspace", "first")]:
-        return True
-    raise ValueError(f"its normalizer is {normalizer}, its pre_tokenizer {cut}")
-
-
-def steps_of(part: dict | None, name: str) -> list[dict]:
-    """A section of a tokenizer.json is one step, a sequence of steps, or nothing."""
-    return [] if part is None else part[name] if part["type"] == "Sequence" else [part]
-
-
-def split_of(steps: list[dict]) -> str:
-    """The pattern that cuts text into words. Raises ValueError if it is cut in another way."""
-    *cuts, last = steps
-    kinds, pattern = [step["type"] for step in cuts], None
-    if last["type"] == "ByteLevel" and not last.get("add_prefix_space"):
-        if not last.get("use_regex", True):
-            if kinds == ["Split"] and cuts[0]["behavior"] == "Isolated" and not cuts[0]["invert"]:
-                pattern = cuts[0]["pattern"]["Regex"]
-        elif not kinds:
-            pattern = SPLIT_GPT2
-        elif kinds == ["Digits"] and cuts[0]["individual_digits"]:
-            pattern = SPLIT_DIGITS
-    if pattern is None:
-        raise ValueError(f"text is cut by {json.dumps(steps)[:300]}")
-    if regex.sub(pattern, "", EVERY_KIND):  # tiktoken would drop it
-        raise ValueError(f"the pattern {pattern!r} leaves text out")
-    return pattern
-
-
-def byte_alphabet() -> dict[int, str]:
-    """GPT-2's printable stand-in for every byte, in which tokenizer.json files spell their tokens."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
 def train_bpe(texts: list[str], merges: int) -> Tokenizer:
-    """Learn a vocabulary: merge the most frequent neighboring pair, `merges` times (Sennrich et al. 2016).
+    """Learn a byte-level vocabulary: merge the most frequent neighboring pair, `merges` times (Sennrich et al. 2016).
 
     It starts from the 256 bytes, so any text can be encoded. Ties go to the pair that sorts first, so the same texts
     give the same vocabulary on every machine. Stops early when no pair occurs twice.
@@ -397,10 +174,10 @@ def train_bpe(texts: list[str], merges: int) -> Tokenizer:
             break
         ranks[best[0] + best[1]] = len(ranks)
         for parts, _ in words:
-            i = 0  # from the left, as every encoder will
+            i = 0  # from the left, as every encoder merges
             while i < len(parts) - 1:
                 if (parts[i], parts[i + 1]) == best:
                     parts[i : i + 2] = [best[0] + best[1]]
                 i += 1
     specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
-    return Tokenizer(ByteLevel(ranks, SPLIT), specials, roles_of(specials, {}))
+    return Tokenizer(ByteLevel(ranks, SPLIT), specials, find_roles(specials, {}))

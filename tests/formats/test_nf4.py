@@ -281,10 +281,10 @@ def test_a_quantized_folder_is_loaded_by_transformers(bnb, small):
 
 
 def test_it_answers(small, command, tiny, capsys):
-    picture = next((tiny.world / "heldout-0").rglob("*.png"))
-    command(sample, "--model", small[1], "--image", picture, "--max-new-tokens", 8)
+    image = next((tiny.world / "heldout-0").rglob("*.png"))
+    command(sample, "--model", small[1], "--image", image, "--max-new-tokens", 8)
     quantized = capsys.readouterr().out
-    command(sample, "--model", small[0], "--image", picture, "--max-new-tokens", 8, "--bits", 4)
+    command(sample, "--model", small[0], "--image", image, "--max-new-tokens", 8, "--bits", 4)
     assert capsys.readouterr().out == quantized != ""
 
 

@@ -1,6 +1,6 @@
-"""What the real checkpoints answered elsewhere, for whoever holds them:
+"""Real checkpoints give the answers that other programs recorded. For those who have the checkpoints:
 
-    LLAVA_WEIGHTS=/models pytest tests/test_reference_values.py
+    LLAVA_WEIGHTS=/models pytest tests/formats/test_reference_values.py
 
 with the folders as they are called on the hub (clip-vit-base-patch32, Llama-2-7b-hf, llava-1.5-7b-hf) below /models.
 The recorded values are those of reference_values.json in the folder LLAVA_DATA; a test without its files is skipped.
@@ -48,8 +48,8 @@ def test_clip_tells_a_diagram_from_a_dog(recorded):
     longest = max(map(len, rows))
     texts = torch.tensor([row + [tokenizer.eos_id] * (longest - len(row)) for row in rows])
     with torch.no_grad():
-        pictures, words = model(texts, pixels)
-        got = (model.logit_scale.exp() * pictures @ words.T).softmax(-1)[0]
+        images, words = model(texts, pixels)
+        got = (model.logit_scale.exp() * images @ words.T).softmax(-1)[0]
     torch.testing.assert_close(got, torch.tensor(want["label_probs"]), atol=0.01, rtol=0.1)
 
 
@@ -74,12 +74,12 @@ def test_llama2_goes_on_with_a_text(recorded):
 
 
 def test_llava_sees_two_cats(recorded):
-    """Recorded in 4 bits, so only how the answer begins is sure. The picture is COCO's val2017/000000039769."""
-    source, picture = folder("llava-1.5-7b-hf"), folder("000000039769.jpg")
+    """Recorded in 4 bits, so only how the answer begins is sure. The image is COCO's val2017/000000039769."""
+    source, image = folder("llava-1.5-7b-hf"), folder("000000039769.jpg")
     model = load_model(source, **HALF)
     tokenizer, config = load_tokenizer(source, model.config), model.config
     ids = prompt_ids(["What is this?"], [], 1, tokenizer, "llava_hf", config.vision_config.num_patches)
-    pixels = image_pixels(Image.open(picture).convert("RGB"), config.vision_config.image_size, config.image_mode)
+    pixels = image_pixels(Image.open(image).convert("RGB"), config.vision_config.image_size, config.image_mode)
     with torch.inference_mode():
         features = model.vision_features(pixels[None].to(DEVICE))
     text = tokenizer.decode([i for (i,) in generate(model, [ids], features, max_new_tokens=20)])

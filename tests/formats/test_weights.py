@@ -427,8 +427,8 @@ def test_a_new_llava_from_their_clip_and_their_llama(tiny, tmp_path, command):
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "new", backend="pil")
     tokenizer = weights.load_tokenizer(tmp_path / "new", ours.config)
     ids = prompt_ids(["What is this?"], [], 1, tokenizer, "llava_hf", 4)
-    picture = Image.linear_gradient("L").convert("RGB")
-    theirs = processor(images=picture, text="USER: <image>\nWhat is this? ASSISTANT:", return_tensors="pt")
+    image = Image.linear_gradient("L").convert("RGB")
+    theirs = processor(images=image, text="USER: <image>\nWhat is this? ASSISTANT:", return_tensors="pt")
     assert theirs["input_ids"][0].tolist() == ids
     assert ids[:3] == [1, 3148, 1001] and ids[-5:] == [319, 1799, 9047, 13566, 29901]  # as LLaVA's own tokenizer
     with torch.no_grad():
@@ -713,7 +713,7 @@ def test_a_padding_token_of_minus_one_is_none(tmp_path):
         assert read_config(tmp_path).pad_token_id == 0
 
 
-OTHER_MODELS = [  # keys that transformers heeds and we have not built
+OTHER_MODELS = [  # keys that transformers reads and this code does not support
     ("gpt2", "scale_attn_by_inverse_layer_idx", True),
     ("gpt2", "scale_attn_weights", False),
     ("gpt2", "tie_word_embeddings", False),
@@ -847,7 +847,7 @@ def test_the_template_of_a_llava_of_its_authors(kind, chat, template, tmp_path, 
 @pytest.mark.parametrize("key, value", [("mm_vision_select_layer", [-2, -5]), ("mm_vision_select_layer", -99),
     ("mm_vision_select_layer", True), ("model_type", "llava_mpt"), ("mm_use_im_start_end", True),
     ("mm_vision_select_feature", "cls_patch")])  # fmt: skip
-def test_what_is_not_built_of_the_authors_is_refused(key, value, tmp_path, monkeypatch):
+def test_unsupported_options_of_the_authors_are_refused(key, value, tmp_path, monkeypatch):
     config = authors_config(make("llama_gqa").config, "mlp2x_gelu", monkeypatch) | {key: value}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError) as caught:
@@ -877,7 +877,7 @@ def test_a_clip_that_cannot_be(values, tmp_path):
 
 
 @pytest.fixture
-def pictured(tiny, tmp_path):
+def loaded_with(tiny, tmp_path):
     """A LLaVA's folder, and a function that changes its tokenizer and the index of its image token and loads both."""
 
     def load(change, index=None):
@@ -900,23 +900,23 @@ def called(name):
     return change
 
 
-def test_the_image_token_is_called_image(pictured):
-    tokenizer = pictured(called("<|reserved_250|>"))
+def test_the_image_token_is_called_image(loaded_with):
+    tokenizer = loaded_with(called("<|reserved_250|>"))
     assert tokenizer.roles["image"] == "<image>" and "<|reserved_250|>" not in tokenizer.specials
 
 
 @pytest.mark.parametrize("kind", ["ordinary", "another", "the end", "too few rows"])
-def test_a_tokenizer_and_a_config_that_contradict_each_other(kind, pictured, tmp_path):
+def test_a_tokenizer_and_a_config_that_contradict_each_other(kind, loaded_with, tmp_path):
     index, change = {
         "ordinary": (5, lambda tokenizer: None),
         "another": (999, lambda tokenizer: tokenizer.add_special("<more>")),
-        "the end": (None, called("<pictures>")),
+        "the end": (None, called("<images>")),
         "too few rows": (None, lambda tokenizer: tokenizer.specials.update({"<more>": 5000})),
     }[kind]
     if kind == "the end":
-        index = pictured(lambda tokenizer: None).eos_id
+        index = loaded_with(lambda tokenizer: None).eos_id
     with pytest.raises(ValueError) as caught:
-        pictured(change, index)
+        loaded_with(change, index)
     assert str(tmp_path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
@@ -1006,15 +1006,15 @@ def test_inspect_and_convert(tiny, tmp_path, command, capsys):
         source = tiny.stage2 if word == "exists already" else tmp_path / "nowhere"
         with pytest.raises(SystemExit) as caught:
             command(formats_cli, "convert", source, target)
-        assert str(caught.value).startswith("formats: ") and len(str(caught.value).splitlines()) == 1
+        assert str(caught.value).startswith("formats") and len(str(caught.value).splitlines()) == 1
 
 
 def test_processor_files(tiny, tmp_path):
-    """What transformers' AutoProcessor makes of a picture and a prompt is what our own code makes of them."""
+    """What transformers' AutoProcessor makes of an image and a prompt, our own code makes too."""
     transformers = pytest.importorskip("transformers")
     model = load_model(tiny.stage2)
     tokenizer = weights.load_tokenizer(tiny.stage2, model.config)
-    picture = Image.linear_gradient("L").resize((90, 60)).convert("RGB")
+    image = Image.linear_gradient("L").resize((90, 60)).convert("RGB")
     for mode in ("square", "pad"):
         model.config.image_mode = mode
         folder = tmp_path / mode
@@ -1022,11 +1022,11 @@ def test_processor_files(tiny, tmp_path):
         save_model(model, folder)
         tokenizer.save(folder)
         processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
-        theirs = processor(images=picture, text="USER: <image>\nWhat is this? ASSISTANT:", return_tensors="pt")
+        theirs = processor(images=image, text="USER: <image>\nWhat is this? ASSISTANT:", return_tensors="pt")
         side = model.config.vision_config
         want = prompt_ids(["What is this?"], [], 1, tokenizer, "llava_hf", side.num_patches)
         assert theirs["input_ids"][0].tolist() == want
-        assert torch.equal(theirs["pixel_values"][0], image_pixels(picture, side.image_size, mode))
+        assert torch.equal(theirs["pixel_values"][0], image_pixels(image, side.image_size, mode))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1073,7 +1073,7 @@ def test_loading_takes_little_more_than_the_weights(stored, wanted, tmp_path, mo
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# pictures of every mode and shape
+# images of every mode and shape
 
 MODES = {"RGB": "png", "L": "png", "P": "png", "1": "png", "RGBA": "png", "LA": "png", "CMYK": "jpg"}
 

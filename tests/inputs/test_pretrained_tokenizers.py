@@ -1,4 +1,4 @@
-"""Vocabularies that people have: the same ids as the libraries they were made with, on text that tries to break them.
+"""Published vocabularies give the same ids as the libraries they were made with, also on adversarial text.
 
 The files are not part of this project: LLAVA_DATA (default ../shared/data) names the folder they are in.
 """
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from inputs.tokenizer import Tokenizer, byte_alphabet
+from inputs.bpe import byte_alphabet
+from inputs.tokenizer import Tokenizer
 
 DATA = Path(os.environ.get("LLAVA_DATA", Path(__file__).parents[2] / "../shared/data")).resolve()
 FOLDER = DATA / "tokenizers"
@@ -127,7 +128,7 @@ def test_same_ids_as_the_library(pair):
 def test_saved_files_give_the_same_ids(pair, tmp_path):
     name, ours = pair
     if name == "clip":
-        pytest.skip("CLIP's text tower is only read, to compare pictures with texts")
+        pytest.skip("CLIP's text tower is only read, to compare images with texts")
     ours.save(tmp_path)
     again = Tokenizer.load(tmp_path)
     assert (again.specials, again.roles, again.legacy) == (ours.specials, ours.roles, ours.legacy)

@@ -1,4 +1,6 @@
-"""NF4 beside bitsandbytes on the same cores, in turn: A B A B, medians and their spread. Above 1 we are faster.
+"""Time NF4 against bitsandbytes on the same cores, in turns (A B A B): medians and their spread.
+
+A ratio above 1 means that this project is faster.
 
 python tests/tools/nf4_speed.py --threads 2
 """
@@ -15,13 +17,13 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import lora as nf4
+from lora import NF4Linear
 
 ROWS = 256
 
 
 def paired(ours, other, rounds: int) -> tuple[float, float, float, float]:
-    """Median seconds of both, the median of their ratio round by round, and half of its middle 50 %."""
+    """Median seconds of both, the median ratio of a round, and half of its interquartile range."""
     pairs = []
     for _ in range(rounds + 1):
         times = []
@@ -47,10 +49,10 @@ def main():
     for dtype in (torch.float32, torch.bfloat16):
         weight, x = torch.randn(4096, 4096).to(dtype), torch.randn(ROWS, 4096).to(dtype)
         codes, state = theirs.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-        layer = nf4.NF4Linear.of(weight)
+        layer = NF4Linear.of(weight)
         calls = {
             "quantize 4096 x 4096, doubly": (
-                lambda w=weight: nf4.NF4Linear.of(w),
+                lambda w=weight: NF4Linear.of(w),
                 lambda w=weight: theirs.quantize_4bit(w, quant_type="nf4", compress_statistics=True),
             ),
             "dequantize": (
@@ -62,10 +64,10 @@ def main():
                 lambda c=codes, s=state, x=x: F.linear(x, theirs.dequantize_4bit(c, s)),
             ),
         }
-        for what, (ours, other) in calls.items():
+        for operation, (ours, other) in calls.items():
             a, b, ratio, spread = paired(ours, other, args.rounds)
             kind = str(dtype).removeprefix("torch.")
-            print(f"| {what} | {kind} | {1e3 * a:.1f} | {1e3 * b:.1f} | {ratio:.2f} +- {spread:.2f} |", flush=True)
+            print(f"| {operation} | {kind} | {1e3 * a:.1f} | {1e3 * b:.1f} | {ratio:.2f} +- {spread:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

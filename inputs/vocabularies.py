@@ -1,0 +1,304 @@
+"""Vocabulary files, read into codecs and written: tokenizer.json, tokenizer.model, llama2.c's and OpenAI CLIP's.
+
+The readers raise whatever error a malformed file leads to; Tokenizer.load turns it into one line with the file's name.
+"""
+
+import base64
+import gzip
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import regex
+
+from inputs.bpe import SPACE, ByteLevel, ClipBPE, Codec, SentencePiece, byte_alphabet
+
+# Ours: words, single digits and runs of punctuation, each with the space before it; then the remaining spaces.
+SPLIT = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SPLIT_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT-2's after every digit was cut off (SmolLM2): spaces before a digit end a piece, as at the end of the text.
+SPLIT_DIGITS = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+SPLIT_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+EVERY_KIND = "".join(map(chr, range(0x250))) + "\u2028\u3000猫が👩‍👩‍👧\u0301\ufeff"  # characters of every kind
+MAX_IDS = 1 << 24  # far above any vocabulary: a higher id means a malformed file, and must not reserve memory
+RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(251)]
+LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:4], "<|start_header_id|>", "<|end_header_id|>"]
+LLAMA3_SPECIALS += [RESERVED[4], "<|eot_id|>", *RESERVED[5:]]  # in the order of Meta's code: ids 128,000 to 128,255
+CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
+CLIP_MERGES = 48_894  # OpenAI's file lists more merges than CLIP uses
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's types of a piece
+
+
+def check_ids(vocabulary: dict[str, int]):
+    """Raise ValueError if a name is not text or an id is not a valid id."""
+    for name, i in vocabulary.items():
+        if type(name) is not str or type(i) is not int or not 0 <= i < MAX_IDS:
+            raise ValueError(f"the id of {name!r} is {i!r}")
+
+
+def read_vocabulary(path: Path, legacy: bool) -> tuple[Codec, dict[str, int]]:
+    """The codec and the special tokens of a file that is not JSON."""
+    if path.suffix == ".gz":
+        return read_clip(path)
+    if path.suffix == ".bin":
+        return read_llama2c(path)
+    if not path.read_bytes()[:64].split(b"\n")[0].endswith(b" 0"):
+        return read_sentencepiece(path, unless_spaced=not legacy)
+    lines = [line.split() for line in path.read_bytes().splitlines()]  # LLaMA-3's: a token in base64, and its rank
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    if list(ranks.values()) != list(range(len(lines))) or len(lines) < 256:  # the special tokens' ids follow these
+        raise ValueError("tokens are given twice, or missing")
+    codec = ByteLevel(ranks, SPLIT_LLAMA3)
+    if codec.missing_bytes:
+        raise ValueError("a byte has no id")
+    return codec, {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIALS)}
+
+
+def read_llama2c(path: Path) -> tuple[SentencePiece, dict[str, int]]:
+    """llama2.c's tokenizer.bin: an int32, then score (float32), length (int32) and text of each piece."""
+    data, at, pieces, length = path.read_bytes(), 4, [], -1
+    while at < len(data):
+        score, length = struct.unpack_from("<fi", data, at)
+        text, at = data[at + 8 : at + 8 + length], at + 8 + length
+        i = len(pieces)
+        kind = UNKNOWN if i == 0 else CONTROL if i < 3 else BYTE if i < 259 else NORMAL
+        pieces.append((f"<0x{i - 3:02X}>" if kind == BYTE else text.decode().replace(" ", SPACE), score, kind))
+    if at != len(data) or length < 0:
+        raise ValueError(f"it ends within piece {len(pieces)}")
+    return from_pieces(pieces, unless_spaced=False), {"<unk>": 0, "<s>": 1, "</s>": 2}
+
+
+def read_clip(path: Path) -> tuple[ClipBPE, dict[str, int]]:
+    """OpenAI's bpe_simple_vocab_16e6.txt.gz: a title line, then merges.
+
+    Ids are given to the bytes, the bytes that end a word, the merged tokens, and two special tokens, in this order.
+    """
+    with gzip.open(path) as file:
+        lines = file.read(20_000_000).decode().split("\n")[1 : 1 + CLIP_MERGES]
+    merged, alphabet = [line.replace(" ", "") for line in lines], byte_alphabet()
+    names = [*alphabet.values(), *(char + "</w>" for char in alphabet.values()), *merged, *CLIP_SPECIALS]
+    ids = {name: i for i, name in enumerate(names)}
+    scores = {name: -float(rank) for rank, name in enumerate(merged)}
+    return ClipBPE(ids, scores, alphabet), {name: ids.pop(name) for name in CLIP_SPECIALS}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer.model of SentencePiece
+
+
+def read_sentencepiece(path: Path, unless_spaced: bool) -> tuple[SentencePiece, dict[str, int]]:
+    """A `tokenizer.model`, and its special tokens by name. Field numbers: sentencepiece_model.proto."""
+    fields = list(read_fields(path.read_bytes()))
+    pieces = [read_piece(value) for number, value in fields if number == 1]
+    trainer, normalizer = (
+        dict(entry for number, value in fields if number == wanted for entry in read_fields(value)) for wanted in (2, 3)
+    )
+    if not pieces or trainer.get(3) != 2:
+        raise ValueError("not SentencePiece, or not its BPE")
+    rewrites = normalizer.get(2) or not normalizer.get(3, 1) or normalizer.get(4, 1)
+    if rewrites or any(kind == USER_DEFINED for _, _, kind in pieces):
+        raise ValueError("it rewrites its text before encoding, which is not supported")
+    specials = {text: i for i, (text, _, kind) in enumerate(pieces) if kind in (UNKNOWN, CONTROL)}
+    return from_pieces(pieces, unless_spaced), specials
+
+
+def read_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of a protobuf message; a value is an int or raw bytes. Raises ValueError if malformed."""
+    at = 0
+
+    def read_varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while at < len(message) and shift < 64:
+            byte = message[at]
+            value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+            if byte < 128:
+                return value
+        raise ValueError(f"no number at byte {at}")
+
+    while at < len(message):
+        number, wire = divmod(read_varint(), 8)
+        if wire == 0:
+            yield number, read_varint()
+            continue
+        if wire not in (1, 2, 5):
+            raise ValueError(f"wire type {wire} at byte {at}")
+        size = read_varint() if wire == 2 else {1: 8, 5: 4}[wire]
+        if at + size > len(message):
+            raise ValueError(f"a field of {size} bytes at byte {at} of {len(message)}")
+        yield number, message[at : at + size]
+        at += size
+
+
+def read_piece(message: bytes) -> tuple[str, float, int]:
+    """Text, score and type of a piece."""
+    values = {1: b"", 2: bytes(4), 3: NORMAL} | dict(read_fields(message))
+    return values[1].decode(), struct.unpack("<f", values[2])[0], values[3]
+
+
+def from_pieces(pieces: list[tuple[str, float, int]], unless_spaced: bool) -> SentencePiece:
+    """A codec from (text, score, type) of every id. Raises ValueError if only some bytes have an id."""
+    ids = {text: i for i, (text, _, kind) in enumerate(pieces) if kind == NORMAL}
+    scores = {text: score for text, score, kind in pieces if kind == NORMAL}
+    by_byte = {int(text[3:5], 16): i for i, (text, _, kind) in enumerate(pieces) if kind == BYTE}
+    unknown = next((i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN), 0)
+    if len(by_byte) not in (0, 256):
+        raise ValueError(f"{len(by_byte)} of 256 bytes have an id")
+    return SentencePiece(ids, scores, [by_byte[byte] for byte in range(len(by_byte))], unknown, unless_spaced)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer.json, read
+
+
+def parse_json(content: dict) -> tuple[Codec, dict[str, int], str]:
+    """Codec, special tokens, and the token that is set in front of every text ("" for none) of a tokenizer.json."""
+    specials, model = {token["content"]: token["id"] for token in content["added_tokens"]}, content["model"]
+    check_ids(model["vocab"] | specials)
+    if model.get("type", "BPE") != "BPE" or model.get("dropout") or model.get("continuing_subword_prefix"):
+        raise ValueError("its model is not plain BPE")
+    steps = list_steps(content.get("post_processor"), "processors")
+    first = [step["single"][0] for step in steps if step["type"] == "TemplateProcessing"]
+    bos = first[0].get("SpecialToken", {}).get("id", "") if first else ""
+    if model.get("byte_fallback"):
+        return parse_sentencepiece(model, specials, skips_first_space(content)), specials, bos
+    if model.get("end_of_word_suffix") == "</w>":
+        return parse_clip(model, specials), specials, bos
+    return parse_byte_level(content, model, specials), specials, bos
+
+
+def parse_byte_level(content: dict, model: dict, specials: dict[str, int]) -> ByteLevel:
+    normalizer = [step["type"] for step in list_steps(content.get("normalizer"), "normalizers")]
+    if normalizer not in ([], ["NFC"]):
+        raise ValueError(f"its normalizer is {', '.join(normalizer)}")
+    split = parse_split(list_steps(content["pre_tokenizer"], "pretokenizers"))
+    to_byte = {char: byte for byte, char in byte_alphabet().items()}
+    vocabulary = {text: i for text, i in model["vocab"].items() if text not in specials}
+    ranks = {bytes(to_byte[char] for char in text): i for text, i in vocabulary.items()}
+    ids = [*ranks.values(), *specials.values()]
+    codec = ByteLevel(ranks, split, nfc=normalizer == ["NFC"])
+    if len(set(ids)) < len(ids) or (codec.missing_bytes and model.get("unk_token")) or model.get("end_of_word_suffix"):
+        raise ValueError("an id is given twice, bytes without an id become <unk>, or words end in a mark")
+    check_merges(model, vocabulary)
+    return codec
+
+
+def parse_sentencepiece(model: dict, specials: dict[str, int], unless_spaced: bool) -> SentencePiece:
+    vocabulary = model["vocab"]
+    byte_ids = [vocabulary[f"<0x{byte:02X}>"] for byte in range(256)]
+    others = {*specials.values(), *byte_ids}
+    ordinary, scores = {text: i for text, i in vocabulary.items() if i not in others}, {}
+    for rank, (left, right) in enumerate(read_merges(model)):
+        scores.setdefault(left + right, -float(rank))  # the first way to a piece decides
+    unknown = vocabulary.get(model.get("unk_token"), 0)
+    return SentencePiece(ordinary, scores, byte_ids, unknown, unless_spaced)
+
+
+def parse_clip(model: dict, specials: dict[str, int]) -> ClipBPE:
+    ids = {name: i for name, i in model["vocab"].items() if name not in specials}
+    scores = {left + right: -float(rank) for rank, (left, right) in enumerate(read_merges(model))}
+    return ClipBPE(ids, scores, byte_alphabet())
+
+
+def read_merges(model: dict) -> list[list[str]]:
+    """The merges, in order; a file has them as pairs or as text with a space between."""
+    return [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
+
+
+def check_merges(model: dict, vocabulary: dict[str, int]):
+    """Raise ValueError if the merges are not in the order of the ids: tiktoken merges to the lowest id first."""
+    merged = [vocabulary["".join(merge)] for merge in read_merges(model)]
+    unmerged = {i for text, i in vocabulary.items() if len(text) > 1} - set(merged)
+    if merged != sorted(merged) or (unmerged and not model.get("ignore_merges")):
+        raise ValueError("its merges are not in the order of the ids, or leave tokens out")
+
+
+def skips_first_space(content: dict) -> bool:
+    """True if a tokenizer.json of SentencePiece adds no dummy prefix to a text that starts with a space ("non-legacy").
+
+    Raises ValueError if it treats spaces or text in a way that is not supported.
+    """
+    normalizer = [step["type"] for step in list_steps(content["normalizer"], "normalizers")]
+    splits = list_steps(content["pre_tokenizer"], "pretokenizers")
+    splits = [(step["type"], step.get("prepend_scheme")) for step in splits]
+    if normalizer == ["Prepend", "Replace"] and not splits:
+        return False
+    if not normalizer and splits == [("Metaspace", "first")]:
+        return True
+    raise ValueError(f"its normalizer is {normalizer}, its pre_tokenizer {splits}")
+
+
+def list_steps(section: dict | None, name: str) -> list[dict]:
+    """The steps of a section of a tokenizer.json, which is null, one step, or a sequence of steps."""
+    return [] if section is None else section[name] if section["type"] == "Sequence" else [section]
+
+
+def parse_split(steps: list[dict]) -> str:
+    """The pattern that cuts text into words. Raises ValueError if text is cut in a way that is not supported."""
+    *cuts, last = steps
+    kinds, pattern = [step["type"] for step in cuts], None
+    if last["type"] == "ByteLevel" and not last.get("add_prefix_space"):
+        if not last.get("use_regex", True):
+            if kinds == ["Split"] and cuts[0]["behavior"] == "Isolated" and not cuts[0]["invert"]:
+                pattern = cuts[0]["pattern"]["Regex"]
+        elif not kinds:
+            pattern = SPLIT_GPT2
+        elif kinds == ["Digits"] and cuts[0]["individual_digits"]:
+            pattern = SPLIT_DIGITS
+    if pattern is None:
+        raise ValueError(f"text is cut by {json.dumps(steps)[:300]}")
+    if regex.sub(pattern, "", EVERY_KIND):  # tiktoken would drop the rest silently
+        raise ValueError(f"the pattern {pattern!r} leaves text out")
+    return pattern
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer.json, written
+
+
+def byte_level_json(codec: ByteLevel) -> dict:
+    """The sections of a tokenizer.json that say how byte-level BPE cuts and merges text."""
+    to_unicode = byte_alphabet()
+    name = {i: "".join(to_unicode[b] for b in token) for token, i in codec.ranks.items()}
+    merges = [[name[codec.ranks[part]] for part in parts] for parts in codec.merges()]
+    split = {"type": "Split", "pattern": {"Regex": codec.split}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "normalizer": {"type": "NFC"} if codec.nfc else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "decoder": byte_level,
+        "model": {"type": "BPE", "ignore_merges": True, "vocab": {v: k for k, v in name.items()}, "merges": merges},
+    }
+
+
+def sentencepiece_json(codec: SentencePiece, specials: dict[str, int], legacy: bool) -> dict:
+    """The same sections for SentencePiece; where the dummy prefix is added depends on `legacy`."""
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prefixed = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]}
+    metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
+    decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}]
+    decoders += [{"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    vocabulary = codec.ids | {f"<0x{byte:02X}>": i for byte, i in enumerate(codec.byte_ids)}
+    vocabulary |= {name: i for name, i in specials.items() if i < len(vocabulary) + 3}
+    model = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "ignore_merges": False}
+    return {
+        "normalizer": prefixed if legacy else None,
+        "pre_tokenizer": None if legacy else metaspace,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": model | {"vocab": vocabulary, "merges": list_merges(codec)},
+    }
+
+
+def list_merges(codec: SentencePiece) -> list[list[str]]:
+    """Every way to merge two pieces to a third, the best first."""
+    merges = [
+        (-score, codec.ids[piece[:cut]], codec.ids[piece[cut:]], [piece[:cut], piece[cut:]])
+        for piece, score in codec.scores.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in codec.ids and piece[cut:] in codec.ids
+    ]
+    return [parts for *_, parts in sorted(merges)]
