@@ -275,11 +275,8 @@ def fit(args, ranks: Distributed, run: runs.Run, model: nn.Module, dataset, pad_
     model.train()
     if not args.no_fast:
         accelerate(model)
-    dtype, largest = (
-        compute_dtype(ranks.device, args.dtype),
-        largest_batch(dataset, micro_batch_size(args, ranks), pad_id),
-    )
-    check_machine(ranks, model, args.shard, dtype, largest)
+    dtype = compute_dtype(ranks.device, args.dtype)
+    check_machine(ranks, model, args.shard, dtype, largest_batch(dataset, micro_batch_size(args, ranks), pad_id))
     if args.compile:
         compile_layers(model)
         ranks.print0("--compile: the first steps take half a minute")
@@ -311,9 +308,7 @@ def fit(args, ranks: Distributed, run: runs.Run, model: nn.Module, dataset, pad_
                 saver.save(step + 1)
             if signal:
                 progress.bar.close()
-                ranks.print0(
-                    f"stopped after step {step + 1}; to continue: the same command, --out {run.folder} --resume"
-                )
+                ranks.print0(f"stopped after step {step + 1}; continue with --out {run.folder} --resume")
                 raise SystemExit(128 + signal)
     saver.finish(save)
 

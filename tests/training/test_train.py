@@ -68,7 +68,7 @@ def sources(path, images):
 
 
 def blinded(record):
-    """The record without its picture."""
+    """The record without its image."""
     first, *rest = record["conversations"]
     first = first | {"value": first["value"].replace("<image>\n", "")}
     return {"id": record["id"], "conversations": [first, *rest]}
@@ -109,10 +109,10 @@ def whitened(tiny, monkeypatch):
         images = Records(
             sources(tiny.world / "captions.json", tiny.world), Tokenizer.load(tiny.stage1), model.config, 1024
         )
-        pictures = torch.cat([picture.pixels for picture in images.load(images.images()).values()])
+        pixels = torch.cat([image.pixels for image in images.load(images.images()).values()])
         layer = model.multi_modal_projector.linear_1
         with torch.no_grad():
-            before = model.vision_features(pictures)
+            before = model.vision_features(pixels)
             layer.weight.copy_(torch.eye(len(layer.weight)))
             towers.whiten_projector(model, images)
             return before - before.mean((0, 1)), layer(before)
@@ -225,7 +225,7 @@ def gradients(model, args, micro, ranks=None):
 @pytest.mark.parametrize("names", ["projector", "projector,llm", "vision,projector,llm"])
 def test_a_batch_of_eight_is_eight_micro_batches_of_one(tiny, tmp_path, names):
     records = json.loads((tiny.world / "instruct.json").read_text())[:BATCH]
-    records[3] = blinded(records[3])  # its micro-batch holds no picture at all
+    records[3] = blinded(records[3])  # its micro-batch holds no image at all
     records[5]["conversations"][1:] = [{"from": "gpt", "value": "7"}]  # two supervised tokens among hundreds
     tokenizer, model = Tokenizer.load(tiny.stage1), load_model(tiny.stage1).train()
     mine = sources(write_records(tmp_path / "some.json", records), tiny.world)
@@ -445,7 +445,7 @@ def ranks(tiny, tmp_path_factory):
     root = tmp_path_factory.mktemp("ranks")
     captions = json.loads((tiny.world / "captions.json").read_text())[: 3 * BATCH]
     dialogues = json.loads((tiny.world / "instruct.json").read_text())[: 3 * BATCH]
-    # Three steps are one epoch: one batch of text, one of pictures, and one with a single picture, that one rank gets.
+    # Three steps are one epoch: one batch of text, one of images, and one with a single image, that one rank gets.
     lopsided = {
         name: write_records(root / f"{name}.json", [blinded(r) if i < 2 * BATCH - 1 else r for i, r in enumerate(part)])
         for name, part in (("captions", captions), ("dialogues", dialogues))
@@ -493,7 +493,7 @@ def test_gradients_are_the_same_however_the_work_is_shared(ranks, name):
     assert apart <= 1e-6 * math.sqrt(sum(g.square().sum().item() for g in alone))
 
 
-def test_a_batch_in_which_one_rank_sees_a_picture_is_among_them(ranks, tiny):
+def test_a_batch_in_which_one_rank_sees_an_image_is_among_them(ranks, tiny):
     config, tokenizer = load_model(tiny.stage1).config, Tokenizer.load(tiny.stage1)
     dataset = Records(sources(ranks / "dialogues.json", tiny.world), tokenizer, config, 1024)
     order = epochs(dataset.sizes, [1.0], 0)
@@ -502,8 +502,8 @@ def test_a_batch_in_which_one_rank_sees_a_picture_is_among_them(ranks, tiny):
         for rank in (0, 1)
         for step in batches(order, BATCH, 0, 0, 3, rank=rank, world=2, lengths=dataset.lengths())
     ]
-    pictures = sorted(zip(map(sum, seen[:3]), map(sum, seen[3:])))
-    assert pictures == [(0, 0), (0, 1), (4, 4)]
+    counts = sorted(zip(map(sum, seen[:3]), map(sum, seen[3:])))
+    assert counts == [(0, 0), (0, 1), (4, 4)]
 
 
 def test_a_bit_that_differs_between_ranks_ends_both(ranks):
@@ -728,7 +728,7 @@ def test_dialogues_can_be_cut_into_single_questions(tiny, command, tmp_path, mon
     assert len(cut) == len(texts) >= len(whole) and (name == "stage1" or len(cut) > len(whole))
 
 
-def test_pictures_start_from_the_folder_of_the_data(tiny, command, tmp_path):
+def test_images_start_from_the_folder_of_the_data(tiny, command, tmp_path):
     shutil.copytree(tiny.world / "train-0", tmp_path / "train-0")
     shutil.copy(tiny.world / "captions.json", tmp_path)
     command(train, *tiny.flags["stage1"], "--data", tmp_path / "captions.json", "--out", tmp_path / "run")
@@ -793,7 +793,7 @@ def test_a_batch_that_cannot_be_cut_so(tiny, command, tmp_path):
 
 
 @pytest.mark.parametrize("cache", [4, 0])
-def test_a_missing_picture_and_its_record_are_named(tiny, command, tmp_path, cache):
+def test_a_missing_image_and_its_record_are_named(tiny, command, tmp_path, cache):
     records = json.loads((tiny.world / "captions.json").read_text())[:BATCH]
     records[5] |= {"id": "the sixth", "image": "nowhere.png"}
     mine = write_records(tmp_path / "mine.json", records)

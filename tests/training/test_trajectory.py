@@ -28,7 +28,7 @@ RATES = {1: 1e-3, 2: 5e-4}
 
 
 def ragged(world, folder):
-    """Files of records for both stages: with a picture, with two, without; of one question to all; cut short."""
+    """Files of records for both stages: with an image, with two, without; of one question to all; cut short."""
     captions, dialogues = (json.loads((world / f"{kind}.json").read_text()) for kind in ("captions", "instruct"))
     for records in (captions, dialogues):
         for i, record in enumerate(records):
@@ -59,7 +59,7 @@ def their_losses(folder, data, images, template, stage):
     for part in [theirs.model.multi_modal_projector, *([theirs.model.language_model, theirs.lm_head][: 2 * stage - 2])]:
         part.requires_grad_(True)
     trained = [p for p in theirs.parameters() if p.requires_grad]
-    for p in trained:  # as in LLaVA, a step without pictures is one with a gradient of zero: Adam's means decay in it
+    for p in trained:  # as in LLaVA, a step without images is one with a gradient of zero: Adam's means decay in it
         p.grad = torch.zeros_like(p)
     optimizer = torch.optim.AdamW(trained, lr=RATES[stage], betas=BETAS, weight_decay=0.0, fused=False)
     schedule = LambdaLR(optimizer, rate_of)
@@ -78,7 +78,7 @@ def their_losses(folder, data, images, template, stage):
                 torch.tensor([[i < len(one["ids"]) for i in range(longest)] for one in micro]) * 1
             )
             loss = theirs(**inputs, num_items_in_batch=supervised).loss
-            if loss.requires_grad:  # not without a picture, if only the projector trains
+            if loss.requires_grad:  # not without an image, if only the projector trains
                 loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
