@@ -338,8 +338,10 @@ def collate(samples: list[dict], pad_id: int) -> dict:
 
 def show(args: argparse.Namespace):
     """Print one record as the model reads it, trained tokens in green."""
-    tokenizer = Tokenizer.load(args.model)
-    turns = turns_of(read_records(args.data)[args.record])
+    tokenizer, records = Tokenizer.load(args.model), read_records(args.data)
+    if not 0 <= args.record < len(records):
+        raise ValueError(f"--record {args.record}: {args.data} has records 0 to {len(records) - 1}")
+    turns = turns_of(records[args.record])
     ids, labels = render_dialogue(turns, tokenizer, args.template or read_config(args.model).template, image_tokens=1)
     names = {i: name for name, i in tokenizer.specials.items()}
     for i, label in zip(ids, labels):
@@ -354,8 +356,7 @@ def check(args: argparse.Namespace):
     bad, total = report_faults(sources, args.decode), sum(len(source.file) for source in sources)
     print(f"{bad:,} of {total:,} records are bad" if bad else f"all {total:,} records are good")
     if args.model and bad < total:
-        config = read_config(args.model)
-        uncut = np.iinfo(np.int32).max
+        config, uncut = read_config(args.model), np.iinfo(np.int32).max
         dataset = Records(sources, Tokenizer.load(args.model), config, uncut, template=args.template)
         if config.vision_config is None and any(source.file.distinct_images for source in sources):
             print("the model has no vision tower: images are not counted")

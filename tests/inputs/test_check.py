@@ -93,6 +93,12 @@ def test_show_prints_a_record(mine, tiny, command, capsys):
     assert "\033[32m" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("number", [-1, 20])
+def test_show_names_the_records_there_are(number, mine, tiny, command):
+    with pytest.raises(SystemExit, match=rf"^data.py: --record {number}: .*good.json has records 0 to 19$"):
+        command(data, "show", mine.good, "--model", tiny.stage1, "--record", number)
+
+
 BAD_FLAGS = {
     "weight": (["--data", "good.json:two"], "'two' is no weight"),
     "weight 0": (["--data", "good.json", "good.json:0"], "good.json:0"),

@@ -10,7 +10,7 @@ from test_llava import IMAGE, PAD, SHAPE, close, random_ids, randomized
 import train
 from clip import CLIPVisionConfig
 from data import Records, collate, prepare_image, prompt_ids
-from formats import weights
+from formats import layouts
 from formats.configs import read_config
 from formats.saving import save_model
 from formats.weights import load_model
@@ -110,8 +110,8 @@ def test_geometry_of_llava_16_mistral(tmp_path):
     with torch.device("meta"):
         ours = Llava(read_config(tmp_path))
         theirs = transformers.LlavaNextForConditionalGeneration(transformers.AutoConfig.from_pretrained(tmp_path))
-    layout = weights.LLAVA_LAYOUTS["LLaVA, transformers 5 in memory"]
-    renamed = {weights.match(name, layout)[0][0]: tuple(p.shape) for name, p in theirs.named_parameters()}
+    layout = layouts.LLAVA_LAYOUTS["LLaVA, transformers 5 in memory"]
+    renamed = {layouts.match(name, layout)[0][0]: tuple(p.shape) for name, p in theirs.named_parameters()}
     assert renamed == {name: tuple(p.shape) for name, p in ours.named_parameters()}
     assert ours.config.text_config.max_position_embeddings == 32768
 
