@@ -605,7 +605,7 @@ def test_without_a_base_an_adapters_own_is_taken(tiny, runs, command, capsys, mo
 
 @pytest.mark.parametrize("argv, words", [
     (["--bits", 4], "--bits 4 needs --lora"),
-    (["--lora", "llm", "--train", "projector,llm"], "leaves the towers as they are"),
+    (["--lora", "llm", "--train", "projector,llm"], "--lora freezes the towers"),
     (["--lora", "llm", "--lora-dropout", 1], "--lora-dropout"),
     (["--lora", "llm", "--bits", 4, "--shard", "fsdp"], "--shard zero1"),
     (["--lora", "llm", "--vision", "clip"], "--model"),
