@@ -1,2 +1,2 @@
-"""Checkpoints and adapters in every published layout, in and out; data.py, the scripts and the rooms above may
-call it."""
+"""Reads and writes checkpoints and adapters in every published layout. data.py, the scripts, training/, evaluation/ and
+world/ may import it."""

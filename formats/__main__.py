@@ -9,6 +9,7 @@ python -m formats quantize SRC DST             put the decoder's layers into fou
 import argparse
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from formats.convert import convert_folder, merge_folder, quantize_folder
@@ -24,8 +25,10 @@ BYTES = {"float32": 4, "bfloat16": 2, "8-bit": 1, "4-bit": 0.5}
 
 
 def inspect(folder: Path):
-    """Print the layout, number of parameters, dtypes and memory per precision of a checkpoint; of a LLaVA or a
-    decoder also the shapes and the template."""
+    """Print a checkpoint's layout, number of parameters, dtypes and memory per precision.
+
+    For a LLaVA or a decoder also print its shapes and its template.
+    """
     llama2c = find_llama2c(folder)
     tensors = open_model(folder)[1] if llama2c else open_tensors(folder)
     layouts = LLAVA_LAYOUTS | CLIP_LAYOUTS
@@ -43,7 +46,7 @@ def inspect(folder: Path):
 
 
 def describe_config(config: LlavaConfig) -> dict[str, str]:
-    """Shapes and template of a model, one line of text for each part."""
+    """The shapes of each part of a model, and its template, as lines of text by title."""
     text, vision = config.text_config, config.vision_config
     rows = {
         "decoder": f"{text.model_type}, width {text.hidden_size}, {text.num_hidden_layers} layers, "
@@ -60,38 +63,31 @@ def describe_config(config: LlavaConfig) -> dict[str, str]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m formats",
-        description=__doc__,
+        prog="python -m formats", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser("inspect", help="print what a folder or file holds, without loading it")
-    command.add_argument("folder", type=Path)
+    def add_command(name: str, text: str, *paths: str) -> Callable:
+        command = commands.add_parser(name, help=text)
+        for path in paths:
+            command.add_argument(path, type=Path)
+        return command.add_argument
 
-    command = commands.add_parser("convert", help="write a checkpoint in the layout of transformers")
-    command.add_argument("source", type=Path)
-    command.add_argument("target", type=Path)
-    command.add_argument("--vision", type=Path, help="CLIP's folder, for a LLaVA whose files have no vision tower")
-    command.add_argument("--llm", type=Path, help="the decoder's folder, for files that hold only a projector")
-    command.add_argument("--template", choices=TEMPLATES, help="the conversation template, if the guess is wrong")
-
-    command = commands.add_parser("merge", help="write a whole model with the adapter's update in its weights")
-    for name in ("base", "adapter", "out"):
-        command.add_argument(name, type=Path)
-    command.add_argument("--vision", type=Path, help="CLIP's folder, for an adapter whose base is a decoder alone")
+    add_command("inspect", "print what a folder or file holds, without loading it", "folder")
+    add = add_command("convert", "write a checkpoint in the layout of transformers", "source", "target")
+    add("--vision", type=Path, help="CLIP's folder, for a LLaVA whose files have no vision tower")
+    add("--llm", type=Path, help="the decoder's folder, for files that hold only a projector")
+    add("--template", choices=TEMPLATES, help="the conversation template, if the guess is wrong")
+    add = add_command("merge", "write a whole model with the adapter's update in its weights", "base", "adapter", "out")
+    add("--vision", type=Path, help="CLIP's folder, for an adapter whose base is a decoder alone")
     bits = "4: quantize the base first and merge into the result, as QLoRA trained it"
-    command.add_argument("--bits", type=int, choices=(4, 16), default=16, help=bits)
-
-    command = commands.add_parser("quantize", help="write a model with its decoder's layers in NF4")
-    command.add_argument("source", type=Path)
-    command.add_argument("target", type=Path)
+    add("--bits", type=int, choices=(4, 16), default=16, help=bits)
+    add_command("quantize", "write a model with its decoder's layers in NF4", "source", "target")
     return parser.parse_args()
 
 
 def main():
-    """Run one command."""
     args = parse_args()
     if args.command == "inspect":
         inspect(args.folder)

@@ -1,12 +1,12 @@
 """Adapters: the tensors that a LoRA run trained, in files of their own, without the base model.
 
-A folder has the layout of Hugging Face's peft, which reads it and whose folders are read here:
+An adapter is a folder in the layout of Hugging Face's peft, which can read it:
 
     adapter_config.json          ranks, alphas, and the exact path of every adapted layer
     adapter_model.safetensors    base_model.model.PATH.lora_A.weight, ...lora_B.weight; other trained tensors whole
     config.json                  of the whole model, for its template and image mode
 
-Folders of LLaVA's authors, who keep the projector in a second file, are read too.
+Folders that peft or LLaVA's authors wrote are read too. The authors keep the projector in a second file.
 """
 
 import json
@@ -24,7 +24,7 @@ from formats.configs import config_to_json, read_config
 from formats.layouts import LLAVA_LAYOUTS, Layout, choose_layout, llama, match, to_layout
 from formats.saving import merged_adapters
 from formats.tensors import FLOAT_NAMES, FLOATS, LazyTensor, open_tensors
-from formats.weights import build, load_checkpoint, load_tokenizer, open_model
+from formats.weights import build_model, load_checkpoint, load_tokenizer, open_model
 from inputs.files import fingerprint, read_json, write_json
 from inputs.tokenizer import Tokenizer
 from llava import Llava, LlavaConfig
@@ -33,7 +33,7 @@ from lora import LoRALinear, NF4Linear, base_weight, lora_scale
 PREFIX = "base_model.model."  # of every tensor's name in peft's files
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 AUTHORS_WEIGHTS = "non_lora_trainables.bin"  # the file in which LLaVA's authors keep the projector
-# Options of peft that change the arithmetic, or train something else besides, and are not supported here.
+# Options of peft that change the arithmetic or train additional tensors.
 UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices")
 UNSUPPORTED += ("use_qalora", "alora_invocation_tokens", "use_bdlora", "eva_config", "arrow_config")
 UNSUPPORTED += ("monteclora_config",)
@@ -53,7 +53,8 @@ def save_adapter(
     alpha by path, from add_lora; base: folder of the base model; sample: of its weights, from sample_weights.
     Raises ValueError if peft has no name for some of the tensors.
     """
-    layout = peft_layout(config)
+    # peft sees the modules of transformers 5 in memory, so it expects their names.
+    layout = LLAVA_LAYOUTS["LLaVA, transformers 5 in memory"] if config.vision_config else llama("model.", "")
     renamed = to_layout(trained, layout)
     if len(renamed) != len(trained):
         raise ValueError(f"{len(trained) - len(renamed)} of the {len(trained)} trained tensors have no name in peft")
@@ -71,14 +72,8 @@ def save_adapter(
     save_file({PREFIX + name: tensor for name, tensor in renamed.items()}, folder / WEIGHTS[0], metadata=metadata)
 
 
-def peft_layout(config: LlavaConfig) -> Layout:
-    """The names that peft sees: those of the modules of transformers 5 in memory."""
-    if config.vision_config is not None:
-        return LLAVA_LAYOUTS["LLaVA, transformers 5 in memory"]
-    return llama("model.", "")
-
-
 def peft_path(path: str, layout: Layout) -> str:
+    """The path of one of our layers in peft's files."""
     (name,) = to_layout({f"{path}.weight": torch.empty(0)}, layout)
     return name.removesuffix(".weight")
 
@@ -88,7 +83,7 @@ def peft_path(path: str, layout: Layout) -> str:
 
 
 def sample_weights(model: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
-    """64 weights of each of 8 of these layers, by path: enough to recognize a base, also when it is quantized."""
+    """64 weights from each of 8 layers, by path: enough to recognize a base, even a quantized one."""
     paths, found = list(paths), {}
     for path in paths[:: -(-len(paths) // 8)]:
         flat = base_weight(model.get_submodule(path)).flatten().float()
@@ -99,9 +94,8 @@ def sample_weights(model: nn.Module, paths: Iterable[str]) -> dict[str, list[flo
 def check_base(model: nn.Module, adapter: "Adapter"):
     """Raise ValueError if the weights of `model` are not those that the adapter was trained on."""
     for path, expected in adapter.base_sample.items():
-        found = (
-            sample_weights(model, [path])[path] if isinstance(model.get_submodule(path), nn.Linear | NF4Linear) else []
-        )
+        is_linear = isinstance(model.get_submodule(path), nn.Linear | NF4Linear)
+        found = sample_weights(model, [path])[path] if is_linear else []
         if len(found) == len(expected):
             distance = torch.dist(torch.tensor(found), torch.tensor(expected)) / torch.tensor(expected).norm()
             if distance < 0.3:  # NF4 changes weights by 0.1, bfloat16 by 0.002; another model is 1.4 away
@@ -131,8 +125,11 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """An adapter of ours, of peft or of LLaVA's authors. Raises ValueError naming what is malformed or unsupported."""
-    values, path = read_peft_config(folder), find_weights(folder)
+    """Read an adapter of ours, of peft or of LLaVA's authors. Raises ValueError if it is malformed or unsupported."""
+    values = read_peft_config(folder)
+    path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+    if path is None:
+        raise ValueError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}")
     pairs, whole = sort_tensors(open_tensors(path) | open_authors_weights(folder))
     for name, lazy in [*whole.items(), *((name, half) for name, pair in pairs.items() for half in pair.values())]:
         if lazy.dtype not in FLOATS:
@@ -179,21 +176,13 @@ def read_peft_config(folder: Path) -> dict:
     return values
 
 
-def find_weights(folder: Path) -> Path:
-    """The file with A and B. Raises ValueError if there is none."""
-    path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
-    if path is None:
-        raise ValueError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}")
-    return path
-
-
 def open_authors_weights(folder: Path) -> dict[str, LazyTensor]:
     path = folder / AUTHORS_WEIGHTS
     return open_tensors(path) if path.exists() else {}
 
 
 def sort_tensors(tensors: dict[str, LazyTensor]) -> tuple[dict[str, dict[str, LazyTensor]], dict[str, LazyTensor]]:
-    """A and B by the path of their layer, and all other tensors by name, as the base calls them."""
+    """Split an adapter's tensors into A and B by the path of their layer, and all others by their name in the base."""
     pairs, whole = {}, {}
     for name, lazy in tensors.items():
         name = re.sub(r"modules_to_save\.(default\.)?", "", name.removeprefix(PREFIX))
@@ -205,11 +194,9 @@ def sort_tensors(tensors: dict[str, LazyTensor]) -> tuple[dict[str, dict[str, La
 
 
 def read_layer(path: Path, name: str, pair: dict[str, LazyTensor], values: dict, layout: Layout) -> dict:
-    """A, B and scale by our path. Where q, k and v are one matrix in the file, B is cut in three and A is shared."""
-    rank, alpha = (
-        layer_value(values, "r", "rank_pattern", name),
-        layer_value(values, "lora_alpha", "alpha_pattern", name),
-    )
+    """A, B and scale by our path. If the file has one matrix for q, k and v, B is cut in three and A is shared."""
+    rank = layer_value(values, "r", "rank_pattern", name)
+    alpha = layer_value(values, "lora_alpha", "alpha_pattern", name)
     if set(pair) != {"A", "B"}:
         raise ValueError(f"{path}: {name} lacks lora_{'A' if 'B' in pair else 'B'}")
     a, b = pair["A"].read().float(), pair["B"].read().float()
@@ -221,7 +208,7 @@ def read_layer(path: Path, name: str, pair: dict[str, LazyTensor], values: dict,
 
 
 def layer_value(values: dict, key: str, patterns: str, name: str) -> float:
-    """Rank or alpha of a layer: that of the first matching pattern, else the general one. Raises ValueError."""
+    """Rank or alpha of a layer, from the first pattern that matches, else from `key`. Raises ValueError."""
     value = next((value for pattern, value in values[patterns].items() if pattern.match(name)), values.get(key))
     if not isinstance(value, (int, float)) or not 0 < value < 2**31:
         raise ValueError(f"{CONFIG}: {key} of {name} is {value!r}")
@@ -229,7 +216,7 @@ def layer_value(values: dict, key: str, patterns: str, name: str) -> float:
 
 
 def read_base_sample(path: Path, layers: Iterable[str]) -> dict[str, list[float]]:
-    """The sample of the base's weights in an adapter's file, for these layers; empty if the file has none."""
+    """The base's weights that save_adapter stored, for these layers; empty if the file has none."""
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, "pt") as file:
@@ -242,12 +229,12 @@ def read_base_sample(path: Path, layers: Iterable[str]) -> dict[str, list[float]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# onto a base
+# attaching to a base
 
 
 @torch.no_grad()
 def attach(model: Llava, adapter: Adapter):
-    """Put an adapter onto its base. Raises ValueError, the model unchanged, if it belongs to another base."""
+    """Add an adapter to its base. Raises ValueError if it belongs to another base; the model is then unchanged."""
     check_shapes(model, adapter)
     check_base(model, adapter)
     dtype, parameters = model.dtype, dict(model.named_parameters())  # names as they are before layers are wrapped
@@ -255,8 +242,8 @@ def attach(model: Llava, adapter: Adapter):
         layer = LoRALinear(model.get_submodule(path), len(a), scale)
         layer.lora_A.weight.copy_(a)
         layer.lora_B.weight.copy_(b)
-        for half in (layer.lora_A, layer.lora_B):
-            half.to(dtype)
+        layer.lora_A.to(dtype)
+        layer.lora_B.to(dtype)
         model.set_submodule(path, layer)
     for name, tensor in adapter.replaced.items():
         parameters[name].copy_(tensor)
@@ -266,7 +253,7 @@ def attach(model: Llava, adapter: Adapter):
 
 
 def check_shapes(model: Llava, adapter: Adapter):
-    """Raise ValueError if the model lacks a layer or tensor of the adapter, or has it in another shape."""
+    """Raise ValueError if the model lacks a layer or tensor of the adapter, or if a shape differs."""
     modules, parameters, wrong = dict(model.named_modules()), dict(model.named_parameters()), []
     for path, (a, b, _) in adapter.lora.items():
         base, wanted = modules.get(path), (len(b), a.shape[1])
@@ -291,9 +278,9 @@ def load_with_adapter(
     bits: int = 16,
     vision: Path | None = None,
 ) -> tuple[Llava, Tokenizer]:
-    """A model and its tokenizer for inference, with an adapter if one is given.
+    """Load a model and its tokenizer for inference, with an adapter if one is given.
 
-    Args: folder: the base; or an adapter, which then names its base itself; bits: 4 keeps the matrices of the
+    Args: folder: of the base, or of an adapter, whose config then names the base; bits: 4 keeps the matrices of the
     decoder's layers in NF4; vision: CLIP's folder, for an adapter of LLaVA's authors, whose base is a decoder alone.
     """
     if adapter is None and not is_adapter(folder):
@@ -306,7 +293,7 @@ def load_with_adapter(
 def build_with_adapter(
     folder: Path, adapter: Adapter, device: str, dtype: torch.dtype | None, bits: int, vision: Path | None
 ) -> tuple[Llava, Tokenizer]:
-    """A base and its tokenizer, with an adapter that was read on it; for the arguments see load_with_adapter."""
+    """Load a base and its tokenizer, and attach `adapter`; for the other arguments see load_with_adapter."""
     if is_adapter(folder):
         raise ValueError(f"{folder} is an adapter: --model is the base below {adapter.folder}")
     if adapter.sha256 in merged_adapters(folder):
@@ -318,13 +305,13 @@ def build_with_adapter(
         config, projector = adapter.config, open_authors_weights(adapter.folder)
         tensors = tensors | {name.removeprefix(PREFIX): lazy for name, lazy in projector.items()}
     tokenizer = load_tokenizer(folder, config)
-    model = build(config, tensors, folder, device, dtype, vision, bits=bits, copy=False)
+    model = build_model(config, tensors, folder, device, dtype, vision, bits=bits, copy=False)
     attach(model, adapter)
     return model, tokenizer
 
 
 def base_of_adapter(folder: Path) -> Path:
-    """The folder of an adapter's base, as its config names it. Raises ValueError if there is no such folder."""
+    """The base folder that an adapter's config names. Raises ValueError if it does not exist."""
     base = read_json(folder / CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or len(base) > 4000 or "\0" in base or not (Path(base) / "config.json").exists():
         raise ValueError(f"{folder}: an adapter whose base {base!r:.99} is no folder here: give it with --model")

@@ -1,7 +1,6 @@
-"""config.json in every dialect (transformers 4 and 5, LLaVA's authors, CLIP), read into our configs and written back.
+"""Read and write config.json in every dialect: transformers 4 and 5, LLaVA's authors, CLIP.
 
-Source of the fields and their defaults: the config classes of transformers, and the published files of llava-hf and of
-LLaVA's authors.
+Sources of fields and defaults: transformers' config classes, the published files of llava-hf and of LLaVA's authors.
 """
 
 import json
@@ -20,9 +19,9 @@ from llava import PROJECTORS, LlavaConfig, TextConfig
 
 
 def read_config(folder: Path) -> LlavaConfig:
-    """The config of a checkpoint of ours, of transformers or of LLaVA's authors. Raises ValueError, in one line."""
+    """Read the config of a checkpoint of ours, of transformers or of LLaVA's authors. Raises ValueError."""
     values = read_json(folder / "config.json")
-    if values.get("pad_token_id") == -1:  # LLaMA-1's way to say that it has none
+    if values.get("pad_token_id") == -1:  # LLaMA-1 writes -1 for "none"
         del values["pad_token_id"]
     with errors_name(folder):
         if "mm_vision_tower" in values:
@@ -41,7 +40,7 @@ def read_config(folder: Path) -> LlavaConfig:
 
 @contextmanager
 def errors_name(folder: Path) -> Iterator[None]:
-    """Turn every error that a malformed config.json can cause into a ValueError that names the file."""
+    """Context that turns every error of a malformed config.json into a ValueError that names the file."""
     try:
         yield
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
@@ -53,14 +52,14 @@ def errors_name(folder: Path) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------------
 # the decoder
 
-DEFAULTS = {  # what transformers fills in for a missing field, where it differs from our TextConfig
+DEFAULTS = {  # transformers' defaults of missing fields, where they differ from those of our TextConfig
     "llama": {},
     "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131_072},
     "qwen2": {"vocab_size": 151_936, "intermediate_size": 22016, "max_position_embeddings": 32768},
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
 }
 DEFAULTS["mistral"]["sliding_window"] = DEFAULTS["qwen2"]["sliding_window"] = 4096
-SUPPORTED = {  # keys that change what a model computes, and the one value of each that this code implements
+SUPPORTED = {  # keys that change the arithmetic of a model, and the only value of each that this code implements
     "llama": {"hidden_act": "silu", "mlp_bias": False},
     "mistral": {"hidden_act": "silu"},
     "qwen2": {"hidden_act": "silu"},
@@ -78,7 +77,7 @@ ROPE_KEYS["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", "origina
 
 
 def read_text_config(values: dict) -> TextConfig:
-    """The decoder's part of a config.json. Raises ValueError if it asks for something that is not supported."""
+    """Read the decoder's part of a config.json. Raises ValueError if it needs something that is not supported."""
     kind = values.get("model_type", "llama")
     if kind not in DEFAULTS:
         raise ValueError(f"config.json: decoder {kind!r} is none of {', '.join(DEFAULTS)}")
@@ -102,7 +101,7 @@ def read_text_config(values: dict) -> TextConfig:
 
 
 def read_rope(values: dict) -> dict:
-    """rope_theta and rope_scaling, from wherever this version of transformers writes them."""
+    """Read rope_theta and rope_scaling, which transformers 4 and 5 write in different places."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_KEYS:
@@ -125,7 +124,7 @@ TOWERS = {"clip-vit-large-patch14-336": CLIP_L, "clip-vit-large-patch14": CLIP_L
 
 
 def clip_config_from_dict(values: dict) -> CLIPConfig:
-    """A CLIP's configuration from its config.json. Raises ValueError on a value out of range."""
+    """The CLIPConfig of the values in a config.json. Raises ValueError on a value out of range."""
     values = known_fields(CLIPConfig, values)
     values["vision_config"] = CLIPVisionConfig(**known_fields(CLIPVisionConfig, values.get("vision_config", {})))
     values["text_config"] = CLIPTextConfig(**known_fields(CLIPTextConfig, values.get("text_config", {})))
@@ -133,7 +132,7 @@ def clip_config_from_dict(values: dict) -> CLIPConfig:
 
 
 def read_vision_config(folder: Path) -> CLIPVisionConfig:
-    """The configuration of the vision tower in the folder of a CLIP or of a vision tower. Raises ValueError."""
+    """Read the vision tower's config from the folder of a CLIP or of a vision tower. Raises ValueError."""
     values = read_json(folder / "config.json")
     values = values.get("vision_config", values if values.get("model_type") == "clip_vision_model" else {})
     with errors_name(folder):
@@ -149,10 +148,10 @@ FAMILY_TEMPLATES = {"llama": "vicuna_v1", "mistral": "mistral_instruct", "qwen2"
 
 
 def read_llava_config(values: dict, folder: Path) -> LlavaConfig:
-    """A config.json of transformers' LlavaConfig or LlavaNextConfig, or of ours, which adds keys to theirs.
+    """Read a config.json of transformers' LlavaConfig or LlavaNextConfig, or ours, which adds keys to theirs.
 
-    Fields that it leaves out come from the files beside it: the template from the chat template, the image mode from
-    the preprocessor's file. Without a vision_config the tower is CLIP-L/14-336, as in transformers.
+    Missing fields come from the files beside it: the template from the chat template, the image mode from the
+    preprocessor's file. Without a vision_config the tower is CLIP-L/14-336, as in transformers.
     """
     if "text_config" not in values:
         raise ValueError("config.json: a vision_config without a text_config")
@@ -177,7 +176,7 @@ def read_llava_config(values: dict, folder: Path) -> LlavaConfig:
 
 
 def read_authors_config(values: dict, folder: Path) -> LlavaConfig:
-    """A config.json of the LLaVA authors' code: a decoder's config in which mm_* keys describe the vision part."""
+    """Read a config.json of the LLaVA authors' code: a decoder's config in which mm_* keys describe the vision part."""
     name = str(values["mm_vision_tower"]).rstrip("/").split("/")[-1]
     if name not in TOWERS:
         raise ValueError(f"config.json: vision tower {name!r} has an unknown shape; known are {', '.join(TOWERS)}")
@@ -204,7 +203,7 @@ def read_authors_config(values: dict, folder: Path) -> LlavaConfig:
 
 
 def read_authors_pinpoints(values: dict) -> list[list[int]]:
-    """Canvas sizes as (height, width). The authors' files have (width, height), in a list or in its string."""
+    """Canvas sizes as (height, width). The authors' files have (width, height), as a list or as the text of a list."""
     if "unpad" not in values.get("mm_patch_merge_type", "flat"):
         raise ValueError("config.json: anyres is supported with mm_patch_merge_type spatial_unpad only")
     pinpoints = values["image_grid_pinpoints"]
@@ -248,7 +247,7 @@ def require_choice(field: str, value: object, choices: Iterable[str]):
 # ---------------------------------------------------------------------------------------------------------------------
 # template and end tokens
 
-MARKS = {  # a piece of text that only one template's chat template contains; the first match decides
+MARKS = {  # text in a folder's chat template -> our template; the first match decides
     "<|start_header_id|>": "llava_llama_3",
     "<<SYS>>": "llava_llama_2",
     "[INST]": "mistral_instruct",
@@ -259,7 +258,7 @@ MARKS = {  # a piece of text that only one template's chat template contains; th
 
 
 def guess_template(folder: Path, default: str) -> str:
-    """The name of the template that the chat template in a folder writes; `default` if it is none of ours."""
+    """The name of our template that equals the chat template in a folder; `default` if there is none."""
     text = ""
     for name in ("tokenizer_config.json", "chat_template.json", "chat_template.jinja"):
         if (folder / name).exists():
@@ -271,7 +270,7 @@ def guess_template(folder: Path, default: str) -> str:
 
 
 def read_eos_ids(folder: Path, values: dict) -> list[int]:
-    """The ids that end an answer; generation_config.json takes precedence over config.json."""
+    """Read the ids that end an answer; generation_config.json takes precedence over config.json."""
     generation = folder / "generation_config.json"
     for source in (read_json(generation) if generation.exists() else {}, values, values.get("text_config", {})):
         if (ids := source.get("eos_token_id")) is not None:

@@ -1,4 +1,4 @@
-"""From folder to folder: convert a checkpoint, merge an adapter into its base, quantize."""
+"""Convert, quantize and merge: each function reads a folder and writes another one."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import torch
 
 from formats.adapters import Adapter, build_with_adapter, read_adapter
 from formats.saving import merged_adapters, publish_model
-from formats.weights import build, grow_vocabulary, load_checkpoint, load_tokenizer, open_model
+from formats.weights import build_model, grow_vocabulary, load_checkpoint, load_tokenizer, open_model
 from llava import Llava
 from lora import NF4Linear, frozen_linear, lora_layers, merge
 
@@ -17,19 +17,19 @@ def check_target(target: Path):
 
 
 def convert_folder(source: Path, target: Path, vision: Path | None, llm: Path | None, template: str | None):
-    """Write any supported checkpoint in the layout of transformers, in its own dtype; see load_model."""
+    """Write any supported checkpoint in the layout of transformers, in its own dtype. Arguments as in build_model."""
     check_target(target)
     config, tensors = open_model(source)
     config.template = template or config.template
     tokenizer = load_tokenizer(llm or source, config)
-    model = build(config, tensors, source, "cpu", None, vision, llm)
+    model = build_model(config, tensors, source, "cpu", None, vision, llm)
     if config.vision_config is not None:
         grow_vocabulary(model, tokenizer.vocab_size)
     publish_model(model, tokenizer, target, merged_adapters(source))
 
 
 def quantize_folder(source: Path, target: Path):
-    """Write a model with the matrices of its decoder's layers in NF4, as bitsandbytes writes them."""
+    """Write a model with the matrices of its decoder's layers in NF4, in the format of bitsandbytes."""
     check_target(target)
     _, tensors = open_model(source)
     if any(lazy.dtype == "NF4" for lazy in tensors.values()):
@@ -45,7 +45,7 @@ def quantize_folder(source: Path, target: Path):
 def merge_folder(base: Path, adapter: Path, out: Path, bits: int = 16, vision: Path | None = None):
     """Write `base` with the adapter's update in its weights, never in four bits. Arguments as in load_with_adapter.
 
-    Raises ValueError, nothing written, if the result would not be the same model as base and adapter together.
+    Raises ValueError and writes nothing if the logits of the result differ from those of base and adapter.
     """
     check_target(out)
     found = read_adapter(adapter)
@@ -64,14 +64,13 @@ def merge_folder(base: Path, adapter: Path, out: Path, bits: int = 16, vision: P
 
 
 def merge_checked(model: Llava, adapter: Adapter) -> tuple[float, float]:
-    """Merge in place; returns the largest difference between logits before and after, and the largest logit.
+    """Merge in place. Returns the largest difference between logits before and after, and the largest logit.
 
-    Raises ValueError if there is nothing to merge, or if rounding does not explain the difference.
+    Raises ValueError if there is nothing to merge, or if the difference is more than rounding.
     """
     before = probe_logits(model)
-    for path, layer in lora_layers(
-        model
-    ).items():  # merge A and B as they were trained, not rounded to the model's dtype
+    # Merge A and B as they were trained, not rounded to the model's dtype.
+    for path, layer in lora_layers(model).items():
         layer.lora_A.weight.data, layer.lora_B.weight.data = adapter.lora[path][:2]
     merge(model)
     for path, module in list(model.named_modules()):
@@ -86,7 +85,7 @@ def merge_checked(model: Llava, adapter: Adapter) -> tuple[float, float]:
 
 @torch.no_grad()
 def probe_logits(model: Llava) -> torch.Tensor:
-    """Logits (1, T, V) float32 of a fixed input: 8 features of a noise image, if the model sees, and 24 tokens."""
+    """Logits (1, T, V) float32 of a fixed input: 24 tokens, after 8 features of a noise image for a LLaVA."""
     generator, text = torch.Generator().manual_seed(0), model.config.text_config
     ids = torch.randint(0, min(text.vocab_size, model.config.image_token_index), (1, 24), generator=generator)
     x = model.language_model.model.embed_tokens(ids)

@@ -1,4 +1,4 @@
-"""Layouts: the names that tensors have in published files, and the names of the same tensors here."""
+"""Layouts: tables from the names of tensors in published files to our names."""
 
 import re
 from collections.abc import Callable
@@ -23,7 +23,8 @@ TRANSPOSE = Transform(lambda t: (t.T,), lambda parts: parts[0].T)
 SPLIT_QKV = Transform(lambda t: t.chunk(3), torch.cat)  # (3 C, C) or (3 C,): q, then k, then v
 SPLIT_QKV_TRANSPOSED = Transform(lambda t: t.T.chunk(3), lambda parts: torch.cat(parts).T)  # (C, 3 C)
 
-# Rows (name in the file, our names, transform). {n} stands for a number, {p} for weight or bias, {rest} for anything:
+# A layout is a list of rows: name in the file, our names, transform. In names, {n} stands for a number, {p} for weight
+# or bias, {rest} for anything:
 #     ("h.{n}.ln_1.{p}", ("language_model.model.layers.{n}.input_layernorm.{p}",), IDENTITY)
 Layout = list[tuple[str, tuple[str, ...], Transform]]
 WILDCARDS = {"{n}": r"(?P<n>\d+)", "{p}": r"(?P<p>weight|bias)", "{rest}": r"(?P<rest>.+)"}
@@ -31,15 +32,12 @@ HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_t
 
 
 def rename(names: dict[str, str]) -> Layout:
-    """Rows for tensors that only have another name. names: name in the file -> ours."""
+    """Rows for tensors that differ in name only. Args: names: name in the file -> ours."""
     return [(theirs, (ours,), IDENTITY) for theirs, ours in names.items()]
 
 
 def llama(body: str, head: str) -> Layout:
-    """LLaMA, Vicuna, Mistral, Qwen2, and a GPT-2 inside a LLaVA of ours.
-
-    Args: body: prefix of the decoder's names in the file; head: prefix of lm_head.
-    """
+    """LLaMA, Vicuna, Mistral, Qwen2, and a GPT-2 inside a LLaVA of ours. Args: prefixes of decoder and lm_head."""
     inner = ("embed_tokens.weight", "embed_positions.weight", "layers.{rest}", "norm.{p}")
     names = {body + name: f"language_model.model.{name}" for name in inner}
     return rename(names | {f"{head}lm_head.weight": HEAD})
@@ -112,7 +110,7 @@ OPENAI_CLIP: Layout = [
 
 
 def llava(body: str, head: str, prefix: str, tower: str) -> Layout:
-    """A LLaVA of transformers. Args: prefixes of decoder, head, projector and image_newline, and vision tower."""
+    """A LLaVA of transformers. Args: the prefixes of decoder, lm_head, projector and image_newline, vision tower."""
     return [
         *llama(body, head),
         *projector(f"{prefix}multi_modal_projector."),
@@ -143,7 +141,7 @@ CLIP_LAYOUTS = {
     "CLIP's vision tower, transformers 5": vision_tower("", "vision_model."),
     "CLIP, OpenAI's names": OPENAI_CLIP,
 }
-EXTRAS = (  # tensors that a file may hold and no model needs: computed tables, and OpenAI's three numbers
+EXTRAS = (  # tensors in files that no model needs: computed tables, and three numbers in OpenAI's files
     *("{rest}rotary_emb.inv_freq", "{rest}position_ids", "h.{n}.attn.bias", "h.{n}.attn.masked_bias"),
     *("transformer.h.{n}.attn.bias", "transformer.h.{n}.attn.masked_bias"),
     *("input_resolution", "context_length", "vocab_size"),
@@ -157,7 +155,7 @@ def pattern_of(template: str) -> re.Pattern:
 
 
 def match(name: str, layout: Layout) -> tuple[tuple[str, ...], Transform] | None:
-    """Our names of the tensor `name` in this layout, and its transform; None if the layout does not know it."""
+    """Our names of a file's tensor `name`, and its transform; None if the layout does not have it."""
     for theirs, ours, transform in layout:
         if found := pattern_of(theirs).fullmatch(name):
             return tuple(name.format(**found.groupdict()) for name in ours), transform
@@ -165,18 +163,18 @@ def match(name: str, layout: Layout) -> tuple[tuple[str, ...], Transform] | None
 
 
 def is_extra(name: str, extras: tuple[str, ...]) -> bool:
-    """True if one of these names with wildcards covers `name`."""
+    """True if `name` matches one of these names with wildcards."""
     return any(pattern_of(extra).fullmatch(name) for extra in extras)
 
 
 def choose_layout(names: list[str], layouts: dict[str, Layout]) -> str:
-    """The layout that knows most of these names; the first one on a tie."""
+    """The layout that has most of these names; the first one on a tie."""
     names = names[:: 1 + len(names) // 500]  # a sample is enough, and a file may claim any number of names
     return max(layouts, key=lambda layout: sum(match(name, layouts[layout]) is not None for name in names))
 
 
 def to_layout(state: dict[str, torch.Tensor], layout: Layout) -> dict[str, torch.Tensor]:
-    """The tensors `state` (by our names) under the names of a layout, q, k and v joined where it joins them."""
+    """Rename tensors from our names to those of a layout; q, k and v are joined if the layout joins them."""
     renamed = {}
     for theirs, ours, transform in layout:
         for found in filter(None, map(pattern_of(ours[0]).fullmatch, state)):

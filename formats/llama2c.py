@@ -1,4 +1,4 @@
-"""Checkpoints of llama2.c, version 0: seven int32, then float32 matrices, kind by kind, the layers of a kind together.
+"""Checkpoints of llama2.c, version 0: seven int32, then float32 matrices; each kind of matrix for all layers at once.
 
 Source: export.py and run.c of karpathy/llama2.c.
 """
@@ -14,7 +14,7 @@ from llava import LlavaConfig, TextConfig
 
 
 def find_llama2c(folder: Path) -> Path | None:
-    """The checkpoint in a folder with one .bin file and no config.json, or `folder` itself if it is such a file."""
+    """Find llama2.c's checkpoint: the only .bin file in a folder without config.json, or `folder` itself."""
     if folder.is_file():
         with folder.open("rb") as file:  # the first number is the width, which is below 2^16
             return folder if folder.suffix == ".bin" and file.read(4)[2:] == b"\0\0" else None
@@ -25,14 +25,14 @@ def find_llama2c(folder: Path) -> Path | None:
 
 
 def read_llama2c(path: Path) -> tuple[LlavaConfig, dict[str, LazyTensor]]:
-    """Config and tensors, under the names of the LLaMA family. Raises ValueError if header and size do not agree."""
+    """Config and tensors by the names of the LLaMA family. Raises ValueError if the header does not fit the size."""
     header = np.fromfile(path, dtype="<i4", count=7)
     if len(header) < 7:
         raise ValueError(f"{path}: too short for llama2.c's header")
     width, hidden, layers, heads, kv_heads, vocab, context = map(int, header)
     if min(width, hidden, layers, heads, kv_heads, context) < 1 or vocab == 0 or width % heads or heads % kv_heads:
         raise ValueError(f"{path}: not llama2.c's header: {header.tolist()}")
-    tied, vocab = vocab > 0, abs(vocab)  # a negative number says that the head is stored
+    tied, vocab = vocab > 0, abs(vocab)  # a negative number means that the head is stored
     text = TextConfig(vocab, width, hidden, layers, heads, kv_heads, max_position_embeddings=context)
     text.rms_norm_eps, text.tie_word_embeddings = 1e-5, tied
     shapes = matrix_shapes(text)
@@ -43,7 +43,7 @@ def read_llama2c(path: Path) -> tuple[LlavaConfig, dict[str, LazyTensor]]:
     for name, shape in shapes.items():
         matrix = numbers[at : at + math.prod(shape)].view(shape)
         at += matrix.numel()
-        if "q_proj" in name or "k_proj" in name:  # its RoPE rotates the pairs (2i, 2i + 1), ours (i, i + D/2)
+        if "q_proj" in name or "k_proj" in name:  # llama2.c's RoPE rotates the pairs (2i, 2i + 1), ours (i, i + D/2)
             pairs = matrix.unflatten(1, (-1, width // heads // 2, 2))  # (L, H, D/2, 2, C)
             matrix = pairs.transpose(2, 3).reshape(shape)
         for i, tensor in enumerate(matrix if "{}" in name else [matrix]):

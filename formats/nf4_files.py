@@ -1,12 +1,10 @@
-"""Weights in NF4 as bitsandbytes writes them.
+"""Weights in NF4, in the file format of bitsandbytes: the weight NAME becomes four to six tensors.
 
-The weight NAME becomes four to six tensors of a file:
-
-    NAME                                    the packed codes, (ceil(N / 2), 1) uint8
-    NAME.absmax                             one number for each block: uint8 if doubly quantized, else float32
-    NAME.quant_map                          the 16 values of the codes
-    NAME.nested_absmax, .nested_quant_map   of the double quantization
-    NAME.quant_state.bitsandbytes__nf4      shape, dtype and block size: JSON, as bytes
+NAME                                    the packed codes, (ceil(N / 2), 1) uint8
+NAME.absmax                             one number for each block: uint8 if doubly quantized, else float32
+NAME.quant_map                          the 16 values of the codes
+NAME.nested_absmax, .nested_quant_map   of the double quantization
+NAME.quant_state.bitsandbytes__nf4      shape, dtype and block size: JSON, as bytes
 """
 
 import json
@@ -23,7 +21,7 @@ BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def to_files(name: str, linear: NF4Linear) -> dict[str, torch.Tensor]:
-    """The tensors that a file holds for the weight called `name`."""
+    """The tensors of a file for the weight called `name`."""
     state = {"quant_type": "nf4", "blocksize": linear.block, "dtype": str(linear.dtype).removeprefix("torch.")}
     state |= {"shape": [linear.out_features, linear.in_features]}
     tensors = {"": linear.packed, ".absmax": linear.absmax, ".quant_map": code_book(linear.weight.device)}
@@ -37,7 +35,7 @@ def to_files(name: str, linear: NF4Linear) -> dict[str, torch.Tensor]:
 
 
 def read_state(name: str, kind: str, tensor: torch.Tensor) -> dict:
-    """The quantization state of the weight `name`. Raises ValueError if it is malformed or not NF4."""
+    """Parse the quantization state of the weight `name`. Raises ValueError if it is malformed or not NF4."""
     try:
         state = json.loads(bytes(tensor.tolist()))
         shape, dtype, block = state["shape"], DTYPES[state["dtype"]], state["blocksize"]
@@ -53,7 +51,7 @@ def read_state(name: str, kind: str, tensor: torch.Tensor) -> dict:
 
 
 def from_files(name: str, state: dict, tensors: dict[str, torch.Tensor]) -> NF4Linear:
-    """The layer of a weight. Args: tensors: by their SUFFIXES. Raises ValueError naming the tensor that is wrong."""
+    """The layer of a weight. Args: tensors: by SUFFIXES. Raises ValueError that names a wrong tensor."""
     block, nested = state["blocksize"], "nested_offset" in state
     count = math.prod(state["shape"])
     blocks = -(-count // block)

@@ -1,4 +1,4 @@
-"""Image preprocessing in the words of transformers' processor files: read, checked and written."""
+"""Read, check and write transformers' processor files, which describe the preprocessing of images."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ IMAGE_PROCESSORS = {"square": "CLIPImageProcessor", "pad": "LlavaImageProcessor"
 
 
 def clip_preprocessing(side: int) -> dict:
-    """CLIP's preprocessing of an image of `side` pixels: the only one that is supported."""
+    """CLIP's preprocessing to `side` pixels, the only one that is supported, in transformers' keys."""
     return {
         "do_resize": True,
         "size": {"shortest_edge": side},
@@ -28,7 +28,7 @@ def clip_preprocessing(side: int) -> dict:
 
 
 def read_image_mode(folder: Path, side: int) -> str:
-    """The image mode of a folder, "pad" or "square" (llava-hf's default). Raises ValueError if it is not CLIP's.
+    """Read the image mode, "pad" or "square" (llava-hf's default). Raises ValueError if the rest is not CLIP's.
 
     transformers 5 keeps the preprocessing in processor_config.json, transformers 4 in preprocessor_config.json.
     """
@@ -46,7 +46,7 @@ def read_image_mode(folder: Path, side: int) -> str:
 
 
 def write_processor(config: LlavaConfig, folder: Path):
-    """Write the files from which transformers' AutoProcessor builds the same preprocessing and placeholders."""
+    """Write the files for transformers' AutoProcessor, which gives the same pixels and placeholders."""
     image = {"image_processor_type": IMAGE_PROCESSORS[config.image_mode], "do_convert_rgb": True}
     image |= {"do_pad": config.image_mode == "pad"} | clip_preprocessing(config.vision_config.image_size)
     processor = "LlavaProcessor"

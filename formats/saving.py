@@ -14,7 +14,7 @@ from inputs.tokenizer import Tokenizer
 from llava import Llava
 from lora import NF4Linear
 
-MERGED = "merged.json"  # names the adapters whose updates are in a model's weights
+MERGED = "merged.json"  # lists the adapters that were merged into a model's weights
 SHARD_BYTES = 5_000_000_000  # larger files are unwieldy to copy
 
 
@@ -23,7 +23,7 @@ def save_model(model: Llava, folder: str | Path, weights: dict[str, torch.Tensor
 
     A LLaVA of the LLaMA family with the mlp2x_gelu projector loads as LlavaForConditionalGeneration, a decoder alone
     as LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or GPT2LMHeadModel.
-    Args: weights: parameters by name, if the model itself holds them sharded or in a narrower dtype.
+    Args: weights: parameters by name; needed if the model itself holds them sharded or in a narrower dtype.
     """
     folder, config = Path(folder), model.config
     weights = model.state_dict() if weights is None else weights
@@ -42,7 +42,7 @@ def save_model(model: Llava, folder: str | Path, weights: dict[str, torch.Tensor
 
 
 def publish_model(model: Llava, tokenizer: Tokenizer, target: Path, merged: list[str]):
-    """Write a model and its tokenizer; the folder appears whole or not at all. Args: merged: see merged_adapters."""
+    """Write a model and its tokenizer; the folder appears complete or not at all. Args: merged: see merged_adapters."""
 
     def write(folder: Path):
         save_model(model, folder)
@@ -59,9 +59,9 @@ def merged_adapters(folder: Path) -> list[str]:
 
 
 def quantize_state(model: Llava, state: dict[str, torch.Tensor]) -> dict:
-    """Replace the tensors of NF4 layers in `state` by those of bitsandbytes' files; returns their entry in config.json.
+    """Replace the tensors of NF4 layers in `state` by those of bitsandbytes' format.
 
-    The entry is empty if no layer is in NF4.
+    Returns the addition to config.json, empty if no layer is in NF4.
     """
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, NF4Linear)}
     if not layers:
@@ -82,7 +82,7 @@ def quantize_state(model: Llava, state: dict[str, torch.Tensor]) -> dict:
 
 
 def write_shards(state: dict[str, torch.Tensor], folder: Path):
-    """Write model.safetensors; or model-00001-of-00003.safetensors and so on, with an index."""
+    """Write model.safetensors, or above SHARD_BYTES several files and their index."""
     shards, size = [{}], 0
     for name, tensor in state.items():
         if size + tensor.nbytes > SHARD_BYTES and shards[-1]:

@@ -1,4 +1,4 @@
-"""Type and range of every number in a config.json, checked before a model is built from it."""
+"""Check type and range of every number in a config.json before a model is built from it."""
 
 from dataclasses import fields
 
@@ -26,7 +26,7 @@ LIMITS = {  # field: type, smallest and largest value
 
 
 def known_fields(cls, values: dict) -> dict:
-    """The entries of a config.json that are fields of the dataclass `cls`; null and all other entries are left out.
+    """The entries of a config.json that are not null and are fields of the dataclass `cls`.
 
     Raises ValueError on a value outside its LIMITS.
     """
@@ -41,7 +41,7 @@ def known_fields(cls, values: dict) -> dict:
 
 
 def check_supported(values: dict, supported: dict):
-    """Raise ValueError if a config.json gives a key another value than the supported one; null counts as absent."""
+    """Raise ValueError if a value differs from the only supported one; a missing key and null are fine."""
     for key, only in supported.items():
         if values.get(key) not in (None, only):
             raise ValueError(f"config.json: {key} is {values[key]!r:.99}, and only {only!r} is supported")

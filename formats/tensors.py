@@ -1,7 +1,7 @@
-"""Tensors in files, opened lazily: safetensors, in one file or in shards, and PyTorch's pickles.
+"""Open the tensors of safetensors files and PyTorch's pickles, in one file or in shards, without reading them yet.
 
-A pickle is read through torch.load(weights_only=True) and in no other way. A weight in NF4 is several tensors in a
-file and one LazyTensor here.
+A pickle is read through torch.load(weights_only=True) only. A weight in NF4 is several tensors in a file and one
+LazyTensor here.
 """
 
 import json
@@ -31,7 +31,7 @@ NUMBERS |= {"BOOL": torch.bool}
 
 @dataclass
 class LazyTensor:
-    """A tensor that is still in its file. read() returns it on the CPU, perhaps as a view of the mapped file."""
+    """A tensor that is still in its file. read() returns it on the CPU; it may be a view of the mapped file."""
 
     shape: tuple[int, ...]
     dtype: str  # safetensors' name, torch's name, or NF4
@@ -39,30 +39,26 @@ class LazyTensor:
 
 
 def open_tensors(path: Path) -> dict[str, LazyTensor]:
-    """Every tensor of a folder or file by name, none read yet; reading one in NF4 gives an NF4Linear.
+    """Every tensor of a folder or file by name, none read yet; read() of a weight in NF4 returns an NF4Linear.
 
     Raises ValueError, in one line, if a file is missing or malformed.
     """
-    return gather_quantized(open_files(path), path)
-
-
-def gather_quantized(tensors: dict[str, LazyTensor], source: Path) -> dict[str, LazyTensor]:
-    """The same, with all tensors of a weight in NF4 replaced by one LazyTensor under the weight's name."""
+    tensors = open_files(path)
     for key in [name for name in tensors if nf4_files.STATE in name]:
         name, _, kind = key.rpartition(nf4_files.STATE)
-        state = nf4_files.read_state(f"{source}: {name}", kind, tensors.pop(key).read())
+        state = nf4_files.read_state(f"{path}: {name}", kind, tensors.pop(key).read())
         parts = {suffix: tensors.pop(name + suffix) for suffix in nf4_files.SUFFIXES if name + suffix in tensors}
 
         def read(name=name, state=state, parts=parts) -> NF4Linear:
             found = {suffix: part.read() for suffix, part in parts.items()}
-            return nf4_files.from_files(f"{source}: {name}", state, found)
+            return nf4_files.from_files(f"{path}: {name}", state, found)
 
         tensors[name] = LazyTensor(tuple(state["shape"]), "NF4", read)
     return tensors
 
 
 def open_files(path: Path) -> dict[str, LazyTensor]:
-    """The tensors as the files have them, a weight in NF4 in its parts."""
+    """The tensors as the files have them: a weight in NF4 is still in its parts."""
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if path.is_file():
@@ -80,8 +76,10 @@ def open_files(path: Path) -> dict[str, LazyTensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file. The library checks offsets and sizes; this also refuses two things that it
-    accepts: duplicate keys, and a header that does not begin with a brace."""
+    """The tensors of a safetensors file. Raises ValueError.
+
+    The library checks offsets and sizes, but accepts duplicate keys and a header without a brace at its start.
+    """
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -104,10 +102,10 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def map_tensor(path: Path, start: int, entry: dict) -> torch.Tensor:
-    """A tensor of a safetensors file as a copy-on-write view of the mapped file.
+    """A tensor of a safetensors file as a copy-on-write view of the mapped file. Raises ValueError.
 
-    Each tensor maps its own part, which is unmapped with it; the library would map and parse the whole file for each.
-    Args: start: offset of the data in the file; entry: the tensor's entry in the header. Raises ValueError.
+    Only its own part is mapped, and unmapped with it; the library would map and parse the whole file for each tensor.
+    Args: start: offset of the data in the file; entry: the tensor's entry in the header.
     """
     (begin, end), dtype = entry["data_offsets"], NUMBERS.get(entry["dtype"])
     if dtype is None:
@@ -119,7 +117,7 @@ def map_tensor(path: Path, start: int, entry: dict) -> torch.Tensor:
 
 
 def read_pickle(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a .bin file, read with weights_only=True: an ordinary unpickle runs code from the file."""
+    """The tensors of a .bin file. Read with weights_only=True: a full unpickle would run code from the file."""
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
         raise ValueError(f"{path}: reading a pickle needs torch 2.10, in which weights_only is safe; this is older")
     print(f"{path}: a pickle, read with weights_only=True; the same weights as safetensors are safer", file=sys.stderr)
@@ -138,7 +136,7 @@ def read_pickle(path: Path) -> dict[str, LazyTensor]:
 
 
 def read_shards(index: Path, reader: Callable[[Path], dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
-    """All tensors of the files that an index names. Each must be in the one file that the index gives for it."""
+    """All tensors of the files in an index. Raises ValueError if one is not in the file that the index gives for it."""
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise ValueError(f"{index}: no weight_map from tensors to files")

@@ -37,9 +37,8 @@ def load_tensors(
     """Fill every parameter of `model`, which may be on the meta device, from a file's tensors.
 
     Args: source: names the file in errors; extras: names of ours that the file may hold and the model need not have;
-    skip: prefix of parameters that are filled from elsewhere; bits: 4 quantizes the decoder's matrices to NF4; copy:
-    False keeps tensors that already have the right dtype in the memory-mapped file.
-    Raises ValueError with the first differences and their likely cause; names and shapes are checked before any read.
+    skip: prefix of parameters that are filled from elsewhere; bits, copy: see build_model.
+    Raises ValueError with the first differences and their likely cause. Names and shapes are checked before any read.
     """
     wanted = {name: p.shape for name, p in model.named_parameters() if not (skip and name.startswith(skip))}
     layout = candidates[layouts.choose_layout(list(tensors), candidates)]
@@ -62,13 +61,13 @@ def load_tensors(
 def assign_tensors(
     wanted: dict[str, torch.Size], tensors: dict[str, LazyTensor], layout: Layout, source, extras: tuple[str, ...]
 ) -> dict[str, tuple[tuple[str, ...], Transform]]:
-    """For each tensor of a file that is used: the names of its parameters, and its transform. Raises ValueError."""
+    """The names of the parameters that each used tensor of a file fills, and its transform. Raises ValueError."""
     assigned, filled, wrong = {}, set(), []
     for name, lazy in tensors.items():
         found = layouts.match(name, layout)
-        if layouts.is_extra(name, layouts.EXTRAS) or (
-            found and all(layouts.is_extra(ours, extras) for ours in found[0])
-        ):
+        if layouts.is_extra(name, layouts.EXTRAS):
+            continue
+        if found and all(layouts.is_extra(ours, extras) for ours in found[0]):
             continue
         if not found or not all(ours in wanted for ours in found[0]):
             wrong.append(f"{name} not expected")
@@ -119,8 +118,10 @@ def set_parameter(model: nn.Module, name: str, value: torch.Tensor | NF4Linear):
 
 
 class skip_init(TorchFunctionMode):
-    """Context in which new modules are not initialized, like torch.nn.utils.skip_init but for a whole model: every
-    parameter is read from a file anyway, and initializing tensors on the meta device takes seconds."""
+    """Context in which new modules are not initialized: torch.nn.utils.skip_init for a whole model.
+
+    Every parameter is read from a file anyway, and initializing tensors on the meta device takes seconds.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -135,46 +136,40 @@ class skip_init(TorchFunctionMode):
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_model(
-    folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = torch.float32, vision: Path | None = None,
-    llm: Path | None = None, bits: int = 16,
-) -> Llava:  # fmt: skip
-    """A LLaVA, or a decoder alone, from any of the layouts.
-
-    Args: dtype: None keeps the file's; vision: CLIP's folder, for a LLaVA whose files have no vision tower, as
-    liuhaotian/llava-v1.5-7b; llm: the decoder's folder, for files that hold only a projector; bits: 4 keeps the
-    matrices of the decoder's layers in NF4.
-    The peak of memory is the weights and the largest tensor. Raises ValueError, in one line.
-    """
+def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = torch.float32, **options) -> Llava:
+    """Load a LLaVA, or a decoder alone, from any of the layouts. For dtype and options see build_model."""
     config, tensors = open_model(Path(folder))
-    return build(config, tensors, Path(folder), device, dtype, vision, llm, bits)
+    return build_model(config, tensors, Path(folder), device, dtype, **options)
 
 
 def load_checkpoint(
     folder: str | Path, device: str, dtype: torch.dtype | None, bits: int = 16, copy: bool = True
 ) -> tuple[Llava, Tokenizer]:
-    """A model and its tokenizer. The tokenizer is read first: if it is missing, the error comes before the weights.
-
-    Args: copy: False leaves tensors that already have the right dtype in the memory-mapped file, which must not change
-    as long as the model is used; loading on a CPU then takes almost no time.
-    """
+    """Load a model and its tokenizer, the tokenizer first: if it is missing, no time is lost on the weights."""
     config, tensors = open_model(Path(folder))
     tokenizer = load_tokenizer(folder, config)
-    return build(config, tensors, Path(folder), device, dtype, bits=bits, copy=copy), tokenizer
+    return build_model(config, tensors, Path(folder), device, dtype, bits=bits, copy=copy), tokenizer
 
 
 def open_model(folder: Path) -> tuple[LlavaConfig, dict[str, LazyTensor]]:
-    """The config and the tensors of a checkpoint, none of them read yet."""
+    """The config of a checkpoint and its tensors, none of them read yet."""
     if llama2c := find_llama2c(folder):
         return read_llama2c(llama2c)
     return read_config(folder), open_tensors(folder)
 
 
-def build(
+def build_model(
     config: LlavaConfig, tensors: dict[str, LazyTensor], folder: Path, device: str, dtype: torch.dtype | None,
     vision: Path | None = None, llm: Path | None = None, bits: int = 16, copy: bool = True,
 ) -> Llava:  # fmt: skip
-    """The model of a config and its tensors (see open_model); for the arguments see load_model and load_checkpoint."""
+    """Build the model of a config and fill it with tensors, both from open_model. Raises ValueError, in one line.
+
+    The peak of memory is the weights and the largest tensor.
+    Args: dtype: None keeps the file's; vision: CLIP's folder, for a LLaVA whose files have no vision tower, as
+    liuhaotian/llava-v1.5-7b; llm: the decoder's folder, for files that hold only a projector; bits: 4 keeps the
+    matrices of the decoder's layers in NF4; copy: False leaves tensors that already have the right dtype in the
+    memory-mapped file, which must not change while the model is used; loading on a CPU then takes almost no time.
+    """
     if vision is not None and config.vision_config is None:
         raise ValueError(f"{folder}: a decoder alone; to build a LLaVA from it, use train.py --vision and --llm")
     if llm is not None:
@@ -212,7 +207,7 @@ def load_tower(model: Llava, folder: Path, device: str = "cpu", dtype: torch.dty
 
 
 def load_clip(folder: str | Path) -> CLIPModel:
-    """A whole CLIP, with its text tower, to compare images with texts."""
+    """Load a CLIP with both towers, to compare images with texts."""
     folder = Path(folder)
     with errors_name(folder):
         config = clip_config_from_dict(read_json(folder / "config.json"))
@@ -223,7 +218,7 @@ def load_clip(folder: str | Path) -> CLIPModel:
 
 
 def by_our_name(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The tensors that a LLaVA has, under our names; a matrix of q, k and v under the name of q."""
+    """The tensors that a LLaVA has, by our names; one matrix of q, k and v has the name of q."""
     layout = LLAVA_LAYOUTS[layouts.choose_layout(list(tensors), LLAVA_LAYOUTS)]
     return {found[0][0]: lazy for name, lazy in tensors.items() if (found := layouts.match(name, layout))}
 
@@ -238,7 +233,7 @@ def most_common_dtype(tensors: dict[str, LazyTensor]) -> torch.dtype:
 
 
 def choose_dtype(name: str, device: str) -> torch.dtype:
-    """The dtype for inference of this name; "auto" is bfloat16 on a GPU that supports it, float32 elsewhere."""
+    """The dtype called `name`; "auto" is bfloat16 on a GPU that supports it, float32 elsewhere."""
     if name == "auto":
         name = "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
     return getattr(torch, name)
@@ -249,11 +244,10 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
 
 
 def load_tokenizer(folder: str | Path, config: LlavaConfig) -> Tokenizer:
-    """The tokenizer of a folder, made to agree with the model's config.
+    """Load the tokenizer of a folder and reconcile it with the model's config.
 
-    The token with the config's image_token_index is called <image> from now on, whatever the file calls it, and the
-    end tokens of the config's template are added to config.eos_token_ids. Raises ValueError if the two contradict
-    each other.
+    The token with the config's image_token_index is called <image>, whatever the file calls it, and the end tokens of
+    the config's template are added to config.eos_token_ids. Raises ValueError if tokenizer and config contradict.
     """
     tokenizer = Tokenizer.load(folder)
     if config.vision_config is not None:
@@ -282,7 +276,10 @@ def name_image_token(tokenizer: Tokenizer, index: int, folder: str | Path):
 
 @torch.no_grad()
 def grow_vocabulary(model: Llava, size: int):
-    """Make room for `size` ids, in steps of 64. New rows are the mean of the old ones: never the likeliest token."""
+    """Add embedding rows, in steps of 64, until there are `size`. New rows are the mean of the old ones.
+
+    A mean row is never the likeliest token, so the model does not generate the new ids.
+    """
     text = model.config.text_config
     if size <= text.vocab_size:
         return
