@@ -3,7 +3,7 @@
     python eval.py --questions out/world/questions.jsonl --images out/world         your own questions, by category
     python eval.py --model DIR --task pope --questions coco_pope_*.json --images val2014 --out RUN
     python eval.py --score pope --predictions RUN/answers.jsonl --references coco_pope_*.json
-    python eval.py --task probes                                    what a model of the embedded world gets wrong
+    python eval.py --task probes                                    the weaknesses of a model of the embedded world
 
 Your own questions are one JSON object a line: {"question_id", "text", "image", "answer", "category", "metric"}; all but
 the first two are optional. A metric is "exact" (default), "contains", "relaxed" or "anls" (see evaluation/metrics.py).
@@ -68,14 +68,14 @@ def read_questions(path: Path) -> list[dict]:
 
 @dataclass
 class Plan:
-    """What to answer, and how to score it."""
+    """The questions to answer, and how the answers are scored."""
 
     questions: list[dict]  # {"question_id", "text", "image", ...}
-    files: list[Path]  # that the questions come from
+    files: list[Path]  # from which the questions were read
     images: Path  # folder of their images
     out: Path  # file of the answers
-    finish: Callable[[list[dict]], None]  # scores the rows of that file
-    suffix: str = ""  # text that the questions end with
+    finish: Callable[[list[dict]], None]  # prints or writes the scores of that file's rows
+    suffix: str = ""  # text after each question
 
 
 def plan_own_questions(args: argparse.Namespace, folder: Path) -> Plan:
@@ -110,7 +110,12 @@ def plan_probes(args: argparse.Namespace, folder: Path, config: LlavaConfig) -> 
         raise DataError(f"{folder}: a decoder without a vision tower cannot be probed with images")
     run, side = args.out or folder / "probes", config.vision_config.image_size
     questions = probes.make_probes(run / "images", side, args.limit or 100)
-    return Plan(questions, [], run / "images", run / "answers.jsonl", partial(report_probes, questions, run, side))
+
+    def report(rows: list[dict]):
+        print(probes.write_report(questions, [row["text"] for row in rows], run, side))
+        print(run / "probes.md")
+
+    return Plan(questions, [], run / "images", run / "answers.jsonl", report)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +156,7 @@ def answer(args: argparse.Namespace):
 
 
 def answer_metadata(question: dict, text: str) -> dict:
-    """The category of a question and, if its answer is known, the score of the given one."""
+    """The category of a question and, if its true answer is known, the score of `text`."""
     metadata = {"category": question.get("category", "all")}
     if "answer" in question and "probe" not in question:
         metadata["score"] = probes.METRICS[question["metric"]](text, question["answer"])
@@ -163,11 +168,6 @@ def print_categories(out: Path, rows: list[dict]):
     for category, accuracy in (accuracy_by_category(rows) if rows else {}).items():
         print(f"{category:<14}{accuracy:6.1f} %")
     print(f"{len(rows)} scored answers in {out}")
-
-
-def report_probes(questions: list[dict], run: Path, side: int, rows: list[dict]):
-    table = probes.write_report(questions, [row["text"] for row in rows], run, side)
-    print(f"{table}\n{run}/probes.md")
 
 
 def score_benchmark(args: argparse.Namespace, items: list[Item], out: Path, rows: list[dict]):
@@ -187,7 +187,7 @@ def score_benchmark(args: argparse.Namespace, items: list[Item], out: Path, rows
 
 
 def score_file(args: argparse.Namespace):
-    """Score a file of answers, wherever they come from; with --grader, request missing grades first."""
+    """Score a file of answers of any model; with --grader, request missing grades first."""
     items = read_items(args.score, args.references)
     answers = read_predictions(args.predictions, items)
     report_count("questions have no answer, which counts as wrong", items, [answer is None for answer in answers])
@@ -209,7 +209,7 @@ def score_file(args: argparse.Namespace):
 
 
 def report_count(what: str, items: list[Item], which: list[bool]):
-    """Print how many items are marked, and the id of the first."""
+    """Print how many items are True in `which`, and the id of the first."""
     if any(which):
         first = short(items[which.index(True)].id)
         print(f"{sum(which):,} of {len(items):,} {what} (first: {first})", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Answer a list of questions in batches, on every rank, so that a kill loses no finished batch and changes no answer.
 
-Which questions share a batch depends only on the whole list, not on what is answered already. So every answer is equal
+The batches depend on the whole list of questions only, not on the answers that exist already. So all answers are equal
 bit for bit, wherever a run was stopped and on however many ranks it is resumed.
 
     OUT              all answers in the order of the questions, written once all exist
@@ -82,13 +82,13 @@ def answer_batch(
     """
     config, prepared, prompts = model.config, [], []
     for question in questions:
-        shown = [load_question_image(images, question, config)] if question.get("image") else []
-        tokens = [image.tokens for image in shown]
-        prompts.append(prompt_ids([question["text"]], [], len(shown), tokenizer, config.template, tokens))
+        own = [load_question_image(images, question, config)] if question.get("image") else []
+        tokens = [image.tokens for image in own]
+        prompts.append(prompt_ids([question["text"]], [], len(own), tokenizer, config.template, tokens))
         if len(prompts[-1]) >= (limit := config.text_config.max_position_embeddings):
             reason = f"{len(prompts[-1]):,} tokens long, image included; the context holds {limit:,}"
             raise DataError(f"question {question['question_id']}: its prompt is {reason}")
-        prepared += shown
+        prepared += own
         cost.visual_tokens += sum(tokens)
     start, features = time.perf_counter(), None
     if prepared:
@@ -109,14 +109,7 @@ def answer_batch(
     return [(text.split(end)[0] if end else text).strip() for text in texts]
 
 
-ROW = ("question_id", "prompt", "text", "answer_id", "model_id", "metadata")  # keys of LLaVA's answer files
-
-
-def make_batches(questions: list[dict], size: int) -> list[list[dict]]:
-    """Batches of questions of similar length, with and without images apart; the longest first, to fail early if memory
-    is short."""
-    order = sorted(questions, key=lambda question: (not question.get("image"), -len(question["text"])))
-    return [order[i : i + size] for i in range(0, len(order), size)]
+ROW_KEYS = {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}  # of LLaVA's answer files
 
 
 def answer_all(
@@ -126,45 +119,42 @@ def answer_all(
     model_name: str,
     ask: Callable[[list[dict]], list[str]],
     describe: Callable[[dict, str], dict],
-    ranks: Distributed | None = None,
+    ranks: Distributed,
 ) -> list[dict]:
     """Answer the questions that have no answer in `out` yet. Returns all rows in the order of the questions on rank 0,
     and an empty list on the others.
 
     Args: ask: the answers to a batch; describe: the metadata of a row, from question and answer.
     """
-    rank, world = (ranks.rank, ranks.world_size) if ranks else (0, 1)
     out.parent.mkdir(parents=True, exist_ok=True)
     done, texts = read_answers(out), {question["question_id"]: question["text"] for question in questions}
     if any(texts.get(key) != row["prompt"] or row["model_id"] != model_name for key, row in done.items()):
-        raise DataError(f"{out} holds answers to other questions, or another model's: remove it, or name another --out")
-    batches = make_batches(questions, batch_size)[rank::world]
-    with open_part(out, rank) as file, tqdm(total=sum(map(len, batches)), unit="answer", disable=rank > 0) as bar:
+        raise DataError(f"{out} holds answers to other questions or of another model: remove it, or name another --out")
+    # Questions of similar length share a batch; the longest come first, so that too little memory shows at once.
+    order = sorted(questions, key=lambda question: (not question.get("image"), -len(question["text"])))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][ranks.rank :: ranks.world_size]
+    count, is_main = sum(map(len, batches)), ranks.rank == 0
+    with open_part(out, ranks.rank) as file, tqdm(total=count, unit="answer", disable=not is_main) as bar:
         for batch in batches:
             if any(question["question_id"] not in done for question in batch):
                 for question, text in zip(batch, ask(batch), strict=True):
                     if (key := question["question_id"]) not in done:
-                        values = (
-                            key,
-                            question["text"],
-                            text,
-                            f"{model_name}-{key}",
-                            model_name,
-                            describe(question, text),
-                        )
-                        file.write(to_line(dict(zip(ROW, values))))
+                        row = {"question_id": key, "prompt": question["text"], "text": text}
+                        row |= {"answer_id": f"{model_name}-{key}", "model_id": model_name}
+                        file.write(to_line(row | {"metadata": describe(question, text)}))
                 file.flush()
             bar.update(len(batch))
-        if ranks:
-            ranks.all_reduce_sum(1)  # wait until every rank has answered its batches
-        rows = merge_parts(questions, out) if rank == 0 else []
-    if ranks:
+        ranks.all_reduce_sum(1)  # wait until every rank has answered its batches
+        rows = merge_parts(questions, out) if is_main else []
         ranks.all_reduce_sum(1)  # keep the parts open, and so locked, until rank 0 has merged them
     return rows
 
 
 def sibling_file(out: Path, name: str) -> Path:
-    """The file `name` beside a run's answers.jsonl; beside other answers, with their name in front."""
+    """The path of a run's file `name`: beside answers.jsonl under this name, beside ANSWERS.jsonl as ANSWERS-name.
+
+    A model's folder has files of these names itself, so answers.jsonl in it also gives answers-name.
+    """
     is_run = out.name == "answers.jsonl" and not (out.parent / "config.json").exists()
     return out.with_name(name if is_run else f"{out.stem}-{name}")
 
@@ -183,11 +173,11 @@ def read_answers(out: Path) -> dict[int | str, dict]:
     for path in (out, *part_files(out)):
         try:
             found = [json.loads(line) for line in read_complete_lines(path).split(b"\n") if line]
-            complete = all(row.keys() >= set(ROW) for row in found)
+            complete = all(row.keys() >= ROW_KEYS for row in found)
         except (ValueError, AttributeError):
             complete = False
         if not complete:
-            raise DataError(f"{path} holds something else than answers: remove it, or name another --out")
+            raise DataError(f"{path} is not a file of answers: remove it, or name another --out")
         rows |= {row["question_id"]: row for row in found}
     return rows
 
@@ -207,8 +197,8 @@ def open_part(out: Path, rank: int):
 
 def merge_parts(questions: list[dict], out: Path) -> list[dict]:
     """Write all answers to `out`, in the order of the questions and in one step, then delete the parts."""
-    rows = read_answers(out)
-    rows = [rows[question["question_id"]] for question in questions]
+    found = read_answers(out)
+    rows = [found[question["question_id"]] for question in questions]
     write_atomic(out, b"".join(map(to_line, rows)))
     for path in part_files(out):
         path.unlink()

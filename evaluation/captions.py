@@ -4,6 +4,7 @@ The metrics take tokenized captions (see ptb.py): candidates are one list of wor
 of such lists for each image. Each returns the score of the corpus and a list with the score of each image.
 """
 
+import functools
 import importlib.util
 import math
 import shutil
@@ -18,8 +19,9 @@ Scores = tuple[float, list[float]]
 N = 4  # the longest n-gram
 
 
-def ngrams(words: Words, n: int) -> Counter:
-    return Counter(zip(*(words[i:] for i in range(n))))
+def count_ngrams(words: Words) -> list[Counter]:
+    """How often each n-gram occurs, for n = 1 to 4."""
+    return [Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, N + 1)]
 
 
 def cider(candidates: list[Words], references: list[list[Words]], sigma: float = 6.0) -> Scores:
@@ -29,9 +31,9 @@ def cider(candidates: list[Words], references: list[list[Words]], sigma: float =
     often than in the reference, and a Gaussian penalizes a difference in length. Two details follow the code, not the
     paper: the length of a caption is its number of bigrams, and a corpus of one image scores 0, as every idf is log(1).
     """
-    reference_ngrams = [[[ngrams(words, n + 1) for n in range(N)] for words in group] for group in references]
+    reference_counts = [[count_ngrams(words) for words in group] for group in references]
     document_frequency = Counter()
-    for group in reference_ngrams:
+    for group in reference_counts:
         document_frequency.update({gram for caption in group for counts in caption for gram in counts})
     log_documents = math.log(len(references))
     idf = {gram: log_documents - math.log(count) for gram, count in document_frequency.items()}
@@ -43,8 +45,8 @@ def cider(candidates: list[Words], references: list[list[Words]], sigma: float =
         return vectors, norms, sum(caption[1].values())
 
     scores = []
-    for words, group in zip(candidates, reference_ngrams):
-        vectors, norms, length = tf_idf([ngrams(words, n + 1) for n in range(N)])
+    for words, group in zip(candidates, reference_counts):
+        vectors, norms, length = tf_idf(count_ngrams(words))
         totals = [0.0] * N
         for caption in group:
             reference_vectors, reference_norms, reference_length = tf_idf(caption)
@@ -65,26 +67,21 @@ def bleu(candidates: list[Words | None], references: list[list[Words]]) -> list[
     A missing candidate (None) counts as no words, but as many wrong n-grams as its longest reference has: as an empty
     caption, it could raise the precision of the corpus.
     """
-    rows = []
+    rows = []  # for each image: number of words, length of the closest reference, correct n-grams, possible n-grams
     for candidate, group in zip(candidates, references):
         words = candidate or []
         length = min((abs(len(other) - len(words)), len(other)) for other in group)[1]
-        correct = []
-        for n in range(1, N + 1):
-            allowed = Counter()
-            for other in group:
-                allowed |= ngrams(other, n)
-            correct.append((ngrams(words, n) & allowed).total())
+        allowed = [functools.reduce(Counter.__or__, counts) for counts in zip(*map(count_ngrams, group))]
+        correct = [(counts & most).total() for counts, most in zip(count_ngrams(words), allowed)]
         counted = max(map(len, group)) if candidate is None else len(words)
-        rows.append((len(words), length, correct, [max(0, counted - n) for n in range(N)]))
-    totals = [sum(row[0] for row in rows), sum(row[1] for row in rows)]
-    totals += [[sum(column) for column in zip(*(row[i] for row in rows))] for i in (2, 3)]
-    corpus, images = bleu_of_counts(*totals), [bleu_of_counts(*row) for row in rows]
+        rows.append([len(words), length, *correct, *(max(0, counted - n) for n in range(N))])
+    corpus, images = bleu_of_counts(*map(sum, zip(*rows))), [bleu_of_counts(*row) for row in rows]
     return [(corpus[n], [scores[n] for scores in images]) for n in range(N)]
 
 
-def bleu_of_counts(length: int, reference_length: int, correct: list[int], possible: list[int]) -> list[float]:
-    """BLEU 1 to 4 from the number of words, and from the numbers of correct and of all n-grams for each n."""
+def bleu_of_counts(length: int, reference_length: int, *counts: int) -> list[float]:
+    """BLEU 1 to 4. Args: counts: of the correct n-grams, n = 1 to 4, then of all n-grams of the candidate."""
+    correct, possible = counts[:N], counts[N:]
     ratio = (length + TINY) / (reference_length + SMALL)
     penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     scores, product = [], 1.0
@@ -108,20 +105,17 @@ def rouge(candidates: list[Words | None], references: list[list[Words]], beta: f
         common = [(longest_common(words, other or [""]), len(other) or 1) for other in group]
         precision = max(length / len(words) for length, _ in common)
         recall = max(length / size for length, size in common)
-        score = (1 + beta**2) * precision * recall / (recall + beta**2 * precision) if precision and recall else 0.0
-        scores.append(score)
+        scores.append((1 + beta**2) * precision * recall / (recall + beta**2 * precision) if precision else 0.0)
     return sum(scores) / len(scores), scores
 
 
 def longest_common(one: Words, other: Words) -> int:
-    """Length of the longest common subsequence; one row of the table at a time."""
+    """Length of the longest common subsequence. Only one row of the table is kept."""
     row = [0] * (len(other) + 1)
     for word in one:
         diagonal = 0
         for i, other_word in enumerate(other, 1):
-            above = row[i]
-            row[i] = diagonal + 1 if word == other_word else max(above, row[i - 1])
-            diagonal = above
+            diagonal, row[i] = row[i], diagonal + 1 if word == other_word else max(row[i], row[i - 1])
     return row[-1]
 
 
@@ -162,10 +156,10 @@ def meteor(jar: Path, candidates: list[Words], references: list[list[Words]]) ->
 
 def caption_scores(candidates: list[str | None], references: list[list[str]]) -> dict[str, float]:
     """All metrics of captions that are not tokenized yet (None for a missing one), by coco-caption's names."""
-    reference_words = [[ptb_words(text) for text in group] for group in references]
-    candidate_words = [None if text is None else ptb_words(text) for text in candidates]
-    words = [candidate or [] for candidate in candidate_words]
-    scores = {f"Bleu_{n}": score for n, (score, _) in enumerate(bleu(candidate_words, reference_words), 1)}
+    references = [[ptb_words(text) for text in group] for group in references]
+    candidates = [None if text is None else ptb_words(text) for text in candidates]
+    words = [candidate or [] for candidate in candidates]
+    scores = {f"Bleu_{n}": score for n, (score, _) in enumerate(bleu(candidates, references), 1)}
     if jar := meteor_tool():
-        scores["METEOR"] = meteor(jar, words, reference_words)[0]
-    return scores | {"ROUGE_L": rouge(candidate_words, reference_words)[0], "CIDEr": cider(words, reference_words)[0]}
+        scores["METEOR"] = meteor(jar, words, references)[0]
+    return scores | {"ROUGE_L": rouge(candidates, references)[0], "CIDEr": cider(words, references)[0]}

@@ -29,8 +29,8 @@ def add_options(question: str, options: dict[str, str]) -> str:
 
 
 def read_pope(paths: list[Path]) -> list[Item]:
-    """POPE's label files, coco_pope_SPLIT.json. Ids are SPLIT/1, SPLIT/2 and so on; predictions may use the number
-    alone if there is one file, or the ids of LLaVA's list if that is given too."""
+    """POPE's label files, coco_pope_SPLIT.json. The ids are SPLIT/1, SPLIT/2 and so on. Predictions may also use the
+    number alone if there is only one file, or the ids of LLaVA's list if it is given too."""
     listed, others = load_files(paths)
     items = []
     for path, content in others:
@@ -51,7 +51,7 @@ def read_pope(paths: list[Path]) -> list[Item]:
 
 
 def read_mme(paths: list[Path]) -> list[Item]:
-    """MME's folders, one for each subtask, with a text file of two questions for each image; or the folder of its
+    """MME's folders, one for each subtask, with a text file of two questions for each image; or the folder of MME's
     scoring tool: SUBTASK.txt with tab-separated lines of image, question, answer."""
     items = []
     for root in paths:
@@ -83,7 +83,7 @@ def read_mme_rows(subtask: str, path: Path, rows: list[list[str]]) -> list[Item]
 
 
 def read_scienceqa(paths: list[Path]) -> list[Item]:
-    """problems.json and pid_splits.json (its test split), in LLaVA's CQM form: context, question, options."""
+    """The test split (pid_splits.json) of problems.json as LLaVA's CQM prompts: context, question, options."""
     problems, split, cqm_rows = {}, None, []
     for path in paths:
         content = load_json(path)
@@ -104,16 +104,15 @@ def read_scienceqa(paths: list[Path]) -> list[Item]:
         options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices))
         text = f"Context: {row.get('hint') or 'N/A'}\nQuestion: {row.need('question')}\nOptions: {options}"
         image = f"{key}/{row['image']}" if row.get("image") else None
-        items.append(Item(key, text, image, LETTERS[answer], with_or_without(image)))
-    return read_cqm(cqm_rows, {item.id: item for item in items}) if cqm_rows else items
-
-
-def with_or_without(image: str | None) -> dict[str, str]:
-    return {"questions": "with image" if image else "without image"}
+        items.append(Item(key, text, image, LETTERS[answer]))
+    items = read_cqm(cqm_rows, {item.id: item for item in items}) if cqm_rows else items
+    for item in items:
+        item.groups = {"questions": "with image" if item.image else "without image"}
+    return items
 
 
 def read_cqm(rows: list[Row], problems: dict[str, Item]) -> list[Item]:
-    """LLaVA's llava_test_CQM-A.json, with the true answers of the problems if these are given."""
+    """LLaVA's llava_test_CQM-A.json, with the true answers of `problems` unless that is empty."""
     items = []
     for row in rows:
         key, messages, image = str(row.need("id", int, str)), row.need("conversations", list), row.get("image")
@@ -121,7 +120,7 @@ def read_cqm(rows: list[Row], problems: dict[str, Item]) -> list[Item]:
             raise DataError(f"{row.where}: is not in problems.json")
         text = str(messages[0].get("value") if messages and isinstance(messages[0], dict) else "")
         truth = problems[key].truth if problems else None
-        items.append(Item(key, text.replace("<image>", "").strip(), image, truth, with_or_without(image)))
+        items.append(Item(key, text.replace("<image>", "").strip(), image, truth))
     return items
 
 
@@ -139,7 +138,7 @@ def read_mmbench(paths: list[Path]) -> list[Item]:
         for number, row in enumerate(rows, 2):
             if None in row.values() or None in row or not str(row.get("index")).isdecimal() or "question" not in row:
                 columns = "a numeric index, a question, options A, B, ... and as many columns"
-                raise DataError(f"{path}: line {number}: needs {columns}")
+                raise DataError(f"{path}: line {number}: needs {columns} as the header")
             options = {letter: row[letter] for letter in LETTERS if row.get(letter, "").lower() not in ("", "nan")}
             hint, answer = row.get("hint", ""), row.get("answer") or ""
             question = row["question"] if hint.lower() in ("", "nan", "none") else f"{hint}\n{row['question']}"
@@ -167,15 +166,18 @@ def unpack_images(items: list[Item], folder: Path):
 
 
 def read_seed(paths: list[Path]) -> list[Item]:
-    """SEED-Bench.json, with image paths as in LLaVA's instructions (of a video, its middle frame)."""
+    """SEED-Bench.json, with image paths as in LLaVA's instructions; for a video, its middle frame."""
     items = []
     for path in paths:
         content = load_json(path)
         kinds = content.get("question_type") if isinstance(content, dict) else None
         names = {str(number): name for name, number in kinds.items()} if isinstance(kinds, dict) else {}
         for row in rows_of(path, get_list(content, "questions")):
-            key, kind = row.need("question_id", int, str), row.need("data_type")
-            number = str(row.get("question_type_id"))
+            key, kind, number = (
+                row.need("question_id", int, str),
+                row.need("data_type"),
+                str(row.get("question_type_id")),
+            )
             options = {letter: row.need(f"choice_{letter.lower()}") for letter in "ABCD"}
             image = f"SEED-Bench-image/{row.get('data_id')}" if kind != "video" else f"SEED-Bench-video-image/{key}.png"
             groups = {"kind": kind, "type": names.get(number, number)}

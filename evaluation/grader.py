@@ -15,7 +15,6 @@ import http.client
 import json
 import os
 import re
-import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable
@@ -40,23 +39,22 @@ Grades = dict[str, tuple[float, ...] | None]  # by item id; None where there is 
 
 
 def mmvet_truth(item: Item) -> tuple[str, list[str]]:
-    """The true answer and the skills. Raises DataError if only LLaVA's list was given, which has neither."""
+    """The true answer and the skills. Raises DataError if only LLaVA's question list was given: it has neither."""
     if item.truth is None:
         raise DataError(f"question {short(item.id)}: no answer to compare with in the files, mm-vet.json has it")
     return item.truth
 
 
-def mmvet_request(item: Item, answer: str, rule: object) -> list[dict]:
-    """Messages that ask for one grade, a number in [0, 1]. Args: rule: the official few-shot prompt, as text."""
+def mmvet_request(item: Item, answer: str, rule: object) -> str:
+    """A prompt for one grade, a number in [0, 1]. Args: rule: the official few-shot prompt, as text."""
     truth = mmvet_truth(item)[0].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    text = f"{CORRECTNESS}Question: {item.text}\nTrue answer: {truth}\nGiven answer: {answer}\nGrade:"
     if rule is not None:
-        text = f"{rule}\n" + " | ".join([item.text, truth, answer, ""])
-    return [{"role": "user", "content": text}]
+        return f"{rule}\n{item.text} | {truth} | {answer} | "
+    return f"{CORRECTNESS}Question: {item.text}\nTrue answer: {truth}\nGiven answer: {answer}\nGrade:"
 
 
-def llavabench_request(item: Item, answer: str, rule: object) -> list[dict]:
-    """Messages that ask for two grades, GPT-4's reference answer first. Args: rule: LLaVA's rule.json."""
+def llavabench_request(item: Item, answer: str, rule: object) -> str:
+    """A prompt for two grades, first of GPT-4's reference answer. Args: rule: LLaVA's rule.json."""
     if item.truth is None:
         raise DataError(f"question {item.id}: context.jsonl or answers_gpt4.jsonl has nothing for it")
     caption, reference = item.truth
@@ -68,7 +66,7 @@ def llavabench_request(item: Item, answer: str, rule: object) -> list[dict]:
         prompt, role = map(Row(rule[key], f"--rule: {key}").need, ("prompt", "role"))
     text = f"[Context]\n{caption}\n\n[Question]\n{item.text}\n\n"
     text += "".join(f"[{role} {n}]\n{value}\n\n[End of {role} {n}]\n\n" for n, value in ((1, reference), (2, answer)))
-    return [{"role": "user", "content": f"{text}[System]\n{prompt}\n\n"}]
+    return f"{text}[System]\n{prompt}\n\n"
 
 
 REQUESTS = {"mmvet": mmvet_request, "llavabench": llavabench_request}
@@ -87,14 +85,14 @@ def build_requests(task: str, items: list[Item], answers: list[str | None], rule
     lines = []
     for item, answer in zip(items, answers):
         if answer is not None:
-            messages = REQUESTS[task](item, answer, rule)
-            body = {"model": model, "temperature": 0, "max_tokens": MAX_TOKENS[task], "messages": messages}
+            body = {"model": model, "temperature": 0, "max_tokens": MAX_TOKENS[task]}
+            body["messages"] = [{"role": "user", "content": REQUESTS[task](item, answer, rule)}]
             lines.append({"custom_id": str(item.id), "method": "POST", "url": "/v1/chat/completions", "body": body})
     return lines
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Treats a redirect as an error: urllib would follow it to any host and send the API key along."""
+    """Makes a redirect an error: urllib would follow it to any host and send the API key along."""
 
     def redirect_request(self, *_):
         return None
@@ -102,15 +100,14 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def request_reply(address: str, body: dict, timeout: float = 120) -> str:
     """The reply of a chat completion endpoint. The API key, if needed, is in OPENAI_API_KEY. Raises ValueError."""
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
+    headers, key = {"Content-Type": "application/json"}, os.environ.get("OPENAI_API_KEY")
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
     url = address.rstrip("/") + "/chat/completions"
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
         with urllib.request.build_opener(NoRedirect).open(request, timeout=timeout) as reply:
             return str(json.load(reply)["choices"][0]["message"]["content"])
-    except (urllib.error.URLError, TimeoutError, OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException) as error:  # OSError: urllib's errors and timeouts are its subclasses
         raise ValueError(f"{url}: {str(error) or repr(error)}") from None
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{url}: the reply is not a chat completion ({error!r})") from None
@@ -135,18 +132,18 @@ def request_hash(line: dict) -> str:
 
 
 def read_grades(path: Path) -> list[dict]:
-    """The rows of a file of grades. A last line that a kill cut short is removed from the file."""
+    """The rows of a file of grades. Removes an incomplete last line, left by a kill, from the file."""
     if not path.exists():
         return []
     whole, rows = read_complete_lines(path), []
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            row = json.loads(line)
-            rows.append({key: row[key] for key in ("id", "grader", "asked", "reply")})
-            if not all(isinstance(value, str) for value in rows[-1].values()):
-                raise TypeError
+            rows.append(json.loads(line))
+            is_grade = all(isinstance(rows[-1][key], str) for key in ("id", "grader", "asked", "reply"))
         except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path}: line {number}: is not a grade") from None
+            is_grade = False
+        if not is_grade:
+            raise DataError(f"{path}: line {number}: is not a grade")
     os.truncate(path, len(whole))
     return rows
 
@@ -154,17 +151,18 @@ def read_grades(path: Path) -> list[dict]:
 def match_grades(items: list[Item], lines: list[dict], path: Path, task: str) -> Grades:
     """The grade of each item, from the replies to its request.
 
-    Raises DataError if the file has grades of these questions, but every one belongs to another request.
+    Raises DataError if the file has grades of these questions, but all of them belong to other requests.
     """
     rows = read_grades(path)
     replies = {row["asked"]: row["reply"] for row in rows}
-    found = {line["custom_id"]: replies.get(request_hash(line)) for line in lines}
-    graders = sorted({row["grader"] for row in rows if row["id"] in found})
-    if graders and not any(reply is not None for reply in found.values()):
+    hashes = {line["custom_id"]: request_hash(line) for line in lines}
+    found = {key: replies[asked] for key, asked in hashes.items() if asked in replies}
+    graders = sorted({row["grader"] for row in rows if row["id"] in hashes})
+    if graders and not found:
         names = ", ".join(map(short, graders))
         raise DataError(f"{path}: its grades, by {names}, are of other answers, or --grader-model or --rule is another")
     read = {"mmvet": read_correctness, "llavabench": read_pair}[task]
-    return {str(item.id): read(found[str(item.id)]) if found.get(str(item.id)) is not None else None for item in items}
+    return {key: read(found[key]) if key in found else None for key in (str(item.id) for item in items)}
 
 
 def read_correctness(reply: str) -> tuple[float] | None:
@@ -185,7 +183,7 @@ def read_pair(reply: str) -> tuple[float, float] | None:
 
 
 def score_mmvet(items: list[Item], grades: Grades) -> dict[str, float]:
-    """100 x the mean grade: in total, by skill, and by combination of skills."""
+    """100 x the mean grade, in total, by skill, and by combination of skills; an answer without a grade gets 0."""
     groups = defaultdict(list)
     for item in items:
         value = (grades[str(item.id)] or (0.0,))[0]
@@ -209,5 +207,5 @@ SCORES = {"mmvet": score_mmvet, "llavabench": score_llavabench}
 
 
 def require_grades(items: list[Item], answers: list[str | None]) -> dict[str, float]:
-    """Takes the place of a scorer: raises DataError, as answers alone give no score."""
+    """Raises DataError: answers alone give no score. Stands in the table of tasks where others have a scorer."""
     raise DataError(f"{short(items[0].id)} and the others are graded by a language model: --grades FILE, see grader.py")

@@ -1,4 +1,4 @@
-"""The manifest of a file of answers: everything the answers depend on. With another manifest, no run is resumed."""
+"""The manifest of a file of answers: everything the answers depend on. A run is resumed only if it is the same."""
 
 import json
 import platform
@@ -29,7 +29,7 @@ def hash_code(root: Path = Path(__file__).parents[1]) -> str:
 
 
 def hash_files(paths: list[Path]) -> list[str]:
-    """SHA-256 and name of every file; of a folder, of its text files."""
+    """SHA-256 and name of every file; for a folder, of its text files."""
     files = [file for path in paths for file in (sorted(path.rglob("*.txt")) if path.is_dir() else [path])]
     return [f"{fingerprint(file)['sha256']} {file.name}" for file in files]
 
@@ -58,17 +58,15 @@ def make_manifest(
 ) -> dict:
     """The manifest's values: no times and no paths, so that two equal runs write equal bytes.
 
-    Args: folders: of the model and of its adapter; files: the questions; settings: values of the command line.
+    Args: folders: of the model and of its adapter; files: of the questions; settings: values of the command line.
     """
     config, device, template = model.config, model.device, TEMPLATES[model.config.template]
     image_marker = "<image>\n" if questions[0].get("image") else ""
+    model_files = [(folder, sorted({path for name in MODEL_FILES for path in folder.glob(name)})) for folder in folders]
     return settings | {
         "prompt": f"{template.first}{image_marker}{questions[0]['text']}{template.assistant}",  # the first one
         "pictures_sha256": hash_images(questions, images),
-        "model": [
-            {"name": folder.name, "files": hash_files(sorted({p for name in MODEL_FILES for p in folder.glob(name)}))}
-            for folder in folders
-        ],
+        "model": [{"name": folder.name, "files": hash_files(paths)} for folder, paths in model_files],
         "questions": hash_files(files),
         "template": config.template,
         "template_sha256": sha256(repr(template).encode()).hexdigest(),

@@ -10,20 +10,6 @@ import torch
 from torch.nn import functional as F
 
 # ---------------------------------------------------------------------------------------------------------------------
-# exact match, for questions of your own
-
-
-def plain_form(text: str) -> str:
-    """The text in lower case, without punctuation."""
-    return re.sub(r"[^\w ]", "", text.lower()).strip()
-
-
-def exact_match(answer: str, truth: str) -> float:
-    """1 if answer and truth are equal, case and punctuation aside; otherwise 0."""
-    return float(plain_form(answer) == plain_form(truth))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # VQA: one answer against those of ten people
 
 NUMBERS = ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -69,6 +55,11 @@ def normalize_m4c(text: str) -> str:
     """The normalized answer of TextVQA's and VizWiz's scorers (EvalAI's processor, LLaVA's m4c_evaluator.py): VQA's,
     after "it's" became "it 's" and commas and question marks were deleted."""
     return normalize_answer(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
+
+
+def normalize_gqa(text: str) -> str:
+    """The answer as LLaVA passes it to GQA's scorer (convert_gqa_for_eval.py)."""
+    return text.rstrip(".").lower()
 
 
 def leave_one_out(answer: str, answers: list[str]) -> float:
@@ -135,7 +126,7 @@ def classifier_accuracy(logits: torch.Tensor, targets: torch.Tensor) -> float:
 
 
 def classifier_ceiling(targets: torch.Tensor) -> float:
-    """The accuracy, in per cent, of a classifier that always picks its best class: the rest is lost from the start."""
+    """The accuracy, in per cent, of a classifier that always picks its best class: no training can exceed it."""
     return 100 * targets.max(dim=1).values.mean().item()
 
 
@@ -157,14 +148,14 @@ def edit_similarity(one: str, other: str, threshold: float) -> float:
     longer = max(len(one), len(other))
     if not longer:
         return 1.0
-    if abs(len(one) - len(other)) / longer > 1 - threshold:  # a lower bound of the distance, without computing it
+    if abs(len(one) - len(other)) / longer > 1 - threshold:  # the distance is at least the difference in length
         return 0.0
     value = 1 - levenshtein(one, other) / longer
     return value if value >= threshold else 0.0
 
 
 def levenshtein(one: str, other: str) -> int:
-    """The smallest number of letters to insert, delete or replace; one row of the table at a time."""
+    """The smallest number of letters to insert, delete or replace. Only one row of the table is kept."""
     row = list(range(len(other) + 1))
     for i, letter in enumerate(one, 1):
         diagonal, row[0] = row[0], i
@@ -268,7 +259,7 @@ def option_letter(text: str, options: dict[str, str]) -> str:
 def word_overlap(answer: str, truth: str) -> dict[str, float]:
     """LLaVA-Med's word precision, recall, F1 and "exact match", between 0 and 1 (its evaluate_metrics.py), and "same".
 
-    A word that both have counts as often as the answer has it, so an answer that repeats a true word scores higher.
+    A common word counts as often as the answer has it, so an answer that repeats a true word scores higher.
     "Exact match" is the number of different common words / the number of words in the answer; "same" is 1 if both
     have the same words.
     """
@@ -288,8 +279,20 @@ def contains_truth(answer: str, truth: str) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# questions of your own
 
-# The metrics that a question of your own may name under "metric": (answer, truth) to a score between 0 and 1.
+
+def plain_form(text: str) -> str:
+    """The text in lower case, without punctuation."""
+    return re.sub(r"[^\w ]", "", text.lower()).strip()
+
+
+def exact_match(answer: str, truth: str) -> float:
+    """1 if answer and truth are equal, case and punctuation aside; otherwise 0."""
+    return float(plain_form(answer) == plain_form(truth))
+
+
+# The metrics that a question may name under "metric": (answer, truth) to a score between 0 and 1.
 METRICS = {
     "exact": exact_match,
     "contains": lambda answer, truth: float(contains_truth(answer, truth)),

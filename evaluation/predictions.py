@@ -1,4 +1,4 @@
-"""Read question files and prediction files strictly: every fault is an error that names file, record and reason.
+"""Read question files and prediction files; every fault in one is an error that names file, record and reason.
 
 A predictions file is LLaVA's answers (one JSON object a line with "question_id" and "text"), a results list in the form
 of the servers (VQA, VizWiz, GQA, COCO, DocVQA, SEED), MM-Vet's object of answers by id, or MME's folder of SUBTASK.txt.
@@ -38,8 +38,6 @@ class Item:
 def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: {error}") from None
 
@@ -47,8 +45,8 @@ def read_text(path: Path) -> str:
 def load_json(path: Path) -> object:
     """The content of a JSON file, or the list of values of a jsonl file, recognized by its name or by its first line.
 
-    Raises DataError naming file, line and reason; an object with a key given twice is refused. (NaN is accepted: no
-    reader takes it for an answer.)
+    Raises DataError naming file, line and reason, also for an object that has a key twice. (NaN is accepted here: the
+    readers refuse it where text must be.)
     """
     text = read_text(path)
     lines, values = text.rstrip().split("\n"), []  # not splitlines, which also splits at U+2028
@@ -120,34 +118,24 @@ def short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def is_llava_list(content: object) -> bool:
-    return isinstance(content, list) and bool(content) and isinstance(content[0], dict) and "text" in content[0]
-
-
-def read_llava_list(path: Path, rows: list[dict]) -> list[Item]:
-    """Items of LLaVA's own list of questions, which holds no true answers."""
-    items = []
-    for row in rows_of(path, rows):
-        groups = {"category": row["category"]} if isinstance(row.get("category"), str) else {}
-        image = row.need("image", str, type(None))
-        items.append(Item(row.need("question_id", int, str), row.need("text"), image, groups=groups))
-    return items
-
-
 def load_files(paths: list[Path]) -> tuple[list[Item], list[tuple[Path, object]]]:
-    """Items of LLaVA's lists among the files, and path and content of every other file."""
+    """The items of LLaVA's question lists, which hold no true answers; and path and content of every other file."""
     listed, others = [], []
     for path in paths:
         content = load_json(path)
-        if is_llava_list(content) and "label" not in content[0]:  # POPE's label files have texts too
-            listed += read_llava_list(path, content)
-        else:
+        keys = content[0] if isinstance(content, list) and content and isinstance(content[0], dict) else {}
+        if "text" not in keys or "label" in keys:  # POPE's label files have texts too
             others.append((path, content))
+            continue
+        for row in rows_of(path, content):
+            groups = {"category": row["category"]} if isinstance(row.get("category"), str) else {}
+            image = row.need("image", str, type(None))
+            listed.append(Item(row.need("question_id", int, str), row.need("text"), image, groups=groups))
     return listed, others
 
 
 def bare_question(prompt: str) -> str:
-    """The question in a prompt, without what LLaVA's lists put around it, in lower case."""
+    """The question in a prompt, in lower case, without the OCR tokens and instructions that LLaVA's lists add."""
     lines = prompt.split("\n")
     line = lines[1] if lines[0].startswith("Reference OCR token:") and len(lines) > 1 else lines[0]
     return line.replace("Please answer yes or no.", "").strip().lower()
@@ -156,7 +144,7 @@ def bare_question(prompt: str) -> str:
 def read_predictions(path: Path, items: list[Item]) -> list[str | None]:
     """The answer to each item, None where the file has none (scorers count that as wrong).
 
-    Raises DataError naming file, id and reason: for an id given twice or unknown, for an answer that is not text.
+    Raises DataError naming file, id and reason if an id is unknown or comes twice, or if an answer is not text.
     """
     positions = defaultdict(list)
     for position, item in enumerate(items):
@@ -198,16 +186,16 @@ def answers_in_file(path: Path) -> Iterator[tuple[str, list[str], str]]:
 
 
 def answers_in_folder(folder: Path) -> Iterator[tuple[str, list[str], str]]:
-    """The same of MME's results: SUBTASK.txt with tab-separated lines of image, question, truth, answer."""
+    """answers_in_file for MME's results: SUBTASK.txt with tab-separated lines of image, question, truth, answer."""
     for path in sorted(folder.glob("*.txt")):
         for number, (image, question, _, text) in enumerate(split_tabs(path, 4), 1):
             yield f"{path}: line {number} ({short(image)})", [f"{path.stem}/{image}\n{bare_question(question)}"], text
 
 
 def split_tabs(path: Path, columns: int) -> list[list[str]]:
-    """The lines of a file split at tabs into so many columns. Raises DataError naming a line that has fewer."""
-    lines = read_text(path).split("\n")
-    rows = [line.rstrip("\r").split("\t", columns - 1) for line in lines if line.strip()]
+    """The lines that are not blank, each split into this many columns. Raises DataError naming a line with fewer."""
+    lines = [line.rstrip("\r") for line in read_text(path).split("\n") if line.strip()]
+    rows = [line.split("\t", columns - 1) for line in lines]
     for number, row in enumerate(rows, 1):
         if len(row) < columns:
             raise DataError(f"{path}: line {number}: {len(row)} columns, needs {columns}")

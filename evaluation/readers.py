@@ -1,8 +1,8 @@
 """Read the published files of benchmarks with free answers into Items; choice_readers.py has the others.
 
-Every reader takes the files as they are published, questions and true answers in one file or in several, in any order.
-Where LLaVA's authors published a question list of their own ({"question_id", "image", "text"}, one a line), that is
-accepted too, alone or beside the official files for the true answers.
+A reader takes the files as published, in any order: questions and true answers may be in one file or in several. If
+LLaVA's authors published a question list of their own ({"question_id", "image", "text"}, one a line), it is accepted
+too, alone or beside the official files, which hold the true answers.
 """
 
 from pathlib import Path
@@ -14,11 +14,6 @@ from inputs.records import DataError
 
 def refuse(paths: list[Path], reason: str) -> NoReturn:
     raise DataError(f"{', '.join(map(str, paths))}: {reason}")
-
-
-def data_rows(paths: list[Path]) -> list[Row]:
-    """The rows of the lists under "data"."""
-    return [row for path in paths for row in rows_of(path, get_list(load_json(path), "data"))]
 
 
 def add_once(table: dict, key: int | str, value: object, row: Row):
@@ -50,13 +45,12 @@ def read_vqav2(paths: list[Path]) -> list[Item]:
             item = Item(row.need("question_id", int), row.need("question"), image)
             add_once(items, item.id, item, row)
         for row in rows_of(path, get_list(content, "annotations")):
-            kinds = {"answer type": "answer_type", "question type": "question_type"}
             item = Item(row.need("question_id", int), "", truth=human_answers(row) or row.need("answers", list))
-            item.groups = {kind: row.need(key) for kind, key in kinds.items() if key in row}
+            kinds = [key for key in ("answer_type", "question_type") if key in row]
+            item.groups = {key.replace("_", " "): row.need(key) for key in kinds}
             add_once(annotations, item.id, item, row)
-    if items and annotations and items.keys() != annotations.keys():
-        key = min(items.keys() ^ annotations.keys(), key=str)
-        refuse(paths, f"question {key} is not in both questions and annotations")
+    if items and annotations and (lone := items.keys() ^ annotations.keys()):
+        refuse(paths, f"question {min(lone, key=str)} is not in both questions and annotations")
     for key, annotation in annotations.items():
         item = items.setdefault(key, annotation)
         item.truth, item.groups = annotation.truth, annotation.groups
@@ -78,9 +72,9 @@ def read_gqa(paths: list[Path]) -> list[Item]:
                 texts(row.need("entailed", list) if "entailed" in row else [], row)
                 for kind in row.keys() & {"types", "groups"}:
                     texts([name for name in row.need(kind, dict).values() if name is not None], row)
-    for key, item in items.items():
-        if item.truth and choices:
-            item.truth |= choices.get(key, {})
+    for key in items.keys() & choices.keys():
+        if items[key].truth:
+            items[key].truth |= choices[key]
     for item in listed if items else ():
         if str(item.id) not in items:
             refuse(paths, f"question {short(item.id)} is not among GQA's")
@@ -97,8 +91,8 @@ def texts(values: list, row: Row) -> list[str]:
 
 
 def read_textvqa(paths: list[Path]) -> list[Item]:
-    """TextVQA_0.5.1_val.json, perhaps with the file of Rosetta's OCR tokens, which are then put into the prompt as in
-    LLaVA's list. In that list a question_id is the id of the image."""
+    """TextVQA_0.5.1_val.json. If the file of Rosetta's OCR tokens is given too, the prompts hold them as in LLaVA's
+    list, where question_id is the id of the image."""
     listed, others = load_files(paths)
     items, tokens = [], {}
     for path, content in others:
@@ -129,17 +123,17 @@ def read_vizwiz(paths: list[Path]) -> list[Item]:
     items, others = load_files(paths)
     for item in items:
         item.keys = (str(item.image),)
-    for path, content in others:
-        for row in rows_of(path, content):
-            image, truth = row.need("image"), human_answers(row)
-            groups = {"answer type": row.need("answer_type")} if truth and "answer_type" in row else {}
-            items.append(Item(image, row.need("question"), image, truth, groups))
+    for row in (row for path, content in others for row in rows_of(path, content)):
+        image, truth = row.need("image"), human_answers(row)
+        groups = {"answer type": row.need("answer_type")} if truth and "answer_type" in row else {}
+        items.append(Item(image, row.need("question"), image, truth, groups))
     return items
 
 
 def read_captions(paths: list[Path]) -> list[Item]:
-    """One item for each captioned image, by its id: COCO's captions_*.json ("images", "annotations"), TextCaps's and
-    NoCaps's in the same form, or TextCaps's own ("data"). If there are no captions (a test set), one for each image."""
+    """One item for each captioned image; its id is the image's. COCO's captions_*.json ("images", "annotations"),
+    TextCaps's and NoCaps's in the same form, or TextCaps's own ("data"). A test set without captions gives one item for
+    each image."""
     items = {}
     for path in paths:
         content = load_json(path)
@@ -155,7 +149,7 @@ def read_captions(paths: list[Path]) -> list[Item]:
 
 def read_docvqa(paths: list[Path]) -> list[Item]:
     """DocVQA's val_v1.0.json and the like: {"data": [{"questionId", "question", "image", "answers"}]}."""
-    rows = data_rows(paths)
+    rows = (row for path in paths for row in rows_of(path, get_list(load_json(path), "data")))
     return [Item(row.need_id(), row.need("question"), row.get("image"), human_answers(row)) for row in rows]
 
 
@@ -173,16 +167,14 @@ def read_chartqa(paths: list[Path]) -> list[Item]:
 def read_medical(paths: list[Path]) -> list[Item]:
     """VQA-RAD's and SLAKE's lists, or LLaVA-Med's form: {"id", "image", "conversations", "answer_type"}.
 
-    Of SLAKE, the English questions count. VQA-RAD's one file also holds its training set: if any phrase_type begins
-    with "test_", only such rows count.
+    SLAKE's questions in other languages than English are left out. VQA-RAD's only file also holds its training set:
+    if any phrase_type begins with "test_", only rows with such a type are read.
     """
     items = []
     for path in paths:
         rows = list(rows_of(path, load_json(path)))
-        is_test = [str(row.get("phrase_type")).startswith("test_") for row in rows]
-        for row, test in zip(rows, is_test):
-            if row.get("q_lang", "en") == "en" and (test or not any(is_test)):
-                items.append(read_medical_row(row))
+        test_rows = [row for row in rows if str(row.get("phrase_type")).startswith("test_")]
+        items += [read_medical_row(row) for row in test_rows or rows if row.get("q_lang", "en") == "en"]
     return items
 
 
@@ -208,8 +200,8 @@ def read_mmvet(paths: list[Path]) -> list[Item]:
     for path, content in others:
         for key, row in rows_by_id(path, content):
             truth = (row.need("answer"), sorted(map(str, row.need("capability", list))))
-            keys = (key.removeprefix("v1_"),)
-            items.append(Item(key, row.need("question"), row.need("imagename"), truth, keys=keys))
+            item = Item(key, row.need("question"), row.need("imagename"), truth, keys=(key.removeprefix("v1_"),))
+            items.append(item)
     return items
 
 

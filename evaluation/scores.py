@@ -13,32 +13,12 @@ from evaluation.predictions import Item
 from inputs.records import DataError
 
 Answers = list[str | None]
+Metric = Callable[[str, object], float]  # (answer, truth) to a score between 0 and 1
 
 
 def mean(values: list[float]) -> float:
     """The mean in per cent."""
     return 100 * sum(values) / len(values)
-
-
-def score_each(metric: Callable[[str, object], float], items: list[Item], answers: Answers) -> list[float]:
-    """metric(answer, truth) for every item, 0 for a missing answer. Raises DataError if a truth is missing."""
-    require_truth(items)
-    return [0.0 if answer is None else float(metric(answer, item.truth)) for item, answer in zip(items, answers)]
-
-
-def require_truth(items: list[Item]):
-    for item in items:
-        if item.truth is None:
-            raise DataError(f"question {item.id}: no answer to compare with in the files; see --submission")
-
-
-def mean_by_group(items: list[Item], values: list[float]) -> dict[str, float]:
-    """Means of the values by each kind of group, under "KIND NAME"."""
-    groups = defaultdict(list)
-    for item, value in zip(items, values):
-        for kind, name in item.groups.items():
-            groups[f"{kind} {name}"].append(value)
-    return {name: mean(groups[name]) for name in sorted(groups)}
 
 
 def accuracy_by_category(rows: list[dict]) -> dict[str, float]:
@@ -53,8 +33,31 @@ def accuracy_by_category(rows: list[dict]) -> dict[str, float]:
     return {"overall": mean(everything)} | {name: mean(values) for name, values in sorted(scores.items())}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# VQA
+def require_truth(items: list[Item]):
+    for item in items:
+        if item.truth is None:
+            raise DataError(f"question {item.id}: no answer to compare with in the files; see --submission")
+
+
+def score_each(metric: Metric, items: list[Item], answers: Answers) -> list[float]:
+    """metric(answer, truth) for every item, 0 for a missing answer. Raises DataError if a truth is missing."""
+    require_truth(items)
+    return [0.0 if answer is None else float(metric(answer, item.truth)) for item, answer in zip(items, answers)]
+
+
+def mean_by_group(items: list[Item], values: list[float]) -> dict[str, float]:
+    """The mean, in per cent, over the items of each group, under "KIND NAME"."""
+    groups = defaultdict(list)
+    for item, value in zip(items, values):
+        for kind, name in item.groups.items():
+            groups[f"{kind} {name}"].append(value)
+    return {name: mean(groups[name]) for name in sorted(groups)}
+
+
+def accuracy(metric: Metric, items: list[Item], answers: Answers) -> dict[str, float]:
+    """The mean of the metric, overall and by group."""
+    values = score_each(metric, items, answers)
+    return {"accuracy": mean(values)} | mean_by_group(items, values)
 
 
 def vqa(items: list[Item], answers: Answers) -> dict[str, float]:
@@ -65,35 +68,26 @@ def vqa(items: list[Item], answers: Answers) -> dict[str, float]:
 
 
 def textvqa(items: list[Item], answers: Answers) -> dict[str, float]:
-    """TextVQA's accuracy. As its scorer, it requires ten true answers to each question."""
+    """TextVQA's accuracy. Like its scorer, this requires ten true answers to each question."""
     for item in items:
         if item.truth is not None and len(item.truth) != 10:
             raise DataError(f"question {item.id}: {len(item.truth)} true answers, TextVQA has 10")
-    return {"accuracy": mean(score_each(metrics.m4c_accuracy, items, answers))}
+    return accuracy(metrics.m4c_accuracy, items, answers)
 
 
-def vizwiz(items: list[Item], answers: Answers) -> dict[str, float]:
-    """VizWiz's accuracy, overall and by answer type; answers are normalized as for its server."""
-    values = score_each(metrics.m4c_accuracy, items, answers)
-    return {"accuracy": mean(values)} | mean_by_group(items, values)
-
-
-COMMON = ("color", "material", "shape")
-
-
-def gqa_form(answer: str) -> str:
-    """The answer as LLaVA passes it to GQA's scorer (convert_gqa_for_eval.py)."""
-    return answer.rstrip(".").lower()
+COMMON = ("color", "material", "shape")  # valid answers to what two objects have in common; the choices lack them
 
 
 def gqa(items: list[Item], answers: Answers) -> dict[str, float]:
     """The scores of GQA's eval.py for which the files have the data (there are no attention maps, so no grounding).
 
-    Only balanced questions count, except in consistency: there, all that a correctly answered question entails.
+    Only balanced questions count, except in consistency: the accuracy on all questions that a correctly answered one
+    entails.
     """
-    values = score_each(lambda answer, truth: gqa_form(answer) == truth["answer"], items, answers)
-    right = dict(zip((str(item.id) for item in items), values))
-    said = {str(item.id): gqa_form(answer) if answer is not None else None for item, answer in zip(items, answers)}
+    answers = [None if answer is None else metrics.normalize_gqa(answer) for answer in answers]
+    values = score_each(lambda answer, truth: answer == truth["answer"], items, answers)
+    keys = [str(item.id) for item in items]
+    right, said = dict(zip(keys, values)), dict(zip(keys, answers))
     rows = [(str(item.id), item.truth) for item in items if item.truth.get("isBalanced", True)]
     if not rows:
         raise DataError("no question is balanced: GQA scores balanced questions only")
@@ -106,9 +100,8 @@ def gqa(items: list[Item], answers: Answers) -> dict[str, float]:
             if kind in types:
                 groups[f"{kind} {types[kind]}"].append(right[key])
         for kind, name in (("valid", "validity"), ("plausible", "plausibility")):
-            if kind in truth:  # the choices do not cover questions about what two objects have in common
-                common = "Common" in types.get("detailed", "")
-                groups[name].append(said[key] in (COMMON if common else truth[kind]))
+            if kind in truth:
+                groups[name].append(said[key] in (COMMON if "Common" in types.get("detailed", "") else truth[kind]))
         entailed = [right[other] for other in truth.get("entailed", []) if other != key and other in right]
         if right[key] and entailed:
             consistency.append(sum(entailed) / len(entailed))
@@ -134,22 +127,18 @@ def gqa_distribution(rows: list[tuple[str, dict]], said: dict[str, str | None]) 
     return {"distribution (lower is better)": weighted / total / 100} if total else {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# yes or no
-
-
 def pope(items: list[Item], answers: Answers) -> dict[str, float]:
-    """POPE's scores by split, by LLaVA's and by lmms-eval's rule, and the mean F1 of LLaVA's, which papers quote.
+    """POPE's scores by split, by LLaVA's and by lmms-eval's rule, and the mean F1 by LLaVA's rule, which papers quote.
 
-    A missing answer counts as the wrong one of yes and no. (LLaVA's rule would take it for a yes.)
+    A missing answer counts as the wrong one of yes and no. (LLaVA's rule would read it as a yes.)
     """
     require_truth(items)
     result, f1 = {}, []
     for split in dict.fromkeys(item.groups["split"] for item in items):
-        rows = [(answer, item.truth) for item, answer in zip(items, answers) if item.groups["split"] == split]
+        rows = [(text, item.truth) for item, text in zip(items, answers) if item.groups["split"] == split]
         labels = [label for _, label in rows]
         for suffix, read, lmms in (("", metrics.yes_no_llava, False), (" (lmms-eval)", metrics.yes_no_whole, True)):
-            said = [{"yes": "no", "no": "yes"}[label] if answer is None else read(answer) for answer, label in rows]
+            said = [("no" if label == "yes" else "yes") if text is None else read(text) for text, label in rows]
             values = metrics.yes_no_scores(said, labels, lmms)
             result |= {f"{split} {name}{suffix}": value for name, value in values.items()}
         f1.append(result[f"{split} f1"])
@@ -174,18 +163,13 @@ def mme(items: list[Item], answers: Answers) -> dict[str, float]:
         accuracy = mean([value for values in images.values() for value in values])
         both = mean([all(values) for values in images.values()])
         result |= {name: accuracy + both, f"{name} accuracy": accuracy, f"{name} accuracy+": both}
-    sums = {"perception": PERCEPTION, "cognition": COGNITION}
-    return {kind: sum(result.get(name, 0) for name in names) for kind, names in sums.items()} | result
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# options
+    perception, cognition = (sum(result.get(name, 0) for name in names) for names in (PERCEPTION, COGNITION))
+    return {"perception": perception, "cognition": cognition} | result
 
 
 def scienceqa(items: list[Item], answers: Answers) -> dict[str, float]:
     """ScienceQA's accuracy, overall and for questions with an image (SQA-I in LLaVA's tables) and without."""
-    values = score_each(lambda answer, truth: metrics.science_letter(answer) == truth, items, answers)
-    return {"accuracy": mean(values)} | mean_by_group(items, values)
+    return accuracy(lambda answer, truth: metrics.science_letter(answer) == truth, items, answers)
 
 
 ROTATION = 1_000_000  # question i with rotated options has the index i + n * ROTATION
@@ -208,20 +192,11 @@ def mmbench(items: list[Item], answers: Answers) -> dict[str, float]:
     return result | {"circular": mean(circular)} | mean_by_group(asked, circular)
 
 
-def seed(items: list[Item], answers: Answers) -> dict[str, float]:
-    """SEED-Bench's accuracy: the answer must be the letter alone (LLaVA's convert_seed_for_submission.py)."""
-    values = score_each(lambda answer, truth: answer == truth, items, answers)
-    return {"accuracy": mean(values)} | mean_by_group(items, values)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# free answers
-
 MAX_CAPTION = 10_000  # characters; the time to tokenize one grows with the square of its length
 
 
 def captions(items: list[Item], answers: Answers) -> dict[str, float]:
-    """BLEU, METEOR (if its tool is installed), ROUGE-L and CIDEr-D over all images of the references."""
+    """BLEU, METEOR (if its tool is installed), ROUGE-L and CIDEr-D over all images that have references."""
     require_truth(items)
     for item, answer in zip(items, answers):
         if answer is not None and len(answer) > MAX_CAPTION:
@@ -242,7 +217,7 @@ def chartqa(items: list[Item], answers: Answers) -> dict[str, float]:
 
 def medical(items: list[Item], answers: Answers) -> dict[str, float]:
     """Word overlap on open questions, accuracy on closed ones; also the closed accuracy of LLaVA-Med's run_eval.py,
-    which leaves out a closed question if the answer says yes or no and is wrong (see docs/evaluation.md)."""
+    which leaves out a closed question if its answer contains yes or no and is wrong (see docs/evaluation.md)."""
     require_truth(items)
     rows = {"open": [], "closed": []}
     for item, answer in zip(items, answers):

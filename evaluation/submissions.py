@@ -8,16 +8,14 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from evaluation import grader
-from evaluation.metrics import LETTERS, normalize_m4c
+from evaluation.metrics import normalize_gqa, normalize_m4c
 from evaluation.predictions import Item
-from evaluation.scores import gqa_form
-
-Answers = list[str | None]
+from evaluation.scores import Answers
 
 
-def json_list(make_row: Callable[[Item, str | None], dict]) -> Callable[[list[Item], Answers], str]:
-    """A submission that is a JSON list with one row for each item."""
-    return lambda items, answers: json.dumps([make_row(item, answer) for item, answer in zip(items, answers)])
+def json_list(make_row: Callable[[Item, str], dict]) -> Callable[[list[Item], Answers], str]:
+    """A submission that is a JSON list with one row for each item; a missing answer is empty."""
+    return lambda items, answers: json.dumps([make_row(item, answer or "") for item, answer in zip(items, answers)])
 
 
 def captions(items: list[Item], answers: Answers) -> str:
@@ -25,21 +23,23 @@ def captions(items: list[Item], answers: Answers) -> str:
     return json.dumps([{"image_id": i.id, "caption": a} for i, a in zip(items, answers) if a is not None])
 
 
+def json_lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def seed(items: list[Item], answers: Answers) -> str:
-    lines = [{"question_id": i.id, "prediction": a or ""} for i, a in zip(items, answers)]
-    return "".join(json.dumps(line) + "\n" for line in lines)
+    return json_lines([{"question_id": i.id, "prediction": a or ""} for i, a in zip(items, answers)])
+
+
+def llavabench(items: list[Item], answers: Answers) -> str:
+    """A request for each answer, in the form of OpenAI's batch files; the user must replace the model name MODEL."""
+    return json_lines(grader.build_requests("llavabench", items, answers, None, "MODEL"))
 
 
 def mmvet(items: list[Item], answers: Answers) -> str:
     """{"v1_0": answer}, as mm-vet_evaluator.py reads it."""
-    keys = (key if (key := str(item.id)).startswith("v1_") else f"v1_{key}" for item in items)
+    keys = (f"v1_{str(item.id).removeprefix('v1_')}" for item in items)
     return json.dumps({key: answer or "" for key, answer in zip(keys, answers)}, indent=2)
-
-
-def llavabench(items: list[Item], answers: Answers) -> str:
-    """A request for each answer, in the form of OpenAI's batch files; the model name must be filled in."""
-    lines = grader.build_requests("llavabench", items, answers, None, "MODEL")
-    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def mmbench(items: list[Item], answers: Answers) -> list[list[object]]:
@@ -47,18 +47,18 @@ def mmbench(items: list[Item], answers: Answers) -> list[list[object]]:
     rows = [["index", "question", *"ABCD", "prediction", "answer"]]
     for item, said in zip(items, answers):
         answer, options = item.truth[0] if item.truth else "", [item.options.get(letter, "") for letter in "ABCD"]
-        rows.append([int(item.id), item.text.split(f"\n{LETTERS[0]}. ")[0], *options, said or "", answer])
+        rows.append([int(item.id), item.text.split("\nA. ")[0], *options, said or "", answer])
     return rows
 
 
-# Answers in the form of the scorer; a missing one is empty (LLaVA's convert_vqav2_for_submission.py and its like).
-vqav2 = json_list(lambda item, answer: {"question_id": item.id, "answer": normalize_m4c(answer or "")})
+# VQA servers take answers in the normalized form of the scorer (LLaVA's convert_vqav2_for_submission.py and its like).
+vqa = json_list(lambda item, answer: {"question_id": item.id, "answer": normalize_m4c(answer)})
 SUBMISSIONS = {
-    "vqav2": vqav2,
-    "okvqa": vqav2,
-    "vizwiz": json_list(lambda item, answer: {"image": item.image, "answer": normalize_m4c(answer or "")}),
-    "gqa": json_list(lambda item, answer: {"questionId": str(item.id), "prediction": gqa_form(answer or "")}),
-    "docvqa": json_list(lambda item, answer: {"questionId": item.id, "answer": answer or ""}),
+    "vqav2": vqa,
+    "okvqa": vqa,
+    "vizwiz": json_list(lambda item, answer: {"image": item.image, "answer": normalize_m4c(answer)}),
+    "gqa": json_list(lambda item, answer: {"questionId": str(item.id), "prediction": normalize_gqa(answer)}),
+    "docvqa": json_list(lambda item, answer: {"questionId": item.id, "answer": answer}),
     "coco": captions,
     "textcaps": captions,
     "seed": seed,
@@ -71,10 +71,10 @@ SUBMISSIONS = {
 def write_submission(task: str, items: list[Item], answers: Answers, path: Path):
     content = SUBMISSIONS[task](items, answers)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, str):
-        path.write_text(content, encoding="utf-8")
-    else:
+    if task == "mmbench":
         write_xlsx(path, content)
+    else:
+        path.write_text(content, encoding="utf-8")
 
 
 SCHEMAS = "http://schemas.openxmlformats.org"
@@ -89,7 +89,7 @@ def relation(kind: str, target: str) -> str:
     )
 
 
-XLSX_PARTS = {  # the fewest that a spreadsheet program opens (ECMA-376, part 1)
+XLSX_PARTS = {  # the minimum for a spreadsheet program (ECMA-376, part 1)
     "[Content_Types].xml": f'<Types xmlns="{SCHEMAS}/package/2006/content-types">'
     f'<Default Extension="rels" ContentType="{TYPE}package.relationships+xml"/>'
     f'<Override PartName="/xl/workbook.xml" ContentType="{TYPE}officedocument.spreadsheetml.sheet.main+xml"/>'
@@ -105,7 +105,7 @@ NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  #
 
 
 def write_xlsx(path: Path, rows: list[list[object]]):
-    """Write one sheet of numbers and texts; equal rows give equal bytes."""
+    """Write one sheet of numbers and texts. Equal rows give equal bytes: the entries of the archive have no times."""
 
     def cell(value: object) -> str:
         if isinstance(value, int):

@@ -1,11 +1,13 @@
 """The benchmarks: how the files of each are read, how its questions end, and what scores the answers."""
 
+import operator
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from evaluation import choice_readers, grader, readers, scores
+from evaluation import choice_readers, grader, metrics, readers, scores
 from evaluation.predictions import Item, short
 from evaluation.readers import refuse
 from inputs.records import SURROGATE, DataError
@@ -32,12 +34,12 @@ TASKS = {
     "okvqa": Task(readers.read_vqav2, scores.vqa),
     "gqa": Task(readers.read_gqa, scores.gqa),
     "textvqa": Task(readers.read_textvqa, scores.textvqa),
-    "vizwiz": Task(readers.read_vizwiz, scores.vizwiz, UNSURE),
+    "vizwiz": Task(readers.read_vizwiz, partial(scores.accuracy, metrics.m4c_accuracy), UNSURE),
     "pope": Task(choice_readers.read_pope, scores.pope),
     "scienceqa": Task(choice_readers.read_scienceqa, scores.scienceqa, LETTER, 1024),
     "mme": Task(choice_readers.read_mme, scores.mme),
     "mmbench": Task(choice_readers.read_mmbench, scores.mmbench, LETTER, 1024),
-    "seed": Task(choice_readers.read_seed, scores.seed, LETTER),
+    "seed": Task(choice_readers.read_seed, partial(scores.accuracy, operator.eq), LETTER),
     "mmvet": Task(readers.read_mmvet, grader.require_grades, "", 1024),
     "llavabench": Task(readers.read_llavabench, grader.require_grades, "", 1024),
     "coco": Task(readers.read_captions, scores.captions, CAPTION),

@@ -45,11 +45,21 @@ def answers(monkeypatch):
     return asked
 
 
+class Rank:
+    """One of several ranks that share a folder, one after another."""
+
+    def __init__(self, rank, world):
+        self.rank, self.world_size = rank, world
+
+    def all_reduce_sum(self, value):
+        return [value * self.world_size]
+
+
 def evaluate(out, questions, batch_size=4):
     def ask(batch):
         return answering.answer_batch(None, None, batch)
 
-    return answering.answer_all(questions, out, batch_size, "model", ask, evaluation.answer_metadata)
+    return answering.answer_all(questions, out, batch_size, "model", ask, evaluation.answer_metadata, Rank(0, 1))
 
 
 def answer(model, tokenizer, questions, images, longest):
@@ -411,16 +421,6 @@ def test_every_module_that_answers_pass_through_is_hashed():
     assert {name for name in imported - hashed if not name.startswith("training/")} <= {"evaluation/__init__.py"}
 
 
-class Rank:
-    """One of several ranks that share a folder, one after another."""
-
-    def __init__(self, rank, world):
-        self.rank, self.world_size = rank, world
-
-    def all_reduce_sum(self, value):
-        return [value * self.world_size]
-
-
 def test_ranks_share_the_batches_and_the_file_is_the_same(tmp_path, answers, questions):
     def ask(batch):
         return answering.answer_batch(None, None, batch)
@@ -451,7 +451,7 @@ def test_stopped_anywhere_on_any_number_of_ranks_the_file_is_the_same(tmp_path, 
 
     whole, out = tmp_path / "whole/a.jsonl", tmp_path / "a.jsonl"
     answering.answer_all(
-        questions, whole, 4, "model", lambda b: [f"{q['text']} ☃" for q in b], evaluation.answer_metadata
+        questions, whole, 4, "model", lambda b: [f"{q['text']} ☃" for q in b], evaluation.answer_metadata, Rank(0, 1)
     )
     while not out.exists():
         world = rng.randint(1, 3)

@@ -35,6 +35,7 @@ from evaluation import answering, captions  # noqa: E402
 from evaluation.ptb import ptb_words  # noqa: E402
 from formats.weights import load_checkpoint  # noqa: E402
 from inputs import cli  # noqa: E402
+from training.ranks import Distributed  # noqa: E402
 
 DATA = Path(os.environ.get("LLAVA_DATA", REPOSITORY / "../shared/data")).resolve()
 
@@ -460,9 +461,8 @@ def try_batches(args, count: int) -> list[tuple[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         for size in (64, 1):
             begin = time.perf_counter()
-            rows = answering.answer_all(
-                questions, Path(folder) / f"{size}.jsonl", size, "model", ask, evaluation.answer_metadata
-            )
+            out, ranks = Path(folder) / f"{size}.jsonl", Distributed("cpu")
+            rows = answering.answer_all(questions, out, size, "model", ask, evaluation.answer_metadata, ranks)
             seconds[size], texts[size] = time.perf_counter() - begin, [row["text"] for row in rows]
     same = sum(a == b for a, b in zip(texts[1], texts[64]))
     ratio = (
