@@ -64,8 +64,8 @@ SMALL, TINY = 1e-9, 1e-15  # avoid a division by zero; a precision of 0 becomes 
 def bleu(candidates: list[Words | None], references: list[list[Words]]) -> list[Scores]:
     """BLEU 1 to 4 (Papineni et al. 2002; bleu_scorer.py); the closest reference gives the length for the penalty.
 
-    A missing candidate (None) counts as no words, but as many wrong n-grams as its longest reference has: as an empty
-    caption, it could raise the precision of the corpus.
+    A missing candidate (None) has no words, but counts as many wrong n-grams as its longest reference has n-grams: if
+    it counted none, leaving out a bad caption could raise the precision of the corpus.
     """
     rows = []  # for each image: number of words, length of the closest reference, correct n-grams, possible n-grams
     for candidate, group in zip(candidates, references):

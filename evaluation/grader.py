@@ -69,7 +69,7 @@ def llavabench_request(item: Item, answer: str, rule: object) -> str:
     return f"{text}[System]\n{prompt}\n\n"
 
 
-REQUESTS = {"mmvet": mmvet_request, "llavabench": llavabench_request}
+REQUESTS = {"mmvet": mmvet_request, "llavabench": llavabench_request}  # (item, answer, rule) to a prompt
 MAX_TOKENS = {"mmvet": 8, "llavabench": 1024}  # of a reply
 
 

@@ -99,9 +99,9 @@ HumanAnswers = list[list[str]]  # for each question, the answers of its people
 
 
 def answer_classes(humans: HumanAnswers, k: int = 3129, at_least: int = 1) -> list[str]:
-    """The k normalized answers that are most often the most frequent one of a question; ties in alphabetical order.
+    """The k normalized answers that are the most frequent answer to most questions; ties in alphabetical order.
 
-    Args: at_least: the number of questions whose most frequent answer it must be.
+    Args: at_least: an answer that is the most frequent one of fewer questions is left out.
     """
     counts = Counter(Counter(map(normalize_answer, answers)).most_common(1)[0][0] for answers in humans)
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -131,7 +131,7 @@ def classifier_ceiling(targets: torch.Tensor) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# documents and charts
+# other benchmarks
 
 
 def anls(answer: str, answers: list[str], threshold: float = 0.5) -> float:
@@ -140,18 +140,13 @@ def anls(answer: str, answers: list[str], threshold: float = 0.5) -> float:
     Case and extra white space are ignored. (lmms-eval divides by the length with white space, see docs/evaluation.md.)
     """
     answer = " ".join(answer.lower().split())
-    return max((edit_similarity(answer, " ".join(truth.lower().split()), threshold) for truth in answers), default=0.0)
-
-
-def edit_similarity(one: str, other: str, threshold: float) -> float:
-    """1 - distance / longer length, 0 below the threshold; 1 for two empty texts."""
-    longer = max(len(one), len(other))
-    if not longer:
-        return 1.0
-    if abs(len(one) - len(other)) / longer > 1 - threshold:  # the distance is at least the difference in length
-        return 0.0
-    value = 1 - levenshtein(one, other) / longer
-    return value if value >= threshold else 0.0
+    best = 0.0
+    for truth in answers:
+        truth = " ".join(truth.lower().split())
+        longer = max(len(answer), len(truth), 1)
+        if abs(len(answer) - len(truth)) / longer <= 1 - threshold:  # the distance is at least the difference in length
+            best = max(best, 1 - levenshtein(answer, truth) / longer)
+    return best if best >= threshold else 0.0
 
 
 def levenshtein(one: str, other: str) -> int:
@@ -167,7 +162,7 @@ def levenshtein(one: str, other: str) -> int:
 def relaxed_match(answer: str, truth: str) -> bool:
     """ChartQA's relaxed accuracy: numbers may differ by 5 %, other answers must be equal, case aside.
 
-    (Masry et al. 2022, section 5.1; Qwen-VL's scorer, lmms-eval's.) "12%" is 0.12. A truth of 0 must match literally.
+    (Masry et al. 2022, section 5.1; the scorers of Qwen-VL and lmms-eval.) A truth of 0 must match literally.
     """
     number, true_number = parse_number(answer), parse_number(truth)
     if number is not None and true_number:
@@ -176,14 +171,11 @@ def relaxed_match(answer: str, truth: str) -> bool:
 
 
 def parse_number(text: str) -> float | None:
+    """The number that a text is, or None if it is none; "12%" is 0.12."""
     try:
         return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# yes or no
 
 
 def yes_no_llava(text: str) -> str:
@@ -209,7 +201,7 @@ def yes_no_scores(answers: list[str], labels: list[str], lmms: bool = False) -> 
     """Accuracy, precision, recall, F1 and ratio of yes in per cent; "yes" is the positive class (POPE, Li et al. 2023).
 
     Args: answers: "yes", "no" or "other", which is wrong, and a miss if the label is "yes"; lmms: count as lmms-eval,
-    where only "no" is a miss and the ratio of yes is that of the labels.
+    where only "no" is a miss and the ratio of yes counts the labels.
     """
     pairs = Counter(zip(answers, labels))
     hits, false_alarms = pairs["yes", "yes"], pairs["yes", "no"]
@@ -221,9 +213,6 @@ def yes_no_scores(answers: list[str], labels: list[str], lmms: bool = False) -> 
     values["yes ratio"] = (labels.count("yes") if lmms else hits + false_alarms) / len(labels)
     return {name: 100 * value for name, value in values.items()}
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# one of several options
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -250,10 +239,6 @@ def option_letter(text: str, options: dict[str, str]) -> str:
     if not named or (named == ["A"] and len(words) > 3):
         named = [letter for letter, option in options.items() if option.strip() and option.lower() in text.lower()]
     return named[0] if len(named) == 1 else ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# medicine
 
 
 def word_overlap(answer: str, truth: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The benchmarks: how the files of each are read, how its questions end, and what scores the answers."""
+"""The table of benchmarks: the reader of each one's files, the suffix of its questions, and its scorer."""
 
 import operator
 import sys
@@ -21,7 +21,8 @@ UNSURE = "When the provided information is insufficient, respond with 'Unanswera
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark. score: (items, answers, None for a missing one) to scores by name; suffix: LLaVA-1.5's."""
+    """One benchmark. Args: score: (items, answers; None for a missing one) to scores by name; suffix: text after each
+    question, as LLaVA-1.5 asked it."""
 
     read: Callable[[list[Path]], list[Item]]
     score: Callable[[list[Item], list[str | None]], dict[str, float]]
@@ -70,13 +71,13 @@ def read_items(task: str, paths: list[Path]) -> list[Item]:
 
 
 def build_prompt(item: Item, suffix: str) -> str:
-    """What the model is asked: the item's text and the suffix, unless the text ends with it already."""
+    """The item's text, then the suffix on a line of its own unless the text ends with it already."""
     return item.text if not suffix or item.text.rstrip().endswith(suffix) else f"{item.text}\n{suffix}".lstrip("\n")
 
 
 def choose_image_mode(task: str | None, mode: str | None, config: LlavaConfig):
-    """Set how images are made square: by `mode` if given, padded for benchmarks as in LLaVA-1.5's results, otherwise as
-    the model was trained. Raises DataError if the model cuts images into tiles."""
+    """Set how images are made square: by `mode` if given; else padded for benchmarks, as in LLaVA-1.5's results, and as
+    in training for other questions. Raises DataError if `mode` is given and the model cuts images into tiles."""
     if config.vision_config is None or (config.image_grid_pinpoints and mode is None):
         return
     if config.image_grid_pinpoints:
