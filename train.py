@@ -35,7 +35,7 @@ from formats.saving import save_model
 from formats.weights import load_checkpoint
 from inputs import cli
 from inputs.files import publish_folder, verify_manifest
-from inputs.mixture import Source, batches, counts_of, order_of
+from inputs.mixture import Source, batches, counts_of, make_order
 from inputs.samples import Samples
 from inputs.templates import end_ids, template_words
 from inputs.tokenizer import Tokenizer, train_bpe
@@ -89,7 +89,7 @@ def make_loader(dataset: Samples, args, ranks: Distributed, pad_id: int, start: 
     """This rank's micro-batches from step `start` on; the order is a pure function of (seed, step, rank)."""
     size, total = micro_batch_size(args, ranks), args.steps * args.batch_size
     weights = [source.weight for source in dataset.sources]
-    order = order_of(dataset.sizes, weights, args.seed, total, args.mixing, args.shares, group)
+    order = make_order(dataset.sizes, weights, args.seed, total, args.mixing, args.shares, group)
     lengths = dataset.lengths() if isinstance(dataset, Records) else None  # samples of like length share a batch
     ranges = (args.batch_size, args.seed, start, args.steps, ranks.rank, ranks.world_size)
     steps = batches(order, *ranges, group, lengths)

@@ -1,2 +1,3 @@
-"""Raw input becomes what a model reads: tokenizers, templates, images, records and mixtures; also safe file writing.
-Everything may call it; it calls no other room."""
+"""Tokenizers, templates, images, records and mixtures of data sets; also safe file writing.
+
+Every file may import it; it imports no other room."""

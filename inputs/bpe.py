@@ -1,13 +1,12 @@
-"""Three kinds of byte-pair encoding: byte-level BPE on tiktoken, SentencePiece's, and that of CLIP's text tower.
+"""Three codecs for byte-pair encoding (BPE): byte-level BPE on tiktoken, SentencePiece's, and CLIP's.
 
-A codec turns text into ids and ids into text; it knows no special tokens. tiktoken has neither SentencePiece's BPE
-(LLaMA-1 and 2, Vicuna, Mistral, TinyLlama) nor CLIP's, so those two are written out here.
+A codec turns text into ids and ids into text, without special tokens. tiktoken has neither SentencePiece's BPE
+(LLaMA-1 and 2, Vicuna, Mistral, TinyLlama) nor CLIP's, so this file implements both.
 
 Sources: Sennrich et al. 2016 (arXiv 1508.07909), Kudo & Richardson 2018 (arXiv 1808.06226), OpenAI's CLIP.
 """
 
 import heapq
-import math
 import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
@@ -17,7 +16,7 @@ import regex
 import tiktoken
 
 SPACE = "\u2581"  # ▁, SentencePiece's character for a space
-CACHE = 1 << 16  # words whose ids are remembered
+CACHE = 1 << 16  # number of words whose ids are kept
 
 
 class ByteLevel:
@@ -25,7 +24,7 @@ class ByteLevel:
 
     Args: ranks: bytes of each token -> id, in order of merging; split: the pattern that cuts text into words before
     merging; nfc: compose letters and accents first (Unicode NFC), as Qwen2 does.
-    Bytes without an id (SmolLM2 has some) are left out of the text, as Hugging Face's tokenizers does.
+    Bytes without an id (SmolLM2 has some) are dropped, as in Hugging Face's tokenizers.
     """
 
     def __init__(self, ranks: dict[bytes, int], split: str, nfc: bool = False):
@@ -45,9 +44,9 @@ class ByteLevel:
         return self.encoding.decode([i for i in ids if i in self.known_ids])  # an embedding may have unused rows
 
     def merges(self) -> Iterator[list[bytes]]:
-        """The two parts of each merged token, found by merging its bytes with the earlier ranks only.
+        """Yields the two parts of each merged token, found by merging its bytes with the earlier ranks only.
 
-        Some of LLaMA-3's tokens have no such parts: like tiktoken, its files take a whole word that is a token as is.
+        Some of LLaMA-3's tokens have no such parts: tiktoken encodes a whole word that is a token without merging.
         """
         for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
             parts = [token[i : i + 1] for i in range(len(token))]
@@ -60,7 +59,7 @@ class ByteLevel:
 
 
 class WordCache:
-    """Remembers the ids of words (`encode_word`). A pickled codec leaves its cache behind."""
+    """Base class with `encode_word`, a cached `encode_uncached`. The cache is not pickled."""
 
     def reset_cache(self):
         self.encode_word = lru_cache(maxsize=CACHE)(self.encode_uncached)
@@ -74,13 +73,13 @@ class WordCache:
 
 
 class SentencePiece(WordCache):
-    """SentencePiece's BPE: text is cut into characters, then the neighboring pair with the best score is merged, again
-    and again. A space is a character, written ▁; characters without a piece are spelled in bytes.
+    """SentencePiece's BPE: cut a text into characters, then merge the neighboring pair with the best score, repeatedly.
 
-    A text gets a space in front (the "dummy prefix"), so that its first word has the same ids as within a text.
+    A space is a character, written ▁. Characters without a piece are encoded as bytes. A text gets a space in front
+    (the "dummy prefix"), so that its first word has the same ids as later in a text.
     Args: ids: piece -> id; scores: piece -> score of merging two parts to it; byte_ids: the ids of all 256 bytes, or
-    none; unknown: id of a character without a piece if there are no byte_ids; unless_spaced: no dummy prefix if the
-    text starts with a space, as in the newer, "non-legacy" files of transformers.
+    empty; unknown: id of a character without a piece if byte_ids is empty; unless_spaced: no dummy prefix if the text
+    starts with a space, as in the newer, "non-legacy" files of transformers.
     """
 
     def __init__(
@@ -107,7 +106,7 @@ class SentencePiece(WordCache):
         return tuple(i for part in merge_parts(list(word), self.scores) for i in self.spell(part))
 
     def spell(self, part: str) -> list[int]:
-        """The id of a piece; for a character without one the ids of its bytes, or the id of the unknown."""
+        """The id of a piece; for a character without a piece the ids of its bytes, or `unknown`."""
         if part in self.ids:
             return [self.ids[part]]
         return [self.byte_ids[byte] for byte in part.encode()] if self.byte_ids else [self.unknown]
@@ -158,32 +157,11 @@ def byte_alphabet() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# merging
+def merge_parts(parts: list[str | None], scores: dict[str, float]) -> list[str]:
+    """Byte-pair encoding of one word: merge the neighbors with the best score, the leftmost of equals, and repeat.
 
-LONG = 60  # parts; below, scanning all pairs is faster than a heap (1.7 times for words of 5 characters)
-
-
-def merge_parts(parts: list[str], scores: dict[str, float]) -> list[str]:
-    """Byte-pair encoding of one word: merge the neighbors with the best score, the leftmost of equals, and repeat."""
-    if len(parts) > LONG:
-        return merge_long(parts, scores)
-    pairs = [scores.get(left + right, -math.inf) for left, right in pairwise(parts)]
-    while pairs and (best := max(pairs)) > -math.inf:
-        i = pairs.index(best)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        del pairs[i]
-        if i > 0:
-            pairs[i - 1] = scores.get(parts[i - 1] + parts[i], -math.inf)
-        if i < len(pairs):
-            pairs[i] = scores.get(parts[i] + parts[i + 1], -math.inf)
-    return parts
-
-
-def merge_long(parts: list[str | None], scores: dict[str, float]) -> list[str]:
-    """merge_parts for text without spaces, in n log n steps for n characters: candidate merges wait in a heap.
-
-    A candidate whose parts have changed since it was pushed is dropped when it is popped.
+    Candidate merges wait in a heap: n log n steps for n characters, as a text without spaces is one long word. A
+    candidate whose parts have changed since it was pushed is dropped when it is popped.
     """
     after, before = list(range(1, len(parts) + 1)), list(range(-1, len(parts) - 1))  # neighbors that still exist
     candidates: list[tuple[float, int, str]] = []

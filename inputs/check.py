@@ -1,6 +1,6 @@
 """Bad records: find and report them before a run, replace bad samples during it.
 
-`python data.py check` prints report_faults; train.py calls refuse_bad, and with --skip-bad image_faults and Skips.
+`python data.py check` calls report_faults; train.py calls refuse_bad, and with --skip-bad image_faults and Skips.
 """
 
 import json
@@ -24,7 +24,7 @@ from inputs.records import DataError, Fault, image_paths
 
 
 def image_faults(source: Source, decode: bool = False) -> dict[int, Fault]:
-    """The usable records with an image that is missing (with `decode`: that cannot be decoded), by number."""
+    """Faults by record number: an image is missing, or with `decode` cannot be decoded."""
     file, numbers = source.file, source.usable()
     numbers = numbers[file.image_counts[numbers] > 0]
     paths = parallel_map(partial(paths_of, file, numbers), len(numbers), f"images named in {file.path.name}")
@@ -43,7 +43,7 @@ def paths_of(file: RecordFile, numbers: np.ndarray, i: int) -> list[str]:
 
 
 def image_fault(root: Path, paths: list[str], decode: bool, i: int) -> str:
-    """Why an image cannot be used; "" if it can."""
+    """The reason why an image cannot be used; "" if it can."""
     try:
         path = resolve_inside(root, paths[i])
         open_image(path) if decode else check_file(path)
@@ -65,7 +65,7 @@ def refuse_bad(sources: list[Source], percent: float):
 
 
 def report_faults(sources: list[Source], decode: bool) -> int:
-    """Print the bad records of each source by kind, with the first three of each. Returns their number."""
+    """Print the bad records of each source by kind, with three examples of each kind. Returns their number."""
     total = 0
     for source in sources:
         source.faults |= image_faults(source, decode)
@@ -84,7 +84,7 @@ def report_faults(sources: list[Source], decode: bool) -> int:
 
 
 def kind_of(reason: str) -> str:
-    """A reason without the numbers, names and paths of one record, so that equal faults are counted together."""
+    """Replace the numbers, names and paths in a reason, so that faults of one kind are counted together."""
     reason = re.sub(r"^/.*?: ", "image: ", reason)
     return re.sub(r"""'(\\.|[^'])*'|"(\\.|[^"])*"|\d+|/\S+""", "…", reason)
 
@@ -107,8 +107,8 @@ def print_lengths(lengths: np.ndarray, bars: int = 16):
 class Skips:
     """Replaces bad samples, up to a limit; the state is shared by the loader processes of a rank.
 
-    Args: percent: how many of the drawn samples may be bad. count: number of samples. path: a JSON Lines file that
-    names each bad record once.
+    Args: percent: of the drawn samples that may be bad. count: number of samples. path: JSON Lines file to which each
+    bad record is written once.
     """
 
     DRAWN, BAD = 1, 2
@@ -118,7 +118,7 @@ class Skips:
         self.state = torch.zeros(count, dtype=torch.uint8).share_memory_()
 
     def load(self, dataset, index: int) -> dict:
-        """Sample `index`, or the next good one if it is bad: the same in every process, and after a resume."""
+        """Sample `index`, or the next good one if it is bad: the same one in every process and after a resume."""
         for number in chain(range(index, len(dataset)), range(index)):
             try:
                 sample = dataset.sample(number)
@@ -142,7 +142,7 @@ class Skips:
 
 
 def log_skipped(path: Path, faults: list[Fault]):
-    """Append one JSON line for each fault that the file does not name yet; before a resume it may have."""
+    """Append one JSON line for each fault that is not in the file yet; before a resume some may be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     known = set(path.read_text().splitlines()) if path.exists() else set()
     lines = [json.dumps(fault._asdict()) for fault in faults]

@@ -1,4 +1,4 @@
-"""Error handling that all scripts share: an error the user can fix is one line, not a traceback."""
+"""Error handling of all scripts: an error that the user can fix is printed as one line, not as a traceback."""
 
 import signal
 import sys
@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 
 def run(main: Callable[[], None], name: str):
-    """Call `main()`; `name` starts the error line, as in "train.py".
+    """Call `main()`. Args: name: starts the error line, as in "train.py".
 
-    ValueError (BadImage is one) and OSError print one line on stderr and exit with status 1. Ctrl-C prints one line
-    and exits with status 130. Any other exception is a bug in this project and keeps its traceback.
+    ValueError (BadImage is one) and OSError print one line on stderr and exit with status 1; Ctrl-C prints one line and
+    exits with status 130. Any other exception is a bug in this project and keeps its traceback.
     """
     try:
         main()

@@ -1,6 +1,6 @@
 """Write files so that a kill leaves the old or the new version, never half of one; read untrusted JSON safely.
 
-Everything is written under another name, flushed to disk, and renamed to its own.
+Everything is written under a temporary name, flushed to disk, and renamed.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-OUTPUT_ROOT = Path("out")  # where everything goes that is written without an --out
+OUTPUT_ROOT = Path("out")  # the folder for output without an --out
 MANIFEST = "manifest.json"
 
 
 def publish_folder(folder: Path, write: Callable[[Path], None]):
-    """Make a folder appear complete: `write` fills a temporary folder beside it, which is then renamed."""
+    """Make a complete folder appear: `write` fills a temporary folder beside it, which is then renamed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed here
@@ -42,7 +42,7 @@ def write_atomic(path: Path, content: bytes):
 
 
 def read_complete_lines(path: Path) -> bytes:
-    """Return a log's content up to its last line break: a kill may have cut the line after it. b"" without a file."""
+    """A log's content up to its last line break, as a kill may have cut the last line; b"" if there is no file."""
     content = path.read_bytes() if path.exists() else b""
     return content[: content.rfind(b"\n") + 1]
 
@@ -59,13 +59,13 @@ def write_manifest(folder: Path):
 
 
 def fingerprint(path: Path) -> dict:
-    """Return {"bytes": size, "sha256": hex digest} of a file."""
+    """{"bytes": size, "sha256": hex digest} of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def verify_manifest(folder: Path):
-    """Raise ValueError naming the first file that differs from the manifest, is missing from it, or is too many."""
+    """Raise ValueError that names the first file that differs from the manifest, is missing, or is not in it."""
     manifest, text = read_json(folder / MANIFEST), (folder / MANIFEST).read_text()
     if text != to_json(manifest):  # finds changes in its whitespace, too
         raise ValueError(f"{folder / MANIFEST}: was changed after it was written")
@@ -87,7 +87,7 @@ def write_json(path: Path, values: dict):
 
 
 def reject_duplicate_keys(pairs: list) -> dict:
-    """Raise ValueError if a JSON object has a key twice (Python keeps the last one). For json's object_pairs_hook."""
+    """An object_pairs_hook for json. Raises ValueError if an object has a key twice, which Python allows."""
     result = dict(pairs)
     if len(result) < len(pairs):
         raise ValueError(f"duplicate key among {[key for key, _ in pairs][:6]}")
@@ -95,7 +95,7 @@ def reject_duplicate_keys(pairs: list) -> dict:
 
 
 def read_json(path: Path) -> dict:
-    """Return the JSON object in a file. Raises ValueError naming the file if it cannot be read or is no object."""
+    """The JSON object in a file. Raises ValueError that names the file if it cannot be read or is no object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=reject_duplicate_keys)
     except OSError as error:

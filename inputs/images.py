@@ -1,8 +1,7 @@
 """Open any image file as upright 8-bit RGB, or raise BadImage with the reason in one line.
 
-Many image files are read wrongly without an error: a 16-bit PNG turns white, a transparent one shows the colors hidden
-under its alpha, a phone photo lies on its side. So each mode is handled by name here, and any other is refused. Sizes
-are checked in the header, before pixels are decoded.
+Pillow alone reads many files wrongly and without an error: a 16-bit PNG turns white, a transparent image shows the
+colors under its alpha, a phone photo is rotated. Sizes are checked in the header, before pixels are decoded.
 """
 
 import os
@@ -30,14 +29,14 @@ class BadImage(ValueError):
 def resolve_inside(root: str | Path, name: str) -> Path:
     """The path of image `name` in the folder `root`. Raises BadImage if it is outside.
 
-    Absolute names, `..` and symbolic links are resolved first: only the final path counts.
+    Absolute names, `..` and symbolic links are resolved before this is checked.
     """
     if "://" in name:
         raise BadImage(f"{name!r} is an address; images are read from the images folder only")
     if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in name):
         raise BadImage(f"{name!r} is not a file name: it holds a control character")
     root = Path(root).resolve()
-    path = Path(os.path.realpath(root / name))  # Path.resolve raises where a link leads to itself
+    path = Path(os.path.realpath(root / name))  # Path.resolve raises if a link points to itself
     if not path.is_relative_to(root):
         raise BadImage(f"{name!r} leaves the images folder {root}")
     return path
@@ -46,8 +45,8 @@ def resolve_inside(root: str | Path, name: str) -> Path:
 def open_image(path: str | Path) -> Image.Image:
     """Decode an image file to 8-bit RGB. Raises BadImage.
 
-    EXIF rotation is applied. Transparency is composited on white, as viewers and transformers 5 do. 16-bit gray is
-    scaled to 8 bits; CMYK, gray and palette images are converted. An animation gives its first frame.
+    EXIF rotation is applied. Transparent pixels are blended with white, as in viewers and transformers 5. 16-bit gray
+    is scaled to 8 bits; CMYK, gray and palette images are converted. Of an animation, the first frame is returned.
     """
     path = Path(path)
     check_file(path)
@@ -64,7 +63,7 @@ def open_image(path: str | Path) -> Image.Image:
         raise BadImage(f"{path}: not an image that can be read") from None
     except Image.DecompressionBombError:
         raise BadImage(f"{path}: more than {MAX_PIXELS:,} pixels") from None
-    except Exception as error:  # each of Pillow's forty plugins raises errors of its own
+    except Exception as error:  # each of Pillow's plugins raises its own errors
         raise BadImage(f"{path}: cannot be decoded ({error})") from None
 
 
@@ -84,9 +83,9 @@ def size_of(path: Path) -> tuple[int, int]:
     check_file(path)
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            # Only JPEG photos are rotated in practice; to read the EXIF of a PNG, Pillow would decode all of it.
-            turned = image.format == "JPEG" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return image.size if turned else image.size[::-1]
+            # Only JPEG photos are rotated in practice, and Pillow would decode a whole PNG to read its EXIF.
+            rotated = image.format == "JPEG" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return image.size if rotated else image.size[::-1]
     except Exception as error:
         raise BadImage(f"{path}: cannot be decoded ({error})") from None
 
@@ -103,8 +102,8 @@ def check_size(size: tuple[int, int], path: Path):
 
 
 def to_rgb(image: Image.Image, path: Path) -> Image.Image:
-    """Convert an image of any Pillow mode to RGB, as a viewer would show it."""
-    if image.mode.startswith("I;16"):  # convert("RGB") would clip: every value above 255 turns white
+    """Convert an image of any Pillow mode to RGB, as viewers show it. Raises BadImage for 32 bits a channel."""
+    if image.mode.startswith("I;16"):  # convert("RGB") would clip every value above 255 to white
         gray = np.asarray(image).astype(np.float64) / 257  # 65535 / 257 = 255
         return Image.fromarray(np.rint(gray).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
@@ -113,14 +112,14 @@ def to_rgb(image: Image.Image, path: Path) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy an RGB image, too
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy an RGB image
 
 
 def pad_to_square(image: Image.Image, size: int) -> Image.Image:
-    """The image, centered on a square of PAD_COLOR (LLaVA-1.5's expand2square), resized to (size, size).
+    """Center the image on a square of PAD_COLOR (LLaVA-1.5's expand2square) and resize it to (size, size).
 
     Pillow resizes all rows first, rounds to bytes, then resizes all columns. So the rows of a wide image can be resized
-    before the padding: the bits are the same, and the padding rows, which are of one color, need no resizing.
+    before the padding: the result is identical, and the rows of padding, all of one color, need no resizing.
     """
     width, height = image.size
     side, across = max(width, height), size if width > height else height

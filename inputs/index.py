@@ -1,15 +1,15 @@
 """Random access to the records of a JSON file of any size, without holding the file in memory.
 
 A RecordFile reads one record at a time, with an index that is built in one pass over the file. The pass holds a few
-megabytes and checks every record. (LLaVA's 665K records: 0.1 GB a process, where json.load takes 3.5 GB.)
+megabytes and checks every record. (LLaVA's 665K records: 0.1 GB a process; json.load takes 3.5 GB.)
 
 The index of a large file is kept, and memory-mapped by every process that reads the file:
 
-    out/index/<path>-<version>/    hashes; a change of the file, or of the code that builds the index, makes a new one
+    out/index/<path>-<version>/    two hashes; a new version if the file or the code that builds the index changes
         spans.npy         (N, 2)  int64   first byte and number of bytes of each record
-        rounds.npy        (N,)    int32   its questions
-        image_counts.npy  (N,)    int32   its images
-        facts.json        how many different images, and the faults: number, id, reason
+        rounds.npy        (N,)    int32   number of questions in each record
+        image_counts.npy  (N,)    int32   number of images in each record
+        facts.json        number of different images, and the faults: record number, id, reason
         lengths-*.npy     tokens of each sample, see data.Records.lengths
 """
 
@@ -40,9 +40,9 @@ ARRAYS = ("spans", "rounds", "image_counts")
 class RecordFile:
     """The records of one JSON file as a sequence. Raises DataError if the file is not a list of records.
 
-    Attributes: spans, rounds, image_counts: the arrays above. distinct_images: number of different paths. faults: why
-    a record cannot be used, by number. The file is opened for each record: that costs less than decoding its image,
-    and processes that are forked do not share a position in it.
+    Attributes: spans, rounds, image_counts: the arrays above. distinct_images: number of different paths. faults: by
+    record number. The file is opened for each record: that costs less than decoding an image, and forked processes do
+    not share a position in the file.
     """
 
     def __init__(self, path: str | Path):
@@ -66,7 +66,7 @@ class RecordFile:
         self.attach(arrays)
 
     def kept_index(self, build: Callable) -> Path:
-        """The folder of the index. If there is none, one process builds it while the others wait."""
+        """The folder of the index. If it does not exist, one process builds it while the others wait."""
         place = sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
         code = b"".join(Path(module).read_bytes() for module in (__file__, records.__file__))
         version = sha256(repr(self.version).encode() + code).hexdigest()[:16]
@@ -82,13 +82,13 @@ class RecordFile:
             if not folder.exists():
                 arrays, facts = build()
                 publish_folder(folder, write)
-                for old in folder.parent.glob(f"{place}-*"):  # indexes of the file as it was before
+                for old in folder.parent.glob(f"{place}-*"):  # indexes of older versions of the file
                     if old != folder:
                         shutil.rmtree(old)
         return folder
 
     def cached(self, name: str, key: list, compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """compute(), kept beside a kept index as `name` and a hash of `key`, which holds all that it depends on."""
+        """Return compute() and save it beside a kept index. Args: key: everything that the result depends on."""
         if not self.folder:
             return compute()
         path = self.folder / f"{name}-{sha256(repr(key).encode()).hexdigest()[:16]}.npy"
@@ -101,7 +101,7 @@ class RecordFile:
         return np.load(path, mmap_mode="r")
 
     def attach(self, arrays: dict[str, np.ndarray] | None):
-        """Set the arrays, or map those of the kept index."""
+        """Set the arrays as attributes; None maps those of the kept index."""
         for name in ARRAYS:
             setattr(self, name, arrays[name] if arrays else np.load(self.folder / f"{name}.npy", mmap_mode="r"))
 
@@ -130,12 +130,12 @@ class RecordFile:
             raise DataError(f"{self.path}: {error.strerror}") from None
 
     def where(self, number: int) -> str:
-        """File, number and id of a record, as messages name it."""
+        """File, number and id of a record, for messages."""
         return f"{self.path}: record {number} (id {self[number].get('id')!r})"
 
 
 def read_records(path: str | Path) -> RecordFile:
-    """A RecordFile without bad records. Raises DataError that names the first bad one and the reason."""
+    """Open a RecordFile. Raises DataError that names the first bad record and the reason."""
     file = RecordFile(path)
     for fault in file.faults.values():
         raise DataError(f"{fault.record}: {fault.reason}")
@@ -143,15 +143,15 @@ def read_records(path: str | Path) -> RecordFile:
 
 
 def file_version(file: BinaryIO) -> tuple[int, int]:
-    """Size in bytes and time of the last change in nanoseconds; both stay as long as the file is not changed."""
+    """Size in bytes and time of the last change in nanoseconds, to notice that the file has changed."""
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns
 
 
 @contextmanager
 def file_lock(path: Path):
-    """Hold the lock file `path`: one process at a time is inside. The system frees it when its holder dies."""
-    import fcntl  # does not exist on Windows, where files below MIN_KEPT still work
+    """Context that one process at a time can enter. The system frees the lock when its holder dies."""
+    import fcntl  # missing on Windows, where files below MIN_KEPT still work
 
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -190,7 +190,7 @@ def reject_constant(name: str):
 
 
 STRICT = json.JSONDecoder(parse_constant=reject_constant, object_pairs_hook=reject_duplicate_keys)
-LENIENT = json.JSONDecoder(parse_int=str)  # finds the end of a value that STRICT rejects
+LENIENT = json.JSONDecoder(parse_int=str)  # to find the end of a value that STRICT rejects
 SPACE = re.compile(r"[ \t\n\r]*")
 MARGIN = 16  # characters; longer than any literal or escape that the end of a chunk may cut
 
@@ -230,7 +230,7 @@ class Reader:
                 return self.text[self.at : self.at + 1]
 
     def value(self) -> tuple[object, str, int]:
-        """The value that starts here, the reason if it is rejected (else ""), and the position in `text` of its end.
+        """The value that starts here, the reason if it is rejected (else ""), and the position of its end in `text`.
 
         Raises JSONDecodeError if there is no value, RecursionError if it is nested too deeply.
         """
@@ -253,7 +253,7 @@ class Reader:
 
 
 def scan(path: Path, file: BinaryIO, chunk: int) -> Iterator[tuple[object, str, tuple[int, int]]]:
-    """Yields value, reason if it is rejected (else ""), and (first byte, bytes) of each item of a JSON list.
+    """Yields value, reason if it is rejected (else ""), and (first byte, number of bytes) of each item in a JSON list.
 
     Raises DataError if the file is not a list with at least one item.
     """

@@ -27,9 +27,10 @@ from inputs.records import Fault
 
 @dataclass
 class Source:
-    """One file of a mixture. images: folder that its image paths start from. weight: uses of a record in an epoch.
+    """One file of a mixture.
 
-    faults: why a record is left out, by number; first what the index of the file found, later also bad images.
+    images: folder that its image paths start from. weight: uses of a record in an epoch. faults: of the records that
+    are left out, by number: those of the index, later also bad images.
     """
 
     file: RecordFile
@@ -48,8 +49,8 @@ class Source:
 def open_sources(texts: list[str], folders: list[str] | None) -> list[Source]:
     """Open the files of --data, each PATH or PATH:WEIGHT.
 
-    Args: folders: an image folder for all files, or one for each; default: the folder of each file. Raises ValueError;
-    names and folders are checked before a file is read.
+    Args: folders: one image folder for all files, or one for each; default: the folder of each file. Raises ValueError,
+    about names and folders before a file is read.
     """
     named = [split_weight(text) for text in texts]
     folders = [Path(folder) for folder in folders or []]
@@ -88,7 +89,7 @@ Order = Callable[[int, int], np.ndarray]  # take(first, last): the samples at th
 
 
 def check_mixing(weights: list[float], mixing: str, shares: str, group: int):
-    """Raise ValueError if the arguments contradict each other. Args: see order_of."""
+    """Raise ValueError if the arguments, those of make_order, contradict each other."""
     if group > 1 and (shares or mixing != "proportional"):
         raise ValueError("CLIP learns from neighbors in a file: it takes --mixing proportional, and no --shares")
     if shares and (mixing != "proportional" or set(weights) != {1.0}):
@@ -97,13 +98,13 @@ def check_mixing(weights: list[float], mixing: str, shares: str, group: int):
         raise ValueError(f"--shares {shares} is for {named} files, --data names {len(weights)}")
 
 
-def order_of(
+def make_order(
     sizes: list[int], weights: list[float], seed: int, total: int, mixing: str, shares: str, group: int
 ) -> Order:
-    """The order of a run of `total` samples.
+    """The order of a run of `total` samples. Raises ValueError.
 
-    Args: sizes: samples of each source; they are numbered consecutively. mixing, shares: as on the command line. group:
-    so many neighbors stay together. Raises ValueError.
+    Args: sizes: samples of each source, which are numbered consecutively; mixing, shares: as on the command line;
+    group: number of neighbors that stay together.
     """
     check_mixing(weights, mixing, shares, group)
     if not shares and mixing == "proportional":
@@ -136,7 +137,7 @@ def read_shares(text: str) -> np.ndarray:
 
 
 def draw(seed: int, source: int, size: int, numbers: np.ndarray) -> np.ndarray:
-    """The samples that a source gives at its draws `numbers`. No sample is repeated before all have been drawn."""
+    """The samples of a source at its draws `numbers`. No sample is repeated before all have been drawn."""
     found, rounds = np.empty(len(numbers), np.int64), numbers // size
     for i in np.unique(rounds):
         permutation = np.random.default_rng([seed, source, int(i), 2]).permutation(size)
@@ -150,9 +151,9 @@ def counts_of(sizes: list[int], weights: list[float]) -> list[int]:
 
 
 def epochs(sizes: list[int], weights: list[float], seed: int, group: int = 1) -> Order:
-    """The order in which each epoch is a new permutation of all samples, each repeated as its source's weight says.
+    """The order in which each epoch is a new permutation of all samples, repeated by the weight of their source.
 
-    With weight 2.5, an epoch has each sample twice, and half of them once more; the next epoch takes the other half.
+    With weight 2.5, an epoch has each sample twice, and half of them once more; the next epoch has the other half.
     `group` neighbors stay together.
     """
     offsets = np.cumsum([0, *sizes])
@@ -181,7 +182,7 @@ def epochs(sizes: list[int], weights: list[float], seed: int, group: int = 1) ->
 
 
 def interleave(sizes: list[int], path: np.ndarray, seed: int, total: int) -> Order:
-    """The order that mixes the sources in given shares, whatever their size.
+    """The order that mixes the sources in given shares, independent of their sizes.
 
     Args: path: (K, S), the shares of the S sources in each K-th of `total` samples.
 
@@ -222,15 +223,15 @@ def batches(
 ) -> Iterator[list[int]]:
     """Yields this rank's samples for every step from `start` to `stop`, the end of the run.
 
-    Args: batch_size: samples of all ranks together. group: so many neighbors stay on one rank. lengths: tokens of each
-    sample, negative if it has no image; a batch then holds samples of similar length, and at most one batch in
-    GROUPED_STEPS mixes samples with and without images. (LLaVA's group_by_modality_length does the same over an epoch;
-    here it is done in blocks of GROUPED_STEPS steps, so that it depends on the step only.)
+    Args: batch_size: samples of all ranks together. group: number of neighbors that stay on one rank. lengths: tokens
+    of each sample, negative if it has no image; a batch then holds samples of similar length, and at most one batch in
+    GROUPED_STEPS mixes samples with and without images. (LLaVA's group_by_modality_length sorts a whole epoch; blocks
+    of GROUPED_STEPS steps depend on the step only.)
     """
 
     @lru_cache(1)
     def grouped(block: int) -> np.ndarray:
-        """The batches of a block of steps: samples sorted by length and cut into batches, which are then shuffled."""
+        """The batches of a block of steps: sort its samples by length, cut them into batches, shuffle the batches."""
         first, last = block * GROUPED_STEPS, min((block + 1) * GROUPED_STEPS, stop)
         found = take(first * batch_size, last * batch_size)
         found = found[np.argsort(lengths[found], kind="stable")].reshape(-1, batch_size)

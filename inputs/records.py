@@ -1,4 +1,4 @@
-"""One record of LLaVA's JSON: what it may hold, its turns, and pieces of a long dialogue.
+"""Check one record of LLaVA's JSON, split it into turns, and cut a long dialogue into pieces.
 
 {"id": "7", "image": "cat.jpg",                                     a path, a list of paths, or absent
  "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from inputs.templates import TEMPLATES
 
-MARKER = "<image>"  # stands for an image in the questions of a record that has images; everywhere else it is text
+MARKER = "<image>"  # an image in the questions of a record that has images; elsewhere it is ordinary text
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a UTF-16 pair: JSON can write it, UTF-8 cannot
 
 
@@ -19,12 +19,12 @@ class DataError(ValueError):
     """A record that cannot be used. The message is one line: file, record, reason."""
 
     def __init__(self, message: str):
-        # A DataLoader raises a worker's error again with the whole traceback as its text: keep the last line.
+        # DataLoader raises a worker's error again with its traceback as the message: keep the last line.
         super().__init__(message.rstrip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
 class Fault(NamedTuple):
-    """Why a record cannot be used. record: its file, number and id, as messages name it."""
+    """The reason why a record cannot be used. record: its file, number and id, for messages."""
 
     record: str
     reason: str
@@ -32,7 +32,7 @@ class Fault(NamedTuple):
 
 @dataclass
 class Turn:
-    """A question, with `images` images before or after it, and its answer; None: the model is to answer."""
+    """A question, with `images` images before or after it, and its answer; None if the model must answer."""
 
     question: str
     answer: str | None
@@ -41,7 +41,7 @@ class Turn:
 
 
 def check_record(record: dict):
-    """Raise ValueError with the reason if a record is not as this file describes it."""
+    """Raise ValueError with the reason if a record is malformed."""
     if not isinstance(record, dict):
         raise ValueError(f"is a {type(record).__name__}, not an object")
     for path in image_paths(record):
@@ -63,7 +63,7 @@ def check_record(record: dict):
 
 
 def check_message(i: int, message: dict):
-    """Raise ValueError with the reason if message `i` of a dialogue has no text, or the wrong role."""
+    """Raise ValueError with the reason if message `i` of a dialogue has no text or the wrong role."""
     if not isinstance(message, dict) or not isinstance(message.get("value"), str):
         raise ValueError(f"turn {i} has no text value")
     role, given = ("human", "gpt")[i % 2], message.get("from")
@@ -92,7 +92,7 @@ def turns_of(record: dict, image_last: bool = False) -> list[Turn]:
 def cut_dialogue(record: dict, questions: int) -> list[dict]:
     """Cut a dialogue into records of at most `questions` questions; each starts with all images shown so far.
 
-    Why cut: later answers often follow from earlier ones, so a model may learn them without looking at the image.
+    Later answers often follow from earlier ones, so a model may learn them without the image. A cut prevents it.
     """
     messages, images, pieces, shown = record["conversations"], image_paths(record), [], 0
     for start in range(0, len(messages), 2 * questions):

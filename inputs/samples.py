@@ -1,4 +1,4 @@
-"""The records of several sources as one dataset; a subclass says what sample a record becomes."""
+"""The records of several sources as one dataset; a subclass turns a record into a sample."""
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -11,8 +11,8 @@ from inputs.records import DataError, cut_dialogue
 class Samples(Dataset):
     """The records of several sources, numbered consecutively. Subclasses define `sample`.
 
-    Args: numbers: for each source, the records to use. questions: cut dialogues into pieces with at most so many
-    questions; None keeps them whole. Attribute `skips`: an inputs.check.Skips, which replaces bad samples.
+    Args: numbers: for each source, the records to use. questions: the most in a sample, longer dialogues are cut; None
+    keeps them whole. Attribute `skips`: an inputs.check.Skips that replaces bad samples, or None.
     """
 
     def __init__(self, sources: list[Source], numbers: list[np.ndarray], questions: int | None = None):

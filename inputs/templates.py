@@ -1,4 +1,4 @@
-"""Conversation templates: the text around questions and answers, as each family of models was trained with it.
+"""Conversation templates: the text around questions and answers that each family of models was trained with.
 
 `data.render_dialogue` turns a dialogue into token ids with one of TEMPLATES.
 """
@@ -14,7 +14,7 @@ class Template:
     """The text of a dialogue: `first` question `assistant` `space` answer `end`, then `user` question `assistant` ...
 
     Special tokens stand in braces: {<|im_end|>} is the token of that name, {bos} and {eos} are the tokenizer's own.
-    Everything outside braces is ordinary text, and so is all text of a user, braces or not.
+    Everything outside braces is ordinary text. A user's text is always ordinary, even with braces.
     """
 
     first: str = ""  # opens the dialogue, with the system prompt
@@ -22,11 +22,11 @@ class Template:
     assistant: str = ""  # closes a question
     space: str = " "  # before an answer
     end: str = "{eos}"  # closes an answer; trained on, like the answer
-    plain: bool = False  # stage 1: an image and its caption without roles; the question of a single round is left out
+    plain: bool = False  # stage 1: an image and its caption without roles; a question before one answer is dropped
 
 
 def chatml(system: str, newline: str = "") -> Template:
-    """OpenAI's ChatML, used by Qwen and Yi. newline: what separates an end from the next turn."""
+    """OpenAI's ChatML, used by Qwen and Yi. Args: newline: text between the end of a turn and the next one."""
     user, assistant = "{<|im_start|>}user\n", "{<|im_end|>}" + newline + "{<|im_start|>}assistant\n"
     system = "{<|im_start|>}system\n" + system + "{<|im_end|>}" + newline
     return Template(system + user, newline + user, assistant, "", "{<|im_end|>}")

@@ -1,7 +1,7 @@
-"""Text to ids and back, with special tokens; and a trainer for new vocabularies.
+"""A tokenizer with special tokens: text to ids and back; and a trainer for new vocabularies.
 
-A tokenizer is saved as Hugging Face's `tokenizer.json`, so that other programs load it. Text is only ever text:
-`encode` recognizes no special token, they are inserted by id, so a user cannot type one.
+A tokenizer is saved as Hugging Face's `tokenizer.json`, so that other programs can load it. `encode` recognizes no
+special tokens; they are inserted by id, so a user cannot type one.
 """
 
 import json
@@ -20,7 +20,7 @@ from inputs.files import read_json, write_json
 from inputs.vocabularies import SPLIT, byte_level_json, check_ids, parse_json, read_vocabulary, sentencepiece_json
 
 SPECIALS = ("<pad>", "<image>", "<s>", "</s>")  # </s> last: CLIP's text tower finds its end token as the highest id
-ROLES = {  # special tokens that play a role in files that do not say which one does
+ROLES = {  # the usual special tokens of each role, for files that do not name one
     "pad": ("<pad>", "<|finetune_right_pad_id|>", "<unk>", "<|endoftext|>", "<|end_of_text|>"),
     "image": ("<image>",),
     "bos": ("<s>", "<|begin_of_text|>", "<|startoftext|>"),
@@ -45,11 +45,11 @@ class Tokenizer:
         self._encode = lru_cache(maxsize=1 << 16)(lambda text, prefix: tuple(codec.encode(text, prefix)))
 
     def __reduce__(self):
-        """For pickle: the cache stays behind."""
+        """For pickle: leave out the cache."""
         return Tokenizer, (self.codec, self.specials, self.roles, self.legacy)
 
     def fingerprint(self) -> str:
-        """A hash of everything that decides which ids a text gets."""
+        """A hash of everything that the ids of a text depend on."""
         codec = {name: value for name, value in vars(self.codec).items() if isinstance(value, (dict, list, str, int))}
         parts = [type(self.codec).__name__, codec, self.specials, self.roles, self.legacy]
         return sha256(repr(parts).encode()).hexdigest()
@@ -67,9 +67,9 @@ class Tokenizer:
         return max(self.codec.highest_id, *self.specials.values()) + 1
 
     def encode(self, text: str, prefix: bool = True) -> list[int]:
-        """Ids of a text. Special tokens are never recognized in it: "</s>" becomes four ordinary pieces.
+        """Ids of a text. Special tokens are not recognized in it: "</s>" becomes ordinary pieces.
 
-        Args: prefix: False if the text continues another one; only SentencePiece makes a difference.
+        Args: prefix: False if the text continues another one; it only matters for SentencePiece.
         """
         return list(self._encode(text, prefix))
 
@@ -107,8 +107,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Read a folder's tokenizer: tokenizer.json (byte-level BPE, LLaMA's or CLIP's), tokenizer.model
-        (SentencePiece, or LLaMA-3's for tiktoken), llama2.c's tok*.bin or OpenAI's *.txt.gz. Raises ValueError."""
+        """Read a folder's tokenizer. Raises ValueError.
+
+        Formats: tokenizer.json (byte-level BPE, LLaMA's or CLIP's), tokenizer.model (SentencePiece, or LLaMA-3's for
+        tiktoken), llama2.c's tok*.bin, OpenAI's *.txt.gz.
+        """
         folder = Path(folder)
         added, named, legacy = read_settings(folder / "tokenizer_config.json")
         names = ("tokenizer.json", "tokenizer.model", "tok*.bin", "*.txt.gz")
@@ -117,7 +120,7 @@ class Tokenizer:
             if path.suffix == ".json":
                 codec, specials, bos = parse_json(json.loads(path.read_text(encoding="utf-8")))
                 roles = find_roles(specials, named | ({"bos": bos} if bos else {}))
-                if not bos:  # the file puts no token in front of a text, even if it has one by that name
+                if not bos:  # the file sets no token in front of a text, even if it has one of that name
                     roles.pop("bos", None)
             else:
                 codec, specials = read_vocabulary(path, legacy)
@@ -132,7 +135,7 @@ class Tokenizer:
 
 
 def read_settings(path: Path) -> tuple[dict[str, int], dict[str, str], bool]:
-    """From a tokenizer_config.json: ids of added tokens, token names by role, and "legacy". Raises ValueError."""
+    """Read from a tokenizer_config.json: ids of added tokens, token names by role, "legacy". Raises ValueError."""
     settings = read_json(path) if path.exists() else {}
     try:
         added = {token["content"]: int(i) for i, token in (settings.get("added_tokens_decoder") or {}).items()}
@@ -146,7 +149,7 @@ def read_settings(path: Path) -> tuple[dict[str, int], dict[str, str], bool]:
 
 
 def find_roles(specials: dict[str, int], named: dict[str, str]) -> dict[str, str]:
-    """The special token of each role: the one that the settings name, else the first of ROLES that exists."""
+    """The special token of each role: `named` by the settings, else the first in ROLES that exists."""
     roles = {}
     for role, usual in ROLES.items():
         found = [name for name in (named.get(role), *usual) if name in specials]
@@ -174,7 +177,7 @@ def train_bpe(texts: list[str], merges: int) -> Tokenizer:
             break
         ranks[best[0] + best[1]] = len(ranks)
         for parts, _ in words:
-            i = 0  # from the left, as every encoder merges
+            i = 0  # from the left, like every encoder
             while i < len(parts) - 1:
                 if (parts[i], parts[i + 1]) == best:
                     parts[i : i + 2] = [best[0] + best[1]]

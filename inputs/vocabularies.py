@@ -1,6 +1,6 @@
-"""Vocabulary files, read into codecs and written: tokenizer.json, tokenizer.model, llama2.c's and OpenAI CLIP's.
+"""Read vocabulary files into codecs, and write them: tokenizer.json, tokenizer.model, llama2.c's and OpenAI CLIP's.
 
-The readers raise whatever error a malformed file leads to; Tokenizer.load turns it into one line with the file's name.
+The readers do not catch the errors of malformed files: Tokenizer.load turns them into one line with the file's name.
 """
 
 import base64
@@ -17,14 +17,14 @@ from inputs.bpe import SPACE, ByteLevel, ClipBPE, Codec, SentencePiece, byte_alp
 # Ours: words, single digits and runs of punctuation, each with the space before it; then the remaining spaces.
 SPLIT = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPLIT_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# GPT-2's after every digit was cut off (SmolLM2): spaces before a digit end a piece, as at the end of the text.
+# SmolLM2: GPT-2's pattern, applied to the pieces between single digits. Spaces before a digit end a piece.
 SPLIT_DIGITS = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 SPLIT_LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 EVERY_KIND = "".join(map(chr, range(0x250))) + "\u2028\u3000猫が👩‍👩‍👧\u0301\ufeff"  # characters of every kind
-MAX_IDS = 1 << 24  # far above any vocabulary: a higher id means a malformed file, and must not reserve memory
+MAX_IDS = 1 << 24  # far above any vocabulary: a higher id means a malformed file and would reserve memory
 RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(251)]
 LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:4], "<|start_header_id|>", "<|end_header_id|>"]
 LLAMA3_SPECIALS += [RESERVED[4], "<|eot_id|>", *RESERVED[5:]]  # in the order of Meta's code: ids 128,000 to 128,255
@@ -34,14 +34,14 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePi
 
 
 def check_ids(vocabulary: dict[str, int]):
-    """Raise ValueError if a name is not text or an id is not a valid id."""
+    """Raise ValueError if a name is not text or an id is not a number from 0 to MAX_IDS."""
     for name, i in vocabulary.items():
         if type(name) is not str or type(i) is not int or not 0 <= i < MAX_IDS:
             raise ValueError(f"the id of {name!r} is {i!r}")
 
 
 def read_vocabulary(path: Path, legacy: bool) -> tuple[Codec, dict[str, int]]:
-    """The codec and the special tokens of a file that is not JSON."""
+    """Read the codec and the special tokens from a file that is not JSON."""
     if path.suffix == ".gz":
         return read_clip(path)
     if path.suffix == ".bin":
@@ -59,7 +59,7 @@ def read_vocabulary(path: Path, legacy: bool) -> tuple[Codec, dict[str, int]]:
 
 
 def read_llama2c(path: Path) -> tuple[SentencePiece, dict[str, int]]:
-    """llama2.c's tokenizer.bin: an int32, then score (float32), length (int32) and text of each piece."""
+    """Read llama2.c's tokenizer.bin: an int32, then score (float32), length (int32) and text of each piece."""
     data, at, pieces, length = path.read_bytes(), 4, [], -1
     while at < len(data):
         score, length = struct.unpack_from("<fi", data, at)
@@ -73,9 +73,9 @@ def read_llama2c(path: Path) -> tuple[SentencePiece, dict[str, int]]:
 
 
 def read_clip(path: Path) -> tuple[ClipBPE, dict[str, int]]:
-    """OpenAI's bpe_simple_vocab_16e6.txt.gz: a title line, then merges.
+    """Read OpenAI's bpe_simple_vocab_16e6.txt.gz: a title line, then merges.
 
-    Ids are given to the bytes, the bytes that end a word, the merged tokens, and two special tokens, in this order.
+    The ids count the bytes, the bytes that end a word, the merged tokens, and two special tokens, in this order.
     """
     with gzip.open(path) as file:
         lines = file.read(20_000_000).decode().split("\n")[1 : 1 + CLIP_MERGES]
@@ -91,7 +91,7 @@ def read_clip(path: Path) -> tuple[ClipBPE, dict[str, int]]:
 
 
 def read_sentencepiece(path: Path, unless_spaced: bool) -> tuple[SentencePiece, dict[str, int]]:
-    """A `tokenizer.model`, and its special tokens by name. Field numbers: sentencepiece_model.proto."""
+    """Read a tokenizer.model, and its special tokens by name. Field numbers: sentencepiece_model.proto."""
     fields = list(read_fields(path.read_bytes()))
     pieces = [read_piece(value) for number, value in fields if number == 1]
     trainer, normalizer = (
@@ -107,7 +107,7 @@ def read_sentencepiece(path: Path, unless_spaced: bool) -> tuple[SentencePiece, 
 
 
 def read_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protobuf message; a value is an int or raw bytes. Raises ValueError if malformed."""
+    """Yields (field number, int or bytes) of a protobuf message. Raises ValueError if it is malformed."""
     at = 0
 
     def read_varint() -> int:
@@ -156,7 +156,7 @@ def from_pieces(pieces: list[tuple[str, float, int]], unless_spaced: bool) -> Se
 
 
 def parse_json(content: dict) -> tuple[Codec, dict[str, int], str]:
-    """Codec, special tokens, and the token that is set in front of every text ("" for none) of a tokenizer.json."""
+    """Codec and special tokens of a tokenizer.json, and the token in front of every text ("" if there is none)."""
     specials, model = {token["content"]: token["id"] for token in content["added_tokens"]}, content["model"]
     check_ids(model["vocab"] | specials)
     if model.get("type", "BPE") != "BPE" or model.get("dropout") or model.get("continuing_subword_prefix"):
@@ -205,7 +205,7 @@ def parse_clip(model: dict, specials: dict[str, int]) -> ClipBPE:
 
 
 def read_merges(model: dict) -> list[list[str]]:
-    """The merges, in order; a file has them as pairs or as text with a space between."""
+    """The merges in order, as pairs; some files write a pair as text with a space between."""
     return [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
 
 
@@ -261,7 +261,7 @@ def parse_split(steps: list[dict]) -> str:
 
 
 def byte_level_json(codec: ByteLevel) -> dict:
-    """The sections of a tokenizer.json that say how byte-level BPE cuts and merges text."""
+    """The sections of a tokenizer.json for byte-level BPE: how text is cut and merged."""
     to_unicode = byte_alphabet()
     name = {i: "".join(to_unicode[b] for b in token) for token, i in codec.ranks.items()}
     merges = [[name[codec.ranks[part]] for part in parts] for parts in codec.merges()]
@@ -294,7 +294,7 @@ def sentencepiece_json(codec: SentencePiece, specials: dict[str, int], legacy: b
 
 
 def list_merges(codec: SentencePiece) -> list[list[str]]:
-    """Every way to merge two pieces to a third, the best first."""
+    """Every merge of two pieces to a third, the best first."""
     merges = [
         (-score, codec.ids[piece[:cut]], codec.ids[piece[cut:]], [piece[:cut], piece[cut:]])
         for piece, score in codec.scores.items()

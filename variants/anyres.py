@@ -2,12 +2,12 @@
 
 A 640 x 480 image (width x height) and a tower of 336 pixels:
 
-    whole    squeezed to 336 x 336                                     24 x 24 = 576 tokens
+    whole    resized to 336 x 336                                      24 x 24 = 576 tokens
     tiles    fitted into a canvas of 672 x 672, black bars above and   48 x 48 tokens; 6 + 6 rows of black bars are
-             below, and cut into 2 x 2 tiles                           dropped, and each of the 36 rows that are left
-                                                                       gets a newline token: 36 x 49 = 1,764 tokens
+             below, and cut into 2 x 2 tiles                           dropped, and each of the other 36 rows gets
+                                                                       a newline token: 36 x 49 = 1,764 tokens
 
-2,340 tokens together. Sizes are (height, width) throughout, as in image_grid_pinpoints.
+Together 2,340 tokens. Sizes are (height, width) throughout, as in image_grid_pinpoints.
 Sources: the LLaVA-NeXT blog (2024-01-30) and its code; rounding as in transformers' LlavaNext.
 """
 
@@ -20,7 +20,7 @@ Size = tuple[int, int]  # height, width
 
 
 def best_canvas(size: Size, pinpoints: list[Size]) -> Size:
-    """The canvas that keeps the most pixels of the image; among equals, the least padding, then the first."""
+    """The canvas that keeps the most pixels of the image; on a tie the one with the least padding, then the first."""
     height, width = size
 
     def kept_and_padding(canvas: Size) -> tuple[int, int]:
@@ -40,7 +40,7 @@ def fit_to_canvas(size: Size, canvas: Size) -> Size:
 
 
 def cut_tiles(image: Image.Image, pinpoints: list[Size], side: int) -> list[Image.Image]:
-    """The whole image, then its tiles row by row, each an image of (side, side) pixels."""
+    """The whole image, then its tiles row by row, each resized to (side, side) pixels."""
     size = image.height, image.width
     canvas_size = best_canvas(size, pinpoints)
     height, width = fit_to_canvas(size, canvas_size)
@@ -69,7 +69,7 @@ def image_area(size: Size, grid: Size) -> tuple[slice, slice]:
 
 
 def count_tokens(size: Size, pinpoints: list[Size], side: int, patch: int) -> int:
-    """Tokens of an image: the whole, then the tiles without black bars and with a newline after each row."""
+    """Number of tokens of an image: the whole, and its tiles without black bars but with a newline after each row."""
     per_side = side // patch
     down, across = tile_grid(size, pinpoints, side)
     rows, columns = image_area(size, (down * per_side, across * per_side))
@@ -77,7 +77,7 @@ def count_tokens(size: Size, pinpoints: list[Size], side: int, patch: int) -> in
 
 
 def pack_tiles(tokens: torch.Tensor, size: Size, grid: Size, newline: torch.Tensor) -> torch.Tensor:
-    """Tokens (T, C) of an image. Args: tokens: projected features of the whole, then of its tiles, (1 + n, P, C)."""
+    """Tokens (T, C) of an image. Args: tokens: projected features of the whole, then of its n tiles, (1 + n, P, C)."""
     per_side = math.isqrt(tokens.shape[1])
     down, across = grid
     tiles = tokens[1:].view(down, across, per_side, per_side, -1).transpose(1, 2)  # (down, P_y, across, P_x, C)

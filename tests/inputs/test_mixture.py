@@ -19,8 +19,8 @@ from inputs.mixture import (
     batches,
     epochs,
     interleave,
+    make_order,
     open_sources,
-    order_of,
     read_shares,
     split_weight,
 )
@@ -71,16 +71,16 @@ def test_a_weight_is_the_number_of_uses_in_an_epoch():
 ])  # fmt: skip
 def test_shares_by_temperature_times_weights(mixing, expected):
     sizes, total = [100, 900], 20_000
-    take = order_of(sizes, [1.0, 2.0], 0, total, mixing, "", 1)
+    take = make_order(sizes, [1.0, 2.0], 0, total, mixing, "", 1)
     few, many = (part.sum() / total for part in count(take, total, sizes))
     assert (few, many) == pytest.approx(expected, abs=1e-3)
 
 
 def test_with_shares_no_sample_is_repeated_before_all_are_drawn():
     sizes, total = [7, 50, 400], 1200
-    for part in count(order_of(sizes, [1.0] * 3, 0, total, "equal", "", 1), total, sizes):
+    for part in count(make_order(sizes, [1.0] * 3, 0, total, "equal", "", 1), total, sizes):
         assert part.max() - part.min() <= 1
-    take = order_of(sizes, [1.0] * 3, 0, total, "equal", "", 1)
+    take = make_order(sizes, [1.0] * 3, 0, total, "equal", "", 1)
     of_first = [i for i in take(0, total) if i < 7]
     rounds = [tuple(of_first[i : i + 7]) for i in range(0, len(of_first) - 7, 7)]
     assert all(sorted(part) == list(range(7)) for part in rounds) and len(set(rounds)) > 10
@@ -98,10 +98,10 @@ def test_shares_move_in_equal_steps_from_the_first_to_the_last():
     assert read_shares("80/20").tolist() == [[0.8, 0.2]]
     assert read_shares("80/20:20/80:4") == pytest.approx(np.array([[0.8, 0.2], [0.6, 0.4], [0.4, 0.6], [0.2, 0.8]]))
     sizes, total = [300, 5000], 10_000
-    take = order_of(sizes, [1.0, 1.0], 3, total, "proportional", "80/20:20/80:4", 1)
+    take = make_order(sizes, [1.0, 1.0], 3, total, "proportional", "80/20:20/80:4", 1)
     found = [np.mean(take(first, first + 2500) < 300) for first in range(0, total, 2500)]
     assert found == pytest.approx([0.8, 0.6, 0.4, 0.2], abs=2e-3)
-    take = order_of(sizes, [1.0, 1.0], 3, total, "proportional", "1/0:0/1:2", 1)
+    take = make_order(sizes, [1.0, 1.0], 3, total, "proportional", "1/0:0/1:2", 1)
     assert take(0, 5000).max() < 300 <= take(5000, total).min()
 
 
@@ -118,9 +118,9 @@ def test_bad_shares_are_refused(text):
 
 
 ORDERS = {
-    "weights": lambda sizes, total: order_of(sizes, [1.0, 2.0], 1, total, "proportional", "", 1),
-    "equal": lambda sizes, total: order_of(sizes, [1.0, 1.0], 1, total, "equal", "", 1),
-    "moving": lambda sizes, total: order_of(sizes, [1.0, 1.0], 1, total, "proportional", "9/1:1/9:3", 1),
+    "weights": lambda sizes, total: make_order(sizes, [1.0, 2.0], 1, total, "proportional", "", 1),
+    "equal": lambda sizes, total: make_order(sizes, [1.0, 1.0], 1, total, "equal", "", 1),
+    "moving": lambda sizes, total: make_order(sizes, [1.0, 1.0], 1, total, "proportional", "9/1:1/9:3", 1),
 }
 
 
@@ -189,12 +189,12 @@ def test_clip_leaves_out_files_without_images(tmp_path):
 
 
 def test_clip_keeps_neighbors_together_and_refuses_shares():
-    take = order_of([8, 8], [1.0, 2.0], 0, 48, "proportional", "", 4)
+    take = make_order([8, 8], [1.0, 2.0], 0, 48, "proportional", "", 4)
     for first in range(0, 48, 4):
         part = take(first, first + 4)
         assert part.tolist() == list(range(part[0], part[0] + 4))
     with pytest.raises(ValueError, match="neighbors"):
-        order_of([8, 8], [1.0, 1.0], 0, 48, "equal", "", 4)
+        make_order([8, 8], [1.0, 1.0], 0, 48, "equal", "", 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

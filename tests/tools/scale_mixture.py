@@ -81,7 +81,7 @@ def start(folder: Path, model: Path, workers: int, context: str | None, steps: i
 
     from clip import CLIPVisionConfig
     from data import Records, collate
-    from inputs.mixture import batches, open_sources, order_of
+    from inputs.mixture import batches, make_order, open_sources
     from inputs.tokenizer import Tokenizer
     from llava import LlavaConfig, TextConfig
 
@@ -98,7 +98,9 @@ def start(folder: Path, model: Path, workers: int, context: str | None, steps: i
     result["lengths_s"] = time.perf_counter() - begin - result["index_s"]
     result["tokens"], result["records"] = int(np.abs(lengths).sum()), len(dataset)
     total = 5197 * 128
-    order = batches(order_of(dataset.sizes, [1.0], 0, total, "proportional", "", 1), 128, 0, 0, 5197, 0, 8, 1, lengths)
+    order = batches(
+        make_order(dataset.sizes, [1.0], 0, total, "proportional", "", 1), 128, 0, 0, 5197, 0, 8, 1, lengths
+    )
     loader = DataLoader(
         dataset, batch_sampler=islice(order, steps + 1), collate_fn=partial(collate, pad_id=0), num_workers=workers,
         multiprocessing_context=context,
