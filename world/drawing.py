@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from world.scenes import COLORS, Scene, SceneObject
 
-OVERSAMPLING = 4  # scenes are drawn four times as large and averaged down, which smooths every edge
+OVERSAMPLING = 4  # scenes are drawn four times as large and averaged down, to smooth the edges
 
 
 def draw_scene(scene: Scene, side: int) -> Image.Image:
@@ -17,15 +17,12 @@ def draw_scene(scene: Scene, side: int) -> Image.Image:
     canvas = draw_background(scene, side).resize((large, large), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(canvas)
     for obj in scene.objects:
-        if obj.text:
-            draw_sign(pen, obj, large)
-        else:
-            draw_shape(pen, obj, large)
+        (draw_sign if obj.text else draw_shape)(pen, obj, large)
     return canvas.reduce(OVERSAMPLING)
 
 
 def draw_background(scene: Scene, side: int) -> Image.Image:
-    """Return a pale pattern in the scene's tint; it tells nothing about the objects."""
+    """Return a pale pattern in the scene's tint, independent of the objects."""
     y, x = np.mgrid[0:side, 0:side] / side
     amount = {
         "plain": 0 * x,
@@ -36,6 +33,28 @@ def draw_background(scene: Scene, side: int) -> Image.Image:
     }[scene.background]
     pixels = np.array(scene.tint) + 9 * amount[..., None]
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def make_star() -> list[tuple[float, float]]:
+    turns, radii = [math.pi * i / 5 for i in range(10)], (0.52, 0.22)
+    return [(0.5 + radii[i % 2] * math.sin(t), 0.52 - radii[i % 2] * math.cos(t)) for i, t in enumerate(turns)]
+
+
+def make_heart() -> list[tuple[float, float]]:
+    """Return the classic parametric heart, scaled into the unit square."""
+    turns = [2 * math.pi * i / 48 for i in range(48)]
+    wave = [13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in turns]
+    return [(0.5 + 0.5 * math.sin(t) ** 3, 0.44 - w / 32) for t, w in zip(turns, wave)]
+
+
+A, B = 0.33, 0.67  # edges of the cross's arms
+CORNERS = {  # of each shape in the unit square, y downwards; a circle has none
+    "square": [(0.08, 0.08), (0.92, 0.08), (0.92, 0.92), (0.08, 0.92)],
+    "triangle": [(0.5, 0.02), (1, 0.94), (0, 0.94)],
+    "cross": [(A, 0), (B, 0), (B, A), (1, A), (1, B), (B, B), (B, 1), (A, 1), (A, B), (0, B), (0, A), (A, A)],
+    "star": make_star(),
+    "heart": make_heart(),
+}
 
 
 def line_width(side: int) -> int:
@@ -49,29 +68,8 @@ def draw_shape(pen: ImageDraw.ImageDraw, obj: SceneObject, side: int):
     if obj.shape == "circle":
         pen.ellipse((x1, y1, x2, y2), fill, outline, line_width(side))
     else:
-        points = [(x1 + (x2 - x1) * u, y1 + (y2 - y1) * v) for u, v in shape_corners(obj.shape)]
+        points = [(x1 + (x2 - x1) * u, y1 + (y2 - y1) * v) for u, v in CORNERS[obj.shape]]
         pen.polygon(points, fill, outline, line_width(side))
-
-
-@lru_cache
-def shape_corners(shape: str) -> list[tuple[float, float]]:
-    """Corners of a shape in the unit square, y downwards."""
-    if shape == "square":
-        return [(0.08, 0.08), (0.92, 0.08), (0.92, 0.92), (0.08, 0.92)]
-    if shape == "triangle":
-        return [(0.5, 0.02), (1, 0.94), (0, 0.94)]
-    if shape == "cross":
-        a, b = 0.33, 0.67
-        return [(a, 0), (b, 0), (b, a), (1, a), (1, b), (b, b), (b, 1), (a, 1), (a, b), (0, b), (0, a), (a, a)]
-    if shape == "star":
-        radii = (0.52, 0.22)
-        turns = [math.pi * i / 5 for i in range(10)]
-        return [(0.5 + radii[i % 2] * math.sin(t), 0.52 - radii[i % 2] * math.cos(t)) for i, t in enumerate(turns)]
-    if shape == "heart":  # the classic parametric heart, scaled into the square
-        turns = [2 * math.pi * i / 48 for i in range(48)]
-        wave = [13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in turns]
-        return [(0.5 + 0.5 * math.sin(t) ** 3, 0.44 - w / 32) for t, w in zip(turns, wave)]
-    raise ValueError(f"no such shape: {shape!r}")
 
 
 def draw_sign(pen: ImageDraw.ImageDraw, obj: SceneObject, side: int):
@@ -93,7 +91,7 @@ def load_font(size: int) -> ImageFont.FreeTypeFont:
 # ---------------------------------------------------------------------------------------------------------------------
 # shifts: the same scenes with other pixels
 #
-# The text stays true. A model has to adapt its vision: this is what the comparison of LoRA targets fine-tunes on.
+# The text stays true, but a model has to adapt its vision. The comparison of LoRA targets fine-tunes on these images.
 
 
 def shift_palette(image: Image.Image, seed: int) -> Image.Image:

@@ -1,16 +1,16 @@
 """Say something about a scene: captions, notes, questions with answers by family, and dialogues.
 
-Every sentence follows from the scene, so every answer is true. The random generator only chooses what to ask and how
-to put it.
+Every sentence follows from the scene, so every answer is true. The random generator only chooses the question and its
+wording.
 
-An answer names its subject before it says anything about it, and an answer that needs two facts states both before
-its conclusion: "The star is red and the cross is blue, so no." The word to look up then stands next to the place
-where the fact is needed. With bare answers ("red", "no") the model must first learn to carry the question's noun to
-the answer: after 8,100 steps of stage 2 it knew 66 % of the colors instead of 96 %, and 76 % of what is there instead
-of 98 %.
+An answer repeats the question's noun before it states a fact, and an answer that needs two facts states both before
+its conclusion: "The star is red and the cross is blue, so no." The noun then stands next to the fact that depends on
+it. With bare answers ("red", "no") the model must first learn to carry the noun from the question to the answer: after
+8,100 steps of stage 2 it knew 66 % of the colors instead of 96 %, and 76 % of the objects instead of 98 %.
 """
 
 import random
+from operator import attrgetter
 
 from world.scenes import COLORS, SHAPES, Scene, SceneObject
 
@@ -63,15 +63,15 @@ def write_notes(scene: Scene, rng: random.Random) -> str:
 # Each function returns a question and its answer, or None if the scene leaves nothing to ask.
 
 
-def unique_shapes(scene: Scene) -> list[SceneObject]:
-    """Return the shapes that occur once, so that "the star" means one object."""
-    kinds = [obj.shape for obj in scene.shapes]
-    return [obj for obj in scene.shapes if kinds.count(obj.shape) == 1]
+def find_unique(scene: Scene, *attributes: str) -> list[SceneObject]:
+    """Return the shapes whose attributes no other shape has: with "shape", those that "the star" names clearly."""
+    values = [attrgetter(*attributes)(obj) for obj in scene.shapes]
+    return [obj for obj, value in zip(scene.shapes, values) if values.count(value) == 1]
 
 
 def nameable_objects(scene: Scene) -> list[SceneObject]:
     """Return the objects that one word names: the shapes that occur once, and the sign."""
-    return unique_shapes(scene) + ([scene.sign] if scene.sign else [])
+    return find_unique(scene, "shape") + ([scene.sign] if scene.sign else [])
 
 
 def yes_no(flag: bool) -> str:
@@ -83,7 +83,7 @@ def with_article(phrase: str) -> str:
 
 
 def ask_existence(scene: Scene, rng: random.Random):
-    """Is there this color, this shape, or both in one object? Half of the answers are no."""
+    """Ask if there is an object of a color, a shape, or both. Half of the answers are no."""
     kind = rng.choice(("color", "shape", "pair", "pair"))
     if kind == "pair":
         truth, color, shape = choose_pair(scene, rng)
@@ -98,11 +98,11 @@ def ask_existence(scene: Scene, rng: random.Random):
 
 
 def choose_pair(scene: Scene, rng: random.Random) -> tuple[bool, str, str]:
-    """Return (is it in the scene, color, shape) for a random pair; half of the pairs are in the scene."""
-    pairs = {(obj.color, obj.shape) for obj in scene.shapes}
+    """Return (truth, color, shape) of a random pair. truth: if an object has both; True for half of the pairs."""
+    pairs = scene.color_shape_pairs
     if rng.random() < 0.5:
         return True, *rng.choice(sorted(pairs))
-    # mostly a near miss: the color is in the scene, or the shape, or both in different objects
+    # mostly a near miss: the scene has the color, or the shape, or both in different objects
     colors = sorted({color for color, _ in pairs}) if rng.random() < 0.5 else list(COLORS)
     shapes = sorted({shape for _, shape in pairs}) if rng.random() < 0.5 else list(SHAPES)
     absent = [(color, shape) for color in colors for shape in shapes if (color, shape) not in pairs]
@@ -112,7 +112,7 @@ def choose_pair(scene: Scene, rng: random.Random) -> tuple[bool, str, str]:
 
 
 def ask_color(scene: Scene, rng: random.Random):
-    if not (objects := unique_shapes(scene)):
+    if not (objects := find_unique(scene, "shape")):
         return None
     obj = rng.choice(objects)
     question = rng.choice(("What color is the {}?", "Which color does the {} have?")).format(obj.shape)
@@ -125,17 +125,15 @@ def ask_shape(scene: Scene, rng: random.Random):
         obj = rng.choice(scene.shapes)
         where = CELL_PHRASES[obj.cell]
         return f"What shape is {where}?", f"{where.capitalize()} is a {obj.shape}."
-    colors = [obj.color for obj in scene.shapes]
-    unique = [obj for obj in scene.shapes if colors.count(obj.color) == 1]
-    if not unique:
+    if not (objects := find_unique(scene, "color")):
         return None
-    obj = rng.choice(unique)
+    obj = rng.choice(objects)
     question = rng.choice(("What shape is the {} one?", "Which shape is {}?")).format(obj.color)
     return question, f"The {obj.color} one is a {obj.shape}."
 
 
 def ask_counting(scene: Scene, rng: random.Random):
-    """How many shapes are there, in all, of a color, or of a kind? One color or kind in five is absent."""
+    """Ask how many shapes there are, in all, of a color, or of a kind. One color or kind in five is absent."""
     kind = rng.choice(("all", "color", "shape"))
     if kind == "all":
         return "How many shapes are there?", str(len(scene.shapes))
@@ -148,9 +146,8 @@ def ask_counting(scene: Scene, rng: random.Random):
 
 
 def ask_position(scene: Scene, rng: random.Random):
-    """Where is the object that a shape, or a color and a shape, names without doubt?"""
-    pairs = [(obj.color, obj.shape) for obj in scene.shapes]
-    options = [(f"{obj.color} {obj.shape}", obj) for obj in scene.shapes if pairs.count((obj.color, obj.shape)) == 1]
+    """Ask where an object is that a shape, or a color and a shape, names uniquely."""
+    options = [(f"{obj.color} {obj.shape}", obj) for obj in find_unique(scene, "color", "shape")]
     if rng.random() < 0.5 or not options:
         options = [(obj.shape, obj) for obj in nameable_objects(scene)]
     if not options:
@@ -166,7 +163,7 @@ def state_position(name: str, obj: SceneObject) -> str:
 
 
 def ask_relation(scene: Scene, rng: random.Random):
-    """Where is one object, seen from another? Or: is it on this side of it? Half of the answers are yes."""
+    """Ask where one object is, seen from another, or if it is on a given side. Half of the latter answers are yes."""
     objects = nameable_objects(scene)
     if len(objects) < 2:
         return None
@@ -179,10 +176,10 @@ def ask_relation(scene: Scene, rng: random.Random):
     truth, claimed = rng.random() < 0.5, rng.choice(directions)
     if not truth:
         claimed = OPPOSITES[claimed]
-    of = " of" if claimed.startswith("to") else ""
-    return f"Is the {first.shape} {claimed}{of} the {second.shape}?", f"{reason} {yes_no(truth)}."
+    return f"Is the {first.shape} {RELATIONS[claimed]} the {second.shape}?", f"{reason} {yes_no(truth)}."
 
 
+RELATIONS = {"to the left": "to the left of", "to the right": "to the right of", "above": "above", "below": "below"}
 OPPOSITES = {"to the left": "to the right", "to the right": "to the left", "above": "below", "below": "above"}
 
 
@@ -203,8 +200,8 @@ def ask_reading(scene: Scene, rng: random.Random):
 
 
 def ask_comparison(scene: Scene, rng: random.Random):
-    """Which of two shapes is larger? Or: do they have the same color? Half of the latter answers are yes."""
-    objects = unique_shapes(scene)
+    """Ask which of two shapes is larger, or if they have the same color. Half of the latter answers are yes."""
+    objects = find_unique(scene, "shape")
     pairs = [(a, b) for a in objects for b in objects if a is not b]
     if not pairs:
         return None
@@ -223,17 +220,12 @@ def ask_comparison(scene: Scene, rng: random.Random):
 
 
 def ask_reasoning(scene: Scene, rng: random.Random):
-    """Two steps: find a shape by its relation to another object, then name its color or shape."""
+    """Ask for the color or shape of the one shape that is in a given relation to another object."""
     options = []
     for anchor in nameable_objects(scene):
         others = [obj for obj in scene.shapes if obj is not anchor]
-        row, column = divmod(anchor.cell, 3)
-        for relation, candidates in (
-            ("to the left of", [obj for obj in others if obj.cell % 3 < column]),
-            ("to the right of", [obj for obj in others if obj.cell % 3 > column]),
-            ("above", [obj for obj in others if obj.cell // 3 < row]),
-            ("below", [obj for obj in others if obj.cell // 3 > row]),
-        ):
+        for direction, relation in RELATIONS.items():
+            candidates = [obj for obj in others if direction in find_directions(obj, anchor)]
             if len(candidates) == 1:
                 (obj,) = candidates
                 options.append((f"What color is the shape {relation} the {anchor.shape}?", obj.color))
@@ -266,13 +258,13 @@ FAMILIES = {  # groups of questions that ask for the same ability
 # ---------------------------------------------------------------------------------------------------------------------
 # dialogues
 
-# A training scene is asked one question of each of these, where it can be; two of the families learned slowest.
+# Each training scene gets one question of each of these, if it allows one. The slowest families to learn come twice.
 DIALOGUE_FAMILIES = ("existence", "comparison", "relation", "position") * 2
 DIALOGUE_FAMILIES += ("color", "shape", "counting", "reading", "reasoning")
 
-# Long dialogues teach less: at first an answer attends evenly to everything before it, and the image is lost among nine
-# other questions. With perfect features and a learning rate of 3e-4, signs are read after 1.1 M tokens in dialogues of
-# two turns (98 %), but not after 1.8 M tokens in dialogues of ten (18 %).
+# Long dialogues teach less: at first an answer attends evenly to everything before it, and nine other questions
+# outweigh the image. With perfect features and a learning rate of 3e-4, dialogues of two turns teach the model to read
+# 98 % of the signs after 1.1 M tokens, dialogues of ten turns only 18 % after 1.8 M.
 TURNS = 2
 
 
@@ -291,7 +283,7 @@ def make_dialogues(scene: Scene, rng: random.Random, turns: int) -> list[list[tu
         if len(dialogues[-1]) >= turns:
             dialogues.append([])
         dialogues[-1].append(pair)
-        subject = next((obj for obj in unique_shapes(scene) if pair[0].endswith(f"the {obj.shape}?")), None)
+        subject = next((obj for obj in find_unique(scene, "shape") if pair[0].endswith(f"the {obj.shape}?")), None)
         if family == "position" and subject and rng.random() < 0.3:
             dialogues[-1].append(("What color is it?", f"The {subject.shape} is {subject.color}."))
     return dialogues + ([[ask_description(scene, rng)]] if rng.random() < 0.5 else [])

@@ -1,16 +1,17 @@
-"""Score descriptions of the world, and probe where a model goes wrong: five probes, each varying one condition.
+"""The metric of the world's descriptions, and five probes: tests that vary one condition and show where a model fails.
 
     python eval.py --task probes --model out/speedrun/stage2
 
-The probes' questions and images come from held-out scenes, drawn at the size that the model sees.
+The probes ask about held-out scenes, drawn at the image size of the model.
 """
 
 import random
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 from PIL import Image
@@ -25,13 +26,13 @@ from world.scenes import COLORS, SHAPES, Scene, make_scene, sample_scene, sample
 from world.writer import make_question
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the metric of the world's descriptions; its other questions are scored by exact match
+# the metric of descriptions; exact match scores the world's other questions
 
 
 def objects_f1(answer: str, truth: str) -> float:
     """Return the F1 score over the objects that two descriptions name; every attribute and the cell must be right."""
     found, wanted = find_objects(answer), find_objects(truth)
-    right = sum(min(found.count(name), wanted.count(name)) for name in set(wanted))
+    right = (Counter(found) & Counter(wanted)).total()
     return 2 * right / (len(found) + len(wanted)) if right else 0.0
 
 
@@ -47,8 +48,8 @@ METRICS = metrics.METRICS | {"objects_f1": objects_f1}
 def default_metric(category: str, path: Path) -> str:
     """Return the metric of a question that names none: exact match.
 
-    Worlds written before questions named their metric have a scenes.jsonl beside the question file; their descriptions
-    are scored by objects.
+    In worlds written before questions named their metric, there is a scenes.jsonl beside the question file, and
+    descriptions are scored by objects.
     """
     return "objects_f1" if category == "description" and (path.parent / "scenes.jsonl").exists() else "exact"
 
@@ -56,121 +57,110 @@ def default_metric(category: str, path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # the five probes
 #
-# Each function returns rows: a question as eval.py reads it, its probe and condition, and the scene to draw.
+# Each function yields rows: a question as eval.py reads it, its probe and condition, and the scene to draw.
 
 SEED = 6
-TRAINING_SCENES = 3000  # number of scenes in which existence counts how frequent each object is
+TRAINING_SCENES = 3000  # number of scenes in which probe_existence counts objects
 
 
 def make_row(probe: str, condition: str, scene: Scene, text: str, truth: str, **more) -> dict:
     return {"text": text, "answer": truth, "probe": probe, "condition": condition, "scene": scene} | more
 
 
-def color_shape_pairs(scene: Scene) -> set[tuple[str, str]]:
-    return {(obj.color, obj.shape) for obj in scene.shapes}
-
-
-def probe_existence(count: int, rng: random.Random) -> list[dict]:
-    """Is there a red star? Conditions: which absent objects are asked about; equally many present ones are, too.
+def probe_existence(count: int, rng: random.Random) -> Iterator[dict]:
+    """Ask if there is a red star. Condition: how absent objects are chosen; equally many present ones are asked about.
 
     As in POPE (Li et al. 2023, section 4): random; popular, the most frequent in training scenes; adversarial, those
-    that most often occur beside the scene's objects there. Near miss: color and shape are present, in two objects.
+    that training scenes most often show together with the scene's objects. Near miss: another object has the color, and
+    a third the shape.
     """
-    seen = [color_shape_pairs(make_scene(0, index, False)[0]) for index in range(TRAINING_SCENES)]
+    seen = [make_scene(0, index, False)[0].color_shape_pairs for index in range(TRAINING_SCENES)]
     frequency = Counter(pair for pairs in seen for pair in pairs)
     co_occurrence = Counter(both for pairs in seen for both in combinations(sorted(pairs), 2))
-    every, rows = [(color, shape) for color in COLORS for shape in SHAPES], []
+    every = list(product(COLORS, SHAPES))
     for _ in range(count):
         scene = sample_until(partial(sample_scene, rng), True)
-        present = sorted(color_shape_pairs(scene))
+        present = sorted(scene.color_shape_pairs)
         absent = rng.sample([pair for pair in every if pair not in present], len(every) - len(present))
-        colors, shapes = {color for color, _ in present}, {shape for _, shape in present}
+        colors, shapes = zip(*present)
         company = {p: sum(co_occurrence[tuple(sorted((p, other)))] for other in present) for p in absent}
-        splits = {
+        negatives = {
             "random": absent,
             "popular": sorted(absent, key=lambda pair: -frequency[pair]),
             "adversarial": sorted(absent, key=lambda pair: -company[pair]),
             "near miss": [(color, shape) for color, shape in absent if color in colors and shape in shapes],
         }
-        for split, negatives in splits.items():
-            positives = [] if split == "near miss" else present
-            asked = [(pair, "yes") for pair in positives] + [(pair, "no") for pair in negatives[: len(present)]]
+        for condition, pairs in negatives.items():
+            asked = [(pair, "no") for pair in pairs[: len(present)]]
+            if condition != "near miss":
+                asked = [(pair, "yes") for pair in present] + asked
             for pair, truth in asked:
-                rows.append(make_row("existence", split, scene, f"Is there {with_article(' '.join(pair))}?", truth))
-    return rows
+                yield make_row("existence", condition, scene, f"Is there {with_article(' '.join(pair))}?", truth)
 
 
-def probe_counting(count: int, rng: random.Random) -> list[dict]:
-    """How many shapes are there? Condition: the true number, up to five; training scenes hold at most three."""
-    rows = []
+def probe_counting(count: int, rng: random.Random) -> Iterator[dict]:
+    """Ask how many shapes there are. Condition: the true number, up to five; training scenes hold at most three."""
     for number in range(1, 6):
         for _ in range(count):
             scene = sample_until(partial(sample_shapes, number, rng), True)
-            rows.append(make_row("counting", str(number), scene, "How many shapes are there?", str(number)))
-    return rows
+            yield make_row("counting", str(number), scene, "How many shapes are there?", str(number))
 
 
-def probe_relations(count: int, rng: random.Random) -> list[dict]:
-    """Where is one shape, seen from another? Condition: the steps between their cells, 1 to 4."""
+def probe_relations(count: int, rng: random.Random) -> Iterator[dict]:
+    """Ask where one shape is, seen from another. Condition: the steps between their cells, 1 to 4."""
 
     def sample(kinds: list[str], cell_pairs: list[tuple[int, int]]) -> Scene:
         scene, cells = sample_shapes(2, rng), rng.choice(cell_pairs)
         objects = (replace(obj, shape=kind, cell=cell) for obj, kind, cell in zip(scene.objects, kinds, cells))
         return replace(scene, objects=tuple(objects))
 
-    rows = []
     for distance in range(1, 5):
-        cell_pairs = [(a, b) for a in range(9) for b in range(9) if count_steps(a, b) == distance]
+        cell_pairs = [(a, b) for a, b in product(range(9), repeat=2) if count_steps(a, b) == distance]
         for _ in range(count):
             scene = sample_until(partial(sample, rng.sample(SHAPES, 2), cell_pairs), True)
             first, second = scene.objects
             text = f"Where is the {first.shape}, seen from the {second.shape}?"
-            truth = " and ".join(find_directions(first, second))
-            rows.append(make_row("relations", str(distance), scene, text, truth))
-    return rows
+            yield make_row("relations", str(distance), scene, text, " and ".join(find_directions(first, second)))
 
 
 def count_steps(a: int, b: int) -> int:
+    """Return the number of rows plus the number of columns between two cells."""
     return abs(a // 3 - b // 3) + abs(a % 3 - b % 3)
 
 
 SCALES = (0.4, 0.55, 0.7, 0.85, 1.0, 1.3)  # size of a sign, relative to the signs of the training images
 
 
-def probe_reading(count: int, rng: random.Random) -> list[dict]:
-    """What does the sign say? Condition: height of the text in pixels (make_probes sets it), digit or word."""
+def probe_reading(count: int, rng: random.Random) -> Iterator[dict]:
+    """Ask what the sign says. Condition: height of the text in pixels (make_probes sets it), digit or word."""
 
     def sample() -> Scene:
         while (scene := sample_scene(rng)).sign is None:
             pass
         return scene
 
-    rows = []
     for scale in SCALES:
         for _ in range(count):
             scene = sample_until(sample, True)
-            rows.append(make_row("reading", "", scene, "What does the sign say?", scene.sign.text, scale=scale))
-    return rows
+            yield make_row("reading", "", scene, "What does the sign say?", scene.sign.text, scale=scale)
 
 
-def probe_prior(count: int, rng: random.Random) -> list[dict]:
-    """The world's own questions. Conditions: with their image, a blank one, or the image of another question.
+def probe_prior(count: int, rng: random.Random) -> Iterator[dict]:
+    """Ask the world's own questions. Conditions: with their image, a blank one, or the image of another question.
 
     An answer that is right without the image was guessed from the question alone.
     """
-    rows, index, number = [], rng.randrange(10**6), 0
+    index, number = rng.randrange(10**6), 0
     while number < count:
-        question = make_question(SEED, index, number)
-        if question:
+        if question := make_question(SEED, index, number):
             own, other = (make_scene(SEED, i, held_out=True)[0] for i in (index, index + 10**7))
-            same = {"text": question["text"], "truth": question["answer"], "category": question["category"]}
-            same |= {"metric": question["metric"]} if "metric" in question else {}
-            rows.append(make_row("language prior", "own image", own, **same))
-            rows.append(make_row("language prior", "blank", own, **same, blank=True))
-            rows.append(make_row("language prior", "another image", other, **same))
+            more = {key: question[key] for key in ("category", "metric") if key in question}
+            make = partial(make_row, "language prior", text=question["text"], truth=question["answer"], **more)
+            yield make("own image", own)
+            yield make("blank", own, blank=True)
+            yield make("another image", other)
             number += 1
         index += 1
-    return rows
 
 
 PROBES = (probe_existence, probe_counting, probe_relations, probe_reading, probe_prior)
@@ -223,7 +213,7 @@ def text_height(text: str, scale: float, side: int) -> int:
 
 
 def score_probe(row: dict, answer: str) -> float:
-    """Score an answer to a probe: of a relation only the conclusion counts, of a sign only its text."""
+    """Score an answer: to "relations" only by its conclusion, to "reading" only by its last word."""
     if row["probe"] == "relations":
         return float(plain_form(answer.split(", so ")[-1]) == plain_form(row["answer"]))
     if row["probe"] == "reading":
@@ -242,16 +232,16 @@ def summarize(rows: list[dict], answers: list[str]) -> dict[str, dict[str, dict[
         if probe == "existence":
             values |= measure_existence(pairs)
         if probe == "counting":
-            numbers = [(int(said), int(row["answer"])) for row, a in pairs if (said := plain_form(a)).isdecimal()]
-            errors = [abs(said - truth) for said, truth in numbers]
-            values |= {"numbers": len(numbers), "mean error": sum(errors) / len(errors) if errors else None}
+            said = [(plain_form(answer), int(row["answer"])) for row, answer in pairs]
+            errors = [abs(int(number) - truth) for number, truth in said if number.isdecimal()]
+            values |= {"numbers": len(errors), "mean error": sum(errors) / len(errors) if errors else None}
         found[probe][condition] = values
     heights = sorted(found["reading"], key=lambda name: (name.split()[0], int(name.split()[1])))
     return found | {"reading": {name: found["reading"][name] for name in heights}}
 
 
 def measure_existence(pairs: list[tuple[dict, str]]) -> dict[str, float]:
-    """Return POPE's metrics; without a question whose truth is yes, only the ratio of yes answers is defined."""
+    """Return POPE's metrics; if no true answer is yes, only the ratio of yes answers is defined."""
     labels = [row["answer"] for row, _ in pairs]
     measured = yes_no_scores([yes_no_llava(answer) for _, answer in pairs], labels)
     names = ("precision", "recall", "f1", "yes ratio") if "yes" in labels else ("yes ratio",)
@@ -288,15 +278,11 @@ def format_value(column: str, value: float | None) -> str:
 
 
 def write_report(rows: list[dict], answers: list[str], folder: Path, side: int) -> str:
-    """Write probes.json, probes.md and probes.png into a folder; returns the Markdown table."""
+    """Write probes.json, probes.md and probes.png into a folder; return the Markdown."""
     found = summarize(rows, answers)
+    table = to_markdown(found, side)
     write_json(folder / "probes.json", found)
-    (folder / "probes.md").write_text(to_markdown(found, side))
-    draw_bars(found, folder / "probes.png")
-    return to_markdown(found, side)
-
-
-def draw_bars(found: dict, path: Path):
-    """Draw a panel of bars for each probe: percent right by condition."""
-    panels = {probe: {name: values["right"] for name, values in rows.items()} for probe, rows in found.items()}
-    plots.bars(path, panels, {probe: CONDITIONS[probe] for probe in panels})
+    (folder / "probes.md").write_text(table)
+    right = {probe: {name: values["right"] for name, values in rows.items()} for probe, rows in found.items()}
+    plots.bars(folder / "probes.png", right, CONDITIONS)
+    return table

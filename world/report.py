@@ -17,7 +17,7 @@ EXTRA_STEPS = ("no-stage1", "ablation evaluation")  # of --ablation; not counted
 def write_report(out: Path, minutes: dict[str, float], dial: float):
     """Write report.md, report.json, loss.png and sheet.png from what the steps left in `out`.
 
-    Args: minutes: of every step; dial: the speedrun's --minutes.
+    Args: minutes: minutes that each step took; dial: the speedrun's --minutes.
     """
     answers = read_rows(out / "stage2/answers.jsonl")
     plots.loss_curve(out / "loss.png", {name: read_rows(out / name / "log.jsonl") for name in STAGES})
@@ -65,10 +65,8 @@ def to_markdown(out: Path, result: dict) -> str:
     lines += ["", "Ask it about an image of your own, or talk with it:", ""]
     lines += [f"    python sample.py --model {out}/stage2 --image YOUR.jpg", ""]
     if (out / "probes/probes.md").exists():
-        probes = (out / "probes/probes.md").read_text()
-        lines.append(
-            probes.replace("# Probes", "# Where it goes wrong").replace("](probes.png)", "](probes/probes.png)")
-        )
+        probes = (out / "probes/probes.md").read_text().replace("# Probes", "# Where it goes wrong")
+        lines.append(probes.replace("](probes.png)", "](probes/probes.png)"))
     return "\n".join(lines)
 
 
@@ -85,34 +83,35 @@ DARK, GRAY, GREEN, RED, AMBER = "#1f2328", "#59636e", "#1a7f37", "#cf222e", "#9a
 def draw_sheet(out: Path, answers: list[dict], path: Path, columns: int = 5, rows: int = 4):
     """Draw cards with a held-out image, the question and the answer: green if right, red with the truth if wrong."""
     questions = {row["question_id"]: row for row in read_rows(out / "world/questions.jsonl")}
-    cards = [card_lines(questions[answer["question_id"]], answer) for answer in answers[: columns * rows]]
+    asked = [questions[answer["question_id"]] for answer in answers[: columns * rows]]
+    cards = [(question["image"], card_lines(question, answer)) for question, answer in zip(asked, answers)]
     grid = [cards[i : i + columns] for i in range(0, len(cards), columns)]
-    heights = [IMAGE + 3 * MARGIN + LINE + LINE * max(len(lines) for _, lines in row) for row in grid]
+    heights = [IMAGE + 3 * MARGIN + LINE * max(len(lines) for _, lines in row) for row in grid]
     size = columns * (CARD + MARGIN) + MARGIN, sum(heights) + MARGIN * (len(grid) + 1)
     sheet = Image.new("RGBA", size)
     pen = ImageDraw.Draw(sheet)
     pen.rounded_rectangle((0, 0, size[0] - 1, size[1] - 1), 2 * MARGIN, PAGE, BORDER, SCALE)
     y = MARGIN
     for row, height in zip(grid, heights):
-        for column, (question, lines) in enumerate(row):
+        for column, (name, lines) in enumerate(row):
             x = MARGIN + column * (CARD + MARGIN)
             pen.rounded_rectangle((x, y, x + CARD, y + height), MARGIN, WHITE, BORDER, SCALE)
-            with Image.open(out / "world" / question["image"]) as image:
+            with Image.open(out / "world" / name) as image:
                 sheet.paste(image.resize((IMAGE, IMAGE), Image.Resampling.LANCZOS), (x + MARGIN, y + MARGIN))
-            for i, (text, color) in enumerate([(question["category"], GRAY), *lines]):
+            for i, (text, color) in enumerate(lines):
                 pen.text((x + MARGIN, y + IMAGE + 2 * MARGIN + i * LINE), text, color, load_font(SCALE * 12))
         y += height + MARGIN
     sheet.save(path)
 
 
-def card_lines(question: dict, answer: dict) -> tuple[dict, list[tuple[str, str]]]:
-    """Return the question and the (text, color) lines of its card."""
+def card_lines(question: dict, answer: dict) -> list[tuple[str, str]]:
+    """Return the (text, color) lines of a card."""
     score = answer["metadata"]["score"]
     color = GREEN if score == 1 else AMBER if score > 0 else RED
-    parts = [(answer["prompt"], DARK, 2), (answer["text"] or "(no answer)", color, 5)]
+    parts = [(question["category"], GRAY, 1), (answer["prompt"], DARK, 2), (answer["text"] or "(no answer)", color, 5)]
     if score < 1:
         parts.append((f"Truth: {question['answer']}", GRAY, 5))
-    return question, [(line, color) for text, color, most in parts for line in wrap(text, most)]
+    return [(line, color) for text, color, most in parts for line in wrap(text, most)]
 
 
 def wrap(text: str, most: int) -> list[str]:

@@ -1,7 +1,7 @@
 """Scenes: a few colored shapes and at most one sign on a 3 x 3 board, sampled from a seed.
 
-A scene is pure data. drawing.py turns it into an image and language.py into sentences, so everything that is said
-about an image is true by construction.
+A scene is pure data. drawing.py turns it into an image and language.py into sentences, so every sentence about an
+image is true by construction.
 """
 
 import random
@@ -61,11 +61,15 @@ class Scene:
         return [obj for obj in self.objects if not obj.text]
 
     @property
+    def color_shape_pairs(self) -> set[tuple[str, str]]:
+        return {(obj.color, obj.shape) for obj in self.shapes}
+
+    @property
     def sign(self) -> SceneObject | None:
         return next((obj for obj in self.objects if obj.text), None)
 
     def is_held_out(self) -> bool:
-        """True for one scene in ten. A hash of the objects decides, so the train and held-out sides share no scene."""
+        """True for one scene in ten. A hash of the objects decides, so training and held-out scenes never coincide."""
         facts = sorted((obj.shape, obj.color, obj.size, obj.cell, obj.text) for obj in self.objects)
         return zlib.crc32(repr(facts).encode()) % 10 == 0
 
@@ -99,7 +103,7 @@ def sample_tint(rng: random.Random) -> tuple[int, int, int]:
 
 
 def jitter(obj: SceneObject, rng: random.Random) -> SceneObject:
-    """Move an object off its cell's center, by so little that its cell stays beyond doubt."""
+    """Move an object off its cell's center, but not so far that its cell becomes doubtful."""
     return replace(obj, dx=rng.uniform(-0.02, 0.02), dy=rng.uniform(-0.02, 0.02))
 
 
@@ -107,7 +111,7 @@ def jitter(obj: SceneObject, rng: random.Random) -> SceneObject:
 # the scenes of a seed
 #
 # Scenes come in groups of four: one base scene and three siblings that differ from it in a single fact. To match each
-# of the four images to its own caption, the contrastive loss of stage 0 has to see that fact.
+# of the four images to its own caption, the CLIP of stage 0 has to see that fact.
 
 GROUP_SIZE = 4
 
@@ -121,11 +125,11 @@ def make_scene(seed: int, index: int, held_out: bool) -> tuple[Scene, random.Ran
         return base, rng
     siblings = (change_one_fact(base, rng) for _ in range(30))
     usable = (sibling for sibling in siblings if sibling.is_held_out() == held_out)
-    return next(usable, base), rng  # a scene of one shape has few siblings: if none is on this side, repeat the base
+    return next(usable, base), rng  # a scene of one shape has few siblings: if none is usable, repeat the base
 
 
 def sample_until(sample, held_out: bool) -> Scene:
-    """Call `sample` until it returns a scene of the wanted side."""
+    """Call `sample` until it returns a held-out scene, or until it returns a training scene."""
     while (scene := sample()).is_held_out() != held_out:
         pass
     return scene

@@ -18,12 +18,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inputs.files import OUTPUT_ROOT
+from inputs.tokenizer import Tokenizer, train_bpe
+from llava import LlavaConfig
+from training.towers import new_clip, new_decoder
+from world.language import TURNS
 from world.report import write_report
+from world.writer import make_records
 
-COMPILER_TEST = (
-    "import torch; from fast.compile import require_compiler; from training.ranks import choose_device; "
-    "require_compiler(torch.device(choose_device(None)))"
-)
+
+def new_model() -> tuple[LlavaConfig, Tokenizer]:
+    """Return the config of a model of the speedrun's shape, and a tokenizer trained on the same kind of text."""
+    records = [record for i in range(300) for record in make_records(0, i, TURNS)[1]]
+    texts = [message["value"] for record in records for message in record["conversations"]]
+    tokenizer = train_bpe([*texts, *["USER: ", " ASSISTANT:"] * 300], merges=600)
+    config = new_decoder("small", tokenizer, "llava_hf").config
+    config.vision_config = new_clip("small", 24, tokenizer.vocab_size).config.vision_config
+    return config, tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -32,7 +42,7 @@ COMPILER_TEST = (
 
 @dataclass
 class Step:
-    """One step: its name, the arguments of python, and the run that it trains (None: it does not train)."""
+    """A step. command: the arguments of python; run: the folder of the run that it trains, or None."""
 
     name: str
     command: list[str]
@@ -46,38 +56,39 @@ class Step:
 
 def plan(minutes: float, seed: int, out: Path, ablation: bool, stage2_flags: list[str]) -> list[Step]:
     """Return the steps of a speedrun that takes about this many minutes on two cores."""
-    world, stages = out / "world", {name: out / name for name in ("stage0", "stage1", "stage2", "no-stage1")}
-    data = ["--world", str(world), "--seed", str(seed)]
-    questions = ["--questions", str(world / "questions.jsonl"), "--images", str(world)]
 
-    def train(name: str, stage: int, folder: Path, steps_per_minute: float, *flags: str) -> Step:
-        steps = str(int(steps_per_minute * minutes))
-        command = ["train.py", "--stage", str(stage), "--out", str(folder), "--steps", steps, *data, *flags]
-        return Step(name, command, folder / name if stage == 0 else folder)  # each tower of stage 0 is a run
+    def train(name: str, stage: int, folder: str, steps_per_minute: float, *flags: str) -> Step:
+        steps = ["--steps", str(int(steps_per_minute * minutes)), "--world", f"{out}/world", "--seed", str(seed)]
+        command = ["train.py", "--stage", str(stage), "--out", f"{out}/{folder}", *steps, *flags]
+        return Step(name, command, out / folder / name if stage == 0 else out / folder)  # a tower of stage 0 is a run
 
-    def evaluate(name: str, folder: Path, *flags: str) -> Step:
-        return Step(name, ["eval.py", "--model", str(folder), *questions, *flags])
+    def evaluate(name: str, folder: str, *flags: str) -> Step:
+        questions = ["--questions", f"{out}/world/questions.jsonl", "--images", f"{out}/world"]
+        return Step(name, ["eval.py", "--model", f"{out}/{folder}", *questions, *flags])
 
-    draw = ["-m", "world", "write", "--out", str(world), "--n", str(int(1000 * minutes)), "--seed", str(seed)]
-    towers = ["--vision", str(stages["stage0"] / "clip"), "--llm", str(stages["stage0"] / "decoder")]
-    clip_flags = ["--tower", "clip", "--batch-size", "128", "--lr", "1e-3"]
-    decoder_flags = ["--tower", "decoder", "--batch-size", "16", "--lr", "4e-4"]
-    probes = ["eval.py", "--task", "probes", "--model", str(stages["stage2"]), "--out", str(out / "probes")]
+    towers = ("--vision", f"{out}/stage0/clip", "--llm", f"{out}/stage0/decoder")
+    draw = ["-m", "world", "write", "--out", f"{out}/world", "--n", str(int(1000 * minutes)), "--seed", str(seed)]
     without_stage1 = [  # the same stage 2 on an untrained projector; it runs first, so that stage 2 is the newest run
-        train("no-stage1", 2, stages["no-stage1"], 720, *towers, *stage2_flags),
-        evaluate("ablation evaluation", stages["no-stage1"]),
+        train("no-stage1", 2, "no-stage1", 720, *towers, *stage2_flags),
+        evaluate("ablation evaluation", "no-stage1"),
     ]
     return [
         Step("world", draw),
-        train("clip", 0, stages["stage0"], 16, *clip_flags),
-        train("decoder", 0, stages["stage0"], 110, *decoder_flags),
-        train("stage1", 1, stages["stage1"], 24, *towers, "--whiten"),
+        train("clip", 0, "stage0", 16, "--tower", "clip", "--batch-size", "128", "--lr", "1e-3"),
+        train("decoder", 0, "stage0", 110, "--tower", "decoder", "--batch-size", "16", "--lr", "4e-4"),
+        train("stage1", 1, "stage1", 24, *towers, "--whiten"),
         *(without_stage1 if ablation else []),
-        train("stage2", 2, stages["stage2"], 720, "--model", str(stages["stage1"]), *stage2_flags),
-        evaluate("evaluation", stages["stage2"]),
-        evaluate("blind evaluation", stages["stage2"], "--blank"),
-        Step("probes", probes),
+        train("stage2", 2, "stage2", 720, "--model", f"{out}/stage1", *stage2_flags),
+        evaluate("evaluation", "stage2"),
+        evaluate("blind evaluation", "stage2", "--blank"),
+        Step("probes", ["eval.py", "--task", "probes", "--model", f"{out}/stage2", "--out", f"{out}/probes"]),
     ]
+
+
+COMPILER_TEST = (
+    "import torch; from fast.compile import require_compiler; from training.ranks import choose_device; "
+    "require_compiler(torch.device(choose_device(None)))"
+)
 
 
 def choose_compile(minutes: float) -> list[str]:
@@ -85,16 +96,17 @@ def choose_compile(minutes: float) -> list[str]:
     if minutes < 10:
         return []
     print("testing torch's compiler ...", flush=True)
+    # In a process of its own, so that the memory that compiling takes is free again.
     test = subprocess.run([sys.executable, "-c", COMPILER_TEST], capture_output=True, text=True)
-    if test.returncode:
-        reason = (test.stderr.splitlines() or ["it was stopped"])[-1].removeprefix("ValueError: ")
-        print(f"stage 2 will take a third longer: {reason}", file=sys.stderr)
-        return []
-    return ["--compile"]
+    if test.returncode == 0:
+        return ["--compile"]
+    reason = (test.stderr.splitlines() or ["it was stopped"])[-1].removeprefix("ValueError: ")
+    print(f"stage 2 will take a third longer: {reason}", file=sys.stderr)
+    return []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# running them
+# running the steps
 
 
 class Runner:
@@ -156,29 +168,19 @@ def read_minutes(path: Path) -> dict[str, float]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def read_flags() -> argparse.Namespace:
-    """The command line; an unknown flag or value ends the program with status 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m world.speedrun",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def main():
+    """Run every step that is not done yet, then write the report."""
+    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("python -m world.speedrun", description=__doc__, **form)
     add = parser.add_argument
-    add("--minutes", type=float, default=15, help="how long it may take on two cores, installation aside")
+    add("--minutes", type=float, default=15, help="about how long it takes on two cores, without the installation")
     add("--seed", type=int, default=0, help="seed of the world and of every training run")
-    add("--out", type=Path, default=OUTPUT_ROOT / "speedrun", help="folder of everything that it writes")
+    add("--out", type=Path, default=OUTPUT_ROOT / "speedrun", help="folder to write everything to")
     ablation = "also train stage 2 without stage 1, in extra time; if added later, that is then the newest run"
     add("--ablation", action="store_true", help=ablation)
     args = parser.parse_args()
     if args.minutes <= 0:
         parser.error("--minutes must be above 0")
-    return args
-
-
-def main():
-    """Run every step that is not done yet, then write the report."""
-    args = read_flags()
     args.out.mkdir(parents=True, exist_ok=True)
     minutes_file, runner = args.out / "minutes.json", Runner()
     stage2_flags = [] if "stage2" in read_minutes(minutes_file) else choose_compile(args.minutes)

@@ -2,7 +2,7 @@
 
     captions.json     one caption per image, for stage 1 and for CLIP
     instruct.json     dialogues about the images, for stage 2
-    text.json         the same kind of dialogues about notes instead of images, for the decoder of stage 0
+    text.json         dialogues about notes instead of images, for the decoder of stage 0
     questions.jsonl   questions about held-out images, for eval.py
     scenes.jsonl      the objects of every image with their boxes
 
@@ -29,7 +29,7 @@ FAMILY_METRICS = {"description": "objects_f1"}  # see probes.METRICS; eval.py sc
 def write_world(out: Path, n: int, seed: int, side: int, questions: int, turns: int, shift: str = "none"):
     """Write `n` training images and `questions` held-out questions with their images.
 
-    Args: side: of an image in pixels; turns: questions per dialogue; shift: a key of drawing.SHIFTS.
+    Args: side: side of an image in pixels; turns: questions per dialogue; shift: a key of drawing.SHIFTS.
     """
     out.mkdir(parents=True, exist_ok=True)
     rows = make_questions(seed, questions)
@@ -68,7 +68,7 @@ def draw_images(indices, seed: int, held_out: bool, side: int, out: Path, shift:
         try:
             drawn = pool.map(draw, indices, chunksize=64)
             return list(tqdm(drawn, desc=name, total=len(indices), unit="image"))
-        except BaseException:  # a signal, or an error: do not draw the rest first
+        except BaseException:  # after a signal or an error, do not draw the remaining images
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -95,22 +95,20 @@ def draw_image(index: int, seed: int, held_out: bool, side: int, out: Path, shif
 
 def make_conversation(turns: list[tuple[str, str]], prefix: str = "") -> list[dict]:
     """Return a dialogue in LLaVA's JSON; `prefix` ("<image>\\n", or notes) opens the first question."""
-    result = []
-    for i, (question, answer) in enumerate(turns):
-        result.append({"from": "human", "value": prefix + question if i == 0 else question})
-        result.append({"from": "gpt", "value": answer})
-    return result
+    texts = [text for pair in turns for text in pair]
+    texts[0] = prefix + texts[0]
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
 def make_records(seed: int, index: int, turns: int) -> tuple[dict, list[dict], list[dict]]:
     """Return the records of training scene `index`: one caption, its dialogues, and its text-only records."""
     scene, rng = make_scene(seed, index, held_out=False)
     name = f"{seed}-{index}"
-    image = {"image": image_path(seed, index, False)}
+    image = image_path(seed, index, False)
     conversation = make_conversation([(DESCRIBE, write_caption(scene, rng))], "<image>\n")
-    caption = {"id": name} | image | {"conversations": conversation}
+    caption = {"id": name, "image": image, "conversations": conversation}
     dialogues = [
-        {"id": f"{name}-{i}"} | image | {"conversations": make_conversation(pairs, "<image>\n")}
+        {"id": f"{name}-{i}", "image": image, "conversations": make_conversation(pairs, "<image>\n")}
         for i, pairs in enumerate(make_dialogues(scene, rng, turns))
     ]
     text = [
@@ -131,14 +129,13 @@ def make_question(seed: int, index: int, number: int) -> dict | None:
 
     The families take turns by number.
     """
-    scene, rng = make_scene(seed, index, held_out=True)
     family = sorted(FAMILIES)[number % len(FAMILIES)]
-    pair = FAMILIES[family](scene, rng)
+    pair = FAMILIES[family](*make_scene(seed, index, held_out=True))
     if pair is None:
         return None
-    image, metric = image_path(seed, index, True), FAMILY_METRICS.get(family)
-    row = {"question_id": number, "image": image, "text": pair[0], "answer": pair[1], "category": family}
-    return row | ({"metric": metric} if metric else {})
+    image, (text, answer) = image_path(seed, index, True), pair
+    row = {"question_id": number, "image": image, "text": text, "answer": answer, "category": family}
+    return row | ({"metric": FAMILY_METRICS[family]} if family in FAMILY_METRICS else {})
 
 
 def make_questions(seed: int, count: int) -> list[dict]:
