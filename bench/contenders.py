@@ -1,4 +1,4 @@
-"""What is timed, the same for all sides: each kind of work as a function to run, from the parts of ours or theirs."""
+"""The timed work: one function for each kind, which ours.py and theirs.py supply with their models."""
 
 import hashlib
 import importlib
@@ -12,16 +12,18 @@ from statistics import median
 
 import torch
 
-from bench.models import Job, image_files, make_question, world_dialogues
+from bench.models import Job, image_files, make_question
 from formats.configs import read_config
+from world.language import TURNS
+from world.writer import make_records
 
 
 @dataclass
 class Contender:
-    """The work of one side. seconds(): does it once, returns its duration.
+    """The work of one side, warmed up.
 
-    Args: numbers: results to compare with the other sides, whose computation was the warm-up; amount: units of work in
-    one call (samples, tokens, images, MB).
+    Args: seconds: does the work once and returns its duration; numbers: results to compare with the other sides;
+    amount: units of work in one call (samples, tokens, images, MB).
     """
 
     seconds: Callable[[], float]
@@ -30,13 +32,13 @@ class Contender:
 
 
 def make_contender(side: str, job: Job) -> Contender:
-    """Load what the job needs, and warm up."""
+    """Load the job's model and inputs, and warm up."""
     return KINDS[job.kind](importlib.import_module("bench.theirs" if side == "theirs" else "bench.ours"), side, job)
 
 
-def time_call(call: Callable, device: torch.device) -> float:
-    """Seconds that a call takes, until the device has finished its work."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+def time_call(call: Callable, device: str) -> float:
+    """Return the seconds that a call takes until the device has finished."""
+    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda device: None
     synchronize(device)
     begin = time.perf_counter()
     call()
@@ -45,9 +47,9 @@ def time_call(call: Callable, device: torch.device) -> float:
 
 
 def training(library, side: str, job: Job) -> Contender:
-    """A step: forward, backward, clipping, AdamW. The losses of the first step are compared."""
+    """A training step: forward, backward, clipping, AdamW. The losses of the first step are compared."""
     step = library.make_step(side, job)
-    return Contender(lambda: time_call(step, torch.device(job.device)), [step()], job.rows)
+    return Contender(lambda: time_call(step, job.device), [step()], job.rows)
 
 
 def first_token(library, side: str, job: Job) -> Contender:
@@ -56,12 +58,11 @@ def first_token(library, side: str, job: Job) -> Contender:
     prompt, pixels = make_question(read_config(Path(job.folder)), job)
     answer = partial(answerer.decode, [prompt], pixels, 1)
     answer()
-    seconds = partial(time_call, answer, torch.device(job.device))
-    return Contender(seconds, answerer.logits([prompt], pixels), 1)
+    return Contender(lambda: time_call(answer, job.device), answerer.logits([prompt], pixels), 1)
 
 
 def decoding(library, side: str, job: Job) -> Contender:
-    """A step of decoding, a token for each row; the median of the steps."""
+    """The median step of decoding, which gives one token for each row."""
     answerer = library.Answerer(side, job)
     prompts = torch.randint(0, 256, (job.batch, 16), generator=torch.Generator().manual_seed(0)).tolist()
 
@@ -69,29 +70,31 @@ def decoding(library, side: str, job: Job) -> Contender:
         times = answerer.decode(prompts, None, 32 if job.batch == 1 else 12)
         return median(after - before for before, after in pairwise(times))
 
-    seconds()  # with --compile, compiles
+    seconds()  # warms up; with job.compiled, this compiles
     return Contender(seconds, answerer.logits(prompts, None), job.batch)
 
 
 def images(library, side: str, job: Job) -> Contender:
-    """From image files to the tower's input, bit for bit the same, on one core."""
+    """From image files to the tower's input, on one core."""
     paths, load = image_files(Path(job.folder).parent / "images", 16), library.make_image_loader(Path(job.folder))
     return data_contender(lambda: torch.stack([load(path) for path in paths]), len(paths))
 
 
 def tokenizing(library, side: str, job: Job) -> Contender:
-    """Texts to ids, one by one as a dataset asks for them, on one core."""
-    texts = list(dict.fromkeys(" ".join(texts[1:]) for texts in world_dialogues(1, 1000)))  # ours remembers words
+    """From texts to ids, one by one as a dataset encodes them, on one core."""
+    records = [record for i in range(1000) for record in make_records(1, i, TURNS)[1]]
+    texts = {" ".join(turn["value"] for turn in record["conversations"][1:]) for record in records}  # no text twice,
+    texts = sorted(texts)  # because our tokenizer remembers words
     encode = library.make_encoder(Path(job.folder))
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     return data_contender(lambda: torch.tensor([i for text in texts for i in encode(text)]), megabytes)
 
 
 def data_contender(call: Callable[[], torch.Tensor], amount: float) -> Contender:
-    """One core's work, whose results must be the same bit for bit: a number made of their hash is compared."""
+    """Work on one core with results that must be equal bit for bit: a number made of their hash is compared."""
     torch.set_num_threads(1)
     digest = hashlib.sha256(call().contiguous().numpy().tobytes()).digest()
-    return Contender(lambda: time_call(call, torch.device("cpu")), [float(int.from_bytes(digest[:6]))], amount)
+    return Contender(lambda: time_call(call, "cpu"), [float(int.from_bytes(digest[:6]))], amount)
 
 
 KINDS = {"train": training, "first_token": first_token, "decode": decoding, "images": images, "tokenize": tokenizing}

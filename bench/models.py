@@ -1,4 +1,4 @@
-"""The measured models, on random weights, and their inputs. All sides read the same folder and the same inputs."""
+"""The measured models, with random weights, and their inputs; every side reads the same ones."""
 
 import json
 from collections.abc import Callable
@@ -15,23 +15,21 @@ from formats.configs import config_to_json
 from formats.saving import save_model
 from inputs.bpe import ByteLevel
 from inputs.files import publish_folder, read_json
-from inputs.tokenizer import SPECIALS, Tokenizer, find_roles, train_bpe
+from inputs.tokenizer import SPECIALS, Tokenizer, find_roles
 from inputs.vocabularies import SPLIT
 from llava import IGNORE, Llava, LlavaConfig, TextConfig
-from training.towers import new_clip, new_decoder
-from world.language import TURNS
-from world.writer import make_records
+from world.speedrun import new_model
 
 WAYS = ("stage1", "stage2", "lora", "qlora")  # what trains
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a side does; sent to its process.
+    """The work of one row of the table.
 
     Args: kind: a key of contenders.KINDS, or "cold_start"; folder: of the model; dtype: "float32" or "bfloat16"; way:
-    of WAYS; rows, length, supervised: see Shape; batch: rows decoded together; bits: 4 for NF4 while decoding;
-    compiled: this project as with --compile; only: names of the items to accelerate, None for all.
+    one of WAYS; rows, length, supervised: see Shape; batch: rows decoded together; bits: 4 for NF4 while decoding;
+    compiled: compile this project's model, as --compile does; only: items of fast/ to use, None for all.
     """
 
     kind: str
@@ -50,7 +48,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and its training batch: rows of `length` tokens, image included; the last `supervised` are trained on."""
+    """A model and its training batch: `rows` of `length` tokens, image included; the last `supervised` have labels."""
 
     make: Callable[[], tuple[LlavaConfig, Tokenizer]]
     rows: int
@@ -58,22 +56,14 @@ class Shape:
     supervised: int
 
 
-def speedrun_model() -> tuple[LlavaConfig, Tokenizer]:
-    """The model that `bash speedrun.sh` trains: towers of size "small", 9 patches per image, the world's vocabulary."""
-    tokenizer = train_bpe([text for texts in world_dialogues(0, 500) for text in texts], merges=600)
-    config = new_decoder("small", tokenizer, "llava_hf").config
-    config.vision_config = new_clip("small", 24, tokenizer.vocab_size).config.vision_config
-    return config, tokenizer
-
-
 def model_of_222m() -> tuple[LlavaConfig, Tokenizer]:
-    """222 million parameters: CLIP-B/16-224 and a decoder of 30 layers of width 576, as SmolLM2-135M."""
+    """Return a model of 222 million parameters: CLIP-B/16-224 and a decoder with the shape of SmolLM2-135M."""
     text = TextConfig(49152, 576, 1536, 30, 9, 3, rms_norm_eps=1e-5, tie_word_embeddings=True)
     return with_full_vocabulary(text, CLIPVisionConfig(patch_size=16))
 
 
 def with_full_vocabulary(text: TextConfig, vision: CLIPVisionConfig) -> tuple[LlavaConfig, Tokenizer]:
-    """A config and a tokenizer with as many tokens as the embedding has rows: loading it is part of a cold start."""
+    """Return a config and a tokenizer that fills its vocabulary, because a cold start includes loading it."""
     pairs = (bytes(two) for two in product(range(256), repeat=2))
     tokens = [*(bytes([b]) for b in range(256)), *islice(pairs, text.vocab_size - 256 - len(SPECIALS))]
     ranks = {token: i for i, token in enumerate(tokens)}
@@ -84,13 +74,13 @@ def with_full_vocabulary(text: TextConfig, vision: CLIPVisionConfig) -> tuple[Ll
 
 
 SHAPES = {
-    "speedrun": Shape(speedrun_model, rows=64, length=116, supervised=16),
+    "speedrun": Shape(new_model, rows=64, length=116, supervised=16),
     "222m": Shape(model_of_222m, rows=4, length=260, supervised=40),
 }
 
 
 def model_folder(name: str, root: Path) -> Path:
-    """The folder of a shape's random weights; written if it is missing or holds another config."""
+    """Return the folder of a shape's random weights; write it if it is missing or has another config."""
     folder = (root / name).resolve()
     config, tokenizer = SHAPES[name].make()
     expected = json.loads(json.dumps(config_to_json(config)))
@@ -112,7 +102,7 @@ def model_folder(name: str, root: Path) -> Path:
 
 
 def make_batch(config: LlavaConfig, job: Job) -> dict[str, torch.Tensor]:
-    """A training batch: an image at the start of each row, then ids of single bytes, which every vocabulary has."""
+    """Return a training batch: in each row an image, then ids of single bytes, which every vocabulary has."""
     generator, side = torch.Generator().manual_seed(0), config.vision_config.image_size
     input_ids = torch.randint(0, 256, (job.rows, job.length), generator=generator)
     input_ids[:, 1 : 1 + config.vision_config.num_patches] = config.image_token_index
@@ -122,14 +112,14 @@ def make_batch(config: LlavaConfig, job: Job) -> dict[str, torch.Tensor]:
 
 
 def make_question(config: LlavaConfig, job: Job) -> tuple[list[int], torch.Tensor]:
-    """A prompt with an image, and the image's pixels (1, 3, S, S): the first training row without its answer."""
+    """Return the first training row without its answer: the prompt's ids and the pixels (1, 3, S, S)."""
     batch = make_batch(config, job)
     prompt = batch["input_ids"][0, : job.length - job.supervised].tolist()
     return prompt, batch["pixel_values"][:1].to(job.device, getattr(torch, job.dtype))
 
 
 def image_files(folder: Path, count: int) -> list[Path]:
-    """JPEGs of 640 x 480, the usual size in COCO: smooth random color with a photo's noise. Written once."""
+    """Return paths of JPEGs of 640 x 480 pixels, as in COCO: smooth random color with noise. Written once."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i}.jpg" for i in range(count)]
     for path in paths:
@@ -138,9 +128,3 @@ def image_files(folder: Path, count: int) -> list[Path]:
             bands = [Image.blend(band, Image.effect_noise((640, 480), 30), 0.2) for band in smooth]
             Image.merge("RGB", bands).save(path, quality=90)
     return paths
-
-
-def world_dialogues(seed: int, scenes: int) -> list[list[str]]:
-    """The texts of each dialogue about the first scenes of the embedded world."""
-    records = (record for i in range(scenes) for record in make_records(seed, i, TURNS)[1])
-    return [[turn["value"] for turn in record["conversations"]] for record in records]

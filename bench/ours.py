@@ -1,4 +1,4 @@
-"""This project's part of a comparison: the plain model, or the one whose classes `fast.accelerate` has changed."""
+"""This project's side of a comparison: the plain model, or the model that `fast.accelerate` has accelerated."""
 
 import time
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from training.ranks import Distributed, compute_dtype
 
 
 def make_step(side: str, job: Job) -> Callable[[], float]:
-    """train.py's own step under its own flags, which returns the loss."""
+    """Return a function that does a step of train.py and returns its loss."""
     stage = "1" if job.way == "stage1" else "2"
     flags = ["--stage", stage, "--dtype", job.dtype, "--device", job.device, "--lr", "1e-5"]
     if "lora" in job.way:
@@ -62,7 +62,7 @@ class Answerer:
 
     @torch.inference_mode()
     def logits(self, prompts: list[list[int]], pixels: torch.Tensor | None) -> list[float]:
-        """The first 500 logits after each prompt; all prompts have one length."""
+        """Return the first 500 logits after each prompt; all prompts have the same length."""
         model = self.model
         features = None if pixels is None else model.vision_features(pixels)
         hidden = model.language_model.model(model.embed(torch.tensor(prompts, device=model.device), features))
@@ -70,7 +70,7 @@ class Answerer:
 
     @torch.inference_mode()
     def decode(self, prompts: list[list[int]], pixels: torch.Tensor | None, tokens: int) -> list[float]:
-        """Decode greedily; returns the time at which each token came."""
+        """Decode greedily; return the time of each token."""
         features, times = None if pixels is None else self.model.vision_features(pixels), []
         for _ in generate(self.model, prompts, features, max_new_tokens=tokens):
             times.append(time.perf_counter())  # generate() has waited for the device to hand the ids over
@@ -78,11 +78,10 @@ class Answerer:
 
 
 def make_image_loader(folder: Path) -> Callable[[Path], torch.Tensor]:
-    """A function from an image file to the tower's input (3, S, S)."""
+    """Return a function from an image file to the tower's input (3, S, S)."""
     config = read_config(folder)
     return lambda path: prepare_image(open_image(path), config).pixels[0]
 
 
 def make_encoder(folder: Path) -> Callable[[str], list[int]]:
-    """A function from text to ids."""
     return Tokenizer.load(folder).codec.encode

@@ -1,14 +1,12 @@
-"""Times several sides in turn, checks that they compute the same, and forms the rows of the table.
+"""Time several sides in turn, check that they compute the same numbers, and format the rows of the table.
 
-A machine's speed drifts: its clock changes, other programs start. Timed in turn (A B C A B C), all sides drift together
-and the ratio within a round hardly moves. So a ratio is the median over the rounds, with the smallest and the largest.
+A machine's speed drifts: its clock changes, other programs start. In turn (A B C A B C), all sides drift together and
+the ratio within a round stays the same. So a ratio is the median over the rounds, with the smallest and the largest.
 """
 
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -29,7 +27,7 @@ def check_equal(numbers: dict[str, list[float]], tolerance: float):
 
 
 def take_turns(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """The seconds that each side's call returns, by round; within a round, each side runs once."""
+    """Return the seconds that each side's call returns in each round; in a round, each side runs once."""
     seconds = {side: [] for side in calls}
     for _ in range(rounds):
         for side, call in calls.items():
@@ -39,9 +37,9 @@ def take_turns(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
 
 @dataclass
 class Row:
-    """A line of the table: the sides' values in the row's unit, and the ratios of two sides in every round.
+    """A line of the table: the value of each side in the row's unit, and the ratios of two sides in every round.
 
-    A ratio a / b above 1 means that a is better than b: it takes less time, or less memory.
+    A ratio a/b above 1 means that a takes less time or memory than b.
     """
 
     name: str
@@ -51,9 +49,9 @@ class Row:
 
 
 def make_row(name: str, unit: str, costs: dict[str, list[float]], amount: float = 1.0) -> Row:
-    """A row from each side's costs by round: seconds, or bytes if the unit is "MB".
+    """Return a row from each side's costs by round.
 
-    Args: amount: units of work in one call, for a rate such as "tokens/s".
+    Args: costs: seconds, or bytes if the unit is "MB"; amount: units of work in one call, for "tokens/s" and the like.
     """
     convert = {"ms": lambda cost: 1e3 * cost, "MB": lambda cost: cost / 1e6}.get(unit, lambda cost: amount / cost)
     pairs = [(a, b) for a, b in RATIOS if a in costs and b in costs]
@@ -61,27 +59,18 @@ def make_row(name: str, unit: str, costs: dict[str, list[float]], amount: float 
     return Row(name, unit, {side: convert(median(column)) for side, column in costs.items()}, ratios)
 
 
-def format_number(value: float | None) -> str:
-    """Three significant digits, or a dash for None."""
-    return "-" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def format_ratio(ratios: list[float] | None) -> str:
-    """The median and, of several rounds, the smallest and largest; a dash if there is no ratio."""
-    if not ratios:
-        return "-"
-    return f"{median(ratios):.2f}" + (f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else "")
-
-
 def format_row(row: Row) -> str:
-    """The row as a line of a Markdown table."""
-    numbers = [format_number(row.values.get(side)) for side in SIDES]
-    ratios = [format_ratio(row.ratios.get(f"{a}/{b}")) for a, b in RATIOS]
+    """Return the row as a line of a Markdown table, with a dash for each side that is missing."""
+    numbers = [format_number(row.values[side]) if side in row.values else "-" for side in SIDES]
+    names = [f"{a}/{b}" for a, b in RATIOS]
+    ratios = [format_ratio(row.ratios[name]) if name in row.ratios else "-" for name in names]
     return "| " + " | ".join([f"{row.name}, {row.unit}", *numbers, *ratios]) + " |"
 
 
-def processor_name() -> str:
-    """The CPU's name as the system reports it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def format_number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def format_ratio(ratios: list[float]) -> str:
+    """Return the median and, of several rounds, the smallest and largest."""
+    return f"{median(ratios):.2f}" + (f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else "")

@@ -1,19 +1,21 @@
 """One command, one table: the plain model, the accelerated model and the reference libraries, timed in turn.
 
     python -m bench                              every row for this device; --list names them
-    python -m bench --only 222m/train data       rows whose names begin so, or match, such as '*/decode/*/1'
-    python -m bench --items                      the gain of each item of fast/ alone, on the headline rows
-    python -m bench --json bench/cpu.json        write machine and rows as JSON, too
+    python -m bench --only 222m/train data       rows by the start of their names, or by a pattern: '*/decode/*/1'
+    python -m bench --items                      the gain of each item of fast/ alone
+    python -m bench --json bench/cpu.json        also write the machine and the rows as JSON
 
 All sides read the same random weights, and a row fails unless they compute the same numbers. Each side runs in a
-process of its own; they take turns. A ratio is the median over the rounds, with its spread; above 1 the first named
-side takes less time or memory. A row that fails says why in one line, and the exit status is 1 at the end.
+process of its own; they take turns. A ratio is the median over the rounds, with its spread; above 1, the side named
+first takes less time or memory. A row that fails prints one line, and the exit status is then 1.
 """
 
 import argparse
 import importlib.metadata
 import importlib.util
 import os
+import platform
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -27,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from bench.models import SHAPES, WAYS, Job, model_folder
-from bench.pairing import SIDES, Row, check_equal, format_row, make_row, processor_name, take_turns
+from bench.pairing import SIDES, Row, check_equal, format_row, make_row, take_turns
 from bench.worker import ColdStart, Worker
 from fast.accelerate import ITEMS
 from inputs.files import OUTPUT_ROOT, write_json
@@ -39,7 +41,7 @@ UNITS |= {"images": "images/s", "tokenize": "MB/s"}
 
 
 def make_jobs(device: str) -> dict[str, Job]:
-    """All rows by name: of each shape training, answering and a cold start; then the data. Job.folder names a shape."""
+    """Return all rows by name: training, answering and a cold start of each shape, then data. Job.folder: the shape."""
     usual, jobs = "bfloat16" if device.startswith("cuda") else "float32", {}  # as sample.py chooses
     for name, shape in SHAPES.items():
         job = Job("", name, device, usual, rows=shape.rows, length=shape.length, supervised=shape.supervised)
@@ -60,16 +62,18 @@ def make_jobs(device: str) -> dict[str, Job]:
 
 
 def select_jobs(jobs: dict[str, Job], patterns: list[str]) -> dict[str, Job]:
-    """The rows whose names begin with a pattern or match it; all without patterns. ValueError if one matches none."""
-    found = {p: [name for name in jobs if name.startswith(p) or fnmatch(name, p)] for p in patterns}
-    if unmatched := [pattern for pattern in patterns if not found[pattern]]:
-        raise ValueError(f"--only {unmatched[0]}: no row has this name; --list names them")
-    chosen = {name for names in found.values() for name in names}
+    """Return the rows whose names begin with a pattern or match it. Raises ValueError if a pattern matches none."""
+    chosen = set()
+    for pattern in patterns:
+        matching = {name for name in jobs if name.startswith(pattern) or fnmatch(name, pattern)}
+        if not matching:
+            raise ValueError(f"--only {pattern}: no row has this name; --list names them")
+        chosen |= matching
     return {name: job for name, job in jobs.items() if name in chosen or not patterns}
 
 
 def item_jobs(jobs: dict[str, Job], items: list[str]) -> dict[str, Job]:
-    """The rows of training and of decoding one row, accelerated by all items of fast/ and by each of these alone."""
+    """Return the rows of training, then of decoding, each with all items of fast/ and with each of `items` alone."""
     training = [name for name, job in jobs.items() if job.kind == "train" and not job.compiled]
     decoding = [name for name, job in jobs.items() if job.kind == "decode" and job.batch == 1]
     variants = {"all": None} | {item: [item] for item in items}
@@ -81,43 +85,51 @@ def item_jobs(jobs: dict[str, Job], items: list[str]) -> dict[str, Job]:
 
 
 def tolerance_of(job: Job) -> float:
-    """The difference that `check_equal` allows: rounding in the job's type; none for data."""
+    """Return the relative difference that rounding in the job's dtype may cause; 0 for data."""
     if job.kind in ("images", "tokenize"):
         return 0.0
     return max({"float32": 1e-3, "bfloat16": 5e-2}[job.dtype], 2e-2 if job.bits == 4 or job.way == "qlora" else 0)
 
 
 def measure(name: str, job: Job, sides: list[str], rounds: int) -> Iterator[Row]:
-    """A row of speed and, of training and a cold start, one of memory; without theirs if that does not run here.
+    """Yield a row of speed and, for a cold start and training that is not compiled, one of memory.
 
-    Raises ValueError if plain or fast fails, or if the sides compute different numbers.
+    If "theirs" fails, a line says so and the rows leave it out. Raises ValueError if another side fails, or if the
+    sides compute different numbers.
     """
     make_side = ColdStart if job.kind == "cold_start" else Worker
     with ExitStack() as stack:
         running = {}
         for side in sides:
             if side == "fast" and job.kind in ("images", "tokenize"):
-                continue  # nothing in fast/ is about data
+                continue  # fast/ does not change how data is loaded
             try:
                 running[side] = stack.enter_context(closing(make_side(side, job)))
             except ValueError as error:
                 if side != "theirs":
                     raise
                 tqdm.write(f"bench: {name}: {error}"[:300], sys.stderr)
-        check_equal({side: it.numbers for side, it in running.items()}, tolerance_of(job))
-        seconds = take_turns({side: it.seconds for side, it in running.items()}, rounds)
+        check_equal({side: worker.numbers for side, worker in running.items()}, tolerance_of(job))
+        seconds = take_turns({side: worker.seconds for side, worker in running.items()}, rounds)
         yield make_row(name, UNITS[job.kind], seconds, next(iter(running.values())).amount)
         if job.kind in ("train", "cold_start") and not job.compiled:  # the compiler takes memory of its own
-            yield make_row(name, "MB", {side: [it.bytes] for side, it in running.items()})
+            yield make_row(name, "MB", {side: [worker.bytes] for side, worker in running.items()})
 
 
 def describe_machine(device: torch.device) -> dict:
-    """The machine and the versions that the numbers hold for."""
+    """Return the date, the machine and the versions that the numbers hold for."""
     packages = ("torch", "transformers", "peft", "bitsandbytes")
-    versions = {p: importlib.metadata.version(p) if importlib.util.find_spec(p) else None for p in packages}
-    found = {"cpu": processor_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    found |= {"capability": torch.backends.cpu.get_cpu_capability(), "date": date.today().isoformat()}
-    return found | {"gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None} | versions
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model_name = re.search(r"^model name\s*: (.*)$", cpuinfo, re.MULTILINE)
+    return {
+        "cpu": model_name[1].strip() if model_name else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "date": date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        **{p: importlib.metadata.version(p) if importlib.util.find_spec(p) else None for p in packages},
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,18 +137,18 @@ def describe_machine(device: torch.device) -> dict:
 
 
 def read_flags() -> argparse.Namespace:
-    """The command line; an unknown flag or value ends the program with status 2."""
+    """Return the flags; an unknown flag or value ends the program with status 2."""
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser("python -m bench", description=__doc__, **form)
     add = parser.add_argument
-    add("--only", nargs="+", default=[], metavar="PATTERN", help="rows whose names begin so, or match")
-    add("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="leave out a side to save time and memory")
-    add("--items", nargs="*", choices=ITEMS, help="measure items of fast/ (all, or those named) each on its own")
+    add("--only", nargs="+", default=[], metavar="PATTERN", help="measure rows whose names begin with this, or match")
+    add("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="sides to measure; fewer save time and memory")
+    add("--items", nargs="*", choices=ITEMS, help="measure the items of fast/ one by one, all or these")
     add("--rounds", type=int, default=5, help="rounds per row, after one warm-up of each side")
     add("--device", help="cpu, cuda or cuda:N; default: cuda if there is a GPU")
-    add("--work", type=Path, default=OUTPUT_ROOT / "bench", help="folder of the random models, kept for the next time")
-    add("--json", type=Path, metavar="FILE", help="write machine and rows to this file, too")
-    add("--list", action="store_true", help="print the names of the rows and end")
+    add("--work", type=Path, default=OUTPUT_ROOT / "bench", help="folder to keep the random models in")
+    add("--json", type=Path, metavar="FILE", help="also write the machine and the rows to this file")
+    add("--list", action="store_true", help="only print the names of the rows")
     args = parser.parse_args()
     args.items = list(ITEMS) if args.items == [] else args.items
     if args.rounds < 1:
@@ -145,7 +157,7 @@ def read_flags() -> argparse.Namespace:
 
 
 def main():
-    """Measure and print row by row; exit status 1 if one failed."""
+    """Measure and print row by row; if a row failed, the exit status is 1."""
     args = read_flags()
     try:
         device = choose_device(args.device)
@@ -169,8 +181,8 @@ def main():
         except ValueError as error:
             failed += 1
             bar.write(f"bench: {name}: {error}"[:300], sys.stderr)
-        if args.json:  # each time, so that an interruption loses one row only
-            found = {"machine": describe_machine(torch.device(device)), "rows": [asdict(row) for row in rows]}
-            write_json(args.json, found)
+        if args.json:  # after each row, so that an interruption loses only one
+            machine = describe_machine(torch.device(device))
+            write_json(args.json, {"machine": machine, "rows": [asdict(row) for row in rows]})
     if failed:
         sys.exit(f"bench: {failed} of {len(jobs)} rows failed")

@@ -1,4 +1,4 @@
-"""The reference's part of a comparison: transformers, with peft for LoRA and bitsandbytes for NF4."""
+"""The reference's side of a comparison: transformers, with peft for LoRA and bitsandbytes for NF4."""
 
 import time
 from collections.abc import Callable
@@ -21,7 +21,7 @@ ADAPTED = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|d
 
 
 def load(job: Job, dtype: torch.dtype, bits: int) -> nn.Module:
-    """transformers' LLaVA with its default attention; with 4 bits, the decoder's layers in bitsandbytes' NF4."""
+    """Load transformers' LLaVA with its default attention; with 4 bits, the decoder's layers in bitsandbytes' NF4."""
     logging.disable_progress_bar()
     options = {"dtype": dtype, "attn_implementation": "sdpa"}
     if bits == 16:
@@ -34,7 +34,7 @@ def load(job: Job, dtype: torch.dtype, bits: int) -> nn.Module:
 
 
 def load_for_training(job: Job) -> nn.Module:
-    """The model with the same parameters trainable as in ours.py; LoRA and NF4 as peft's documentation says."""
+    """Load a model that trains the same parameters as in ours.py, with LoRA and NF4 as in peft's documentation."""
     quantized = job.way == "qlora"
     dtype = torch.bfloat16 if quantized and job.dtype == "bfloat16" else torch.float32
     model = load(job, dtype, 4 if quantized else 16)
@@ -52,7 +52,7 @@ def load_for_training(job: Job) -> nn.Module:
 
 
 def make_step(side: str, job: Job) -> Callable[[], float]:
-    """The step of Hugging Face's Trainer without its loop: autocast, clipping, fused AdamW."""
+    """Return a function that does a step of Hugging Face's Trainer and returns its loss."""
     device, autocast = torch.device(job.device), job.dtype == "bfloat16"
     model = load_for_training(job)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -74,25 +74,24 @@ def make_step(side: str, job: Job) -> Callable[[], float]:
 
 
 class Answerer:
-    """transformers' model and generate()."""
+    """transformers' model and generate(); for the methods, see ours.py."""
 
     def __init__(self, side: str, job: Job):
         self.model = load(job, getattr(torch, job.dtype), job.bits)
 
     def inputs(self, prompts: list[list[int]], pixels: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """The output of transformers' processor for prompts of one length."""
+        """Return what transformers' processor would, for prompts of the same length."""
         ids = torch.tensor(prompts, device=self.model.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return inputs if pixels is None else inputs | {"pixel_values": pixels}
 
     @torch.inference_mode()
     def logits(self, prompts: list[list[int]], pixels: torch.Tensor | None) -> list[float]:
-        """The first 500 logits after each prompt; all prompts have one length."""
         logits = self.model(**self.inputs(prompts, pixels), logits_to_keep=1).logits
         return logits[:, -1, :500].float().flatten().tolist()
 
     def decode(self, prompts: list[list[int]], pixels: torch.Tensor | None, tokens: int) -> list[float]:
-        """Decode greedily, exactly so many tokens; returns the time at which each token came."""
+        """Decode exactly `tokens` tokens greedily; return the time of each."""
         times, exact = [], {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
         clock = SimpleNamespace(put=lambda ids: times.append(time.perf_counter()), end=lambda: None)
         self.model.generate(**self.inputs(prompts, pixels), **exact, streamer=clock)
@@ -100,12 +99,10 @@ class Answerer:
 
 
 def make_image_loader(folder: Path) -> Callable[[Path], torch.Tensor]:
-    """A function from an image file to the tower's input (3, S, S)."""
     processor = AutoImageProcessor.from_pretrained(folder)
     return lambda path: processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
 
 def make_encoder(folder: Path) -> Callable[[str], list[int]]:
-    """A function from text to ids."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]

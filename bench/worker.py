@@ -1,4 +1,4 @@
-"""Runs each side in a process of its own, which waits while another side is timed.
+"""Run each side in a process of its own, which waits while another side is timed.
 
 In one process the sides would share torch's allocator, and each would slow the others down.
 """
@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 class Worker:
-    """A contender in another process. numbers, amount: as of contenders.Contender; bytes: peak memory so far.
+    """A contender in another process, with its numbers and amount. bytes: its peak memory so far.
 
     Raises ValueError with the error's first line if the process fails.
     """
@@ -35,7 +35,7 @@ class Worker:
         self.numbers, self.amount = self.receive()
 
     def receive(self) -> tuple:
-        """The next message of the process."""
+        """Return the next message of the process; a string is an error."""
         try:
             message = self.pipe.recv()
         except EOFError:
@@ -46,24 +46,23 @@ class Worker:
         return message
 
     def seconds(self) -> float:
-        """Do the work once; returns its duration."""
+        """Do the work once; return its duration."""
         self.pipe.send("run")
         seconds, self.bytes = self.receive()
         return seconds
 
     def close(self):
-        """End the process."""
         self.pipe.close()
         self.process.join()
 
 
 def serve(pipe: Connection, side: str, job: Job):
-    """In the worker's process: make the contender, then run it once for every message, until the pipe is closed."""
-    os.dup2(2, 1)  # standard output is the table's
+    """Make the contender, in the worker's process, and run it once for every message until the pipe is closed."""
+    os.dup2(2, 1)  # standard output is for the table only
     try:
-        theirs = ("bench.theirs", "transformers.models.llava.modeling_llava")
-        for name in ("torch._dynamo", *(theirs if side == "theirs" else ["bench.ours"])):  # optimizers import the first
-            importlib.import_module(name)  # before memory is counted
+        modules = ["bench.theirs", "transformers.models.llava.modeling_llava"] if side == "theirs" else ["bench.ours"]
+        for name in ("torch._dynamo", *modules):  # before memory is counted; optimizers import torch._dynamo
+            importlib.import_module(name)
         before, gpu = process_memory("VmRSS"), job.device.startswith("cuda")
         contender = make_contender(side, job)
         pipe.send((contender.numbers, contender.amount))
@@ -78,7 +77,7 @@ def serve(pipe: Connection, side: str, job: Job):
 
 
 def process_memory(field: str) -> int:
-    """Bytes that the kernel counts for this process: VmRSS now, VmHWM at most."""
+    """Return this process's memory in bytes as the kernel counts it: VmRSS is the current one, VmHWM the peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return 1024 * int(line.split()[1])
 
@@ -86,7 +85,8 @@ def process_memory(field: str) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # a cold start
 
-# Reports the peak memory of a program. It is started in between because a child's counter begins at its parent's size.
+# Runs a program and prints its peak memory. The bench cannot run it directly: a child's counter begins at the size of
+# its parent, and the bench is large.
 LAUNCHER = """
 import resource, subprocess, sys
 status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
@@ -108,9 +108,9 @@ print(processor.decode(ids[0, -1:]).encode())
 
 
 class ColdStart:
-    """A new process each time: import, load, read an image, say one token. bytes: peak memory of the whole process.
+    """A new process each time: import, load, read an image, answer with one token. bytes: its peak memory.
 
-    The answers are not compared: ours and theirs put the question into different words.
+    The answers are not compared, because ours and theirs put the question into different words.
     """
 
     numbers, amount = [0.0], 1.0
@@ -123,10 +123,10 @@ class ColdStart:
         if side == "theirs":
             program = ["-c", THEIR_ANSWER, job.folder, str(image), job.device, job.dtype]
         self.side, self.command = side, [sys.executable, "-c", LAUNCHER, sys.executable, *program]
-        self.seconds()  # fills the disk's cache
+        self.seconds()  # warms the disk's cache
 
     def seconds(self) -> float:
-        """Run the process once; returns its duration."""
+        """Run the process once; return its duration."""
         begin = time.perf_counter()
         done = subprocess.run(self.command, cwd=REPOSITORY, capture_output=True, text=True)
         elapsed = time.perf_counter() - begin
@@ -137,4 +137,4 @@ class ColdStart:
         return elapsed
 
     def close(self):
-        """Nothing is running."""
+        """Do nothing: no process is left."""

@@ -1,2 +1,1 @@
-"""The embedded world of shapes and signs: its images, its text, its probes, and the speedrun that trains on it;
-scripts and tools may call it."""
+"""The embedded world of shapes and signs: its scenes, images, text and probes, and the speedrun that trains on it."""

@@ -17,7 +17,7 @@ def draw_scene(scene: Scene, side: int) -> Image.Image:
     canvas = draw_background(scene, side).resize((large, large), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(canvas)
     for obj in scene.objects:
-        (draw_sign if obj.text else draw_shape)(pen, obj, large)
+        (draw_sign if obj.text else draw_shape)(pen, obj, large, line_width=max(1, round(large * 0.012)))
     return canvas.reduce(OVERSAMPLING)
 
 
@@ -57,24 +57,20 @@ CORNERS = {  # of each shape in the unit square, y downwards; a circle has none
 }
 
 
-def line_width(side: int) -> int:
-    return max(1, round(side * 0.012))
-
-
-def draw_shape(pen: ImageDraw.ImageDraw, obj: SceneObject, side: int):
+def draw_shape(pen: ImageDraw.ImageDraw, obj: SceneObject, side: int, line_width: int):
     x1, y1, x2, y2 = (side * v for v in obj.box)
     fill = COLORS[obj.color]
     outline = tuple(int(0.6 * channel) for channel in fill)
     if obj.shape == "circle":
-        pen.ellipse((x1, y1, x2, y2), fill, outline, line_width(side))
+        pen.ellipse((x1, y1, x2, y2), fill, outline, line_width)
     else:
         points = [(x1 + (x2 - x1) * u, y1 + (y2 - y1) * v) for u, v in CORNERS[obj.shape]]
-        pen.polygon(points, fill, outline, line_width(side))
+        pen.polygon(points, fill, outline, line_width)
 
 
-def draw_sign(pen: ImageDraw.ImageDraw, obj: SceneObject, side: int):
+def draw_sign(pen: ImageDraw.ImageDraw, obj: SceneObject, side: int, line_width: int):
     x1, y1, x2, y2 = (side * v for v in obj.box)
-    pen.rounded_rectangle((x1, y1, x2, y2), side * 0.03, (252, 252, 248), (70, 70, 80), line_width(side))
+    pen.rounded_rectangle((x1, y1, x2, y2), side * 0.03, (252, 252, 248), (70, 70, 80), line_width)
     pen.text(((x1 + x2) / 2, (y1 + y2) / 2), obj.text, (25, 25, 35), load_font(font_size(obj.text, side)), anchor="mm")
 
 

@@ -2,8 +2,8 @@
 
     python -m world.figures --run out/speedrun --out assets        (needs matplotlib: pip install matplotlib)
 
-Each figure is a light card on a transparent background, so it reads on a white and on a dark page. Without a finished
-run, the shapes are the speedrun's, the tokenizer is trained here, and the last two figures are left out.
+Each figure is a light card on a transparent background, for white and for dark pages. Without a finished run, the
+first three show a new model of the speedrun's shape, and the last two are left out.
 """
 
 import argparse
@@ -268,18 +268,6 @@ def draw_losses(run: Path, path: Path):
     card.save(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def main():
-    """Draw the figures."""
-    parser = argparse.ArgumentParser(prog="python -m world.figures", description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, default=OUTPUT_ROOT / "speedrun", help="folder of a finished speedrun")
-    parser.add_argument("--out", type=Path, default=Path("assets"), help="folder to write the figures to")
-    args = parser.parse_args()
-    draw_figures(args.run, args.out)
-
-
 def draw_figures(run: Path, out: Path):
     """Draw every figure that `run` has the data for into `out`; print a line for each, drawn or not."""
     plots.new_figure(1, 1)  # raises ValueError if matplotlib is missing, before anything is written
@@ -298,6 +286,15 @@ def draw_figures(run: Path, out: Path):
         print(out / "heldout_sheet.png")
     else:
         print(f"heldout_sheet.png is not drawn: {run}/stage2 has no answers.jsonl")
+
+
+def main():
+    """Draw the figures."""
+    parser = argparse.ArgumentParser(prog="python -m world.figures", description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, default=OUTPUT_ROOT / "speedrun", help="folder of a finished speedrun")
+    parser.add_argument("--out", type=Path, default=Path("assets"), help="folder to write the figures to")
+    args = parser.parse_args()
+    draw_figures(args.run, args.out)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ it. With bare answers ("red", "no") the model must first learn to carry the noun
 """
 
 import random
+from itertools import permutations, product
 from operator import attrgetter
 
 from world.scenes import COLORS, SHAPES, Scene, SceneObject
@@ -105,10 +106,8 @@ def choose_pair(scene: Scene, rng: random.Random) -> tuple[bool, str, str]:
     # mostly a near miss: the scene has the color, or the shape, or both in different objects
     colors = sorted({color for color, _ in pairs}) if rng.random() < 0.5 else list(COLORS)
     shapes = sorted({shape for _, shape in pairs}) if rng.random() < 0.5 else list(SHAPES)
-    absent = [(color, shape) for color in colors for shape in shapes if (color, shape) not in pairs]
-    if not absent:
-        absent = [(color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in pairs]
-    return False, *rng.choice(absent)
+    absent = [pair for pair in product(colors, shapes) if pair not in pairs]
+    return False, *rng.choice(absent or [pair for pair in product(COLORS, SHAPES) if pair not in pairs])
 
 
 def ask_color(scene: Scene, rng: random.Random):
@@ -158,7 +157,6 @@ def ask_position(scene: Scene, rng: random.Random):
 
 
 def state_position(name: str, obj: SceneObject) -> str:
-    """Return the clause that says where an object is, without a full stop."""
     return f"The {name} is {CELL_PHRASES[obj.cell]}"
 
 
@@ -201,8 +199,7 @@ def ask_reading(scene: Scene, rng: random.Random):
 
 def ask_comparison(scene: Scene, rng: random.Random):
     """Ask which of two shapes is larger, or if they have the same color. Half of the latter answers are yes."""
-    objects = find_unique(scene, "shape")
-    pairs = [(a, b) for a in objects for b in objects if a is not b]
+    pairs = list(permutations(find_unique(scene, "shape"), 2))
     if not pairs:
         return None
     alike = [pair for pair in pairs if pair[0].color == pair[1].color]

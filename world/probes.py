@@ -71,8 +71,8 @@ def probe_existence(count: int, rng: random.Random) -> Iterator[dict]:
     """Ask if there is a red star. Condition: how absent objects are chosen; equally many present ones are asked about.
 
     As in POPE (Li et al. 2023, section 4): random; popular, the most frequent in training scenes; adversarial, those
-    that training scenes most often show together with the scene's objects. Near miss: another object has the color, and
-    a third the shape.
+    that training scenes most often show together with the scene's objects. Near miss: one object has the color and
+    another the shape.
     """
     seen = [make_scene(0, index, False)[0].color_shape_pairs for index in range(TRAINING_SCENES)]
     frequency = Counter(pair for pairs in seen for pair in pairs)
@@ -173,7 +173,7 @@ PROBES = (probe_existence, probe_counting, probe_relations, probe_reading, probe
 def make_probes(folder: Path, side: int, count: int) -> list[dict]:
     """Return the questions of all probes and draw their images into `folder`.
 
-    Args: side: of an image in pixels; count: questions per condition (existence: scenes).
+    Args: side: side of an image in pixels; count: questions per condition, for existence scenes per condition.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for probe in PROBES for row in probe(count, random.Random(f"{SEED} {probe.__name__}"))]
@@ -191,7 +191,7 @@ def make_probes(folder: Path, side: int, count: int) -> list[dict]:
 
 
 def draw_scaled(scene: Scene, scale: float, side: int) -> Image.Image:
-    """Draw a scene with its sign scaled: cut the sign from a larger or smaller drawing and paste it."""
+    """Return a drawing of a scene, with the sign cut from another drawing that is `scale` times as large."""
     if scale == 1 or scene.sign is None:
         return draw_scene(scene, side)
     image, scaled_side = draw_scene(replace(scene, objects=tuple(scene.shapes)), side), round(side * scale)
@@ -203,7 +203,7 @@ def draw_scaled(scene: Scene, scale: float, side: int) -> Image.Image:
 
 
 def text_height(text: str, scale: float, side: int) -> int:
-    """Height of a digit or capital letter on a sign of this scale, in pixels."""
+    """Return the height of a digit or capital letter on a sign of this scale, in pixels."""
     _, top, _, bottom = load_font(font_size(text, 4 * round(side * scale))).getbbox("8")
     return round((bottom - top) / 4)
 
@@ -244,8 +244,8 @@ def measure_existence(pairs: list[tuple[dict, str]]) -> dict[str, float]:
     """Return POPE's metrics; if no true answer is yes, only the ratio of yes answers is defined."""
     labels = [row["answer"] for row, _ in pairs]
     measured = yes_no_scores([yes_no_llava(answer) for _, answer in pairs], labels)
-    names = ("precision", "recall", "f1", "yes ratio") if "yes" in labels else ("yes ratio",)
-    return {name: measured[name] for name in names}
+    names = ("precision", "recall", "f1") if "yes" in labels else ()
+    return {name: measured[name] for name in (*names, "yes ratio")}
 
 
 CONDITIONS = {  # probe -> what its condition varies
@@ -272,9 +272,8 @@ def to_markdown(found: dict, side: int) -> str:
 
 
 def format_value(column: str, value: float | None) -> str:
-    if value is None or isinstance(value, int):
-        return "" if value is None else str(value)
-    return f"{value:.2f}" if column == "mean error" else f"{value:.1f}"
+    digits = 0 if isinstance(value, int) else 2 if column == "mean error" else 1
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def write_report(rows: list[dict], answers: list[str], folder: Path, side: int) -> str:

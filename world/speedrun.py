@@ -1,10 +1,10 @@
-"""The speedrun: every step from an empty folder to a model that answers, as the commands a person would type.
+"""The speedrun: the commands that a person would type, from an empty folder to a model that answers questions.
 
     python -m world.speedrun --minutes 15        (bash speedrun.sh installs first)
 
-One dial, --minutes, sets how much data is drawn and how many steps are trained. The numbers do not depend on the speed
-of the machine, so on one machine the same dial and seed give the same results. A stopped speedrun resumes at the step
-that it was in; the minutes of that step then count from there. The report is out/speedrun/report.md.
+--minutes sets the number of images and of training steps. Neither depends on the machine's speed, so on one machine
+the same minutes and seed give the same results. The same command resumes a stopped speedrun at the step that it was in;
+the report then counts that step's minutes from there. The report is out/speedrun/report.md.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from world.writer import make_records
 
 
 def new_model() -> tuple[LlavaConfig, Tokenizer]:
-    """Return the config of a model of the speedrun's shape, and a tokenizer trained on the same kind of text."""
+    """Return config and tokenizer of a model of the speedrun's shape, for the figures and for bench/."""
     records = [record for i in range(300) for record in make_records(0, i, TURNS)[1]]
     texts = [message["value"] for record in records for message in record["conversations"]]
     tokenizer = train_bpe([*texts, *["USER: ", " ASSISTANT:"] * 300], merges=600)
@@ -110,7 +110,7 @@ def choose_compile(minutes: float) -> list[str]:
 
 
 class Runner:
-    """Runs one command at a time. On SIGINT or SIGTERM, the command may save and end first; then the speedrun ends."""
+    """Run one command at a time. SIGINT and SIGTERM let the command save and end, and then end the speedrun."""
 
     def __init__(self):
         self.process, self.signal = None, 0

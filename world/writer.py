@@ -41,18 +41,10 @@ def write_world(out: Path, n: int, seed: int, side: int, questions: int, turns: 
         captions.append(caption)
         instructions += dialogues
         texts += text
-    write_lines(out / "scenes.jsonl", scenes)
-    write_lines(out / "questions.jsonl", rows)
+    for name, lines in (("scenes", scenes), ("questions", rows)):
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name, records in (("captions", captions), ("instruct", instructions), ("text", texts)):
         (out / f"{name}.json").write_text(json.dumps(records, indent=0))
-
-
-def write_lines(path: Path, rows: list[dict]):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# images
 
 
 def image_path(seed: int, index: int, held_out: bool) -> str:
@@ -89,10 +81,6 @@ def draw_image(index: int, seed: int, held_out: bool, side: int, out: Path, shif
     return {"image": name, "background": scene.background, "things": objects}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# training records
-
-
 def make_conversation(turns: list[tuple[str, str]], prefix: str = "") -> list[dict]:
     """Return a dialogue in LLaVA's JSON; `prefix` ("<image>\\n", or notes) opens the first question."""
     texts = [text for pair in turns for text in pair]
@@ -120,15 +108,8 @@ def make_records(seed: int, index: int, turns: int) -> tuple[dict, list[dict], l
     return caption, dialogues, text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# held-out questions
-
-
 def make_question(seed: int, index: int, number: int) -> dict | None:
-    """Return question `number`, about held-out scene `index`; None if its family cannot ask about this scene.
-
-    The families take turns by number.
-    """
+    """Return question `number`, about held-out scene `index`; None if its family cannot ask about this scene."""
     family = sorted(FAMILIES)[number % len(FAMILIES)]
     pair = FAMILIES[family](*make_scene(seed, index, held_out=True))
     if pair is None:
