@@ -1,10 +1,10 @@
-"""From LLaVA's JSON to batches: a dialogue becomes ids and labels, an image becomes pixels, samples become a batch.
+"""Turn LLaVA's JSON into batches: a dialogue into ids and labels, an image into pixels, samples into a batch.
 
     record   {"image": "cat.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, ...]}
     sample   {"ids": [1, 32000, 32000, ...], "labels": [-100, -100, ...], "pixel_values": [(3, 336, 336)]}
     batch    {"input_ids": (B, T), "labels": (B, T), "pixel_values": (N, 3, 336, 336), ...}
 
-Two commands look at data before it is trained on:
+Two commands inspect data before training:
 
     python data.py show a.json --model DIR               print a record as the model reads it, trained tokens in green
     python data.py check a.json b.json:2 --images DIR    report every bad record; exit status 1 if there is one
@@ -44,15 +44,15 @@ from variants.anyres import Size, count_tokens, cut_tiles
 def render_dialogue(
     turns: list[Turn], tokenizer: Tokenizer, template: str, image_tokens: int | list[int]
 ) -> tuple[list[int], list[int]]:
-    """Ids and labels of a dialogue, built together in one pass; training, sampling and evaluation all use it.
+    """Ids and labels of a dialogue, built together in one pass. Training, sampling and evaluation all use it.
 
     A dialogue about an image of two tokens, in the template "llava_hf" (a dot is IGNORE: no loss here):
 
         ids      <s>  USER :  <image> <image>  \\n What is this ?  ASSISTANT :   a cat  </s>
         labels    .    .   .     .       .      .   .   .   .  .      .      .   a cat  </s>
 
-    Trained are the answers and their end tokens. Structure is written as ids and never searched for in text, so a user
-    who types "</s>" or "ASSISTANT:" cannot change it.
+    The loss covers the answers and their end tokens. Structure is written as ids and never searched for in text, so a
+    user who types "</s>" or "ASSISTANT:" cannot change it.
 
     Args: image_tokens: placeholders per image (576 for CLIP-L/14-336), or a list with the number for each image.
     Returns two lists of equal length. Raises ValueError if the tokenizer lacks a special token of the template.
@@ -84,15 +84,15 @@ def render_dialogue(
 class Transcript:
     """Ids and labels of a dialogue, written from left to right.
 
-    Text is gathered in `text` and encoded as one chunk, which ends at an image, a special token or an answer. So a
-    prompt gets the same ids whether its answer follows (training) or not (sampling).
+    Text is gathered in `text` and encoded in chunks that end at an image, a special token or an answer. So a prompt has
+    the same ids whether its answer follows (training) or not (sampling).
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.ids, self.labels, self.text = tokenizer, [], [], ""
         if tokenizer.bos_id is not None:
             self.add_ids([tokenizer.bos_id])
-        self.starts = True  # the next chunk starts a text; False: it continues one (SentencePiece tells them apart)
+        self.starts = True  # True if the next chunk starts a text, False if it continues one; SentencePiece differs
 
     def add_ids(self, ids: list[int], learn: bool = False):
         self.ids += ids
@@ -118,7 +118,7 @@ class Transcript:
             self.starts = self.tokenizer.legacy
 
     def add_images(self, counts: Iterable[int]):
-        """Add the placeholders of some images; the model replaces each by one visual feature."""
+        """Add the placeholders of some images. The model replaces each placeholder by one visual feature."""
         self.encode_text()
         self.add_ids([self.tokenizer.image_id] * sum(counts))
         self.starts = True  # LLaVA's tokenizer_image_token encodes the text after an image on its own
@@ -137,11 +137,11 @@ def prompt_ids(questions: list[str], answers: list[str], images: int, tokenizer,
 
 @dataclass
 class PreparedImage:
-    """An image as the vision tower reads it. pixels (N, 3, S, S): one square; with anyres the whole, then its tiles."""
+    """An image for the vision tower. pixels (N, 3, S, S): one square; with anyres the whole image, then its tiles."""
 
     pixels: torch.Tensor
     size: Size  # height and width before it was resized
-    tokens: int  # placeholders it takes in a prompt
+    tokens: int  # number of its placeholders in a prompt
 
 
 def load_image(root: str | Path, name: str, config) -> PreparedImage:
@@ -166,7 +166,7 @@ def image_pixels(image: Image.Image, size: int, mode: str) -> torch.Tensor:
 
 
 def count_image_tokens(root: str | Path, name: str, config) -> int:
-    """Placeholders of an image. The number of tiles follows from its shape, which is read from the file's header."""
+    """Number of an image's placeholders. With anyres it depends on the size, which is read from the file's header."""
     vision, pinpoints = config.vision_config, config.image_grid_pinpoints
     if not vision or not pinpoints:
         return vision.num_patches if vision else 0
@@ -185,9 +185,9 @@ class Records(Samples):
     """Training samples of a LLaVA.
 
     Args: max_length: in tokens, images included; a longer dialogue loses its end, but never a part of an image.
-    image_order: "first" puts the first image before its question, as LLaVA's code does; "either" before or after it,
-    as the paper of LLaVA-1.0 says, by a coin that depends on (seed, index) only. text_only: leave the images out, for
-    a decoder that learns text first. template: for records that name none; default: the model's.
+    image_order: "first" puts images before their question, as in LLaVA's code; "either" before or after it at random,
+    as in the paper of LLaVA-1.0, depending on (seed, index) only. text_only: leave the images out, for a decoder that
+    learns text first. template: for records that name none; default: the model's.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class Records(Samples):
         self.tokenizer, self.config = tokenizer, config
         self.max_length, self.image_order, self.seed, self.text_only = max_length, image_order, seed, text_only
         self.template = template or config.template
-        # Of a frozen vision tower: images by (folder, name), with features in the place of pixels (filled by train.py).
+        # Images by (folder, name), with features of a frozen vision tower instead of pixels; filled by train.py.
         self.features: dict[tuple[str, str], PreparedImage] = {}
 
     def sample(self, index: int) -> dict:
@@ -230,7 +230,7 @@ class Records(Samples):
         return render_dialogue(turns, self.tokenizer, record.get("template", self.template), tokens)
 
     def images(self, most: int | None = None) -> dict[tuple[str, str], int]:
-        """All different images (or the first `most`): (folder, name) -> the first sample that has it."""
+        """All different images, or the first `most` of them: (folder, name) -> the first sample that has it."""
         found = {}
         for index in range(len(self)):
             if most and len(found) >= most:
@@ -240,7 +240,7 @@ class Records(Samples):
         return found
 
     def load(self, names: dict[tuple[str, str], int]) -> dict[tuple[str, str], PreparedImage]:
-        """Some of `images()`, prepared. A bad one raises DataError; with `skips` it is left out."""
+        """Load and prepare some of `images()`. A bad image raises DataError; with `skips` it is left out."""
         found = {}
         for name, index in names.items():
             try:
@@ -251,9 +251,9 @@ class Records(Samples):
         return found
 
     def lengths(self) -> np.ndarray:
-        """Tokens of each sample, negative if it has no image: (N,) int32. With "either", as if images came first.
+        """Tokens of each sample, negative if it has no image: (N,) int32. Images are counted as before their question.
 
-        Batches of similar lengths need less padding. The numbers are counted once and kept beside each file's index.
+        Batches of similar lengths need less padding. The lengths are counted once and kept beside each file's index.
         """
         vision, pinpoints = self.config.vision_config, self.config.image_grid_pinpoints
         counts, first = [], 0
@@ -277,7 +277,7 @@ class Records(Samples):
 
 
 class CaptionPairs(Samples):
-    """Images with a text each, for CLIP: all records with exactly one image.
+    """Pairs of an image and a text, for CLIP: all records with exactly one image.
 
     The text is cut to the length of the text tower and stands between a begin and an end token.
     """
@@ -294,7 +294,7 @@ class CaptionPairs(Samples):
     def sample(self, index: int) -> dict:
         record = self.record(index)
         turns = turns_of(record)
-        text = turns[0].answer  # a caption; of a dialogue, all that is said about the image
+        text = turns[0].answer  # a caption; for a dialogue, the text of all its turns
         if len(turns) > 1:
             text = " ".join(f"{turn.question} {turn.answer}." for turn in turns)
         room = self.config.text_config.max_position_embeddings - 2
@@ -316,8 +316,8 @@ def collate(samples: list[dict], pad_id: int) -> dict:
         7 8 9                7 8 9 0 0               . 8 9 . .        0 is pad_id, a dot is IGNORE
         4 5 6 7 8            4 5 6 7 8               . . . 7 8
 
-    "pixel_values" or "vision_features" is (N, ...), the other one None; both are None if no sample has an image.
-    "image_sizes" holds (height, width) of each image if images come in tiles, else nothing.
+    "pixel_values" or "vision_features" is (N, ...) and the other None; both are None if no sample has an image.
+    "image_sizes" holds (height, width) of each image if images are cut into tiles; else it is empty.
     """
     longest = max(len(sample["ids"]) for sample in samples)
 
@@ -381,7 +381,9 @@ def main():
     add.add_argument("--images", nargs="+", help="folder that image paths start from, or one for each file")
     add.add_argument("--model", type=Path, help="folder of a model: also count tokens with its tokenizer")
     add.add_argument("--template", choices=TEMPLATES, help="for the tokens; default: the model's")
-    add.add_argument("--decode", action="store_true", help="decode every image, instead of only looking for its file")
+    add.add_argument(
+        "--decode", action="store_true", help="decode every image, instead of only checking that its file exists"
+    )
     args = parser.parse_args()
     args.run(args)
 

@@ -4,7 +4,7 @@
     python sample.py --image cat.jpg --prompt "What color?"   answer one question
     python sample.py --prompt "Hello"                         no image; a decoder alone answers too
 
-On a terminal without --prompt, it is a conversation. Standard output holds the answer and nothing else.
+On a terminal without --prompt, it holds a conversation. Standard output has the answer and nothing else.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from llava import KVCache, Llava, generate
 from training import runs
 from training.ranks import choose_device
 
-DESCRIBE = "Describe the image."  # as the embedded world asks it
+DESCRIBE = "Describe the image."  # a question of the world's training data
 
 
 class Chat:
-    """A conversation with a model about an image, or about none. Each turn reads only the tokens that are new."""
+    """A conversation with a model, with or without an image. Each turn computes only the tokens that are new."""
 
     def __init__(self, model: Llava, tokenizer: Tokenizer, image: Path | None, **sampling):
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
@@ -51,13 +51,13 @@ class Chat:
                 self.features = model.vision_features(prepared.pixels.to(model.device))
 
     def ask(self, question: str) -> Iterator[str]:
-        """Stream the answer in pieces that join to it; afterwards `last` holds the fields that --json prints."""
+        """Yields the answer in pieces; afterwards `last` holds the fields that --json prints."""
         template, questions = self.model.config.template, [*self.questions, question]
         prompt = prompt_ids(
             questions, self.answers, len(self.image_tokens), self.tokenizer, template, self.image_tokens
         )
         ids, text, stop, begin = [], "", "length", time.perf_counter()
-        end = stop_text(template)  # templates without a special end token end in a text, such as ###
+        end = stop_text(template)  # some templates end an answer with a text, such as ###
         for token in self.next_tokens(prompt):
             ids.append(token)
             longer = self.tokenizer.decode(ids).lstrip()
@@ -65,7 +65,7 @@ class Chat:
                 stop = "eos"
                 longer = longer.split(end)[0] if end else longer
             elif longer.endswith(("\ufffd", *(end[:n] for n in range(1, len(end))))):
-                continue  # half of a character, or perhaps of the end text: wait for the rest
+                continue  # part of a character, or perhaps of the end text: wait for the rest
             yield longer[len(text) :]
             text = longer
             if stop == "eos":
@@ -76,11 +76,11 @@ class Chat:
         self.answers.append(text)
 
     def next_tokens(self, prompt: list[int]) -> Iterator[int]:
-        """Generate an answer. What the prompt has in common with the tokens in the cache is not read again."""
-        differs = [a != b for a, b in zip(self.read_ids, prompt[:-1])]  # the last token is read in any case
+        """Generate an answer. The prefix that the prompt shares with the cached tokens is not computed again."""
+        differs = [a != b for a, b in zip(self.read_ids, prompt[:-1])]  # the last token is always computed
         self.cache.used = differs.index(True) if True in differs else len(differs)
         images = {"vision_features": None}
-        if self.model.config.image_token_index in prompt[self.cache.used :]:  # an image is read whole, or not again
+        if self.model.config.image_token_index in prompt[self.cache.used :]:  # an image cannot be computed in part
             self.cache.used, images = 0, {"vision_features": self.features, "image_sizes": self.image_sizes}
         ids = list(prompt)
         try:

@@ -78,10 +78,6 @@ def peft_path(path: str, layout: Layout) -> str:
     return name.removesuffix(".weight")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# recognize the base
-
-
 def sample_weights(model: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
     """64 weights from each of 8 layers, by path: enough to recognize a base, even a quantized one."""
     paths, found = list(paths), {}

@@ -19,9 +19,6 @@ from inputs.mixture import Source
 from inputs.parallel import parallel_map
 from inputs.records import DataError, Fault, image_paths
 
-# ---------------------------------------------------------------------------------------------------------------------
-# before a run
-
 
 def image_faults(source: Source, decode: bool = False) -> dict[int, Fault]:
     """Faults by record number: an image is missing, or with `decode` cannot be decoded."""
@@ -98,10 +95,6 @@ def print_lengths(lengths: np.ndarray, bars: int = 16):
     print(f"tokens: {sizes.sum():,} in all, {sizes.mean():.0f} a sample, {sizes.max():,} at most")
     for i, count in enumerate(counts):
         print(f"  {i * width:>7,} - {(i + 1) * width - 1:>7,}  {count:>9,}  {'#' * -(-40 * count // counts.max())}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# during a run
 
 
 class Skips:

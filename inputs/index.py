@@ -54,7 +54,7 @@ class RecordFile:
                 if size < MIN_KEPT:
                     self.folder, (arrays, facts) = None, build_index(self.path, file, size)
                 else:
-                    self.folder = self.kept_index(lambda: build_index(self.path, file, size))
+                    self.folder = self.kept_index(file)
                     arrays, facts = None, json.loads((self.folder / "facts.json").read_text())
         except OSError as error:
             raise DataError(f"{error.filename or path}: {error.strerror}") from None
@@ -65,7 +65,7 @@ class RecordFile:
         }
         self.attach(arrays)
 
-    def kept_index(self, build: Callable) -> Path:
+    def kept_index(self, file: BinaryIO) -> Path:
         """The folder of the index. If it does not exist, one process builds it while the others wait."""
         place = sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
         code = b"".join(Path(module).read_bytes() for module in (__file__, records.__file__))
@@ -80,7 +80,7 @@ class RecordFile:
 
         with file_lock(folder.parent / f"{place}.lock"):
             if not folder.exists():
-                arrays, facts = build()
+                arrays, facts = build_index(self.path, file, self.version[0])
                 publish_folder(folder, write)
                 for old in folder.parent.glob(f"{place}-*"):  # indexes of older versions of the file
                     if old != folder:

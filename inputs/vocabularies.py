@@ -167,7 +167,9 @@ def parse_json(content: dict) -> tuple[Codec, dict[str, int], str]:
     if model.get("byte_fallback"):
         return parse_sentencepiece(model, specials, skips_first_space(content)), specials, bos
     if model.get("end_of_word_suffix") == "</w>":
-        return parse_clip(model, specials), specials, bos
+        ids = {name: i for name, i in model["vocab"].items() if name not in specials}
+        scores = {left + right: -float(rank) for rank, (left, right) in enumerate(read_merges(model))}
+        return ClipBPE(ids, scores, byte_alphabet()), specials, bos
     return parse_byte_level(content, model, specials), specials, bos
 
 
@@ -196,12 +198,6 @@ def parse_sentencepiece(model: dict, specials: dict[str, int], unless_spaced: bo
         scores.setdefault(left + right, -float(rank))  # the first way to a piece decides
     unknown = vocabulary.get(model.get("unk_token"), 0)
     return SentencePiece(ordinary, scores, byte_ids, unknown, unless_spaced)
-
-
-def parse_clip(model: dict, specials: dict[str, int]) -> ClipBPE:
-    ids = {name: i for name, i in model["vocab"].items() if name not in specials}
-    scores = {left + right: -float(rank) for rank, (left, right) in enumerate(read_merges(model))}
-    return ClipBPE(ids, scores, byte_alphabet())
 
 
 def read_merges(model: dict) -> list[list[str]]:
