@@ -42,13 +42,12 @@ from inputs.tokenizer import Tokenizer, train_bpe
 from llava import IGNORE, Llava
 from lora import NF4Linear, add_lora
 from training import meters, recipes, runs, sharding
-from training.checkpoint import restore_checkpoint
+from training.checkpoint import Saver, restore_checkpoint
 from training.flags import read_flags
 from training.machine import check_machine, largest_batch
-from training.progress import Progress, step_costs
+from training.meters import Progress, step_costs
 from training.ranks import Distributed, autocast, compute_dtype
-from training.saver import Saver
-from training.signals import StopSignal, Watchdog, ignore_signals
+from training.signals import StopSignal, ignore_signals, watchdog
 from training.sources import choose_weights, open_data, skip_bad_samples
 from training.towers import Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
 from world.language import TURNS
@@ -60,13 +59,13 @@ from world.writer import write_world
 
 
 def open_sources(args, ranks: Distributed, kind: str) -> tuple[list[Source], list[Source]]:
-    """Training and validation files, checked. Without --data, the embedded world's file of this kind."""
+    """Return training and validation files, checked. Without --data, the embedded world's file of this kind."""
     default = None if args.data else world_folder(args, ranks) / f"{kind}.json"
     return open_data(args, ranks, default, GROUP_SIZE if args.stage == 0 and args.tower != "decoder" else 1)
 
 
 def world_folder(args, ranks: Distributed) -> Path:
-    """The folder of the embedded world, which is drawn if it does not exist."""
+    """Return the folder of the embedded world, which is drawn if it does not exist."""
     world = args.world or runs.OUTPUT_ROOT / "world"
     if not (world / "instruct.json").exists():
         if world.exists():
@@ -77,16 +76,16 @@ def world_folder(args, ranks: Distributed) -> Path:
 
 
 def micro_batch_size(args, ranks: Distributed) -> int:
-    """Samples in one forward pass of one rank. Raises ValueError if the batch cannot be divided equally."""
-    size = args.batch_size // ranks.world_size // args.accumulate
-    if size * ranks.world_size * args.accumulate != args.batch_size:
-        parts = f"{ranks.world_size} ranks x {args.accumulate}"
+    """Return the samples in one forward pass of one rank. Raises ValueError if the batch cannot be divided equally."""
+    size, rest = divmod(args.batch_size, ranks.world_size * args.accumulate)
+    if rest:
+        parts = f"{ranks.world_size} ranks x --accumulate {args.accumulate}"
         raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {parts}")
     return size
 
 
 def make_loader(dataset: Samples, args, ranks: Distributed, pad_id: int, start: int, group: int = 1) -> DataLoader:
-    """This rank's micro-batches from step `start` on; the order is a pure function of (seed, step, rank)."""
+    """Return this rank's micro-batches from step `start` on; their order is a pure function of (seed, step, rank)."""
     size, total = micro_batch_size(args, ranks), args.steps * args.batch_size
     weights = [source.weight for source in dataset.sources]
     order = make_order(dataset.sizes, weights, args.seed, total, args.mixing, args.shares, group)
@@ -108,7 +107,7 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 def count_supervised(batch: dict) -> int:
-    """Labels that the loss counts; the first is predicted by nothing."""
+    """Return the number of labels that the loss counts; nothing predicts the first."""
     return int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
@@ -116,22 +115,20 @@ def count_supervised(batch: dict) -> int:
 # model: what is frozen, what trains
 
 
-def trainable_parts(model: Llava, component: str) -> list[nn.Module | nn.Parameter]:
-    """What `--train component` trains: "vision", "projector" or "llm"."""
-    if component == "vision":
-        # The features come from an inner layer: blocks after it and the last norm would never get a gradient.
-        tower = model.vision_tower.vision_model
-        return [tower.embeddings, tower.pre_layrnorm, tower.blocks(model.config.vision_feature_layer)]
-    if component == "projector":
-        return [model.multi_modal_projector] + ([model.image_newline] if model.config.image_grid_pinpoints else [])
-    return [{"llm": model.language_model}[component]]
-
-
 def choose_trainable(model: Llava, components: Iterable[str]):
-    """Freeze everything but these components (recipes.py says which, for every stage)."""
+    """Freeze everything but these components: "vision", "projector", "llm" (recipes.py has them for every stage)."""
     model.requires_grad_(False)
+    tower = model.vision_tower.vision_model
+    parts = {
+        # The features come from an inner layer: blocks after it and the last norm would never get a gradient.
+        "vision": [tower.embeddings, tower.pre_layrnorm, tower.blocks(model.config.vision_feature_layer)],
+        "projector": [model.multi_modal_projector],
+        "llm": [model.language_model],
+    }
+    if model.config.image_grid_pinpoints:
+        parts["projector"].append(model.image_newline)
     for component in components:
-        for part in trainable_parts(model, component):
+        for part in parts[component]:
             part.requires_grad_(True)
 
 
@@ -208,10 +205,10 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, ranks: Distribute
 
 
 def train_step(args, ranks: Distributed, network: nn.Module, optimizer, micro_batches: list[dict], step: int) -> dict:
-    """One optimizer step from this rank's micro-batches; returns the step's row of the log.
+    """Run one optimizer step on this rank's micro-batches; returns the step's row of the log.
 
-    The loss is the sum over the supervised tokens of all micro-batches and ranks, divided by their number. A mean of
-    means would weigh a token more, the shorter the answers beside it are; --loss-mean micro-batch does that.
+    The loss is the sum over the supervised tokens of all micro-batches and ranks, divided by their number. With
+    --loss-mean micro-batch it is a mean of means, in which a token counts for more if its micro-batch has fewer.
     """
     rate = learning_rate(step, args.steps, 1.0, args.warmup)
     for group in optimizer.param_groups:
@@ -246,17 +243,17 @@ def train_step(args, ranks: Distributed, network: nn.Module, optimizer, micro_ba
 
 @torch.no_grad()
 def validation_loss(args, ranks: Distributed, model: nn.Module, dataset, pad_id: int) -> float:
-    """Mean loss per supervised token of a dataset that the ranks divide among them."""
+    """Return the mean loss per supervised token of a dataset; the ranks divide its samples among them."""
     model.eval()
     size, sums = micro_batch_size(args, ranks), torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for first in range(ranks.rank * size, len(dataset) + ranks.rank * size, size * ranks.world_size):
         samples = [dataset[i] for i in range(first, min(first + size, len(dataset)))]
-        # Under fsdp all ranks gather each layer's weights together: a rank without samples runs any one.
+        # Under fsdp all ranks gather each layer's weights together, so a rank without samples runs the first one.
         batch = to_device(collate(samples or [dataset[0]], pad_id), ranks.device)
         with autocast(ranks.device, args.dtype):
             loss = model(**batch)
         if samples:
-            sums += torch.stack([loss.double(), torch.tensor(count_supervised(batch), device=ranks.device).double()])
+            sums += torch.stack([loss.double(), sums.new_tensor(count_supervised(batch))])
     ranks.all_reduce(sums)
     if args.shard == "fsdp" and dist.is_initialized():
         model.reshard()  # only a backward pass does it by itself
@@ -264,14 +261,15 @@ def validation_loss(args, ranks: Distributed, model: nn.Module, dataset, pad_id:
     return float(sums[0] / sums[1])
 
 
-def fit(args, ranks: Distributed, run: runs.Run, model: nn.Module, dataset, pad_id: int, save, group=1, val=None):
+def fit(args, ranks: Distributed, run: runs.Run, model: nn.Module, dataset, tokenizer, save, group=1, val=None):
     """Train `model`, whose forward(**batch) is the summed loss of a batch, and publish it in the run's folder.
 
-    Args: save: save(weights, folder) writes the finished model; group: neighboring records that stay in one batch;
+    Args: save: save(trained_weights, folder) writes the model; group: neighboring records that stay in one batch;
     val: a dataset for validation, or None.
-    Raises ValueError if training cannot go on, naming the last good checkpoint; SystemExit after a signal.
+    Raises ValueError, naming the last good checkpoint, if training cannot go on; SystemExit after a signal.
     """
     resolve_steps(args, ranks, run, dataset)
+    pad_id = tokenizer.pad_id
     model.train()
     if not args.no_fast:
         accelerate(model)
@@ -287,9 +285,9 @@ def fit(args, ranks: Distributed, run: runs.Run, model: nn.Module, dataset, pad_
     network = sharding.wrap_model(model, args.shard)
     loader = iter(make_loader(dataset, args, ranks, pad_id, start, group))
     progress = Progress(args, ranks, run, skipped, val_losses)
-    with StopSignal() as stop, Watchdog(args.timeout) as watchdog:
+    with StopSignal() as stop, watchdog(args.timeout) as reset_watchdog:
         for step in progress.steps(start):
-            watchdog.reset()
+            reset_watchdog()
             begin = time.perf_counter()
             micro_batches = [next(loader) for _ in range(args.accumulate)]
             waited = time.perf_counter() - begin
@@ -310,7 +308,7 @@ def fit(args, ranks: Distributed, run: runs.Run, model: nn.Module, dataset, pad_
                 progress.bar.close()
                 ranks.print0(f"stopped after step {step + 1}; continue with --out {run.folder} --resume")
                 raise SystemExit(128 + signal)
-    saver.finish(save)
+    saver.finish(save, tokenizer)
 
 
 def resolve_steps(args, ranks: Distributed, run: runs.Run, dataset: Samples):
@@ -326,7 +324,7 @@ def resolve_steps(args, ranks: Distributed, run: runs.Run, dataset: Samples):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# stage 0: the towers
+# the stages
 
 
 def train_stage0(args, ranks: Distributed, folder: Path):
@@ -345,41 +343,28 @@ def train_stage0(args, ranks: Distributed, folder: Path):
 
 
 def train_clip(args, ranks: Distributed, tokenizer: Tokenizer, run: runs.Run):
-    """CLIP on images and captions; scenes that differ in one fact share a batch, as each other's hard negatives."""
+    """Train CLIP on images and captions. Scenes that differ in one fact share a batch, as hard negatives."""
     model = new_clip(args.size, args.patch_size, tokenizer.vocab_size)
     sources, _ = open_sources(args, ranks, "captions")
     dataset = CaptionPairs(sources, tokenizer, model.config, args.image_mode or "pad")
     skip_bad_samples(args, ranks, run, dataset)
     whiten_patches(model, dataset)
-
-    def save(weights: dict, folder: Path):
-        save_clip(model, folder)
-        tokenizer.save(folder)
-
-    fit(args, ranks, run, Contrastive(model), dataset, tokenizer.pad_id, save, GROUP_SIZE)
+    network = Contrastive(model)
+    fit(args, ranks, run, network, dataset, tokenizer, lambda _, folder: save_clip(model, folder), group=GROUP_SIZE)
 
 
 def train_decoder(args, ranks: Distributed, tokenizer: Tokenizer, run: runs.Run):
-    """A decoder on dialogues without their images."""
+    """Train a decoder on dialogues without their images."""
     model = new_decoder(args.size, tokenizer, args.template or "llava_hf")
     sources, _ = open_sources(args, ranks, "text")
     options = {"text_only": True, "questions": args.questions}
     dataset = Records(sources, tokenizer, model.config, args.max_length or 1024, **options)
     skip_bad_samples(args, ranks, run, dataset)
-
-    def save(weights: dict, folder: Path):
-        save_model(model, folder)
-        tokenizer.save(folder)
-
-    fit(args, ranks, run, model, dataset, tokenizer.pad_id, save)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# stages 1 and 2: the LLaVA
+    fit(args, ranks, run, model, dataset, tokenizer, lambda _, folder: save_model(model, folder))
 
 
 def train_llava(args, ranks: Distributed, folder: Path):
-    """Stage 1 or 2; they differ only in what trains, in the data and in the template."""
+    """Train stage 1 or 2, which differ in trainable components, data and template only."""
     run = open_run(args, ranks, folder)
     if run.finished:
         return
@@ -415,13 +400,12 @@ def train_llava(args, ranks: Distributed, folder: Path):
             save_adapter(weights, folder, model.config, **adapter)
         else:
             save_model(model, folder, frozen | weights)
-        tokenizer.save(folder)
 
-    fit(args, ranks, run, model, dataset, tokenizer.pad_id, save, val=val)
+    fit(args, ranks, run, model, dataset, tokenizer, save, val=val)
 
 
 def load_start(args, ranks: Distributed) -> tuple[Llava, Tokenizer]:
-    """The model that training starts from, in float32. Raises ValueError if it is not what the flags or recipe say."""
+    """Return model and tokenizer to start from, in float32. Raises ValueError if they contradict flags or recipe."""
     if args.vision:
         model, tokenizer = assemble(args.vision, args.llm, args.projector or "mlp2x_gelu", args.seed)
     else:
@@ -448,7 +432,7 @@ def load_start(args, ranks: Distributed) -> tuple[Llava, Tokenizer]:
 
 
 def open_run(args, ranks: Distributed, folder: Path) -> runs.Run:
-    """The run in `folder`: a new one, or with --resume, or after a restart by torchrun, the one that is there."""
+    """Return the run in `folder`: a new one or, with --resume or after a restart by torchrun, the one that is there."""
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     values["train"] = ",".join(args.train)
     exists = (folder / "run.json").exists()

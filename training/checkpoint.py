@@ -1,10 +1,13 @@
-"""The tensors of a checkpoint: collected from all ranks, and restored onto any number of them.
+"""Save and restore a run: checkpoints to resume from, the best model so far, and at the end the finished model.
 
-A checkpoint holds the trainable weights and AdamW's states, each tensor whole. It needs no random state: the order of
-the data and the seed of every step are functions of (seed, step, rank). `runs.py` writes and verifies the files.
+A checkpoint holds the trainable weights and AdamW's states, each tensor whole, so that any number of ranks can resume
+from it. It needs no random state: the order of the data and the seed of every step are functions of (seed, step, rank).
+`runs.py` writes and verifies the files.
 """
 
-from collections.abc import Iterator
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,23 +16,90 @@ from safetensors.torch import load_file
 from torch import nn
 
 from inputs.files import read_json
+from inputs.tokenizer import Tokenizer
+from training import plots, sharding
 from training.ranks import Distributed
-from training.sharding import STATES, is_sharded, local_optimizer, trainable_parameters
+from training.runs import Run
+from training.sharding import STATES, is_sharded, local_optimizer, trainable_parameters, unshard
+
+
+class Saver:
+    """Saves and restores `model` and `optimizer`; all ranks call every method together, rank 0 writes the files."""
+
+    def __init__(self, args, ranks: Distributed, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.args, self.ranks, self.run, self.model, self.optimizer = args, ranks, run, model, optimizer
+
+    def resume(self) -> tuple[int, int, list[float]]:
+        """Lock the run's folder and restore its newest checkpoint.
+
+        Returns its step (0 without one), the number of skipped steps just before, and all validation losses so far.
+        """
+        self.ranks.on_main(self.run.open)
+        checkpoint = self.ranks.on_main(self.run.newest_valid_checkpoint)
+        step = restore_checkpoint(checkpoint, self.model, self.optimizer) if checkpoint else 0
+        return step, *self.ranks.on_main(self.run.start, step)
+
+    def save(self, step: int, kind: str = "checkpoint"):
+        """Write a "checkpoint" or the "best" model so far. Raises ValueError like check_weights, and on a full disk."""
+        self.check_weights(step)
+        files = checkpoint_tensors(self.model, self.optimizer)
+        tensors = gather_tensors(files, self.optimizer, self.ranks)
+        if not self.ranks.is_main:
+            deque(tensors, maxlen=0)  # every rank takes part in gathering each tensor
+        keep = 1 if kind == "best" else self.args.keep
+        self.ranks.on_main(self.run.save_checkpoint, step, files, tensors, keep, kind)
+
+    def check_weights(self, step: int):
+        """Raise ValueError, on all ranks, if a trained weight is not finite or differs between the ranks."""
+        trained = trainable_parameters(self.model).values()
+        shards = [p.to_local() if is_sharded(p) else p for p in trained]  # what this rank holds
+        if self.ranks.all_reduce_max(not all(bool(p.isfinite().all()) for p in shards)):
+            raise ValueError(f"step {step}: weights are not finite; {self.run.last_checkpoint_hint()}")
+        if self.args.shard != "fsdp" and not self.ranks.replicas_match(shards):
+            raise ValueError(f"step {step}: the ranks' weights differ; {self.run.last_checkpoint_hint()}")
+
+    def finish(self, save: Callable[[dict, Path], None], tokenizer: Tokenizer):
+        """Publish the finished model, with --patience the best one; `save(trained_weights, folder)` writes it."""
+        if best := self.ranks.on_main(self.run.checkpoints, "best"):
+            restore_checkpoint(best[-1], self.model)
+            self.ranks.print0(f"{best[-1].name} had the smallest validation loss: it becomes the finished model")
+        self.check_weights(self.args.steps)
+        weights = sharding.gather_weights(self.model, self.ranks)
+
+        def write(folder: Path):
+            save(weights, folder)
+            tokenizer.save(folder)
+
+        self.ranks.on_main(publish, self.run, write)
+
+
+def publish(run: Run, save: Callable[[Path], None]):
+    """Draw the loss curve and publish the finished model; print the loss over the last 5 % of the steps."""
+    rows = run.rows()
+    losses = [row["loss"] for row in rows[-max(1, len(rows) // 20) :] if row["loss"] is not None]
+    loss, skipped = sum(losses) / max(1, len(losses)), sum("skipped" in row for row in rows)
+    plots.loss_curve(run.folder / "loss.png", {run.folder.name: rows})
+    run.finish(save, {"loss": round(loss, 4), "skipped": skipped})
+    more = f"; {skipped} steps were skipped, see log.jsonl" if skipped else ""
+    print(f"{run.folder}: loss {loss:.3f} over the last {len(losses)} steps{more}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tensors: collected from all ranks, and restored onto any number of them
 
 
 def checkpoint_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
-    """Return {file: {name: tensor}} as this rank holds them; `gather_tensors` makes them whole."""
+    """Return {file: {name: tensor}} as this rank holds them; `gather_tensors` makes them whole.
+
+    Under zero1, states that another rank holds are meta tensors, which have shapes and no data.
+    """
     trained, states = trainable_parameters(model), {}
     for name, p in trained.items():
-        state = local_optimizer(optimizer).state.get(p) or meta_states(p)
+        state = local_optimizer(optimizer).state.get(p)
+        if not state:
+            state = {"step": torch.empty((), device="meta")} | dict.fromkeys(STATES[1:], p.detach().to("meta"))
         states |= {f"{name}.{key}": state[key].detach() for key in STATES}
     return {"trained.safetensors": trained, "optimizer.safetensors": states}
-
-
-def meta_states(p: nn.Parameter) -> dict[str, torch.Tensor]:
-    """Return AdamW's states as meta tensors, shapes without memory: under zero1 another rank holds them."""
-    with torch.device("meta"):
-        return {"step": torch.empty(())} | {key: torch.empty(p.shape, dtype=p.dtype) for key in STATES[1:]}
 
 
 def gather_tensors(files: dict[str, dict], optimizer, ranks: Distributed) -> Iterator[torch.Tensor]:
@@ -37,11 +107,9 @@ def gather_tensors(files: dict[str, dict], optimizer, ranks: Distributed) -> Ite
     is_zero1 = local_optimizer(optimizer) is not optimizer
     for name, tensors in files.items():
         for tensor in tensors.values():
-            if is_sharded(tensor):
-                tensor = tensor.full_tensor()
-            elif is_zero1 and name.startswith("optimizer"):
-                is_mine = not tensor.is_meta
-                tensor = tensor.clone() if is_mine else torch.zeros_like(tensor, device=ranks.device)
+            tensor = unshard(tensor)
+            if is_zero1 and name.startswith("optimizer"):
+                tensor = torch.zeros_like(tensor, device=ranks.device) if tensor.is_meta else tensor.clone()
                 dist.reduce(tensor, dst=0)  # the owner's state, added to zeros
             yield tensor.detach()
 
@@ -58,17 +126,12 @@ def restore_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Op
             raise ValueError(f"{folder}: {name} has shape {list(saved[name].shape)}, the model's has {list(p.shape)}")
         p.data.copy_(reshard_like(saved[name], p))
     if optimizer is not None:
-        restore_optimizer(load_file(folder / "optimizer.safetensors"), trained, local_optimizer(optimizer))
-    return read_json(folder / "state.json")["step"]
-
-
-def restore_optimizer(saved: dict[str, torch.Tensor], trained: dict[str, nn.Parameter], optimizer):
-    """Copy saved states into this rank's optimizer, for the parameters that it updates."""
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, p in trained.items():
-        if id(p) in own:
-            for key, state in optimizer.state[p].items():
+        saved, optimizer = load_file(folder / "optimizer.safetensors"), local_optimizer(optimizer)
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}  # under zero1: this rank's share
+        for name, p in trained.items():
+            for key, state in optimizer.state[p].items() if id(p) in own else ():
                 state.copy_(reshard_like(saved[f"{name}.{key}"], state))
+    return read_json(folder / "state.json")["step"]
 
 
 def reshard_like(whole: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

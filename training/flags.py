@@ -1,4 +1,4 @@
-"""The flags of train.py, one line each. A knob that no flag sets has the recipe's value (recipes.py)."""
+"""The flags of train.py, one line each. Recipes (recipes.py) set the values that no flag sets."""
 
 import argparse
 import math
@@ -15,10 +15,9 @@ COMPONENTS = ("vision", "projector", "llm")  # what --train may name
 
 
 def read_flags(description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, completed by the recipe. A wrong flag or value ends the process with one line and status 2.
+    """Return the command line's values, completed by the recipe. A wrong flag ends the process with one line, status 2.
 
-    `args.flags` names what the command line set, `args.differs` where it differs from the recipe, `args.train` is a
-    tuple of COMPONENTS.
+    `args.flags` lists the flags given, `args.differs` those that differ from the recipe, `args.train` the COMPONENTS.
     """
     parser = make_parser(description)
     args = parser.parse_args(argv)
@@ -40,20 +39,19 @@ def read_flags(description: str, argv: list[str] | None = None) -> argparse.Name
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """Every flag in its group; the help of each ends with its default."""
+    """Return a parser with every flag in its group; the help of each flag ends with its default."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(None, None, description, recipes.listing(), formatter_class=formatter)
-    parser.allow_abbrev = False  # tomorrow's flag may make today's abbreviation ambiguous
-    groups = (add_model, add_data, add_optimization, add_architecture, add_lora, add_run, add_machine)
-    for add_flags in groups:
+    parser.allow_abbrev = False  # a later flag may make an abbreviation ambiguous
+    for add_flags in (add_model, add_data, add_optimization, add_architecture, add_lora, add_run, add_machine):
         group = parser.add_argument_group(add_flags.__doc__)
 
         def add(flag: str, help: str, unset: str = "", *, group=group, **more):
-            """unset: what holds if the flag is not given and its default is None."""
-            default = more.get("default", False if "action" in more else None)
-            unset = unset or ("the recipe's" if flag[2:].replace("-", "_") in recipes.KNOBS else "none")
-            said = unset if default in (None, "", []) else "off" if default is False else default
-            group.add_argument(flag, help=f"{help} (default: {said})".replace("%", "%%"), **more)
+            """Add a flag; `unset` describes its value if neither the command line nor `more` sets one."""
+            default = more.get("default", "off" if "action" in more else None)
+            if default in (None, "", []):
+                default = unset or ("the recipe's" if flag[2:].replace("-", "_") in recipes.KNOBS else "none")
+            group.add_argument(flag, help=f"{help} (default: {default})".replace("%", "%%"), **more)
 
         add_flags(add)
     return parser
@@ -77,12 +75,10 @@ def add_data(add):
     add("--data", "LLaVA's JSON; several files are mixed", "the embedded world", nargs="+", metavar="PATH[:WEIGHT]")
     images = "folder that image paths start from, or one for each file of --data and then --val"
     add("--images", images, "each file's own folder", nargs="+", metavar="DIR")
-    mixing = "how much of each file: proportional to its records (epochs), equal, or a temperature"
-    add("--mixing", mixing, default="proportional")
+    add("--mixing", "share of each file: proportional to its records, equal, or a temperature", default="proportional")
     shares = "shares of the files, as 80/20; 80/20:20/80:4 moves from the first to the second in 4 stretches"
     add("--shares", shares, "as --mixing says", default="")
-    skip = "leave out bad records and images, up to this share of the data"
-    add("--skip-bad", skip, type=percent, default=0.0, metavar="PERCENT")
+    add("--skip-bad", "leave out bad records, up to this share of all", type=percent, default=0.0, metavar="PERCENT")
     add("--world", "folder of the embedded world", "out/world, drawn if it is missing", type=Path)
     add("--questions", "most questions in a sample; longer dialogues are cut into several", "no limit", type=int)
     add("--max-length", "tokens of a sample, image tokens included", "the decoder's context", type=int)
@@ -127,7 +123,8 @@ def add_lora(add):
     add("--lora-rank", "rank of the updates", ranks, type=int)
     add("--lora-alpha", "an update is scaled by alpha / rank", "the recipe's, else twice the rank", type=float)
     add("--lora-dropout", "dropout on the input of an update", f"the recipe's, else {DROPOUT}", type=float)
-    add("--lora-layers", "names of the layers to adapt, as q_proj,v_proj", "all linear layers", type=comma_separated)
+    layers = "names of the layers to adapt, as q_proj,v_proj"
+    add("--lora-layers", layers, "all linear layers", type=lambda text: text.split(","))
     add("--bits", "4: the frozen decoder in NF4, as in QLoRA", type=int, choices=(4, 16), default=16)
 
 
@@ -158,10 +155,6 @@ def add_machine(add):
     add("--no-fast", "plain PyTorch layers, without fast/", action="store_true")
 
 
-def comma_separated(text: str) -> list[str]:
-    return text.split(",")
-
-
 def percent(text: str) -> float:
     value = as_number(text.removesuffix("%"))
     if not 0 <= value <= 100:
@@ -170,19 +163,17 @@ def percent(text: str) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what does not make sense
+# values that make no sense
 
 
 def check(args: argparse.Namespace):
     """Raise ValueError on the first value, or pair of values, that makes no sense."""
-    counts = ("steps", "batch_size", "accumulate", "save_every", "keep", "questions", "val_every", "patience")
-    for key in counts:
+    for key in ("steps", "batch_size", "accumulate", "save_every", "keep", "questions", "val_every", "patience"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
-    if not args.timeout > 0:
-        raise ValueError("--timeout must be above 0")
-    if args.epochs is not None and not 0 < args.epochs < math.inf:
-        raise ValueError("--epochs must be above 0")
+    for key in ("timeout", "epochs", "lora_alpha"):
+        if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
+            raise ValueError(f"--{key.replace('_', '-')} must be a number above 0")
     if missing := meters.missing_boards(args.board):
         raise ValueError(f"--board {missing[0]}: it is not installed (pip install {missing[0]})")
     if args.images and not (args.data or args.val):
@@ -212,17 +203,15 @@ def check_lora(args: argparse.Namespace):
         if lora_flags := [key for key in args.flags if key.startswith("lora_")]:
             raise ValueError(f"--{lora_flags[0].replace('_', '-')} needs --lora")
         return
-    if args.lora_alpha is not None and not 0 < args.lora_alpha < math.inf:
-        raise ValueError("--lora-alpha must be above 0")
     if args.stage != 2:
         raise ValueError("--lora is for stage 2")
     if args.vision or args.llm:
         raise ValueError("--lora needs --model: an adapter is only of use with its base model")
     if {"vision", "llm"} & set(args.train):
         raise ValueError(f"--lora freezes the towers, --train {','.join(args.train)} trains one: give one or the other")
-    # Two keys, as run.json has them: one rank for both towers, or each tower's own default.
-    args.lora_rank_vision = RANKS["vision"] if args.lora_rank is None else args.lora_rank
-    args.lora_rank = RANKS["llm"] if args.lora_rank is None else args.lora_rank
+    # run.json has one key for each tower's rank. Without --lora-rank, each tower has its own default.
+    rank = args.lora_rank
+    args.lora_rank, args.lora_rank_vision = (RANKS[tower] if rank is None else rank for tower in ("llm", "vision"))
     args.lora_dropout = DROPOUT if args.lora_dropout is None else args.lora_dropout
     if not 0 <= args.lora_dropout < 1:
         raise ValueError("--lora-dropout must be at least 0 and below 1")

@@ -1,31 +1,34 @@
-"""Measure a training step: FLOPs, MFU, peak memory, gradient norms; and the dashboards that can show the log."""
+"""Measure a training step (FLOPs, MFU, memory, gradient norms) and log it: log.jsonl, progress bar, dashboards."""
 
 import importlib.util
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from llava import IGNORE, Llava
 from lora import count_weights
-from training.sharding import is_sharded
+from training.ranks import Distributed
+from training.runs import Run
+from training.sharding import unshard
 
 BOARDS = ("tensorboard", "wandb")
+MAX_SKIPS = 3  # steps in a row that may be skipped; more mean that the weights are broken, not a batch
 
 # Peak dense bfloat16 FLOP per second from NVIDIA's data sheets, by words of the name that torch reports.
 PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
 PEAKS |= {"L4": 121e12, "A10G": 70e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Return the device's peak FLOP per second; None if it is not in PEAKS."""
-    return peak_flops_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+def peak_flops(device: str) -> float | None:
+    """Return a device's peak FLOP per second by its name: the first entry of PEAKS whose words are all in it, or None.
 
-
-def peak_flops_by_name(name: str) -> float | None:
-    """Return the first entry of PEAKS whose words are all in the name. Whole words: an A1000 is not an A100."""
-    words = set(name.replace("-", " ").split())
+    Whole words are compared: an A1000 is not an A100.
+    """
+    words = set(device.replace("-", " ").split())
     return next((peak for key, peak in PEAKS.items() if words.issuperset(key.split())), None)
 
 
@@ -84,7 +87,7 @@ def gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     for group in optimizer.param_groups:
         components.setdefault(group["component"], []).extend(p.grad for p in group["params"] if p.grad is not None)
     norms = {name: nn.utils.get_total_norm(gradients) for name, gradients in components.items() if gradients}
-    return {name: float(norm.full_tensor() if is_sharded(norm) else norm) for name, norm in norms.items()}
+    return {name: float(unshard(norm)) for name, norm in norms.items()}
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: float, max_norm: float):
@@ -97,6 +100,65 @@ def clip_gradients(optimizer: torch.optim.Optimizer, norm: float, max_norm: floa
 def row_lengths(labels: torch.Tensor) -> torch.Tensor:
     """Return the tokens (B,) of each row of labels (B, T) without padding: up to its last supervised token."""
     return labels.shape[1] - (labels != IGNORE).flip(1).int().argmax(1)
+
+
+def step_costs(ranks: Distributed, model: nn.Module, micro_batches: list[dict], waited: float, seconds: float) -> dict:
+    """Return throughput and memory of a step that took `seconds`, `waited` of them for data.
+
+    tokens_per_s and samples_per_s count all ranks; mfu is the share of this rank's GPU's peak FLOP/s.
+    """
+    lengths = torch.cat([row_lengths(batch["labels"]) for batch in micro_batches])
+    tokens, samples = ranks.all_reduce_sum(lengths.sum(), len(lengths))
+    costs = {"tokens_per_s": round(tokens / seconds), "samples_per_s": round(samples / seconds, 2)}
+    costs |= {"data_wait": round(waited / seconds, 3), "memory_gb": round(peak_memory(ranks.device) / 1e9, 3)}
+    if ranks.device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name(ranks.device))):
+        tiles = sum(len(batch["pixel_values"]) for batch in micro_batches if batch["pixel_values"] is not None)
+        flops = step_flops(model, int(lengths.sum()), float(lengths.float().mean()), tiles)
+        costs["mfu"] = round(flops / seconds / peak, 4)
+    return costs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the log
+
+
+class Progress:
+    """Writes each step's row to log.jsonl and the progress bar, counts skipped steps, follows the validation loss.
+
+    Args: skipped: number of steps skipped just before. val_losses: all so far. Saver.resume returns both.
+    """
+
+    def __init__(self, args, ranks: Distributed, run: Run, skipped: int, val_losses: list[float]):
+        self.args, self.ranks, self.run = args, ranks, run
+        self.skipped, self.val_losses = skipped, val_losses
+        self.boards = Boards(args.board if ranks.is_main else [], run.folder, run.values)
+
+    def steps(self, start: int) -> Iterator[int]:
+        """The steps from `start` on, with a progress bar."""
+        steps, silent = range(start, self.args.steps), not self.ranks.is_main
+        self.bar = tqdm(steps, self.run.folder.name, self.args.steps, initial=start, disable=silent, unit="step")
+        return iter(self.bar)
+
+    def log(self, row: dict):
+        """Write a row. Raises ValueError after more than MAX_SKIPS skipped steps in a row."""
+        self.skipped = self.skipped + 1 if "skipped" in row else 0
+        self.val_losses += [row["val_loss"]] if "val_loss" in row else []
+        if self.ranks.is_main:
+            self.run.write_row(row)
+            self.boards.write(row)
+            self.bar.set_postfix({key: row[key] for key in ("loss", "tokens_per_s", "data_wait")}, refresh=False)
+        if self.skipped > MAX_SKIPS:
+            more = f"{self.skipped} steps in a row; {self.run.last_checkpoint_hint()}"
+            raise ValueError(f"step {row['step']}: {row['skipped']}, {more}")
+
+    def is_best(self, row: dict) -> bool:
+        """Whether this step's model has the smallest validation loss so far, and --patience asks to keep it."""
+        return bool(self.args.patience) and "val_loss" in row and row["val_loss"] == min(self.val_losses)
+
+    def out_of_patience(self) -> bool:
+        """Whether none of the last --patience validation losses is below all before them."""
+        patience, losses = self.args.patience, self.val_losses
+        return bool(patience) and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
 
 
 def missing_boards(names: list[str]) -> list[str]:
@@ -122,7 +184,8 @@ class Boards:
         for key, value in row.items():
             flat |= {f"{key}/{part}": v for part, v in value.items()} if isinstance(value, dict) else {key: value}
         numbers = {key: value for key, value in flat.items() if isinstance(value, (int, float))}
-        for key, value in numbers.items() if self.tensorboard else ():
-            self.tensorboard.add_scalar(key, value, row["step"])
+        if self.tensorboard:
+            for key, value in numbers.items():
+                self.tensorboard.add_scalar(key, value, row["step"])
         if self.wandb:
             self.wandb.log(numbers, step=row["step"])

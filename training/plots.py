@@ -5,11 +5,11 @@ python -m training.plots RUN [RUN ...] [--out FILE]     draw the logs of several
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from inputs import cli
 from inputs.files import OUTPUT_ROOT, read_complete_lines
 
 # Columns of log.jsonl, each with the title of its panel.
@@ -28,7 +28,7 @@ def new_figure(width: float, height: float):
 
 
 def new_panels(widths: list[float], height: float) -> tuple:
-    """Return a figure and its axes, one per width in inches, side by side."""
+    """Return a figure and its axes, side by side, of these widths in inches. Raises ValueError like new_figure."""
     figure = new_figure(sum(widths), height)
     axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     for axis in axes:
@@ -104,17 +104,14 @@ def compare_runs(folders: list[Path], path: Path):
 
 
 def main():
-    """Draw the runs that the command line names; user errors print one line and exit 1."""
+    """Draw the runs that the command line names."""
     parser = argparse.ArgumentParser(description="Draw the logs of several runs over each other.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, default=OUTPUT_ROOT / "runs.png", help="image to write")
     args = parser.parse_args()
-    try:
-        compare_runs(args.runs, args.out)
-    except (ValueError, OSError) as error:
-        sys.exit(f"training.plots: {error}")
+    compare_runs(args.runs, args.out)
     print(args.out)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, "training.plots")

@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
@@ -30,7 +29,7 @@ class Distributed:
         is_master = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(*address, self.world_size, is_master, timeout)
-        # After a restart the store still holds the dead ranks' addresses, and joining may hang on them: hence a prefix.
+        # After a restart the store still holds the dead ranks' addresses, on which joining may hang: hence a prefix.
         prefixed = dist.PrefixStore(f"run{self.attempt}", store)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=prefixed, timeout=timeout, rank=self.rank, world_size=self.world_size)
@@ -45,22 +44,19 @@ class Distributed:
         if self.is_main:
             print(text, file=sys.stderr, flush=True)
 
-    def all_reduce(self, tensor: torch.Tensor):
-        """Replace a tensor by its sum over all ranks, in place."""
+    def all_reduce(self, tensor: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
+        """Replace a tensor by its sum over all ranks, in place; returns it."""
         if dist.is_initialized():
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, operation)
+        return tensor
 
-    def all_reduce_sum(self, *values: int, operation=dist.ReduceOp.SUM) -> list[int]:
+    def all_reduce_sum(self, *values: int) -> list[int]:
         """Return the sum over all ranks of each integer."""
-        if not dist.is_initialized():
-            return [int(value) for value in values]
-        tensor = torch.tensor(values, dtype=torch.int64, device=self.device)
-        dist.all_reduce(tensor, operation)
-        return tensor.tolist()
+        return self.all_reduce(torch.tensor(values, dtype=torch.int64, device=self.device)).tolist()
 
     def all_reduce_max(self, value: int) -> int:
         """Return the largest value of any rank."""
-        return self.all_reduce_sum(value, operation=dist.ReduceOp.MAX)[0]
+        return int(self.all_reduce(torch.tensor(value, dtype=torch.int64, device=self.device), dist.ReduceOp.MAX))
 
     def broadcast(self, value):
         """Return rank 0's value on every rank."""
@@ -90,16 +86,13 @@ class Distributed:
         return self.broadcast(name)
 
     def replicas_match(self, parameters: Iterable[torch.Tensor]) -> bool:
-        """True if every rank holds the same bits, by comparing an integer hash of them."""
-        if not dist.is_initialized():
-            return True
+        """Return whether every rank holds the same bits, by comparing an integer hash of them."""
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for p in parameters:
             bits = p.detach().reshape(-1).view({4: torch.int32, 2: torch.int16}[p.element_size()])
             total = 31 * total + bits.sum(dtype=torch.int64)  # overflow wraps around, which a hash may do
-        bounds = torch.stack([total, -total])
-        dist.all_reduce(bounds, dist.ReduceOp.MAX)  # now (max, -min)
-        return bool(bounds[0] == -bounds[1])
+        largest, negated_smallest = self.all_reduce(torch.stack([total, -total]), dist.ReduceOp.MAX)
+        return bool(largest == -negated_smallest)
 
 
 def choose_device(name: str | None) -> str:
@@ -121,5 +114,4 @@ def compute_dtype(device: torch.device, dtype: str) -> torch.dtype:
 
 def autocast(device: torch.device, dtype: str):
     """Return a context manager that computes in bfloat16 on float32 weights; it does nothing for float32."""
-    used = compute_dtype(device, dtype)
-    return nullcontext() if used == torch.float32 else torch.autocast(device.type, used)
+    return torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype(device, dtype) == torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Recipes: the hyperparameters of each stage, as data. A flag of train.py goes before the recipe's value.
+"""Recipes: the hyperparameters of each stage, as data. A flag of train.py overrides the recipe's value.
 
     python train.py --recipe llava-1.5 --stage 2 --model out/stage1 --data llava_v1_5_mix665k.json --images DIR
     python train.py --help                             lists all recipes, with hardware, time and published results
@@ -19,12 +19,11 @@ KNOBS += ("lora", "lora_rank", "lora_alpha", "lora_dropout")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Knobs by stage, their source, and the published cost and result. image_size: of the published vision tower."""
+    """Knobs by stage, their source, and what is published: hardware and time, result, image size of the tower."""
 
     stages: dict[int, dict]
     source: str
-    hardware: str
-    time: str
+    cost: str
     expect: str
     image_size: int | None = None
 
@@ -55,8 +54,7 @@ RECIPES = {
             2: WORLD | DIALOGUES | {"steps": 2000, "batch_size": 16, "lr": 5e-4},
         },
         source="this project, for the embedded world and other small data",
-        hardware="2 CPU cores",
-        time="minutes",
+        cost="2 CPU cores, minutes",
         expect="with the sizes of speedrun.sh: 91 % of the held-out questions (README)",
     ),
     "llava-1.0": Recipe(
@@ -65,8 +63,7 @@ RECIPES = {
             2: LLAVA_1 | DIALOGUES | {"epochs": 3, "batch_size": 32, "lr": 2e-5},
         },
         source="Visual Instruction Tuning (2304.08485): CC3M-595K, then LLaVA-Instruct-158K; Vicuna, CLIP-L/14",
-        hardware="8 A100",
-        time="4 h, then 10 h",
+        cost="8 A100, 4 h, then 10 h",
         expect="7B: POPE 76.3 / 72.2 / 70.1 (random / popular / adversarial); LLaVA-Bench (COCO) 85.1",
         image_size=224,
     ),
@@ -76,8 +73,7 @@ RECIPES = {
             2: LLAVA_15 | DIALOGUES | {"epochs": 1, "batch_size": 128, "lr": 2e-5, "image_mode": "pad"},
         },
         source="LLaVA's scripts/v1_5/{pretrain,finetune}.sh: LCS-558K, then mix665K; Vicuna-1.5, CLIP-L/14-336",
-        hardware="8 A100",
-        time="7B: 3.5 h, then 10 h; 13B: 5.5 h, then 20 h",
+        cost="8 A100; 7B: 3.5 h, then 10 h; 13B: 5.5 h, then 20 h",
         expect="7B: VQAv2 78.5, GQA 62.0, TextVQA 58.2, POPE 85.9, MME 1510.7, MM-Vet 31.1",
         image_size=336,
     ),
@@ -89,8 +85,7 @@ RECIPES = {
             | {"lr": 2e-4, "lr_projector": 2e-5},
         },
         source="LLaVA's scripts/v1_5/finetune_lora.sh, after stage 1 of llava-1.5",
-        hardware="8 GPUs",
-        time="not published",
+        cost="8 GPUs, time not published",
         expect="7B: VQAv2 79.1, GQA 63.0, TextVQA 58.2, POPE 86.4, MME 1476.9, MM-Vet 30.2",
         image_size=336,
     ),
@@ -103,8 +98,7 @@ RECIPES = {
             | {"projector": "mlp2x_gelu", "image_mode": "anyres", "max_length": 4096},
         },
         source="LLaVA-NeXT's scripts and the released 1.6 configurations: 760K records, not published; CLIP-L/14-336",
-        hardware="32 A100",
-        time="34B: about a day",
+        cost="32 A100; 34B: about a day",
         expect="1.6-Vicuna-7B: VQAv2 81.8, GQA 64.2, TextVQA 64.9, POPE 86.5, MME 1519, MM-Vet 43.9",
         image_size=336,
     ),
@@ -112,16 +106,16 @@ RECIPES = {
 
 
 def listing() -> str:
-    """All recipes, as text for --help."""
+    """Return all recipes as text for --help."""
     lines = ["recipes (hardware, time and results are the authors'; only the world's was run here):"]
     for name, recipe in RECIPES.items():
-        lines += [f"  {name}, stage {', '.join(map(str, recipe.stages))}: {recipe.source}"]
-        lines += [f"      {recipe.hardware}, {recipe.time}; {recipe.expect}"]
+        lines.append(f"  {name}, stage {', '.join(map(str, recipe.stages))}: {recipe.source}")
+        lines.append(f"      {recipe.cost}; {recipe.expect}")
     return "\n".join(lines)
 
 
 def apply_recipe(args: Namespace):
-    """Set every knob that no flag has set; args.differs then holds each knob whose flag differs from the recipe.
+    """Set every knob that no flag has set; args.differs gets each knob whose value differs from the recipe's.
 
     Raises ValueError if the recipe has no such stage.
     """
@@ -135,20 +129,17 @@ def apply_recipe(args: Namespace):
     for key in KNOBS:
         if getattr(args, key) is None and not (length_given and key in ("steps", "epochs")):
             setattr(args, key, values[key])
-    pairs = {key: {"recipe": values[key], "here": getattr(args, key)} for key in KNOBS}
-    args.differs = {key: pair for key, pair in pairs.items() if pair["recipe"] != pair["here"]}
+    changed = [key for key in KNOBS if getattr(args, key) != values[key]]
+    args.differs = {key: {"recipe": values[key], "here": getattr(args, key)} for key in changed}
 
 
 def count_steps(epochs: float, records: int, batch_size: int) -> int:
-    """Steps in which every record comes up `epochs` times; the last batch runs into the next epoch.
-
-    LLaVA-1.5's stage 2 has 5,198: one epoch of 665,298 records in batches of 128.
-    """
+    """Return the steps in which every record is used `epochs` times; the last batch runs into the next epoch."""
     return math.ceil(epochs * records / batch_size - 1e-9)  # 0.1 * 30 is 3.0000000000000004 in floating point
 
 
 def configuration_table(args: Namespace) -> str:
-    """Each knob's value and whether recipe, flag or model set it; a star marks what differs from the recipe."""
+    """Return a table of each knob's value and what set it; a star marks a difference from the recipe."""
     lines = [f"  {f'recipe {args.recipe}, stage {args.stage}':<28}{'value':<24}from"]
     for key in [*KNOBS, "image_size", *(flag for flag in args.flags if flag not in (*KNOBS, "recipe", "stage"))]:
         differs = args.differs.get(key)
@@ -164,21 +155,19 @@ def configuration_table(args: Namespace) -> str:
 
 
 def check_model(args: Namespace, config):
-    """Compare a LlavaConfig with recipe and flags: ValueError on a shape that training cannot change.
+    """Raise ValueError if a LlavaConfig contradicts recipe or flags in a shape that training cannot change.
 
-    An image size other than the recipe's is the choice of another vision tower, and is added to args.differs.
+    Another image size than the recipe's is allowed, as the choice of another vision tower, and noted in args.differs.
     """
-    tiled = bool(config.image_grid_pinpoints)
     shape = {"projector": config.projector_type}
-    if tiled or args.image_mode == "anyres":
-        shape["image_mode"] = "anyres" if tiled else config.image_mode
+    if config.image_grid_pinpoints:
+        shape["image_mode"] = "anyres"
+    elif args.image_mode == "anyres":
+        shape["image_mode"] = config.image_mode
     for key, own in shape.items():
         if (wanted := getattr(args, key)) not in (None, own):
-            flag = f"--{key.replace('_', '-')}"
-            origin = "" if key in args.flags else f" (recipe {args.recipe})"
-            raise ValueError(
-                f"{flag} {wanted}{origin}, but this model's is {own}: to train it as it is, give {flag} {own}"
-            )
+            flag, origin = f"--{key.replace('_', '-')}", "" if key in args.flags else f" (recipe {args.recipe})"
+            raise ValueError(f"{flag} {wanted}{origin}, but the model has {own}: {flag} {own} trains it as it is")
     context = config.text_config.max_position_embeddings
     if args.max_length and args.max_length > context:
         raise ValueError(f"--max-length {args.max_length} is more than the decoder's context, {context}")

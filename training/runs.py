@@ -9,8 +9,8 @@ out/NAME/latest             a link to the newest checkpoint
 out/NAME/lock               locked by the process that trains into this folder
 out/NAME/{config.json,model.safetensors,tokenizer.json,...}   the finished model
 
-Every file appears whole or not at all, and every checkpoint is verified by its checksums after it is written and
-before it is used. So a run that was killed at any instant resumes from its newest valid checkpoint.
+Every file appears whole or not at all. Checksums verify every checkpoint after it is written and before it is used. So
+a run that was killed at any instant resumes from its newest valid checkpoint.
 """
 
 import fcntl
@@ -28,8 +28,8 @@ import torch
 from inputs import files
 from inputs.files import OUTPUT_ROOT, publish_folder, verify_manifest, write_json, write_manifest, write_tensors
 
-# Flags that may differ when a run is resumed: they do not change what is learned, except for summation order. The
-# last ones are compared elsewhere (model, vision, llm, steps) or repeat the other flags (flags, differs).
+# Flags that may differ when a run is resumed: they change at most the order of summation. Those of the last line are
+# compared elsewhere (model, vision, llm, steps) or repeat other flags (flags, differs).
 MAY_CHANGE = ("out", "resume", "allow_changes", "device", "workers", "save_every", "keep", "cache_gb", "timeout")
 MAY_CHANGE += ("accumulate", "compile", "no_fast", "shard", "recompute", "board")
 MAY_CHANGE += ("model", "vision", "llm", "steps", "flags", "differs")
@@ -37,16 +37,16 @@ MAY_CHANGE += ("model", "vision", "llm", "steps", "flags", "differs")
 
 def newest_run(*stages: int, part: str = "") -> Path:
     """Return the newest finished run of these stages; of stage 0, of one tower. Raises ValueError if there is none."""
-    runs = {path.parent: files.read_json(path) for path in OUTPUT_ROOT.glob("**/run.json")}
-    finished = [folder for folder, run in runs.items() if run.get("finished") and run["stage"] in stages]
-    finished = [folder for folder in finished if part in ("", folder.name)]
+    finished = {}
+    for path in OUTPUT_ROOT.glob("**/run.json"):
+        run = files.read_json(path)
+        if run.get("finished") and run["stage"] in stages and part in ("", path.parent.name):
+            finished[run["finished"]] = path.parent
     if not finished:
         names = " or ".join(map(str, stages)) + (f" ({part})" if part else "")
-        raise ValueError(
-            f"no finished run of stage {names} below {OUTPUT_ROOT}/: name a folder, make one with "
-            f"`python train.py --stage {stages[-1]}`, or make all of them with `bash speedrun.sh`"
-        )
-    return max(finished, key=lambda folder: runs[folder]["finished"])
+        ways = f"`python train.py --stage {stages[-1]}`, or make all of them with `bash speedrun.sh`"
+        raise ValueError(f"no finished run of stage {names} below {OUTPUT_ROOT}/: name a folder, make one with {ways}")
+    return finished[max(finished)]
 
 
 def checkpoint_step(path: Path) -> int:
@@ -78,11 +78,8 @@ class Run:
     def check_unchanged(self, key: str, new, allowed: bool):
         """Raise ValueError if a flag differs from the value that the run was started with."""
         if new != self.old[key] and not allowed:
-            flag = key.replace("_", "-")
-            raise ValueError(
-                f"{self.folder} was trained with --{flag} {self.old[key]}, not {new}: "
-                "add --allow-changes to continue anyway"
-            )
+            flags = f"--{key.replace('_', '-')} {self.old[key]}, not {new}"
+            raise ValueError(f"{self.folder} was trained with {flags}: add --allow-changes to continue anyway")
 
     def open(self):
         """Create the folder and lock it until this process ends. Raises ValueError if another one holds the lock."""
@@ -132,8 +129,6 @@ class Run:
             shutil.rmtree(path)
         self.log.close()
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
-
     def checkpoints(self, kind: str = "checkpoint") -> list[Path]:
         """Return the folders of the checkpoints of a kind, "checkpoint" or "best", newest last."""
         return sorted((path for path in self.folder.glob(f"{kind}-*") if not path.suffix), key=checkpoint_step)
@@ -143,8 +138,8 @@ class Run:
         return f"the last good checkpoint is {self.checkpoints()[-1]}" if self.checkpoints() else "no checkpoint yet"
 
     def newest_valid_checkpoint(self) -> Path | None:
-        """Return the newest checkpoint whose checksums hold, None if there is none. Damaged ones are named and renamed
-        to *.damaged. Raises ValueError if all are damaged."""
+        """Return the newest checkpoint whose checksums hold, None if there is none. Damaged ones are renamed to
+        *.damaged, with a line on stderr. Raises ValueError if all are damaged."""
         for path in reversed(self.checkpoints()):
             try:
                 verify_manifest(path)

@@ -63,16 +63,12 @@ def make_adamw(groups: list[dict], mode: str, **options) -> torch.optim.Optimize
         optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, fused=True, **options)
     else:
         optimizer = torch.optim.AdamW(groups, fused=True, **options)
-    initialize_states(local_optimizer(optimizer))
+    own = local_optimizer(optimizer)
+    for p in (p for group in own.param_groups for p in group["params"]):
+        # Create the states now rather than in the first step: a resume copies a checkpoint into them.
+        step = torch.zeros((), device=p.device)  # where the fused kernel expects it
+        own.state[p] = {"step": step} | {key: torch.zeros_like(p) for key in STATES[1:]}
     return optimizer
-
-
-def initialize_states(optimizer: torch.optim.Optimizer):
-    """Create AdamW's states as zeros now rather than in its first step: a resume copies a checkpoint into them."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            step = torch.zeros((), device=p.device)  # where the fused kernel expects it
-            optimizer.state[p] = {"step": step} | {key: torch.zeros_like(p) for key in STATES[1:]}
 
 
 @contextmanager
@@ -95,9 +91,9 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # FSDP2's DTensor
 
 
-def local_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the part of a tensor that this rank holds."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+def unshard(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the whole tensor, gathered if it is sharded; then every rank has to call this."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -109,7 +105,7 @@ def gather_weights(model: nn.Module, ranks: Distributed) -> dict[str, torch.Tens
     """Return the trainable weights, unsharded and on the CPU, on rank 0; {} on the others. A collective."""
     weights = {}
     for name, p in trainable_parameters(model).items():
-        tensor = p.full_tensor() if is_sharded(p) else p
+        tensor = unshard(p)
         if ranks.is_main:
             weights[name] = tensor.detach().cpu()
     return weights

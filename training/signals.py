@@ -1,8 +1,11 @@
-"""How a run ends early: Ctrl-C and SIGTERM end it after the current step, and a watchdog ends it when a step hangs."""
+"""End a run early: Ctrl-C and SIGTERM end it after the current step, and a watchdog ends it when a step hangs."""
 
 import faulthandler
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 
 class StopSignal:
@@ -34,17 +37,10 @@ def ignore_signals(worker: int):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class Watchdog:
-    """While entered, ends the process when `reset` is not called for so many seconds, and prints where it hangs."""
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-
-    def __enter__(self):
-        return self
-
-    def reset(self):
-        faulthandler.dump_traceback_later(self.seconds, exit=True, file=sys.__stderr__)
-
-    def __exit__(self, kind, error, trace):
+@contextmanager
+def watchdog(seconds: float) -> Iterator[Callable]:
+    """Yield a function to call at each step; `seconds` after its last call the process prints its stack and ends."""
+    try:
+        yield partial(faulthandler.dump_traceback_later, seconds, exit=True, file=sys.__stderr__)
+    finally:
         faulthandler.cancel_dump_traceback_later()

@@ -1,4 +1,4 @@
-"""Where a run's data and its first weights come from; the data is checked before any work starts."""
+"""Find a run's data and its first weights, and check the data before any work starts."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ WEIGHTS = ("model", "vision", "llm")  # flags that name folders of weights
 
 
 def open_data(args, ranks: Distributed, default: Path | None, group: int) -> tuple[list[Source], list[Source]]:
-    """The files to train on, and those to validate on.
+    """Open and return the files to train on, and those to validate on.
 
-    Args: default: what to train on without --data; group: neighboring records that stay in one batch.
-    Raises ValueError on a mixture that cannot be, on more bad records than --skip-bad allows, and on any bad record of
-    the validation data.
+    Args: default: file to train on without --data; group: neighboring records that stay in one batch.
+    Raises ValueError on an impossible mixture, on more bad records than --skip-bad allows, and on any bad record of the
+    validation data.
     """
     files, val_files = args.data or [], args.val or []
     opened = open_sources([*files, *val_files], args.images)
@@ -49,7 +49,7 @@ def skip_bad_samples(args, ranks: Distributed, run: runs.Run, dataset: Samples):
 
 
 def choose_weights(args, run: runs.Run):
-    """Set --model, or --vision and --llm, where the command line leaves them open; a resumed run keeps its own."""
+    """Set --model, or --vision and --llm, if the command line does not. A resumed run keeps its own."""
     if run.old:
         for name in WEIGHTS:
             if getattr(args, name):

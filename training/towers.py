@@ -28,21 +28,17 @@ SIZES = {
 
 
 def new_clip(size: str, patch_size: int, vocab_size: int) -> CLIPModel:
-    """A CLIP for images of 72 x 72 pixels, in one of SIZES."""
+    """Return a new CLIP for images of 72 x 72 pixels, in one of SIZES."""
     shape, width = SIZES[size], SIZES[size]["width"]
-    shared = {
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_attention_heads": shape["heads"],
-        "projection_dim": width,
-    }
+    shared = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": shape["heads"]}
+    shared["projection_dim"] = width
     vision = CLIPVisionConfig(image_size=72, patch_size=patch_size, num_hidden_layers=shape["vision_layers"], **shared)
     text = CLIPTextConfig(vocab_size=vocab_size, num_hidden_layers=shape["text_layers"], **shared)
     return CLIPModel(CLIPConfig(vision, text, projection_dim=width))
 
 
 def new_decoder(size: str, tokenizer: Tokenizer, template: str) -> Llava:
-    """A LLaMA-style decoder in one of SIZES."""
+    """Return a new LLaMA-style decoder in one of SIZES."""
     shape, width = SIZES[size], SIZES[size]["width"]
     text = TextConfig(
         vocab_size=tokenizer.vocab_size,
@@ -54,12 +50,8 @@ def new_decoder(size: str, tokenizer: Tokenizer, template: str) -> Llava:
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
     )
-    ids = {
-        "image_token_index": tokenizer.image_id,
-        "eos_token_ids": [tokenizer.eos_id],
-        "pad_token_id": tokenizer.pad_id,
-    }
-    return Llava(LlavaConfig(text, template=template, **ids))
+    ids = {"image_token_index": tokenizer.image_id, "eos_token_ids": [tokenizer.eos_id]}
+    return Llava(LlavaConfig(text, template=template, pad_token_id=tokenizer.pad_id, **ids))
 
 
 class Contrastive(nn.Module):
@@ -74,20 +66,17 @@ class Contrastive(nn.Module):
 
 
 def half_whitening(variance: torch.Tensor) -> torch.Tensor:
-    """Scale per principal direction that turns its standard deviation into the square root of it.
-
-    The floor keeps directions of almost no variance from being amplified.
-    """
-    return (variance + 1e-3 * variance.mean()) ** -0.25
+    """Return the scale of each principal direction that turns its standard deviation into the square root of it."""
+    return (variance + 1e-3 * variance.mean()) ** -0.25  # the floor: almost no variance must not be amplified
 
 
 @torch.no_grad()
 def whiten_patches(model: CLIPModel, dataset: CaptionPairs):
     """Initialize the patch embedding with half-whitened principal directions of patches, and larger positions.
 
-    With random filters a patch embeds as little more than its mean color, and after 300 steps a linear probe of the
-    features reads 43 % of the signs. With these it reads 73 % after 150 steps, both at a learning rate of 2e-3. Under
-    full whitening, colors are learned too slowly.
+    A random filter sees little more than a patch's mean color: after 300 steps a linear probe of the features reads
+    43 % of the signs. With these filters it reads 73 % after 150 steps, both at a learning rate of 2e-3. Under full
+    whitening, colors are learned too slowly.
     """
     embeddings, config = model.vision_model.embeddings, model.config.vision_config
     pixels = torch.stack([dataset[i]["pixel_values"][0] for i in range(min(len(dataset), 512))])
@@ -101,9 +90,8 @@ def whiten_patches(model: CLIPModel, dataset: CaptionPairs):
     # Position embeddings on the scale of the patches: with the usual 0.02 a linear probe of the features reads an
     # object's position among nine in 33 % of the cases, with 0.5 in 98 %.
     nn.init.normal_(embeddings.position_embedding.weight, std=0.5)
-    embeddings.position_embedding.weight[1:, :width] -= (
-        filters @ patches.mean(0)
-    ).float()  # in place of a bias: centers the patches
+    bias = -filters @ patches.mean(0)  # centers the patches; the embedding itself has no bias
+    embeddings.position_embedding.weight[1:, :width] += bias.float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,7 +99,7 @@ def whiten_patches(model: CLIPModel, dataset: CaptionPairs):
 
 
 def assemble(vision: Path, llm: Path, projector: str, seed: int) -> tuple[Llava, Tokenizer]:
-    """A new LLaVA from the folders of a CLIP and a decoder, and its tokenizer; only its projector is untrained.
+    """Return a new LLaVA from the folders of a CLIP and a decoder, and its tokenizer. Only its projector is untrained.
 
     The template is the decoder's own, or LLaVA-1.5's for a decoder without one. The vocabulary gets an image token if
     it has none, and is padded to a multiple of 64 as in transformers' converter.
@@ -135,13 +123,12 @@ POSITION_GAIN = 4  # scale of the feature directions that tell a patch's positio
 
 @torch.no_grad()
 def whiten_projector(model: Llava, dataset: Records):
-    """Fold a linear map of the tower's features into the new projector's first layer: half whitening, with positions
-    scaled up.
+    """Put a linear map of the tower's features before the new projector: half whitening, with positions scaled up.
 
     In a small, young tower, colors hold 56 % of the variance between objects and positions 1 %, so stage 1 hardly
-    learns positions. The map takes the square root of each direction's standard deviation. The directions in which the
-    mean features of the patches differ, averaged over all images, tell a patch's position; the map scales them by
-    POSITION_GAIN, after which positions hold 10 %. LLaVA does without. Measured on the first 512 images.
+    learns positions. The map turns each direction's standard deviation into its square root. Then it scales the
+    directions in which the patches' mean features (over all images) differ by POSITION_GAIN: they tell a patch's
+    position, which then holds 10 %. LLaVA does without. Measured on the first 512 images.
     """
     images, layer = dataset.load(dataset.images(512)), model.multi_modal_projector.linear_1
     pixels = torch.cat([image.pixels for image in images.values()]).to(model.device)

@@ -22,7 +22,7 @@ from formats.saving import save_model
 from formats.weights import load_model
 from inputs.tokenizer import Tokenizer
 from lora import NF4Linear
-from training.memory import MemoryCounter
+from training.machine import MemoryCounter
 
 REPOSITORY = Path(lora.__file__).parent
 SHAPES = [(64, 64), (48, 40), (1, 1), (3, 33), (7, 9), (5, 64), (1, 63), (2, 8192), (300, 100)]

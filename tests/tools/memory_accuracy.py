@@ -19,7 +19,7 @@ import train
 from clip import CLIPVisionConfig
 from llava import IGNORE, Llava, LlavaConfig, TextConfig
 from lora import NF4Linear, add_lora
-from training import memory
+from training import machine
 from training.sharding import cast_weights
 
 # Decoder, tower, and the batch: rows, tokens per row, supervised tokens at the end of each row.
@@ -102,7 +102,7 @@ def main():
             for recompute in (False, True):
                 model = make_model(text, vision, kind, torch.float32, recompute)
                 batch = make_batch(model, *rows)
-                ours = memory.estimate(model, "ddp", 1, torch.float32, batch).peak
+                ours = machine.estimate(model, "ddp", 1, torch.float32, batch).peak
                 theirs = allocated_bytes(model, batch, torch.float32)
                 row = f"| {shape} | {kind} | {'yes' if recompute else 'no'} | {ours / 1e6:.1f} | {theirs / 1e6:.1f} "
                 print(f"{row}| {ours / theirs:.3f} |", flush=True)

@@ -16,7 +16,7 @@ import train
 from clip import CLIPVisionConfig
 from llava import Llava, LlavaConfig, TextConfig
 from lora import BLOCK, NESTED_BLOCK, NF4Linear, add_lora
-from training import memory
+from training import machine
 from training.sharding import cast_weights
 
 LENGTH = 2048
@@ -66,7 +66,7 @@ def main():
     print("| | | weights | gradients | states | activations | peak, GB |\n|---|---|---:|---:|---:|---:|---:|")
     for size in SHAPES:
         for kind, shape in KINDS.items():
-            found = memory.estimate(make_model(size, *shape), "ddp", 1, torch.bfloat16, batch)
+            found = machine.estimate(make_model(size, *shape), "ddp", 1, torch.bfloat16, batch)
             parts = [found.weights, found.gradients, found.states, found.activations, found.peak]
             print(f"| {size} | {kind} | " + " | ".join(f"{value / 1e9:.1f}" for value in parts) + " |", flush=True)
 

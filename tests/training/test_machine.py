@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from training import machine, memory
+from training import machine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -37,7 +37,7 @@ def test_the_measurement_is_a_share_and_leaves_the_threads_as_they_are():
 def test_only_rank_0_measures_and_prints(monkeypatch, is_main):
     lines, measured = [], []
     monkeypatch.setattr(machine, "busy_warning", lambda *_: measured.append(1) or "the cores are busy")
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 10**12)
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 10**12)
     ranks = SimpleNamespace(is_main=is_main, world_size=1, device=CPU, print0=lines.append)
     machine.check_machine(ranks, torch.nn.Linear(2, 2), "ddp", torch.float32, None)
     assert ("the cores are busy" in lines) == bool(measured) == is_main

@@ -8,7 +8,7 @@ import train
 from clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from inputs.images import BadImage
 from inputs.records import DataError
-from training import machine, memory
+from training import machine
 from training.towers import Contrastive
 
 TEXT = SPEEDRUN | {"num_hidden_layers": 2}
@@ -17,7 +17,7 @@ TOWER = SPEEDRUN_TOWER | {"image_size": 56, "patch_size": 14, "num_hidden_layers
 
 def is_close(model, batch, dtype=torch.float32):
     """True if the estimate is within 10 % of what torch allocates."""
-    found, real = memory.estimate(model, "ddp", 1, dtype, batch), allocated_bytes(model, batch, dtype)
+    found, real = machine.estimate(model, "ddp", 1, dtype, batch), allocated_bytes(model, batch, dtype)
     print(f"estimated {found.peak / 1e6:.2f} MB, allocated {real / 1e6:.2f} MB")
     return found.peak == pytest.approx(real, rel=0.1)
 
@@ -62,14 +62,14 @@ def test_clip_too():
 def test_estimating_changes_nothing():
     model = make_model(TEXT, TOWER, "LoRA", torch.float32, True)
     before, state = {name: p.clone() for name, p in model.named_parameters()}, torch.get_rng_state()
-    memory.estimate(model, "ddp", 1, torch.float32, make_batch(model, 2, 60, 20))
+    machine.estimate(model, "ddp", 1, torch.float32, make_batch(model, 2, 60, 20))
     torch.set_rng_state(state)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
 
 
 def test_recomputation_saves_activations():
     found = [
-        memory.estimate(model, "ddp", 1, torch.float32, make_batch(model, 8, 120, 30))
+        machine.estimate(model, "ddp", 1, torch.float32, make_batch(model, 8, 120, 30))
         for model in (make_model(SPEEDRUN, TOWER, "stage 2", torch.float32, recompute) for recompute in (False, True))
     ]
     assert found[1].activations < found[0].activations / 1.5 and found[1].peak < found[0].peak
@@ -81,8 +81,8 @@ def test_the_sums_of_adamw():
     weights = sum(p.nbytes for p in model.parameters())
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     for shard, (w, g, s) in {"ddp": (1, 1, 1), "zero1": (1, 1, 8), "fsdp": (8, 8, 8)}.items():
-        found = memory.estimate(model, shard, 8, torch.float32, batch)
-        whole = memory.unsharded_bytes(model, torch.float32) if shard == "fsdp" else 0
+        found = machine.estimate(model, shard, 8, torch.float32, batch)
+        whole = machine.unsharded_bytes(model, torch.float32) if shard == "fsdp" else 0
         assert (found.weights - whole, found.gradients, found.states) == (weights // w, trained // g, 2 * trained // s)
         assert found.step > found.gradients  # DDP's buckets exist all the time, and activations come on top
 
@@ -107,7 +107,7 @@ def test_the_largest_batch_leaves_out_what_is_broken():
 
 
 def test_what_cannot_fit_is_refused_before_it_starts(tiny, command, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 1_000_000)
     with pytest.raises(SystemExit) as caught:
         command(train, *tiny.flags["stage2"], "--out", tmp_path / "run")
     line = caught.value.code

@@ -317,7 +317,7 @@ def test_a_step_that_is_not_finite_is_left_out(tiny, command, tmp_path, monkeypa
         calls.append(0)
         return forward(self, *args, **more) * (
             number if len(calls) == 4 else 1.0
-        )  # the first call is memory.py's estimate
+        )  # the first call is machine.py's estimate
 
     monkeypatch.setattr(train.Llava, "forward", poisoned)
     command(train, *tiny.flags["stage2"], "--out", tmp_path / "run")

@@ -397,7 +397,7 @@ def fit_and_keep(args, ranks, run, model, *rest, **more):
 
     def forward_or_poison(*args, **batch):
         passes.append(1)
-        now = ranks.rank == ranks.world_size - 1 and len(passes) == 3  # the first is no step, memory.py makes it
+        now = ranks.rank == ranks.world_size - 1 and len(passes) == 3  # the first is no step, machine.py makes it
         poison = "poisoned" in run.folder.name and now
         if "diverged" in run.folder.name and now:
             p = next(model.multi_modal_projector.parameters()).data.view(-1)
