@@ -267,22 +267,18 @@ def check_shapes(model: Llava, adapter: Adapter):
 
 
 def load_with_adapter(
-    folder: Path,
-    adapter: Path | None,
-    device: str,
-    dtype: torch.dtype | None,
-    bits: int = 16,
-    vision: Path | None = None,
-) -> tuple[Llava, Tokenizer]:
+    folder: Path, adapter: Path | None, device: str, dtype: torch.dtype | None,
+    bits: int = 16, vision: Path | None = None,
+) -> tuple[Llava, Tokenizer]:  # fmt: skip
     """Load a model and its tokenizer for inference, with an adapter if one is given.
 
     Args: folder: of the base, or of an adapter, whose config then names the base; bits: 4 keeps the matrices of the
     decoder's layers in NF4; vision: CLIP's folder, for an adapter of LLaVA's authors, whose base is a decoder alone.
     """
-    if adapter is None and not is_adapter(folder):
-        return load_checkpoint(folder, device, dtype, bits, copy=False)
-    if adapter is None:
+    if adapter is None and is_adapter(folder):
         adapter, folder = folder, base_of_adapter(folder)
+    if adapter is None:
+        return load_checkpoint(folder, device, dtype, bits, copy=False)
     return build_with_adapter(folder, read_adapter(adapter), device, dtype, bits, vision)
 
 

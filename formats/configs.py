@@ -144,7 +144,7 @@ def read_vision_config(folder: Path) -> CLIPVisionConfig:
 
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of LLaVA-1.6, (height, width)
 FAMILIES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
-FAMILY_TEMPLATES = {"llama": "vicuna_v1", "mistral": "mistral_instruct", "qwen2": "qwen_1_5"}
+FAMILY_TEMPLATES = {"llama": "vicuna_v1", "mistral": "mistral_instruct", "qwen2": "qwen_1_5"}  # of the authors' models
 
 
 def read_llava_config(values: dict, folder: Path) -> LlavaConfig:

@@ -70,7 +70,7 @@ def from_files(name: str, state: dict, tensors: dict[str, torch.Tensor]) -> NF4L
         tensor = tensors[key]
         if tensor.shape != shape:
             raise ValueError(f"{name}{key} is {tuple(tensor.shape)}, should be {shape}")
-        if dtype is not None and tensor.dtype != dtype:
+        if dtype not in (None, tensor.dtype):
             raise ValueError(f"{name}{key} is {tensor.dtype}, should be {dtype}")
         if key in books and not torch.equal(tensor.float(), books[key](tensor.device)):
             raise ValueError(f"{name}{key} differs from the values of NF4")
