@@ -365,6 +365,7 @@ def check(args: argparse.Namespace):
 
 
 def main():
+    """Show a record, or check files of records."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

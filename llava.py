@@ -234,7 +234,7 @@ class DecoderLayer(nn.Module):
 
 
 def attention_mask(padding: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
-    """Which key each query may attend to in a left-padded batch: (B, 1, T, length), True where allowed.
+    """The mask of a left-padded batch, (B, 1, T, length): True where a query may attend to a key.
 
     A row of two padding tokens and three real ones, read at once into a cache of seven positions:
 

@@ -20,7 +20,7 @@ N = 4  # the longest n-gram
 
 
 def count_ngrams(words: Words) -> list[Counter]:
-    """How often each n-gram occurs, for n = 1 to 4."""
+    """Count the n-grams of a caption, for n = 1 to 4."""
     return [Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, N + 1)]
 
 

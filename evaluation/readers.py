@@ -179,6 +179,7 @@ def read_medical(paths: list[Path]) -> list[Item]:
 
 
 def read_medical_row(row: Row) -> Item:
+    """A question of VQA-RAD, PathVQA or SLAKE, or of LLaVA-Med's files of them. Raises DataError."""
     if messages := row.get("conversations"):
         key, image = row.need("id", int, str), row.get("image")
         if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages) or len(messages) < 2:

@@ -62,6 +62,7 @@ def describe_config(config: LlavaConfig) -> dict[str, str]:
 
 
 def parse_args() -> argparse.Namespace:
+    """The command line; an unknown command or flag exits with status 2."""
     parser = argparse.ArgumentParser(
         prog="python -m formats", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

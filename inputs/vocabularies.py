@@ -174,6 +174,7 @@ def parse_json(content: dict) -> tuple[Codec, dict[str, int], str]:
 
 
 def parse_byte_level(content: dict, model: dict, specials: dict[str, int]) -> ByteLevel:
+    """The byte-level BPE of a tokenizer.json. Raises ValueError on a step that is not supported."""
     normalizer = [step["type"] for step in list_steps(content.get("normalizer"), "normalizers")]
     if normalizer not in ([], ["NFC"]):
         raise ValueError(f"its normalizer is {', '.join(normalizer)}")

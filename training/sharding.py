@@ -1,4 +1,4 @@
-"""How parameters, gradients and optimizer states are divided among the ranks.
+"""Divide parameters, gradients and optimizer states among the ranks.
 
     ddp      every rank holds everything; gradients are averaged (the default)
     zero1    each rank keeps the optimizer states of its share of the parameters (ZeRO, Rajbhandari et al. 2019,
