@@ -469,7 +469,9 @@ def test_a_shifted_world_says_the_same_of_other_images(world, tmp_path, shift):
 def test_a_signal_ends_the_writer_and_its_processes(tmp_path, number):
     command = [sys.executable, "-m", "world", "write", "--out", tmp_path, "--n", "1000000"]
     root = Path(__file__).parents[2]
-    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # A test run in the background of a shell script ignores SIGINT, and its children would inherit that.
+    restore = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True, **restore)
     limit = time.monotonic() + 60
     while not any(tmp_path.rglob("*.png")) and time.monotonic() < limit:
         time.sleep(0.05)
