@@ -273,7 +273,7 @@ class Decoder(nn.Module):
 
         Args: padding (B,): padding tokens at the left of each row, when answering in batches. Training pads at the
         right, where causality hides the padding and no mask is needed. keep (B, T): a mask of the N tokens whose
-        states (N, C) are returned; the last layer's MLP runs for no others, which saves a tenth of a training step.
+        states (N, C) are returned; the last layer's MLP runs for no others.
         """
         batch, new = embeddings.shape[:2]
         start, limit = (cache.used, cache.length) if cache else (0, self.config.max_position_embeddings)

@@ -4,7 +4,7 @@
     accelerate(model, {"attention"})   one item, to measure what it gains (python -m bench --items)
 
 An item stays here if, alone, it makes a headline row of the benchmark at least 1.15 times as fast; docs/performance.md
-has the figures. All of them are for CPUs: a GPU runs the plain model.
+has the figures, and says which are still to be measured. All of them are for CPUs: a GPU runs the plain model.
 """
 
 import torch
