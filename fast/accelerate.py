@@ -7,26 +7,21 @@ An item stays here if, alone, it makes a headline row of the benchmark at least 
 has the figures, and says which are still to be measured. All of them are for CPUs: a GPU runs the plain model.
 """
 
-import torch
 from torch import nn
 
 from clip import CLIPAttention
 from fast.attention import FastAttention, FastCLIPAttention
-from fast.linear import FastLinear
+from fast.linear import FastLinear, lacks_16_bit
 from fast.quantized import swap_dropout
 from llava import Attention
 from lora import LoRALinear
 
 ITEMS = {
-    "onednn": "float32 matmuls of many rows by oneDNN, where torch takes MKL",
-    "pieces": "float32 matmuls of few rows, cut into pieces for all cores",
     "one_row": "with --compile: the matmul of one row as a sum, fused with what surrounds it",
     "widen": "matmuls in 16 bits computed in float32, on a CPU that emulates 16 bits",
     "attention": "training in bfloat16: attention of short rows computed in float32",
-    "grouped": "decoding: query heads that share a key head as rows of one head",
     "dropout": "LoRA: dropout from 16 random bits a number",
 }
-SWAPS = {nn.Linear: FastLinear, Attention: FastAttention, CLIPAttention: FastCLIPAttention}
 
 
 def accelerate(model: nn.Module, only: set[str] | None = None) -> list[str]:
@@ -37,12 +32,13 @@ def accelerate(model: nn.Module, only: set[str] | None = None) -> list[str]:
     names = set(ITEMS) if only is None else set(only)
     if unknown := names - set(ITEMS):
         raise ValueError(f"fast/ has no item {sorted(unknown)[0]!r}, only {', '.join(ITEMS)}")
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # this torch was built without oneDNN
-        names.discard("onednn")
+    if not lacks_16_bit():
+        names.discard("widen")
+    swaps = {nn.Linear: FastLinear} if names & {"one_row", "widen"} else {}
+    swaps |= {Attention: FastAttention, CLIPAttention: FastCLIPAttention} if "attention" in names else {}
     for module in model.modules():
-        if type(module) in SWAPS:
-            module.__class__ = SWAPS[type(module)]
-        if isinstance(module, tuple(SWAPS.values())):
+        module.__class__ = swaps.get(type(module), type(module))
+        if isinstance(module, FastLinear):
             module.items = frozenset(names)
         if isinstance(module, LoRALinear) and "dropout" in names:
             swap_dropout(module)

@@ -10,18 +10,13 @@ from llava import Attention, apply_rope
 SHORT = 320  # positions below which float32 is faster in training
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, items: frozenset[str], **options) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
     """scaled_dot_product_attention of q (B, H, T, D), k and v (B, KV, S, D): (B, H, T, D).
 
-    "attention": in training, short rows are computed in float32 on a CPU, where the backward pass of the 16-bit kernel
-    takes three times as long. "grouped": query heads that share a key head become rows of one head if T is 1, so that
-    no key or value is copied.
+    In training, short rows are computed in float32 on a CPU: the backward pass of the 16-bit kernel takes longer.
     """
     dtype = compute_dtype(q)
-    if q.device.type == "cpu" and "grouped" in items and q.shape[2] == 1 and q.shape[1] > k.shape[1]:
-        folded = q.view(q.shape[0], k.shape[1], -1, q.shape[-1])  # (B, KV, H / KV, D)
-        return F.scaled_dot_product_attention(folded, k, v, attn_mask=options["attn_mask"]).view(q.shape)
-    short = "attention" in items and dtype.itemsize == 2 and k.shape[2] < SHORT and torch.is_grad_enabled()
+    short = dtype.itemsize == 2 and k.shape[2] < SHORT and torch.is_grad_enabled()
     if q.device.type != "cpu" or not short:
         return F.scaled_dot_product_attention(q, k, v, **options)
     with torch.autocast("cpu", enabled=False):
@@ -30,8 +25,6 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, items: frozenset[s
 
 class FastAttention(Attention):
     """llava.Attention, which calls attend()."""
-
-    items: frozenset[str] = frozenset()
 
     def forward(self, x, rope, mask, cache, positions):
         q, k, v = (
@@ -42,19 +35,17 @@ class FastAttention(Attention):
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.update(positions, k, v)
-        y = attend(q, k, v, self.items, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        y = attend(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 class FastCLIPAttention(CLIPAttention):
     """clip.CLIPAttention, which calls attend()."""
 
-    items: frozenset[str] = frozenset()
-
     def forward(self, x, causal):
         q, k, v = (
             projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = attend(q, k, v, self.items, is_causal=causal)
+        y = attend(q, k, v, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
