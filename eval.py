@@ -23,7 +23,7 @@ from evaluation.answering import Cost, answer_all, answer_batch, sibling_file
 from evaluation.choice_readers import unpack_images
 from evaluation.flags import read_flags
 from evaluation.manifest import save_manifest
-from evaluation.predictions import Item, load_json, read_predictions, rows_of, short
+from evaluation.predictions import Item, JsonFile, read_predictions, short
 from evaluation.scores import accuracy_by_category
 from evaluation.submissions import write_submission
 from evaluation.tasks import TASKS, build_prompt, choose_image_mode, read_items
@@ -44,8 +44,7 @@ from world import probes
 
 def read_questions(path: Path) -> list[dict]:
     """Your own questions, each with its metric if it has an answer. Raises DataError naming file, entry and reason."""
-    content = load_json(path)
-    questions, seen = list(rows_of(path, content if isinstance(content, list) else [content])), set()
+    questions, seen = list(JsonFile(path).rows()), set()
     if not questions:
         raise DataError(f"{path}: no questions")
     for row in questions:
@@ -198,10 +197,9 @@ def score_file(args: argparse.Namespace):
     if args.score in grader.REQUESTS and args.grades:
         model, rule = args.grader_model or "gpt-4-0613", grader.read_rule(args.rule)
         lines = grader.build_requests(args.score, items, answers, rule, model)
-        if args.grader:
-            grader.collect_grades(lines, args.grades, partial(grader.request_reply, args.grader))
-        grades = grader.match_grades(items, lines, args.grades, args.score)
-        unread = [grades[str(item.id)] is None for item in items]
+        send = partial(grader.request_reply, args.grader) if args.grader else None
+        grades = grader.collect_grades(args.score, lines, args.grades, send)
+        unread = [grades.get(str(item.id)) is None for item in items]
         report_count("answers have no grade that can be read, which counts as the worst", items, unread)
         print_scores(grader.SCORES[args.score](items, grades))
     elif not args.submission:

@@ -12,8 +12,8 @@ import glob
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,30 +30,18 @@ from training.meters import peak_memory
 from training.ranks import Distributed
 
 
-@dataclass
-class Cost:
-    """Counts and seconds of the batches that this process answered; image loading is not timed."""
-
-    questions: int = 0
-    visual_tokens: int = 0
-    prompt_tokens: int = 0  # including the image placeholders
-    new_tokens: int = 0
-    seconds: float = 0.0
-    first_token: list[float] = field(default_factory=list)  # seconds, one for each batch
+class Cost(Counter):
+    """Sums over the batches that this process answered: of counts, and of seconds without those to load images."""
 
     def save(self, path: Path, device: str):
         """Write and print means per question, seconds per batch, tokens per second of a batch, and peak memory."""
-        if not self.questions:
+        if not self["batches"]:
             return
-        values = {
-            "questions": self.questions,
-            "visual tokens": self.visual_tokens / self.questions,
-            "prompt tokens": self.prompt_tokens / self.questions,
-            "new tokens": self.new_tokens / self.questions,
-            "seconds to first token": sum(self.first_token) / len(self.first_token),
-            "tokens/s": self.new_tokens / self.seconds,
-            "peak GB": peak_memory(torch.device(device)) / 1e9,
-        }
+        tokens = ("visual tokens", "prompt tokens", "new tokens")  # prompt tokens include the image placeholders
+        values = {"questions": self["questions"]} | {name: self[name] / self["questions"] for name in tokens}
+        values["seconds to first token"] = self["seconds to first token"] / self["batches"]
+        values["tokens/s"] = self["new tokens"] / self["seconds"]
+        values["peak GB"] = peak_memory(torch.device(device)) / 1e9
         write_json(path, values)
         texts = (f"{name} {v:,}" if isinstance(v, int) else f"{name} {v:.3g}" for name, v in values.items())
         print("  ".join(texts), file=sys.stderr)
@@ -89,27 +77,25 @@ def answer_batch(
             reason = f"{len(prompts[-1]):,} tokens long, image included; the context holds {limit:,}"
             raise DataError(f"question {question['question_id']}: its prompt is {reason}")
         prepared += own
-        cost.visual_tokens += sum(tokens)
     start, features = time.perf_counter(), None
     if prepared:
         with torch.inference_mode():
             features = model.vision_features(torch.cat([image.pixels for image in prepared]).to(model.device))
-    sizes, ids = [image.size for image in prepared], [[] for _ in questions]
+    sizes, ids, first = [image.size for image in prepared], [[] for _ in questions], None
     for step in generate(model, prompts, features, sizes, max_new_tokens=max_new_tokens):
-        if not ids[0]:
-            cost.first_token.append(time.perf_counter() - start)
+        first = first or time.perf_counter()
         for row, token in zip(ids, step):
             if token is not None:
                 row.append(token)
-    cost.seconds += time.perf_counter() - start
-    cost.questions += len(questions)
-    cost.prompt_tokens += sum(map(len, prompts))
-    cost.new_tokens += sum(map(len, ids))
-    texts, end = [tokenizer.decode(row).lstrip() for row in ids], stop_text(config.template)
-    return [(text.split(end)[0] if end else text).strip() for text in texts]
+    end = time.perf_counter()
+    cost.update({"batches": 1, "questions": len(questions), "visual tokens": sum(image.tokens for image in prepared)})
+    cost.update({"prompt tokens": sum(map(len, prompts)), "new tokens": sum(map(len, ids))})
+    cost.update({"seconds": end - start, "seconds to first token": (first or end) - start})
+    texts, stop = [tokenizer.decode(row).lstrip() for row in ids], stop_text(config.template)
+    return [(text.split(stop)[0] if stop else text).strip() for text in texts]
 
 
-ROW_KEYS = {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}  # of LLaVA's answer files
+ROW_KEYS = ("question_id", "prompt", "text", "answer_id", "model_id", "metadata")  # of LLaVA's answer files
 
 
 def answer_all(
@@ -145,16 +131,20 @@ def answer_all(
                 file.flush()
             bar.update(len(batch))
         ranks.all_reduce_sum(1)  # wait until every rank has answered its batches
-        rows = merge_parts(questions, out) if is_main else []
+        rows = []
+        if is_main:  # write all answers in one step, then delete the parts
+            done = read_answers(out)
+            rows = [done[key] for key in texts]
+            write_atomic(out, b"".join(map(to_line, rows)))
+            for path in part_files(out):
+                path.unlink()
         ranks.all_reduce_sum(1)  # keep the parts open, and so locked, until rank 0 has merged them
     return rows
 
 
 def sibling_file(out: Path, name: str) -> Path:
-    """The path of a run's file `name`: beside answers.jsonl under this name, beside ANSWERS.jsonl as ANSWERS-name.
-
-    A model's folder has files of these names itself, so answers.jsonl in it also gives answers-name.
-    """
+    """The path of a run's file `name`: beside answers.jsonl under this name, beside ANSWERS.jsonl as ANSWERS-name. A
+    model's folder has files of these names itself, so answers.jsonl in it also gives answers-name."""
     is_run = out.name == "answers.jsonl" and not (out.parent / "config.json").exists()
     return out.with_name(name if is_run else f"{out.stem}-{name}")
 
@@ -172,13 +162,11 @@ def read_answers(out: Path) -> dict[int | str, dict]:
     rows = {}
     for path in (out, *part_files(out)):
         try:
-            found = [json.loads(line) for line in read_complete_lines(path).split(b"\n") if line]
-            complete = all(row.keys() >= ROW_KEYS for row in found)
-        except (ValueError, AttributeError):
-            complete = False
-        if not complete:
-            raise DataError(f"{path} is not a file of answers: remove it, or name another --out")
-        rows |= {row["question_id"]: row for row in found}
+            for line in filter(None, read_complete_lines(path).split(b"\n")):
+                row = json.loads(line)
+                rows[row["question_id"]] = {key: row[key] for key in ROW_KEYS}
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path} is not a file of answers: remove it, or name another --out") from None
     return rows
 
 
@@ -193,13 +181,3 @@ def open_part(out: Path, rank: int):
         raise DataError(f"{out}: another process is answering into it") from None
     file.truncate(len(read_complete_lines(path)))
     return file
-
-
-def merge_parts(questions: list[dict], out: Path) -> list[dict]:
-    """Write all answers to `out`, in the order of the questions and in one step, then delete the parts."""
-    found = read_answers(out)
-    rows = [found[question["question_id"]] for question in questions]
-    write_atomic(out, b"".join(map(to_line, rows)))
-    for path in part_files(out):
-        path.unlink()
-    return rows

@@ -10,8 +10,12 @@ import math
 import shutil
 import subprocess
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
+from evaluation.metrics import levenshtein
 from evaluation.ptb import ptb_words
 
 Words = list[str]
@@ -32,11 +36,9 @@ def cider(candidates: list[Words], references: list[list[Words]], sigma: float =
     paper: the length of a caption is its number of bigrams, and a corpus of one image scores 0, as every idf is log(1).
     """
     reference_counts = [[count_ngrams(words) for words in group] for group in references]
-    document_frequency = Counter()
-    for group in reference_counts:
-        document_frequency.update({gram for caption in group for counts in caption for gram in counts})
+    grams = ({gram for caption in group for counts in caption for gram in counts} for group in reference_counts)
     log_documents = math.log(len(references))
-    idf = {gram: log_documents - math.log(count) for gram, count in document_frequency.items()}
+    idf = {gram: log_documents - math.log(count) for gram, count in Counter(chain.from_iterable(grams)).items()}
 
     def tf_idf(caption: list[Counter]) -> tuple[list[dict], list[float], int]:
         """Vector and norm for each n, and the caption's length."""
@@ -47,14 +49,14 @@ def cider(candidates: list[Words], references: list[list[Words]], sigma: float =
     scores = []
     for words, group in zip(candidates, reference_counts):
         vectors, norms, length = tf_idf(count_ngrams(words))
-        totals = [0.0] * N
+        total = 0.0
         for caption in group:
             reference_vectors, reference_norms, reference_length = tf_idf(caption)
             penalty = math.e ** (-((length - reference_length) ** 2) / (2 * sigma**2))
-            for n, (vector, other) in enumerate(zip(vectors, reference_vectors)):
+            for vector, norm, other, other_norm in zip(vectors, norms, reference_vectors, reference_norms):
                 dot = sum(min(weight, other[gram]) * other[gram] for gram, weight in vector.items() if gram in other)
-                totals[n] += dot / (norms[n] * reference_norms[n] or 1.0) * penalty
-        scores.append(sum(totals) / N / len(group) * 10)
+                total += dot / (norm * other_norm or 1.0) * penalty
+        scores.append(total / N / len(group) * 10)
     return sum(scores) / len(scores), scores
 
 
@@ -75,48 +77,26 @@ def bleu(candidates: list[Words | None], references: list[list[Words]]) -> list[
         correct = [(counts & most).total() for counts, most in zip(count_ngrams(words), allowed)]
         counted = max(map(len, group)) if candidate is None else len(words)
         rows.append([len(words), length, *correct, *(max(0, counted - n) for n in range(N))])
-    corpus, images = bleu_of_counts(*map(sum, zip(*rows))), [bleu_of_counts(*row) for row in rows]
-    return [(corpus[n], [scores[n] for scores in images]) for n in range(N)]
-
-
-def bleu_of_counts(length: int, reference_length: int, *counts: int) -> list[float]:
-    """BLEU 1 to 4. Args: counts: of the correct n-grams, n = 1 to 4, then of all n-grams of the candidate."""
-    correct, possible = counts[:N], counts[N:]
-    ratio = (length + TINY) / (reference_length + SMALL)
-    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    scores, product = [], 1.0
-    for n in range(N):
-        product *= (correct[n] + TINY) / (possible[n] + SMALL)
-        scores.append(product ** (1 / (n + 1)) * penalty)
-    return scores
+    rows = np.array([np.sum(rows, axis=0), *rows], dtype=float)  # the corpus first
+    lengths, correct, possible = rows[:, :2], rows[:, 2 : 2 + N], rows[:, 2 + N :]
+    ratio = (lengths[:, :1] + TINY) / (lengths[:, 1:] + SMALL)
+    precision = np.cumprod((correct + TINY) / (possible + SMALL), axis=1) ** (1 / np.arange(1, N + 1))
+    scores = precision * np.where(ratio < 1, np.exp(1 - 1 / ratio), 1.0)
+    return [(corpus, images) for corpus, *images in scores.T.tolist()]
 
 
 def rouge(candidates: list[Words | None], references: list[list[Words]], beta: float = 1.2) -> Scores:
     """ROUGE-L (Lin 2004, section 3; rouge.py): precision and recall are each the best over the references.
-
-    A missing candidate (None) scores 0; an empty one scores 1 if a reference has no words either.
-    """
+    A missing candidate (None) scores 0; an empty one scores 1 if a reference has no words either."""
     scores = []
     for candidate, group in zip(candidates, references):
-        if candidate is None:
-            scores.append(0.0)
-            continue
         words = candidate or [""]  # the official code calls "".split(" "), which has one element
-        common = [(longest_common(words, other or [""]), len(other) or 1) for other in group]
-        precision = max(length / len(words) for length, _ in common)
-        recall = max(length / size for length, size in common)
+        group = [other or [""] for other in group]
+        common = [(len(words) + len(other) - levenshtein(words, other, 2)) // 2 for other in group]
+        precision = 0.0 if candidate is None else max(common) / len(words)
+        recall = max(length / len(other) for length, other in zip(common, group))
         scores.append((1 + beta**2) * precision * recall / (recall + beta**2 * precision) if precision else 0.0)
     return sum(scores) / len(scores), scores
-
-
-def longest_common(one: Words, other: Words) -> int:
-    """Length of the longest common subsequence. Only one row of the table is kept."""
-    row = [0] * (len(other) + 1)
-    for word in one:
-        diagonal = 0
-        for i, other_word in enumerate(other, 1):
-            diagonal, row[i] = row[i], diagonal + 1 if word == other_word else max(row[i], row[i - 1])
-    return row[-1]
 
 
 def meteor_tool() -> Path | None:
@@ -129,29 +109,22 @@ def meteor_tool() -> Path | None:
 
 def meteor(jar: Path, candidates: list[Words], references: list[list[Words]]) -> Scores:
     """METEOR 1.5 (Denkowski & Lavie 2014) by its reference tool, which has the tables of synonyms and paraphrases.
+    Raises ValueError if the tool does not answer with numbers."""
 
-    Raises ValueError if the tool does not answer with numbers.
-    """
-    command = ["java", "-Xmx2G", "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"]
-    tool = subprocess.Popen(command, cwd=jar.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+    def run(lines: list[str]) -> list[str]:
+        command = ["java", "-Xmx2G", "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"]
+        text = "".join(f"{line}\n" for line in lines)
+        tool = subprocess.run(command, cwd=jar.parent, input=text, stdout=subprocess.PIPE, encoding="utf-8")
+        return tool.stdout.splitlines()
 
-    def request(line: str) -> str:
-        tool.stdin.write(line + "\n")
-        tool.stdin.flush()
-        return tool.stdout.readline().strip()
-
+    rows = zip(candidates, references)
+    clean = [[" ".join(words).replace("|||", "") for words in (said, *others)] for said, others in rows]
+    stats = run([f"SCORE ||| {' ||| '.join(others)} ||| {' '.join(said.split())}" for said, *others in clean])
     try:
-        groups = ([candidate, *others] for candidate, others in zip(candidates, references))
-        clean = [[" ".join(words).replace("|||", "") for words in group] for group in groups]
-        stats = [request(f"SCORE ||| {' ||| '.join(refs)} ||| {' '.join(hyp.split())}") for hyp, *refs in clean]
-        first = request(f"EVAL ||| {' ||| '.join(stats)}")
-        images = [float(first), *(float(tool.stdout.readline()) for _ in stats[1:])]
-        return float(tool.stdout.readline()), images
-    except (ValueError, OSError) as error:
+        *images, corpus = map(float, run([f"EVAL ||| {' ||| '.join(stats)}"]))
+    except ValueError as error:
         raise ValueError(f"{jar}: {error}") from None
-    finally:
-        tool.kill()
-        tool.wait()
+    return corpus, images
 
 
 def caption_scores(candidates: list[str | None], references: list[list[str]]) -> dict[str, float]:

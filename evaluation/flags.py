@@ -47,16 +47,15 @@ def read_flags(description: str) -> argparse.Namespace:
 
 def why_refused(args: argparse.Namespace) -> str:
     """Why the flags do not go together; "" if they do."""
+    task = args.score or args.task
     if args.score and not (args.predictions and args.references):
         return "--score needs --predictions and --references"
     if not args.score and args.task != "probes" and not args.questions:
         return "the following arguments are required: --questions"
-    own_prompt = args.submission and "llavabench" in (args.score, args.task) and not args.grades
-    if own_prompt and (args.rule or args.grader_model):
+    if args.submission and task == "llavabench" and not args.grades and (args.rule or args.grader_model):
         return "--submission of llavabench has our own prompt and names no model: no --rule, no --grader-model"
-    if args.submission and (args.score or args.task) not in SUBMISSIONS:
-        named = args.score or args.task or "these"
-        return f"--submission: no server takes {named}, only {', '.join(SUBMISSIONS)}"
+    if args.submission and task not in SUBMISSIONS:
+        return f"--submission: no server takes {task or 'these'}, only {', '.join(SUBMISSIONS)}"
     if args.grader and not args.grades:
         return "--grader needs --grades, the file that keeps the replies"
     if any(count is not None and count < 1 for count in (args.batch_size, args.limit, args.max_new_tokens)):

@@ -1,10 +1,7 @@
 """MM-Vet and LLaVA-Bench, whose free answers a language model grades.
 
-Any endpoint that speaks OpenAI's /chat/completions can grade. Its replies are kept in a file of grades, one line each;
-scores are computed from that file alone, without the network:
-
-    python eval.py --score mmvet --predictions P --references mm-vet.json --grades G.jsonl --grader http://HOST/v1
-    python eval.py --score mmvet --predictions P --references mm-vet.json --grades G.jsonl
+Any endpoint that speaks OpenAI's /chat/completions can grade (--grader http://HOST/v1). Its replies are kept in a file
+of grades, one line each (--grades FILE). Scores are computed from that file alone, without the network.
 
 Published scores come from GPT-4 of 2023 and the official prompts, which --rule reads from their published files.
 Without --rule the prompts are our own: good to compare models with each other, not with papers.
@@ -16,13 +13,13 @@ import json
 import os
 import re
 import urllib.request
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
-from evaluation.predictions import Item, Row, load_json, short
+from evaluation.predictions import Item, JsonFile, Row, group, read_text, short
+from evaluation.scores import mean
 from inputs.files import read_complete_lines
 from inputs.records import DataError
 
@@ -35,19 +32,12 @@ COMPARISON = """Above are a description of an image, a question about it, and th
 each answer for how helpful, relevant, correct and detailed it is, from 1 to 10, whichever comes first. Reply \
 with a first line that holds the two numbers only, assistant 1 first, separated by a space; then explain."""
 
-Grades = dict[str, tuple[float, ...] | None]  # by item id; None where there is no grade that can be read
-
-
-def mmvet_truth(item: Item) -> tuple[str, list[str]]:
-    """The true answer and the skills. Raises DataError if only LLaVA's question list was given: it has neither."""
-    if item.truth is None:
-        raise DataError(f"question {short(item.id)}: no answer to compare with in the files, mm-vet.json has it")
-    return item.truth
+Grades = dict[str, tuple[float, ...] | None]  # by item id; None if the reply cannot be read
 
 
 def mmvet_request(item: Item, answer: str, rule: object) -> str:
     """A prompt for one grade, a number in [0, 1]. Args: rule: the official few-shot prompt, as text."""
-    truth = mmvet_truth(item)[0].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    truth = item.truth[0].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     if rule is not None:
         return f"{rule}\n{item.text} | {truth} | {answer} | "
     return f"{CORRECTNESS}Question: {item.text}\nTrue answer: {truth}\nGiven answer: {answer}\nGrade:"
@@ -55,12 +45,10 @@ def mmvet_request(item: Item, answer: str, rule: object) -> str:
 
 def llavabench_request(item: Item, answer: str, rule: object) -> str:
     """A prompt for two grades, first of GPT-4's reference answer. Args: rule: LLaVA's rule.json."""
-    if item.truth is None:
-        raise DataError(f"question {item.id}: context.jsonl or answers_gpt4.jsonl has nothing for it")
     caption, reference = item.truth
     prompt, role = COMPARISON, "Assistant"
     if rule is not None:
-        key = f"llava_bench_{item.groups['category']}"
+        key = f"llava_bench_{item.groups.get('category')}"
         if not isinstance(rule, dict) or not isinstance(rule.get(key), dict):
             raise DataError(f"question {item.id}: --rule has no {key}")
         prompt, role = map(Row(rule[key], f"--rule: {key}").need, ("prompt", "role"))
@@ -77,13 +65,16 @@ def read_rule(path: Path | None) -> object:
     """The official prompt: the content of LLaVA-Bench's rule.json, or the text of a file for MM-Vet."""
     if path is None:
         return None
-    return load_json(path) if path.suffix == ".json" else path.read_text(encoding="utf-8")
+    return JsonFile(path).content if path.suffix == ".json" else read_text(path)
 
 
 def build_requests(task: str, items: list[Item], answers: list[str | None], rule: object, model: str) -> list[dict]:
-    """A request for each answer, in the form of OpenAI's batch files."""
+    """A request for each answer, in the form of OpenAI's batch files. Raises DataError if an item has no truth."""
     lines = []
     for item, answer in zip(items, answers):
+        if item.truth is None:
+            files = "mm-vet.json" if task == "mmvet" else "context.jsonl and answers_gpt4.jsonl"
+            raise DataError(f"question {short(item.id)}: no answer to compare with, {files} must have it")
         if answer is not None:
             body = {"model": model, "temperature": 0, "max_tokens": MAX_TOKENS[task]}
             body["messages"] = [{"role": "user", "content": REQUESTS[task](item, answer, rule)}]
@@ -113,56 +104,44 @@ def request_reply(address: str, body: dict, timeout: float = 120) -> str:
         raise ValueError(f"{url}: the reply is not a chat completion ({error!r})") from None
 
 
-def collect_grades(lines: list[dict], path: Path, send: Callable[[dict], str]):
-    """Send every request whose reply is not in the file of grades yet, and append each reply to it at once.
-
-    A grade belongs to the hash of its request: if the answer, the prompt or the grader changes, it is requested again.
-    """
-    known = {row["asked"] for row in read_grades(path)}
-    with path.open("a", encoding="utf-8") as file:
-        for line in tqdm(lines, unit="grade"):
-            if (asked := request_hash(line)) not in known:
-                row = {"id": line["custom_id"], "grader": line["body"]["model"], "asked": asked}
-                file.write(json.dumps(row | {"reply": send(line["body"])}) + "\n")
-                file.flush()
-
-
-def request_hash(line: dict) -> str:
-    return hashlib.sha256(json.dumps(line["body"], sort_keys=True).encode()).hexdigest()[:16]
-
-
 def read_grades(path: Path) -> list[dict]:
     """The rows of a file of grades. Removes an incomplete last line, left by a kill, from the file."""
-    if not path.exists():
-        return []
     whole, rows = read_complete_lines(path), []
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            rows.append(json.loads(line))
-            is_grade = all(isinstance(rows[-1][key], str) for key in ("id", "grader", "asked", "reply"))
-        except (ValueError, KeyError, TypeError):
-            is_grade = False
-        if not is_grade:
-            raise DataError(f"{path}: line {number}: is not a grade")
-    os.truncate(path, len(whole))
+            rows.append(Row(json.loads(line), ""))
+            for key in ("id", "grader", "asked", "reply"):
+                rows[-1].need(key)
+        except ValueError:
+            raise DataError(f"{path}: line {number}: is not a grade") from None
+    if path.exists():
+        os.truncate(path, len(whole))
     return rows
 
 
-def match_grades(items: list[Item], lines: list[dict], path: Path, task: str) -> Grades:
-    """The grade of each item, from the replies to its request.
+def collect_grades(task: str, lines: list[dict], path: Path, send: Callable[[dict], str] | None) -> Grades:
+    """The grade of each request, from the replies in a file. Missing ones are requested by `send` and appended to it.
 
-    Raises DataError if the file has grades of these questions, but all of them belong to other requests.
+    A reply belongs to the hash of its request: if the answer, the prompt or the grader changes, it is requested again.
+    Raises DataError if the file has replies for these questions, but all of them to other requests.
     """
-    rows = read_grades(path)
+    rows, grades = read_grades(path), {}
     replies = {row["asked"]: row["reply"] for row in rows}
-    hashes = {line["custom_id"]: request_hash(line) for line in lines}
-    found = {key: replies[asked] for key, asked in hashes.items() if asked in replies}
-    graders = sorted({row["grader"] for row in rows if row["id"] in hashes})
-    if graders and not found:
-        names = ", ".join(map(short, graders))
-        raise DataError(f"{path}: its grades, by {names}, are of other answers, or --grader-model or --rule is another")
-    read = {"mmvet": read_correctness, "llavabench": read_pair}[task]
-    return {key: read(found[key]) if key in found else None for key in (str(item.id) for item in items)}
+    for line in tqdm(lines, unit="grade", disable=send is None):
+        key, text = line["custom_id"], json.dumps(line["body"], sort_keys=True)
+        asked = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if send and asked not in replies:
+            replies[asked] = send(line["body"])
+            row = {"id": key, "grader": line["body"]["model"], "asked": asked, "reply": replies[asked]}
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if asked in replies:
+            grades[key] = {"mmvet": read_correctness, "llavabench": read_pair}[task](replies[asked])
+    asked_ids = {line["custom_id"] for line in lines}
+    if not grades and (graders := sorted({short(row["grader"]) for row in rows if row["id"] in asked_ids})):
+        reason = f"its grades, by {', '.join(graders)}, are of other answers, or --grader-model or --rule is another"
+        raise DataError(f"{path}: {reason}")
+    return grades
 
 
 def read_correctness(reply: str) -> tuple[float] | None:
@@ -184,22 +163,18 @@ def read_pair(reply: str) -> tuple[float, float] | None:
 
 def score_mmvet(items: list[Item], grades: Grades) -> dict[str, float]:
     """100 x the mean grade, in total, by skill, and by combination of skills; an answer without a grade gets 0."""
-    groups = defaultdict(list)
+    pairs = []
     for item in items:
-        value = (grades[str(item.id)] or (0.0,))[0]
-        skills = mmvet_truth(item)[1]
-        for name in ("total", *skills, *(["_".join(skills)] if len(skills) > 1 else [])):
-            groups[name].append(value)
-    return {name: 100 * sum(values) / len(values) for name, values in groups.items()}
+        value, skills = (grades.get(str(item.id)) or (0.0,))[0], item.truth[1]
+        pairs += [(name, value) for name in dict.fromkeys(("total", *skills, "_".join(skills) or "total"))]
+    return {name: mean(values) for name, values in group(pairs).items()}
 
 
 def score_llavabench(items: list[Item], grades: Grades) -> dict[str, float]:
     """100 x the sum of the answers' grades / the sum of the references', in total and by category
     (summarize_gpt_review.py). An answer without a grade gets the lowest, 1, against a reference with 10."""
-    groups = defaultdict(list)
-    for item in items:
-        for name in ("all", item.groups["category"]):
-            groups[name].append(grades[str(item.id)] or (10.0, 1.0))
+    names = [(name, item) for item in items for name in dict.fromkeys(("all", item.groups.get("category", "all")))]
+    groups = group((name, grades.get(str(item.id)) or (10.0, 1.0)) for name, item in names)
     return {name: 100 * sum(own for _, own in rows) / sum(other for other, _ in rows) for name, rows in groups.items()}
 
 

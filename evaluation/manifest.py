@@ -35,17 +35,14 @@ def hash_files(paths: list[Path]) -> list[str]:
 
 
 def hash_images(questions: list[dict], images: Path) -> str:
-    """A hash of names and sizes in bytes of the images (to hash the content of 80,000 would take minutes).
-
-    Raises DataError if an image is missing: before the first answer, not after hours.
-    """
+    """A hash of names and sizes in bytes of the images (to hash the content of 80,000 would take minutes). Raises
+    DataError if an image is missing: before the first answer, not after hours."""
     faults, sizes = [], {}
-    for question in questions:
+    for question in (question for question in questions if question.get("image")):
         try:
-            if question.get("image"):
-                path = resolve_inside(images, question["image"])
-                check_file(path)
-                sizes[question["image"]] = path.stat().st_size
+            path = resolve_inside(images, question["image"])
+            check_file(path)
+            sizes[question["image"]] = path.stat().st_size
         except BadImage as error:
             faults.append(f"question {question['question_id']}: {error}")
     if faults:
@@ -53,17 +50,18 @@ def hash_images(questions: list[dict], images: Path) -> str:
     return sha256(json.dumps(sorted(sizes.items())).encode()).hexdigest()
 
 
-def make_manifest(
-    folders: list[Path], files: list[Path], questions: list[dict], images: Path, model: Llava, settings: dict
-) -> dict:
-    """The manifest's values: no times and no paths, so that two equal runs write equal bytes.
+def save_manifest(
+    out: Path, folders: list[Path], files: list[Path], questions: list[dict], images: Path, model: Llava, settings: dict
+):
+    """Write the manifest beside `out`: no times and no paths, so that two equal runs write equal bytes.
 
     Args: folders: of the model and of its adapter; files: of the questions; settings: values of the command line.
+    Raises DataError if `out` has answers that were made with another manifest.
     """
     config, device, template = model.config, model.device, TEMPLATES[model.config.template]
     image_marker = "<image>\n" if questions[0].get("image") else ""
     model_files = [(folder, sorted({path for name in MODEL_FILES for path in folder.glob(name)})) for folder in folders]
-    return settings | {
+    values = settings | {
         "prompt": f"{template.first}{image_marker}{questions[0]['text']}{template.assistant}",  # the first one
         "pictures_sha256": hash_images(questions, images),
         "model": [{"name": folder.name, "files": hash_files(paths)} for folder, paths in model_files],
@@ -74,27 +72,17 @@ def make_manifest(
         "decoding": "greedy",
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": numpy.__version__,
-            "pillow": PIL.__version__,
-            "code_sha256": hash_code(),
-        },
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in (torch, numpy, PIL)},
+        "code_sha256": hash_code(),
     }
-
-
-def save_manifest(out: Path, *args):
-    """Make the manifest (see make_manifest) and write it beside `out`. Raises DataError if `out` has answers that were
-    made with another one."""
-    path, values = sibling_file(out, "manifest.json"), make_manifest(*args)
-    has_answers = out.exists() or bool(part_files(out))
-    if has_answers and not path.exists():
-        raise DataError(f"{out}: no {path.name} says how these answers were made: remove it, or name another --out")
-    if has_answers:
-        old, new = ({**kept, **(kept.get("versions") or {}), "versions": None} for kept in (read_json(path), values))
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
+    path = sibling_file(out, "manifest.json")
+    if out.exists() or part_files(out):
+        if not path.exists():
+            raise DataError(f"{out}: no {path.name} says how these answers were made: remove it, or name another --out")
+        old = read_json(path)
+        for key in sorted(old.keys() | values.keys()):
+            if old.get(key) != values.get(key):
                 reason = f"{out} was started with another {key} (see {path})"
                 raise DataError(f"{reason}: remove both, or name another --out")
     path.parent.mkdir(parents=True, exist_ok=True)

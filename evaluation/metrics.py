@@ -5,6 +5,7 @@ Nothing here reads files; scores.py builds the tables of a benchmark from these.
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
@@ -12,8 +13,8 @@ from torch.nn import functional as F
 # ---------------------------------------------------------------------------------------------------------------------
 # VQA: one answer against those of ten people
 
-NUMBERS = ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-NUMBERS = dict(zip(NUMBERS, ["0", *map(str, range(11))]))
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+NUMBERS = {word: str(value) for value, word in enumerate(NUMBERS)} | {"none": "0"}
 ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 # Two errors of the official code are part of every published score. The look-behind, meant to spare decimal points, is
@@ -63,10 +64,8 @@ def normalize_gqa(text: str) -> str:
 
 
 def leave_one_out(answer: str, answers: list[str]) -> float:
-    """The mean, over the people, of min(1, number of other people who gave this answer / 3).
-
-    If 0, 1, 2, 3 or 4 of ten people gave it, the result is 0, 0.3, 0.6, 0.9 or 1.
-    """
+    """The mean, over the people, of min(1, number of other people who gave this answer / 3): 0, 0.3, 0.6, 0.9 or 1 if
+    0, 1, 2, 3 or 4 of ten people gave it."""
     same = [other == answer for other in answers]
     return sum(min(1, (sum(same) - own) / 3) for own in same) / len(same)
 
@@ -95,20 +94,19 @@ def m4c_accuracy(answer: str, answers: list[str]) -> float:
 # with soft targets and binary cross-entropy, since several answers may be right. This is how VQA models answered before
 # they generated text, and it is still a cheap head on a frozen tower.
 
-HumanAnswers = list[list[str]]  # for each question, the answers of its people
 
-
-def answer_classes(humans: HumanAnswers, k: int = 3129, at_least: int = 1) -> list[str]:
+def answer_classes(humans: list[list[str]], k: int = 3129, at_least: int = 1) -> list[str]:
     """The k normalized answers that are the most frequent answer to most questions; ties in alphabetical order.
 
-    Args: at_least: an answer that is the most frequent one of fewer questions is left out.
+    Args: humans: for each question, the answers of its people; at_least: an answer that is the most frequent one of
+    fewer questions is left out.
     """
     counts = Counter(Counter(map(normalize_answer, answers)).most_common(1)[0][0] for answers in humans)
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [answer for answer, count in ranked[:k] if count >= at_least]
 
 
-def soft_targets(humans: HumanAnswers, classes: list[str]) -> torch.Tensor:
+def soft_targets(humans: list[list[str]], classes: list[str]) -> torch.Tensor:
     """min(n / 3, 1) for each class, given by n people: (B, K) float32 in [0, 1]."""
     counts = [Counter(map(normalize_answer, answers)) for answers in humans]
     return torch.tensor([[min(count[name] / 3, 1) for name in classes] for count in counts])
@@ -121,24 +119,18 @@ def soft_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def classifier_accuracy(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    """Mean soft accuracy, in per cent, of the class with the largest logit; `soft_accuracy` of its text."""
+    """Mean soft accuracy, in per cent, of the class with the largest logit; `soft_accuracy` of its text. With the
+    targets as logits, it is the accuracy that no training can exceed."""
     return 100 * targets.gather(1, logits.argmax(dim=1, keepdim=True)).mean().item()
 
 
-def classifier_ceiling(targets: torch.Tensor) -> float:
-    """The accuracy, in per cent, of a classifier that always picks its best class: no training can exceed it."""
-    return 100 * targets.max(dim=1).values.mean().item()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# other benchmarks
+# other benchmarks, and questions of your own
 
 
 def anls(answer: str, answers: list[str], threshold: float = 0.5) -> float:
-    """Normalized Levenshtein similarity to the nearest true answer, 0 below the threshold (Biten et al. 2019).
-
-    Case and extra white space are ignored. (lmms-eval divides by the length with white space, see docs/evaluation.md.)
-    """
+    """Normalized Levenshtein similarity to the nearest true answer, 0 below the threshold (Biten et al. 2019). Case
+    and extra white space are ignored. (lmms-eval divides by the length with white space, see docs/evaluation.md.)"""
     answer = " ".join(answer.lower().split())
     best = 0.0
     for truth in answers:
@@ -149,21 +141,20 @@ def anls(answer: str, answers: list[str], threshold: float = 0.5) -> float:
     return best if best >= threshold else 0.0
 
 
-def levenshtein(one: str, other: str) -> int:
-    """The smallest number of letters to insert, delete or replace. Only one row of the table is kept."""
+def levenshtein(one: Sequence, other: Sequence, replacing: int = 1) -> int:
+    """The smallest number of letters (or words) to insert, delete or replace; a replacement counts `replacing`. With 2,
+    the longest common subsequence has (len(one) + len(other) - result) / 2 letters. Keeps one row of the table."""
     row = list(range(len(other) + 1))
     for i, letter in enumerate(one, 1):
         diagonal, row[0] = row[0], i
         for j, other_letter in enumerate(other, 1):
-            diagonal, row[j] = row[j], min(diagonal + (letter != other_letter), row[j] + 1, row[j - 1] + 1)
+            diagonal, row[j] = row[j], min(diagonal + replacing * (letter != other_letter), row[j] + 1, row[j - 1] + 1)
     return row[-1]
 
 
 def relaxed_match(answer: str, truth: str) -> bool:
-    """ChartQA's relaxed accuracy: numbers may differ by 5 %, other answers must be equal, case aside.
-
-    (Masry et al. 2022, section 5.1; the scorers of Qwen-VL and lmms-eval.) A truth of 0 must match literally.
-    """
+    """ChartQA's relaxed accuracy: numbers may differ by 5 %, other answers must be equal, case aside. A truth of 0 must
+    match literally. (Masry et al. 2022, section 5.1; the scorers of Qwen-VL and lmms-eval.)"""
     number, true_number = parse_number(answer), parse_number(truth)
     if number is not None and true_number:
         return abs(number - true_number) / abs(true_number) <= 0.05
@@ -245,8 +236,7 @@ def word_overlap(answer: str, truth: str) -> dict[str, float]:
     """LLaVA-Med's word precision, recall, F1 and "exact match", between 0 and 1 (its evaluate_metrics.py), and "same".
 
     A common word counts as often as the answer has it, so an answer that repeats a true word scores higher.
-    "Exact match" is the number of different common words / the number of words in the answer; "same" is 1 if both
-    have the same words.
+    "Exact match" is the number of different common words / that of the answer's words; "same" is 1 if all are equal.
     """
     forms = (normalize_answer(normalize_answer(text.lower())) for text in (answer, truth))
     said, wanted = (Counter(form.replace(",", "").split()) for form in forms)
@@ -261,10 +251,6 @@ def word_overlap(answer: str, truth: str) -> dict[str, float]:
 def contains_truth(answer: str, truth: str) -> bool:
     """Whether the normalized truth is part of the normalized answer: LLaVA-Med's rule for closed questions."""
     return normalize_answer(truth.lower()) in normalize_answer(answer.lower())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# questions of your own
 
 
 def plain_form(text: str) -> str:

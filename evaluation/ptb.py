@@ -9,6 +9,7 @@ which both tokenizers agree.
 import re
 import unicodedata
 from collections.abc import Iterator
+from functools import partial
 
 # Tokens that coco-caption's ptbtokenizer.py drops. Its list also has -LRB- and the like, but in capitals, while tokens
 # are in lower case by then: "-lrb-" stays a word of the caption.
@@ -62,8 +63,7 @@ STARTS += "|Now|Once|One|Other|Our|She|Since|So|Some|Such|That|The|Their|Then|Th
 STARTS += "|Yet|You"
 
 
-def straighten_quotes(token: str) -> str:
-    return re.sub(MARK, "'", token)
+straighten_quotes = partial(re.sub, MARK, "'")
 
 
 def escape_brackets(token: str) -> str:

@@ -8,7 +8,7 @@ too, alone or beside the official files, which hold the true answers.
 from pathlib import Path
 from typing import NoReturn
 
-from evaluation.predictions import Item, Row, bare_question, get_list, load_files, load_json, rows_by_id, rows_of, short
+from evaluation.predictions import Item, JsonFile, Row, bare_question, load_files, short
 from inputs.records import DataError
 
 
@@ -16,11 +16,11 @@ def refuse(paths: list[Path], reason: str) -> NoReturn:
     raise DataError(f"{', '.join(map(str, paths))}: {reason}")
 
 
-def add_once(table: dict, key: int | str, value: object, row: Row):
-    """table[key] = value. Raises DataError if the key is there already."""
-    if key in table:
+def add_once(table: dict[int | str, Item], item: Item, row: Row):
+    """Add an item to a table by id. Raises DataError if its id is there already."""
+    if item.id in table:
         raise DataError(f"{row.where}: comes twice")
-    table[key] = value
+    table[item.id] = item
 
 
 def human_answers(row: Row) -> list[str] | None:
@@ -37,18 +37,16 @@ def read_vqav2(paths: list[Path]) -> list[Item]:
     """VQAv2's and OK-VQA's questions and annotations, or one of the two."""
     listed, others = load_files(paths)
     items, annotations = {item.id: item for item in listed}, {}
-    for path, content in others:
-        subset = str(content.get("data_subtype", "")) if isinstance(content, dict) else ""
+    for file in others:
+        subset = str(file.get("data_subtype", ""))
         subset = subset.replace("test-dev", "test")  # test-dev is a part of the test set and shows its images
-        for row in rows_of(path, get_list(content, "questions")):
+        for row in file.rows("questions"):
             image = f"COCO_{subset}_{row.need('image_id', int):012d}.jpg"
-            item = Item(row.need("question_id", int), row.need("question"), image)
-            add_once(items, item.id, item, row)
-        for row in rows_of(path, get_list(content, "annotations")):
-            item = Item(row.need("question_id", int), "", truth=human_answers(row) or row.need("answers", list))
-            kinds = [key for key in ("answer_type", "question_type") if key in row]
-            item.groups = {key.replace("_", " "): row.need(key) for key in kinds}
-            add_once(annotations, item.id, item, row)
+            add_once(items, Item(row.need("question_id", int), row.need("question"), image), row)
+        for row in file.rows("annotations"):
+            truth = human_answers(row) or row.need("answers", list)
+            groups = {key.replace("_", " "): row.need(key) for key in ("answer_type", "question_type") if key in row}
+            add_once(annotations, Item(row.need("question_id", int), "", truth=truth, groups=groups), row)
     if items and annotations and (lone := items.keys() ^ annotations.keys()):
         refuse(paths, f"question {min(lone, key=str)} is not in both questions and annotations")
     for key, annotation in annotations.items():
@@ -61,33 +59,40 @@ def read_gqa(paths: list[Path]) -> list[Item]:
     """GQA's questions by id, and its choices by id (which answers are valid and plausible)."""
     listed, others = load_files(paths)
     items, choices = {}, {}
-    for path, content in others:
-        for key, row in rows_by_id(path, content):
-            if "valid" in row:
-                choices[key] = {kind: {*texts(row.need(kind, list), row)} for kind in ("valid", "plausible")}
-                continue
-            add_once(items, key, Item(key, row.need("question"), row.need("imageId") + ".jpg"), row)
-            if "answer" in row:
-                items[key].truth = row | {"answer": row.need("answer")}
-                texts(row.need("entailed", list) if "entailed" in row else [], row)
-                for kind in row.keys() & {"types", "groups"}:
-                    texts([name for name in row.need(kind, dict).values() if name is not None], row)
-    for key in items.keys() & choices.keys():
-        if items[key].truth:
-            items[key].truth |= choices[key]
+    for row in (row for file in others for row in file.rows()):
+        if "valid" in row:
+            choices[row.key] = {kind: need_texts(row, kind, list) for kind in ("valid", "plausible")}
+            continue
+        item = Item(row.key, row.need("question"), row.need("imageId") + ".jpg")
+        add_once(items, item, row)
+        if "answer" in row:
+            item.truth = row | {"answer": row.need("answer")}
+            for name in row.keys() & {"entailed", "types", "groups"}:
+                need_texts(row, name, list if name == "entailed" else dict)
+    for item in (item for item in items.values() if item.truth):
+        item.truth |= choices.get(item.id, {})
+    return add_truths(paths, listed, list(items.values()))
+
+
+def add_truths(paths: list[Path], listed: list[Item], items: list[Item]) -> list[Item]:
+    """LLaVA's list with the truths of the official items, found by first key, or by id if they have no key; or either
+    of the two alone. Raises DataError if a listed item is not among the official ones."""
+    official = {(*item.keys, str(item.id))[0]: item for item in items}
     for item in listed if items else ():
-        if str(item.id) not in items:
-            refuse(paths, f"question {short(item.id)} is not among GQA's")
-        item.truth = items[str(item.id)].truth
-    return listed or list(items.values())
+        match = official.get((*item.keys, str(item.id))[0])
+        if match is None:
+            refuse(paths, f"question {short(item.id)} is not among the official ones")
+        item.truth, item.keys = match.truth, (*item.keys, str(match.id))
+    return listed or items
 
 
-def texts(values: list, row: Row) -> list[str]:
-    """The values. Raises DataError if one is not a text."""
-    for value in values:
-        if not isinstance(value, str):
+def need_texts(row: Row, key: str, kind: type) -> set[str]:
+    """The texts in a list, or in the values of an object, where null is accepted too. Raises DataError on others."""
+    found = row.need(key, kind)
+    for value in found if kind is list else found.values():
+        if not isinstance(value, str) and (kind is list or value is not None):
             raise DataError(f"{row.where}: {short(value)} stands where a text should")
-    return values
+    return set(found)
 
 
 def read_textvqa(paths: list[Path]) -> list[Item]:
@@ -95,27 +100,20 @@ def read_textvqa(paths: list[Path]) -> list[Item]:
     list, where question_id is the id of the image."""
     listed, others = load_files(paths)
     items, tokens = [], {}
-    for path, content in others:
-        for row in rows_of(path, get_list(content, "data")):
-            image = row.need("image_id")
-            if "question" not in row:
-                tokens[image] = row.need("ocr_tokens", list)
-                continue
-            item = Item(row.get("question_id", f"{image}/{len(items)}"), row.need("question"), f"{image}.jpg")
-            item.truth, item.keys = human_answers(row), (f"{image}\n{item.text.strip().lower()}",)
-            items.append(item)
+    for row in (row for file in others for row in file.rows("data")):
+        image = row.need("image_id")
+        if "question" not in row:
+            tokens[image] = row.need("ocr_tokens", list)
+            continue
+        item = Item(row.get("question_id", f"{image}/{len(items)}"), row.need("question"), f"{image}.jpg")
+        item.truth, item.keys = human_answers(row), (f"{image}\n{item.text.strip().lower()}",)
+        items.append(item)
     for item in items if tokens else ():
         words = tokens.get(item.image.removesuffix(".jpg"), [])
         item.text += f"\nReference OCR token: {', '.join(map(str, words))}"
-    official = {item.keys[0]: item for item in items}
     for number, item in enumerate(listed):
-        key = f"{item.id}\n{bare_question(item.text)}"
-        if items and key not in official:
-            refuse(paths, f"question {item.id} ({bare_question(item.text)!r}) is not among the annotations")
-        item.id, item.keys = f"{item.id}/{number}", (key,)
-        if items:
-            item.truth, item.keys = official[key].truth, (key, str(official[key].id))
-    return listed or items
+        item.id, item.keys = f"{item.id}/{number}", (f"{item.id}\n{bare_question(item.text)}",)
+    return add_truths(paths, listed, items)
 
 
 def read_vizwiz(paths: list[Path]) -> list[Item]:
@@ -123,7 +121,7 @@ def read_vizwiz(paths: list[Path]) -> list[Item]:
     items, others = load_files(paths)
     for item in items:
         item.keys = (str(item.image),)
-    for row in (row for path, content in others for row in rows_of(path, content)):
+    for row in (row for file in others for row in file.rows()):
         image, truth = row.need("image"), human_answers(row)
         groups = {"answer type": row.need("answer_type")} if truth and "answer_type" in row else {}
         items.append(Item(image, row.need("question"), image, truth, groups))
@@ -135,11 +133,9 @@ def read_captions(paths: list[Path]) -> list[Item]:
     TextCaps's and NoCaps's in the same form, or TextCaps's own ("data"). A test set without captions gives one item for
     each image."""
     items = {}
-    for path in paths:
-        content = load_json(path)
-        rows = rows_of(path, get_list(content, "images"))
-        names = {row.need("id", int, str): row.get("file_name") for row in rows}
-        for row in rows_of(path, get_list(content, "annotations") or get_list(content, "data")):
+    for file in map(JsonFile, paths):
+        names = {row.need("id", int, str): row.get("file_name") for row in file.rows("images")}
+        for row in file.rows("annotations" if file.get("annotations") else "data"):
             key, text = row.need("image_id", int, str), row.need("caption" if "caption" in row else "caption_str")
             items.setdefault(key, Item(key, "", names.get(key) or f"{key}.jpg", [])).truth.append(text)
         if not items:
@@ -149,16 +145,16 @@ def read_captions(paths: list[Path]) -> list[Item]:
 
 def read_docvqa(paths: list[Path]) -> list[Item]:
     """DocVQA's val_v1.0.json and the like: {"data": [{"questionId", "question", "image", "answers"}]}."""
-    rows = (row for path in paths for row in rows_of(path, get_list(load_json(path), "data")))
+    rows = (row for file in map(JsonFile, paths) for row in file.rows("data"))
     return [Item(row.need_id(), row.need("question"), row.get("image"), human_answers(row)) for row in rows]
 
 
 def read_chartqa(paths: list[Path]) -> list[Item]:
     """ChartQA's test_human.json and test_augmented.json. Rows have no ids; they become human/0, human/1 and so on."""
     items = []
-    for path in paths:
-        split = path.stem.removeprefix("test_").removeprefix("val_")
-        for number, row in enumerate(rows_of(path, load_json(path))):
+    for file in map(JsonFile, paths):
+        split = file.path.stem.removeprefix("test_").removeprefix("val_")
+        for number, row in enumerate(file.rows()):
             truth, image, query = map(row.need, ("label", "imgname", "query"))
             items.append(Item(f"{split}/{number}", query, image, truth, {"split": split}))
     return items
@@ -171,56 +167,46 @@ def read_medical(paths: list[Path]) -> list[Item]:
     if any phrase_type begins with "test_", only rows with such a type are read.
     """
     items = []
-    for path in paths:
-        rows = list(rows_of(path, load_json(path)))
+    for file in map(JsonFile, paths):
+        rows = list(file.rows())
         test_rows = [row for row in rows if str(row.get("phrase_type")).startswith("test_")]
-        items += [read_medical_row(row) for row in test_rows or rows if row.get("q_lang", "en") == "en"]
+        for row in (row for row in test_rows or rows if row.get("q_lang", "en") == "en"):
+            if turns := row.get("conversations"):
+                if not isinstance(turns, list) or len(turns) < 2:
+                    raise DataError(f"{row.where}: conversations are not a question and an answer")
+                question, answer = (Row(turn, f"{row.where}: conversations").need("value") for turn in turns[:2])
+            else:
+                question, answer = row.need("question"), str(row.need("answer", str, int, float))
+            kind = row.need("answer_type").strip().lower()
+            if kind not in ("open", "closed"):
+                raise DataError(f"{row.where}: answer_type {kind!r} is neither OPEN nor CLOSED")
+            image = row.get("image_name") or row.get("img_name") or row.get("image")
+            text = question.replace("<image>", "").strip()
+            items.append(Item(row.need_id(), text, image, answer, {"kind": kind}))
     return items
-
-
-def read_medical_row(row: Row) -> Item:
-    """A question of VQA-RAD, PathVQA or SLAKE, or of LLaVA-Med's files of them. Raises DataError."""
-    if messages := row.get("conversations"):
-        key, image = row.need("id", int, str), row.get("image")
-        if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages) or len(messages) < 2:
-            raise DataError(f"{row.where}: conversations are not a question and an answer")
-        question, answer = (Row(turn, row.where).need("value") for turn in messages[:2])
-    else:
-        key, image = row.need_id(), row.get("image_name") or row.get("img_name")
-        question, answer = row.need("question"), str(row.need("answer", str, int, float))
-    kind = row.need("answer_type").strip().lower()
-    if kind not in ("open", "closed"):
-        raise DataError(f"{row.where}: answer_type {kind!r} is neither OPEN nor CLOSED")
-    return Item(key, question.replace("<image>", "").strip(), image, answer, {"kind": kind})
 
 
 def read_mmvet(paths: list[Path]) -> list[Item]:
     """mm-vet.json: {"v1_0": {"imagename", "question", "answer", "capability": [...]}}; LLaVA's list writes 0 for v1_0.
     The truth is the answer and the list of skills."""
     items, others = load_files(paths)
-    for path, content in others:
-        for key, row in rows_by_id(path, content):
-            truth = (row.need("answer"), sorted(map(str, row.need("capability", list))))
-            item = Item(key, row.need("question"), row.need("imagename"), truth, keys=(key.removeprefix("v1_"),))
-            items.append(item)
+    for row in (row for file in others for row in file.rows()):
+        truth = (row.need("answer"), sorted(map(str, row.need("capability", list))))
+        keys = (row.key.removeprefix("v1_"),)
+        items.append(Item(row.key, row.need("question"), row.need("imagename"), truth, keys=keys))
     return items
 
 
 def read_llavabench(paths: list[Path]) -> list[Item]:
     """questions.jsonl, context.jsonl (a caption of each image) and answers_gpt4.jsonl. The truth is a caption and
     GPT-4's answer."""
-    items, captions, answers = [], {}, {}
-    for path in paths:
-        for row in rows_of(path, load_json(path)):
-            if "caption" in row:
-                text = row["caption"]
-                captions[row.need("image")] = "\n".join(text) if isinstance(text, list) else str(text)
-            elif "answer_id" in row:
-                answers[str(row.need("question_id", int, str))] = row.need("text")
-            else:
-                item = Item(row.need("question_id", int, str), row.need("text"), row.need("image"))
-                item.groups["category"] = row.need("category")
-                items.append(item)
+    (items, others), captions, answers = load_files(paths), {}, {}
+    for row in (row for file in others for row in file.rows()):
+        if "caption" in row:
+            text = row["caption"]
+            captions[row.need("image")] = "\n".join(text) if isinstance(text, list) else str(text)
+        else:
+            answers[str(row.need_id())] = row.need("text")
     for item in items:
         caption, answer = captions.get(item.image), answers.get(str(item.id))
         item.truth = (caption, answer) if caption is not None and answer is not None else None

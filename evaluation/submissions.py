@@ -3,103 +3,64 @@
 import json
 import re
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from xml.sax.saxutils import escape
 
 from evaluation import grader
 from evaluation.metrics import normalize_gqa, normalize_m4c
 from evaluation.predictions import Item
-from evaluation.scores import Answers
 
 
-def json_list(make_row: Callable[[Item, str], dict]) -> Callable[[list[Item], Answers], str]:
-    """A submission that is a JSON list with one row for each item; a missing answer is empty."""
-    return lambda items, answers: json.dumps([make_row(item, answer or "") for item, answer in zip(items, answers)])
+def mmbench_row(item: Item, answer: str) -> list[object]:
+    """Index, question, A to D, prediction, answer."""
+    options, truth = [item.options.get(letter, "") for letter in "ABCD"], item.truth[0] if item.truth else ""
+    return [int(item.id), item.text.split("\nA. ")[0], *options, answer, truth]
 
 
-def captions(items: list[Item], answers: Answers) -> str:
-    """COCO's results; missing captions are left out."""
-    return json.dumps([{"image_id": i.id, "caption": a} for i, a in zip(items, answers) if a is not None])
-
-
-def json_lines(rows: list[dict]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def seed(items: list[Item], answers: Answers) -> str:
-    return json_lines([{"question_id": i.id, "prediction": a or ""} for i, a in zip(items, answers)])
-
-
-def llavabench(items: list[Item], answers: Answers) -> str:
-    """A request for each answer, in the form of OpenAI's batch files; the user must replace the model name MODEL."""
-    return json_lines(grader.build_requests("llavabench", items, answers, None, "MODEL"))
-
-
-def mmvet(items: list[Item], answers: Answers) -> str:
-    """{"v1_0": answer}, as mm-vet_evaluator.py reads it."""
-    keys = (f"v1_{str(item.id).removeprefix('v1_')}" for item in items)
-    return json.dumps({key: answer or "" for key, answer in zip(keys, answers)}, indent=2)
-
-
-def mmbench(items: list[Item], answers: Answers) -> list[list[object]]:
-    """Rows of the .xlsx table that MMBench's server takes: index, question, A to D, prediction, answer."""
-    rows = [["index", "question", *"ABCD", "prediction", "answer"]]
-    for item, said in zip(items, answers):
-        answer, options = item.truth[0] if item.truth else "", [item.options.get(letter, "") for letter in "ABCD"]
-        rows.append([int(item.id), item.text.split("\nA. ")[0], *options, said or "", answer])
-    return rows
-
-
-# VQA servers take answers in the normalized form of the scorer (LLaVA's convert_vqav2_for_submission.py and its like).
-vqa = json_list(lambda item, answer: {"question_id": item.id, "answer": normalize_m4c(answer)})
+# The entry of an item and its answer. VQA servers take answers in the scorer's normalized form (LLaVA's
+# convert_vqav2_for_submission.py and others).
 SUBMISSIONS = {
-    "vqav2": vqa,
-    "okvqa": vqa,
-    "vizwiz": json_list(lambda item, answer: {"image": item.image, "answer": normalize_m4c(answer)}),
-    "gqa": json_list(lambda item, answer: {"questionId": str(item.id), "prediction": normalize_gqa(answer)}),
-    "docvqa": json_list(lambda item, answer: {"questionId": item.id, "answer": answer}),
-    "coco": captions,
-    "textcaps": captions,
-    "seed": seed,
-    "mmvet": mmvet,
-    "llavabench": llavabench,
-    "mmbench": mmbench,
+    **dict.fromkeys(("vqav2", "okvqa"), lambda item, answer: {"question_id": item.id, "answer": normalize_m4c(answer)}),
+    "vizwiz": lambda item, answer: {"image": item.image, "answer": normalize_m4c(answer)},
+    "gqa": lambda item, answer: {"questionId": str(item.id), "prediction": normalize_gqa(answer)},
+    "docvqa": lambda item, answer: {"questionId": item.id, "answer": answer},
+    **dict.fromkeys(("coco", "textcaps"), lambda item, answer: {"image_id": item.id, "caption": answer}),
+    "seed": lambda item, answer: {"question_id": item.id, "prediction": answer},
+    "mmvet": lambda item, answer: (f"v1_{str(item.id).removeprefix('v1_')}", answer),  # mm-vet_evaluator.py
+    # Requests in the form of OpenAI's batch files; the user must replace the model name MODEL.
+    "llavabench": lambda item, answer: grader.build_requests("llavabench", [item], [answer], None, "MODEL")[0],
+    "mmbench": mmbench_row,
 }
+LEFT_OUT = ("coco", "textcaps", "llavabench")  # without an answer, an item has no entry; elsewhere its answer is empty
 
 
-def write_submission(task: str, items: list[Item], answers: Answers, path: Path):
-    content = SUBMISSIONS[task](items, answers)
+def write_submission(task: str, items: list[Item], answers: list[str | None], path: Path):
+    """A JSON list of entries; for SEED and LLaVA-Bench one entry a line, for MM-Vet an object, for MMBench a table."""
+    answered = [(item, answer) for item, answer in zip(items, answers) if answer is not None or task not in LEFT_OUT]
+    rows = [SUBMISSIONS[task](item, answer or "") for item, answer in answered]
     path.parent.mkdir(parents=True, exist_ok=True)
     if task == "mmbench":
-        write_xlsx(path, content)
+        write_xlsx(path, [["index", "question", *"ABCD", "prediction", "answer"], *rows])
+    elif task in ("seed", "llavabench"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
-        path.write_text(content, encoding="utf-8")
+        path.write_text(json.dumps(dict(rows), indent=2) if task == "mmvet" else json.dumps(rows))
 
 
-SCHEMAS = "http://schemas.openxmlformats.org"
-RELATIONS, SPREADSHEET = f"{SCHEMAS}/package/2006/relationships", f"{SCHEMAS}/spreadsheetml/2006/main"
-OFFICE, TYPE = f"{SCHEMAS}/officeDocument/2006/relationships", "application/vnd.openxmlformats-"
-
-
-def relation(kind: str, target: str) -> str:
-    return (
-        f'<Relationships xmlns="{RELATIONS}"><Relationship Id="rId1" Type="{OFFICE}/{kind}" Target="{target}"/>'
-        "</Relationships>"
-    )
-
-
+SCHEMAS, TYPE = "http://schemas.openxmlformats.org", "application/vnd.openxmlformats-"
+SHEETS, OFFICE = f"{SCHEMAS}/spreadsheetml/2006/main", f"{SCHEMAS}/officeDocument/2006/relationships"
+RELATION = f'<Relationships xmlns="{SCHEMAS}/package/2006/relationships"><Relationship Id="rId1" Type="{OFFICE}/'
 XLSX_PARTS = {  # the minimum for a spreadsheet program (ECMA-376, part 1)
     "[Content_Types].xml": f'<Types xmlns="{SCHEMAS}/package/2006/content-types">'
     f'<Default Extension="rels" ContentType="{TYPE}package.relationships+xml"/>'
     f'<Override PartName="/xl/workbook.xml" ContentType="{TYPE}officedocument.spreadsheetml.sheet.main+xml"/>'
     f'<Override PartName="/xl/worksheets/sheet1.xml" ContentType="{TYPE}officedocument.spreadsheetml.worksheet+xml"/>'
     "</Types>",
-    "_rels/.rels": relation("officeDocument", "xl/workbook.xml"),
-    "xl/workbook.xml": f'<workbook xmlns="{SPREADSHEET}" xmlns:r="{OFFICE}"><sheets>'
+    "_rels/.rels": f'{RELATION}officeDocument" Target="xl/workbook.xml"/></Relationships>',
+    "xl/workbook.xml": f'<workbook xmlns="{SHEETS}" xmlns:r="{OFFICE}"><sheets>'
     '<sheet name="Sheet1" sheetId="1" r:id="rId1"/></sheets></workbook>',
-    "xl/_rels/workbook.xml.rels": relation("worksheet", "worksheets/sheet1.xml"),
-    "xl/worksheets/sheet1.xml": f'<worksheet xmlns="{SPREADSHEET}"><sheetData>ROWS</sheetData></worksheet>',
+    "xl/_rels/workbook.xml.rels": f'{RELATION}worksheet" Target="worksheets/sheet1.xml"/></Relationships>',
+    "xl/worksheets/sheet1.xml": f'<worksheet xmlns="{SHEETS}"><sheetData>ROWS</sheetData></worksheet>',
 }
 NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, section 2.2
 

@@ -3,9 +3,9 @@
 import operator
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from evaluation import choice_readers, grader, metrics, readers, scores
 from evaluation.predictions import Item, short
@@ -19,8 +19,7 @@ CAPTION = "Provide a one-sentence caption for the provided image."
 UNSURE = "When the provided information is insufficient, respond with 'Unanswerable'.\n" + SHORT
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """One benchmark. Args: score: (items, answers; None for a missing one) to scores by name; suffix: text after each
     question, as LLaVA-1.5 asked it."""
 
@@ -30,6 +29,7 @@ class Task:
     max_new_tokens: int = 128
 
 
+science_accuracy = partial(scores.accuracy, lambda answer, truth: metrics.science_letter(answer) == truth)
 TASKS = {
     "vqav2": Task(readers.read_vqav2, scores.vqa),
     "okvqa": Task(readers.read_vqav2, scores.vqa),
@@ -37,7 +37,7 @@ TASKS = {
     "textvqa": Task(readers.read_textvqa, scores.textvqa),
     "vizwiz": Task(readers.read_vizwiz, partial(scores.accuracy, metrics.m4c_accuracy), UNSURE),
     "pope": Task(choice_readers.read_pope, scores.pope),
-    "scienceqa": Task(choice_readers.read_scienceqa, scores.scienceqa, LETTER, 1024),
+    "scienceqa": Task(choice_readers.read_scienceqa, science_accuracy, LETTER, 1024),
     "mme": Task(choice_readers.read_mme, scores.mme),
     "mmbench": Task(choice_readers.read_mmbench, scores.mmbench, LETTER, 1024),
     "seed": Task(choice_readers.read_seed, partial(scores.accuracy, operator.eq), LETTER),
