@@ -32,7 +32,7 @@ from fast.accelerate import accelerate
 from fast.compile import compile_layers
 from formats.adapters import is_adapter, sample_weights, save_adapter
 from formats.saving import save_model
-from formats.weights import load_checkpoint
+from formats.weights import choose_dtype, load_checkpoint
 from inputs import cli
 from inputs.files import publish_folder, verify_manifest
 from inputs.mixture import Source, batches, counts_of, make_order
@@ -46,9 +46,9 @@ from training.checkpoint import Saver, restore_checkpoint
 from training.flags import read_flags
 from training.machine import check_machine, largest_batch
 from training.meters import Progress, step_costs
-from training.ranks import Distributed, autocast, compute_dtype
+from training.ranks import Distributed, autocast
 from training.signals import StopSignal, ignore_signals, watchdog
-from training.sources import choose_weights, open_data, skip_bad_samples
+from training.sources import open_data, skip_bad_samples
 from training.towers import Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
 from world.language import TURNS
 from world.scenes import GROUP_SIZE
@@ -273,16 +273,15 @@ def fit(args, ranks: Distributed, run: runs.Run, model: nn.Module, dataset, toke
     model.train()
     if not args.no_fast:
         accelerate(model)
-    dtype = compute_dtype(ranks.device, args.dtype)
+    dtype = choose_dtype(args.dtype, ranks.device.type)
     check_machine(ranks, model, args.shard, dtype, largest_batch(dataset, micro_batch_size(args, ranks), pad_id))
     if args.compile:
         compile_layers(model)
         ranks.print0("--compile: the first steps take half a minute")
-    sharding.shard_model(model, args.shard, ranks, dtype)
+    network = sharding.shard_model(model, args.shard, ranks, dtype)
     optimizer = make_optimizer(model, args, ranks)
     saver = Saver(args, ranks, run, model, optimizer)
     start, skipped, val_losses = saver.resume()
-    network = sharding.wrap_model(model, args.shard)
     loader = iter(make_loader(dataset, args, ranks, pad_id, start, group))
     progress = Progress(args, ranks, run, skipped, val_losses)
     with StopSignal() as stop, watchdog(args.timeout) as reset_watchdog:
@@ -318,7 +317,7 @@ def resolve_steps(args, ranks: Distributed, run: runs.Run, dataset: Samples):
         args.steps = recipes.count_steps(args.epochs, records, args.batch_size)
         ranks.print0(f"{args.epochs:g} epochs of {records:,} records: {args.steps:,} steps")
     if run.old:
-        run.check_unchanged("steps", args.steps, args.allow_changes)
+        run.check_unchanged("steps", args.steps)
     run.values["steps"] = args.steps
     ranks.print0(recipes.configuration_table(args))
 
@@ -368,7 +367,7 @@ def train_llava(args, ranks: Distributed, folder: Path):
     run = open_run(args, ranks, folder)
     if run.finished:
         return
-    choose_weights(args, run)
+    runs.choose_weights(args, run)
     sources, val_sources = open_sources(args, ranks, "captions" if args.stage == 1 else "instruct")
     model, tokenizer = load_start(args, ranks)
     choose_trainable(model, args.train)
@@ -389,7 +388,7 @@ def train_llava(args, ranks: Distributed, folder: Path):
     # Frozen weights need no float32 copy: they are used in the compute dtype, and saved as they were loaded.
     named = model.named_parameters() if ranks.is_main and not adapter else []
     frozen = {name: p.data for name, p in named if not p.requires_grad}
-    sharding.cast_weights(model, args.shard, getattr(torch, args.weights), compute_dtype(ranks.device, args.dtype))
+    sharding.cast_weights(model, args.shard, getattr(torch, args.weights), choose_dtype(args.dtype, ranks.device.type))
     for records in filter(None, (dataset, val)):
         precompute_features(args, ranks, model, records)
     model.language_model.model.recompute = args.recompute
@@ -437,7 +436,7 @@ def open_run(args, ranks: Distributed, folder: Path) -> runs.Run:
     values["train"] = ",".join(args.train)
     exists = (folder / "run.json").exists()
     resume = args.resume and (exists or args.stage > 0)  # stage 0 may have been stopped before its second tower
-    return runs.Run(folder, values, resume or (exists and ranks.attempt > 0), args.allow_changes)
+    return runs.Run(folder, values, resume or (exists and ranks.attempt > 0))
 
 
 def main():
@@ -446,7 +445,7 @@ def main():
     try:
         ranks = Distributed(args.device, args.timeout)
         micro_batch_size(args, ranks)  # fails now rather than after the data is read
-        if args.weights == "bfloat16" and compute_dtype(ranks.device, args.dtype) == torch.float32:
+        if args.weights == "bfloat16" and choose_dtype(args.dtype, ranks.device.type) == torch.float32:
             raise ValueError("--weights bfloat16 needs --dtype bfloat16 on this machine")
         name = ranks.shared_run_name(f"stage{args.stage}-{datetime.now():%Y%m%d-%H%M%S}")
         folder = args.out or runs.OUTPUT_ROOT / name

@@ -13,13 +13,13 @@ from data import prepare_image
 from fast.accelerate import accelerate
 from fast.compile import compile_decoding, compile_layers
 from formats.configs import read_config
-from formats.weights import load_model
+from formats.weights import choose_dtype, load_model
 from inputs.images import open_image
 from inputs.tokenizer import Tokenizer
 from llava import generate
 from training import sharding
 from training.flags import read_flags
-from training.ranks import Distributed, compute_dtype
+from training.ranks import Distributed
 
 
 def make_step(side: str, job: Job) -> Callable[[], float]:
@@ -35,7 +35,7 @@ def make_step(side: str, job: Job) -> Callable[[], float]:
     model = load_model(job.folder, job.device, torch.float32, bits=args.bits)
     train.choose_trainable(model, args.train)
     train.add_adapters(args, model)
-    sharding.cast_weights(model, args.shard, torch.float32, compute_dtype(ranks.device, args.dtype))
+    sharding.cast_weights(model, args.shard, torch.float32, choose_dtype(args.dtype, ranks.device.type))
     model.train()
     if side == "fast":
         accelerate(model, job.only and set(job.only))

@@ -5,7 +5,6 @@ from it. It needs no random state: the order of the data and the seed of every s
 `runs.py` writes and verifies the files.
 """
 
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 
 from inputs.files import read_json
 from inputs.tokenizer import Tokenizer
-from training import plots, sharding
+from training import sharding
 from training.ranks import Distributed
 from training.runs import Run
 from training.sharding import STATES, is_sharded, local_optimizer, trainable_parameters, unshard
@@ -30,10 +29,8 @@ class Saver:
         self.args, self.ranks, self.run, self.model, self.optimizer = args, ranks, run, model, optimizer
 
     def resume(self) -> tuple[int, int, list[float]]:
-        """Lock the run's folder and restore its newest checkpoint.
-
-        Returns its step (0 without one), the number of skipped steps just before, and all validation losses so far.
-        """
+        """Lock the run's folder and restore its newest checkpoint. Returns its step (0 without one), the number of
+        skipped steps just before, and all validation losses so far."""
         self.ranks.on_main(self.run.open)
         checkpoint = self.ranks.on_main(self.run.newest_valid_checkpoint)
         step = restore_checkpoint(checkpoint, self.model, self.optimizer) if checkpoint else 0
@@ -70,29 +67,12 @@ class Saver:
             save(weights, folder)
             tokenizer.save(folder)
 
-        self.ranks.on_main(publish, self.run, write)
-
-
-def publish(run: Run, save: Callable[[Path], None]):
-    """Draw the loss curve and publish the finished model; print the loss over the last 5 % of the steps."""
-    rows = run.rows()
-    losses = [row["loss"] for row in rows[-max(1, len(rows) // 20) :] if row["loss"] is not None]
-    loss, skipped = sum(losses) / max(1, len(losses)), sum("skipped" in row for row in rows)
-    plots.loss_curve(run.folder / "loss.png", {run.folder.name: rows})
-    run.finish(save, {"loss": round(loss, 4), "skipped": skipped})
-    more = f"; {skipped} steps were skipped, see log.jsonl" if skipped else ""
-    print(f"{run.folder}: loss {loss:.3f} over the last {len(losses)} steps{more}", file=sys.stderr, flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# tensors: collected from all ranks, and restored onto any number of them
+        self.ranks.on_main(self.run.finish, write)
 
 
 def checkpoint_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
-    """Return {file: {name: tensor}} as this rank holds them; `gather_tensors` makes them whole.
-
-    Under zero1, states that another rank holds are meta tensors, which have shapes and no data.
-    """
+    """Return {file: {name: tensor}} as this rank holds them; `gather_tensors` makes them whole. Under zero1, states
+    that another rank holds are meta tensors, which have shapes and no data."""
     trained, states = trainable_parameters(model), {}
     for name, p in trained.items():
         state = local_optimizer(optimizer).state.get(p)
@@ -106,8 +86,7 @@ def gather_tensors(files: dict[str, dict], optimizer, ranks: Distributed) -> Ite
     """Yield the tensors of `checkpoint_tensors` in order, one at a time whole on rank 0. Every rank has to iterate."""
     is_zero1 = local_optimizer(optimizer) is not optimizer
     for name, tensors in files.items():
-        for tensor in tensors.values():
-            tensor = unshard(tensor)
+        for tensor in map(unshard, tensors.values()):
             if is_zero1 and name.startswith("optimizer"):
                 tensor = torch.zeros_like(tensor, device=ranks.device) if tensor.is_meta else tensor.clone()
                 dist.reduce(tensor, dst=0)  # the owner's state, added to zeros
@@ -118,8 +97,7 @@ def restore_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Op
     """Copy a checkpoint into the model, and into the optimizer if given. Returns the checkpoint's step.
     Raises ValueError if the checkpoint holds other parameters than those that train now."""
     saved, trained = load_file(folder / "trained.safetensors"), trainable_parameters(model)
-    if set(saved) != set(trained):
-        names = ", ".join(sorted(set(saved) ^ set(trained))[:5])
+    if names := ", ".join(sorted(set(saved) ^ set(trained))[:5]):
         raise ValueError(f"{folder}: the run now trains other parameters than the checkpoint holds: {names}")
     for name, p in trained.items():
         if saved[name].shape != p.shape:
@@ -135,10 +113,9 @@ def restore_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Op
 
 
 def reshard_like(whole: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return a whole tensor on the target's device; if the target is sharded, this rank's shard of it."""
-    whole = whole.to(target.device)
+    """Return a whole tensor or, if the target is sharded, this rank's shard of it."""
     if not is_sharded(target):
         return whole
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+    return distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)

@@ -13,146 +13,23 @@ from training.towers import SIZES
 
 COMPONENTS = ("vision", "projector", "llm")  # what --train may name
 
-
-def read_flags(description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the command line's values, completed by the recipe. A wrong flag ends the process with one line, status 2.
-
-    `args.flags` lists the flags given, `args.differs` those that differ from the recipe, `args.train` the COMPONENTS.
-    """
-    parser = make_parser(description)
-    args = parser.parse_args(argv)
-    args.flags = [key for key, value in vars(args).items() if value != parser.get_default(key)]
-    if args.lora and args.train is None:
-        args.train = "projector"  # LoRA leaves the towers' own weights as they are
-    try:
-        recipes.apply_recipe(args)
-        args.train = tuple(name for name in args.train.split(",") if name)
-        check(args)
-        check_lora(args)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+PARSER = argparse.ArgumentParser("train.py", epilog=recipes.listing())
+PARSER.formatter_class = argparse.RawDescriptionHelpFormatter
+PARSER.allow_abbrev = False  # a later flag may make an abbreviation ambiguous
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the flags
+def new_group(title: str):
+    """Return a function that adds a flag to a new group of --help; the help of each flag ends with its default."""
+    group = PARSER.add_argument_group(title)
 
+    def add(flag: str, help: str, unset: str = "", **more):
+        """Args: unset: describes the value if neither the command line nor `more` sets one."""
+        default = more.get("default", "off" if "action" in more else None)
+        if default in (None, "", []):
+            default = unset or ("the recipe's" if flag[2:].replace("-", "_") in recipes.KNOBS else "none")
+        group.add_argument(flag, help=f"{help} (default: {default})".replace("%", "%%"), **more)
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser with every flag in its group; the help of each flag ends with its default."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(None, None, description, recipes.listing(), formatter_class=formatter)
-    parser.allow_abbrev = False  # a later flag may make an abbreviation ambiguous
-    for add_flags in (add_model, add_data, add_optimization, add_architecture, add_lora, add_run, add_machine):
-        group = parser.add_argument_group(add_flags.__doc__)
-
-        def add(flag: str, help: str, unset: str = "", *, group=group, **more):
-            """Add a flag; `unset` describes its value if neither the command line nor `more` sets one."""
-            default = more.get("default", "off" if "action" in more else None)
-            if default in (None, "", []):
-                default = unset or ("the recipe's" if flag[2:].replace("-", "_") in recipes.KNOBS else "none")
-            group.add_argument(flag, help=f"{help} (default: {default})".replace("%", "%%"), **more)
-
-        add_flags(add)
-    return parser
-
-
-def add_model(add):
-    """what to train"""
-    stages = "0: the towers; 1: the projector; 2: projector and decoder"
-    add("--stage", stages, "none, must be given", type=int, choices=(0, 1, 2), required=True)
-    add("--recipe", "sets every knob that no flag sets, see below", choices=recipes.RECIPES, default="world")
-    add("--train", "stages 1 and 2: components that train, a comma-separated choice of vision, projector, llm")
-    add("--tower", "stage 0: which tower", choices=("both", "clip", "decoder"), default="both")
-    add("--model", "LLaVA to continue from", "the newest finished run of the stage before", type=Path)
-    add("--vision", "CLIP for a new LLaVA", "the newest of stage 0", type=Path)
-    add("--llm", "decoder for a new LLaVA", "the newest of stage 0", type=Path)
-    add("--init-from", "checkpoint whose weights a new run starts with, as in OUT/latest of another run", type=Path)
-
-
-def add_data(add):
-    """data"""
-    add("--data", "LLaVA's JSON; several files are mixed", "the embedded world", nargs="+", metavar="PATH[:WEIGHT]")
-    images = "folder that image paths start from, or one for each file of --data and then --val"
-    add("--images", images, "each file's own folder", nargs="+", metavar="DIR")
-    add("--mixing", "share of each file: proportional to its records, equal, or a temperature", default="proportional")
-    shares = "shares of the files, as 80/20; 80/20:20/80:4 moves from the first to the second in 4 stretches"
-    add("--shares", shares, "as --mixing says", default="")
-    add("--skip-bad", "leave out bad records, up to this share of all", type=percent, default=0.0, metavar="PERCENT")
-    add("--world", "folder of the embedded world", "out/world, drawn if it is missing", type=Path)
-    add("--questions", "most questions in a sample; longer dialogues are cut into several", "no limit", type=int)
-    add("--max-length", "tokens of a sample, image tokens included", "the decoder's context", type=int)
-    add("--image-order", "image before its question, or at random", choices=("first", "either"), default="first")
-    add("--workers", "processes that load data; 0: the training process loads it", type=int, default=0)
-    add("--cache-gb", "memory for a frozen tower's features; 0: compute them in every step", type=float, default=4.0)
-
-
-def add_optimization(add):
-    """optimization"""
-    add("--steps", "optimizer steps", type=int)
-    add("--epochs", "length of the run in passes over the data, instead of --steps", type=float)
-    add("--batch-size", "samples per step, over all ranks and micro-batches", type=int)
-    add("--accumulate", "micro-batches per step; more need less memory", type=int, default=1)
-    add("--lr", "peak learning rate", type=float)
-    add("--lr-projector", "peak learning rate of the projector (LLaVA-1.5 with LoRA: a tenth)", "--lr", type=float)
-    add("--lr-vision", "peak learning rate of the vision tower (LLaVA-NeXT: a tenth)", "--lr", type=float)
-    add("--warmup", "share of the steps in which the learning rate rises", type=float)
-    add("--weight-decay", "AdamW's, on matrices only", type=float)
-    add("--beta2", "AdamW's; short runs need less than LLaVA's 0.999", type=float)
-    add("--clip-grad", "largest gradient norm; 0: no clipping", type=float)
-    loss_mean = "mean over the tokens of a step, or over its micro-batches as in transformers before 4.46"
-    add("--loss-mean", loss_mean, choices=("token", "micro-batch"))
-    add("--seed", "seed of new weights, dropout and the order of the data", type=int, default=0)
-
-
-def add_architecture(add):
-    """parts of a new model"""
-    add("--projector", "LLaVA-1.5's MLP or LLaVA-1.0's single layer", choices=PROJECTORS)
-    add("--whiten", "start the projector from whitened features; small, young towers need it", action="store_true")
-    add("--template", "conversation template", "plain in stage 1, then the decoder's", choices=TEMPLATES)
-    mode = "how images become square; only a model with tiles can have anyres"
-    add("--image-mode", mode, "the recipe's or the model's", choices=("square", "pad", "anyres"))
-    add("--size", "stage 0: size of the towers", choices=SIZES, default="small")
-    add("--patch-size", "stage 0: side of a patch, for images of 72 pixels", type=int, default=24)
-
-
-def add_lora(add):
-    """LoRA and QLoRA"""
-    add("--lora", "train low-rank updates of these towers, not their weights", choices=("llm", "vision", "both"))
-    ranks = f"the recipe's, else {RANKS['llm']} (llm) and {RANKS['vision']} (vision)"
-    add("--lora-rank", "rank of the updates", ranks, type=int)
-    add("--lora-alpha", "an update is scaled by alpha / rank", "the recipe's, else twice the rank", type=float)
-    add("--lora-dropout", "dropout on the input of an update", f"the recipe's, else {DROPOUT}", type=float)
-    layers = "names of the layers to adapt, as q_proj,v_proj"
-    add("--lora-layers", layers, "all linear layers", type=lambda text: text.split(","))
-    add("--bits", "4: the frozen decoder in NF4, as in QLoRA", type=int, choices=(4, 16), default=16)
-
-
-def add_run(add):
-    """the run: its folder, validation, checkpoints"""
-    add("--out", "the run's folder", "a new folder below out/", type=Path)
-    add("--resume", "continue the run in --out from its newest checkpoint, bit for bit", action="store_true")
-    add("--allow-changes", "with --resume: accept flags that differ from the run's", action="store_true")
-    add("--val", "validation data, as --data, whose loss is logged", nargs="+", metavar="PATH")
-    add("--val-every", "steps between validations", type=int, default=200)
-    add("--patience", "stop after so many validations without a better loss and keep the best model", type=int)
-    add("--save-every", "steps between checkpoints", type=int, default=200)
-    add("--keep", "checkpoints to keep; the older ones replace a damaged one", type=int, default=2)
-    add("--board", "also log to these", "none", nargs="+", choices=meters.BOARDS, default=[])
-    add("--timeout", "seconds after which a step counts as hung and the process ends", type=float, default=1800)
-
-
-def add_machine(add):
-    """the machine: device, memory, speed"""
-    add("--device", "cpu, cuda or cuda:N", "cuda if there is one")
-    dtype = "compute dtype, and dtype of frozen weights; auto: bfloat16 on a GPU"
-    add("--dtype", dtype, choices=("auto", "float32", "bfloat16"), default="auto")
-    weights = "dtype of trained weights and AdamW's states; bfloat16 halves them and loses small updates"
-    add("--weights", weights, choices=("float32", "bfloat16"), default="float32")
-    add("--shard", "what ranks divide: nothing, AdamW's states, or all", choices=sharding.MODES, default="ddp")
-    add("--recompute", "recompute activations in the backward pass: less memory, more time", action="store_true")
-    add("--compile", "torch.compile the layers; takes half a minute and a C++ compiler", action="store_true")
-    add("--no-fast", "plain PyTorch layers, without fast/", action="store_true")
+    return add
 
 
 def percent(text: str) -> float:
@@ -162,56 +39,151 @@ def percent(text: str) -> float:
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# values that make no sense
+add = new_group("what to train")
+add("--stage", "0: the towers; 1: the projector; 2: projector and decoder", type=int, choices=(0, 1, 2), required=True)
+add("--recipe", "sets every knob that no flag sets, see below", choices=recipes.RECIPES, default="world")
+add("--train", "stages 1 and 2: components that train, a comma-separated choice of vision, projector, llm")
+add("--tower", "stage 0: which tower", choices=("both", "clip", "decoder"), default="both")
+add("--model", "LLaVA to continue from", "the newest finished run of the stage before", type=Path)
+add("--vision", "CLIP for a new LLaVA", "the newest of stage 0", type=Path)
+add("--llm", "decoder for a new LLaVA", "the newest of stage 0", type=Path)
+add("--init-from", "checkpoint whose weights a new run starts with, as in OUT/latest of another run", type=Path)
+
+add = new_group("data")
+add("--data", "LLaVA's JSON; several files are mixed", "the embedded world", nargs="+", metavar="PATH[:WEIGHT]")
+text = "folder that image paths start from, or one for each file of --data and then --val"
+add("--images", text, "each file's own folder", nargs="+", metavar="DIR")
+add("--mixing", "share of each file: proportional to its records, equal, or a temperature", default="proportional")
+text = "shares of the files, as 80/20; 80/20:20/80:4 moves from the first to the second in 4 stretches"
+add("--shares", text, "as --mixing says", default="")
+add("--skip-bad", "leave out bad records, up to this share of all", type=percent, default=0.0, metavar="PERCENT")
+add("--world", "folder of the embedded world", "out/world, drawn if it is missing", type=Path)
+add("--questions", "most questions in a sample; longer dialogues are cut into several", "no limit", type=int)
+add("--max-length", "tokens of a sample, image tokens included", "the decoder's context", type=int)
+add("--image-order", "image before its question, or at random", choices=("first", "either"), default="first")
+add("--workers", "processes that load data; 0: the training process loads it", type=int, default=0)
+add("--cache-gb", "memory for a frozen tower's features; 0: compute them in every step", type=float, default=4.0)
+
+add = new_group("optimization")
+add("--steps", "optimizer steps", type=int)
+add("--epochs", "length of the run in passes over the data, instead of --steps", type=float)
+add("--batch-size", "samples per step, over all ranks and micro-batches", type=int)
+add("--accumulate", "micro-batches per step; more need less memory", type=int, default=1)
+add("--lr", "peak learning rate", type=float)
+add("--lr-projector", "peak learning rate of the projector (LLaVA-1.5 with LoRA: a tenth)", "--lr", type=float)
+add("--lr-vision", "peak learning rate of the vision tower (LLaVA-NeXT: a tenth)", "--lr", type=float)
+add("--warmup", "share of the steps in which the learning rate rises", type=float)
+add("--weight-decay", "AdamW's, on matrices only", type=float)
+add("--beta2", "AdamW's; short runs need less than LLaVA's 0.999", type=float)
+add("--clip-grad", "largest gradient norm; 0: no clipping", type=float)
+text = "mean over the tokens of a step, or over its micro-batches as in transformers before 4.46"
+add("--loss-mean", text, choices=("token", "micro-batch"))
+add("--seed", "seed of new weights, dropout and the order of the data", type=int, default=0)
+
+add = new_group("parts of a new model")
+add("--projector", "LLaVA-1.5's MLP or LLaVA-1.0's single layer", choices=PROJECTORS)
+add("--whiten", "start the projector from whitened features; small, young towers need it", action="store_true")
+add("--template", "conversation template", "plain in stage 1, then the decoder's", choices=TEMPLATES)
+text = "how images become square; only a model with tiles can have anyres"
+add("--image-mode", text, "the recipe's or the model's", choices=("square", "pad", "anyres"))
+add("--size", "stage 0: size of the towers", choices=SIZES, default="small")
+add("--patch-size", "stage 0: side of a patch, for images of 72 pixels", type=int, default=24)
+
+add = new_group("LoRA and QLoRA")
+add("--lora", "train low-rank updates of these towers, not their weights", choices=("llm", "vision", "both"))
+text = f"the recipe's, else {RANKS['llm']} (llm) and {RANKS['vision']} (vision)"
+add("--lora-rank", "rank of the updates", text, type=int)
+add("--lora-alpha", "an update is scaled by alpha / rank", "the recipe's, else twice the rank", type=float)
+add("--lora-dropout", "dropout on the input of an update", f"the recipe's, else {DROPOUT}", type=float)
+add("--lora-layers", "layers to adapt, as q_proj,v_proj", "all linear layers", type=lambda text: text.split(","))
+add("--bits", "4: the frozen decoder in NF4, as in QLoRA", type=int, choices=(4, 16), default=16)
+
+add = new_group("the run: its folder, validation, checkpoints")
+add("--out", "the run's folder", "a new folder below out/", type=Path)
+add("--resume", "continue the run in --out from its newest checkpoint, bit for bit", action="store_true")
+add("--allow-changes", "with --resume: accept flags that differ from the run's", action="store_true")
+add("--val", "validation data, as --data, whose loss is logged", nargs="+", metavar="PATH")
+add("--val-every", "steps between validations", type=int, default=200)
+add("--patience", "stop after so many validations without a better loss and keep the best model", type=int)
+add("--save-every", "steps between checkpoints", type=int, default=200)
+add("--keep", "checkpoints to keep; the older ones replace a damaged one", type=int, default=2)
+add("--board", "also log to these", nargs="+", choices=meters.BOARDS, default=[])
+add("--timeout", "seconds after which a step counts as hung and the process ends", type=float, default=1800)
+
+add = new_group("the machine: device, memory, speed")
+add("--device", "cpu, cuda or cuda:N", "cuda if there is one")
+text = "compute dtype, and dtype of frozen weights; auto: bfloat16 on a GPU"
+add("--dtype", text, choices=("auto", "float32", "bfloat16"), default="auto")
+text = "dtype of trained weights and AdamW's states; bfloat16 halves them and loses small updates"
+add("--weights", text, choices=("float32", "bfloat16"), default="float32")
+add("--shard", "what ranks divide: nothing, AdamW's states, or all", choices=sharding.MODES, default="ddp")
+add("--recompute", "recompute activations in the backward pass: less memory, more time", action="store_true")
+add("--compile", "torch.compile the layers; takes half a minute and a C++ compiler", action="store_true")
+add("--no-fast", "plain PyTorch layers, without fast/", action="store_true")
+
+
+def read_flags(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line's values, completed by the recipe. A wrong flag ends the process with one line, status 2.
+
+    `args.flags` lists the flags given, `args.differs` those that differ from the recipe, `args.train` the COMPONENTS.
+    """
+    PARSER.description = description
+    args = PARSER.parse_args(argv)
+    args.flags = [key for key, value in vars(args).items() if value != PARSER.get_default(key)]
+    if args.lora and args.train is None:
+        args.train = "projector"  # LoRA leaves the towers' own weights as they are
+    try:
+        recipes.apply_recipe(args)
+        args.train = tuple(name for name in args.train.split(",") if name)
+        check(args)
+        check_lora(args)
+    except ValueError as error:
+        PARSER.error(str(error))
+    return args
+
+
+def refuse(wrong, reason: str):
+    if wrong:
+        raise ValueError(reason)
 
 
 def check(args: argparse.Namespace):
     """Raise ValueError on the first value, or pair of values, that makes no sense."""
     for key in ("steps", "batch_size", "accumulate", "save_every", "keep", "questions", "val_every", "patience"):
-        if getattr(args, key) is not None and getattr(args, key) < 1:
-            raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
+        value = getattr(args, key)
+        refuse(value is not None and value < 1, f"--{key.replace('_', '-')} must be at least 1")
     for key in ("timeout", "epochs", "lora_alpha"):
-        if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
-            raise ValueError(f"--{key.replace('_', '-')} must be a number above 0")
-    if missing := meters.missing_boards(args.board):
-        raise ValueError(f"--board {missing[0]}: it is not installed (pip install {missing[0]})")
-    if args.images and not (args.data or args.val):
-        raise ValueError("--images needs --data or --val")
+        value = getattr(args, key)
+        refuse(value is not None and not 0 < value < math.inf, f"--{key.replace('_', '-')} must be a number above 0")
     read_mixing(args.mixing)
     if args.shares:
         read_shares(args.shares)
-    if args.model and (args.vision or args.llm):
-        raise ValueError("--model continues from a LLaVA, --vision and --llm build a new one: give one or the other")
-    if args.patience and not args.val:
-        raise ValueError("--patience needs --val")
-    if args.stage == 0 and (args.val or args.init_from or args.shard == "fsdp"):
-        raise ValueError("--val, --init-from and --shard fsdp are for stages 1 and 2")
-    if unknown := set(args.train) - set(COMPONENTS):
-        raise ValueError(f"--train {', '.join(sorted(unknown))}: choose from {', '.join(COMPONENTS)}")
-    if args.stage > 0 and not args.train and not args.lora:
-        raise ValueError("--train names nothing")
+    missing, unknown = " ".join(meters.missing_boards(args.board)), set(args.train) - set(COMPONENTS)
+    refuse(missing, f"--board {missing}: not installed (pip install {missing})")
+    refuse(args.images and not (args.data or args.val), "--images needs --data or --val")
+    refuse(args.patience and not args.val, "--patience needs --val")
+    late = args.val or args.init_from or args.shard == "fsdp"
+    refuse(args.stage == 0 and late, "--val, --init-from and --shard fsdp are for stages 1 and 2")
+    either = "--model continues from a LLaVA, --vision and --llm build a new one: give one or the other"
+    refuse(args.model and (args.vision or args.llm), either)
+    refuse(unknown, f"--train {', '.join(sorted(unknown))}: choose from {', '.join(COMPONENTS)}")
+    refuse(args.stage > 0 and not args.train and not args.lora, "--train names nothing")
 
 
 def check_lora(args: argparse.Namespace):
     """Raise ValueError on LoRA flags that make no sense; set the ranks and the dropout that nothing has set."""
-    if args.bits == 4 and not args.lora:
-        raise ValueError("--bits 4 needs --lora: weights in four bits cannot train")
-    if args.bits == 4 and args.shard == "fsdp":
-        raise ValueError("--bits 4 and --shard fsdp do not go together: --shard zero1 does")
+    refuse(args.bits == 4 and not args.lora, "--bits 4 needs --lora: weights in four bits cannot train")
+    refuse(args.bits == 4 and args.shard == "fsdp", "--bits 4 and --shard fsdp do not go together: --shard zero1 does")
     if not args.lora:
-        if lora_flags := [key for key in args.flags if key.startswith("lora_")]:
-            raise ValueError(f"--{lora_flags[0].replace('_', '-')} needs --lora")
+        for key in args.flags:
+            refuse(key.startswith("lora_"), f"--{key.replace('_', '-')} needs --lora")
         return
-    if args.stage != 2:
-        raise ValueError("--lora is for stage 2")
-    if args.vision or args.llm:
-        raise ValueError("--lora needs --model: an adapter is only of use with its base model")
-    if {"vision", "llm"} & set(args.train):
-        raise ValueError(f"--lora freezes the towers, --train {','.join(args.train)} trains one: give one or the other")
+    refuse(args.stage != 2, "--lora is for stage 2")
+    refuse(args.vision or args.llm, "--lora needs --model: an adapter is only of use with its base model")
+    either = f"--lora freezes the towers, --train {','.join(args.train)} trains one: give one or the other"
+    refuse({"vision", "llm"} & set(args.train), either)
     # run.json has one key for each tower's rank. Without --lora-rank, each tower has its own default.
     rank = args.lora_rank
     args.lora_rank, args.lora_rank_vision = (RANKS[tower] if rank is None else rank for tower in ("llm", "vision"))
     args.lora_dropout = DROPOUT if args.lora_dropout is None else args.lora_dropout
-    if not 0 <= args.lora_dropout < 1:
-        raise ValueError("--lora-dropout must be at least 0 and below 1")
+    refuse(not 0 <= args.lora_dropout < 1, "--lora-dropout must be at least 0 and below 1")

@@ -41,15 +41,11 @@ def available_bytes(device: torch.device) -> int:
 
 
 def check_machine(ranks: Distributed, model: nn.Module, shard: str, dtype: torch.dtype, batch: dict | None):
-    """Print how much memory a rank needs, and a warning if its cores are busy.
-
-    Args: shard: --shard; dtype: the compute dtype; batch: the largest micro-batch, None if unknown.
-    Raises ValueError if weights, gradients and AdamW's states alone exceed the memory.
-    """
+    """Print how much memory a rank needs, and a warning if its cores are busy. Args: those of `estimate`. Raises
+    ValueError if weights, gradients and AdamW's states alone exceed the memory."""
     needed = estimate(model, shard, ranks.world_size, dtype, batch)
-    available = available_bytes(ranks.device)
+    available, fixed = available_bytes(ranks.device), needed.weights + needed.gradients + needed.states
     ranks.print0(f"{needed}; {available / 1e9:.3g} GB are available")
-    fixed = needed.weights + needed.gradients + needed.states
     if fixed > available:
         sizes = f"need {fixed / 1e9:.3g} GB per rank, but only {available / 1e9:.3g} GB are available"
         remedies = "--lora llm (with --bits 4), --shard fsdp on more ranks, --weights bfloat16"
@@ -68,24 +64,17 @@ def largest_batch(dataset: Samples, size: int, pad_id: int) -> dict | None:
     return collate((samples * size)[:size], pad_id) if samples else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# memory
-
-
 @dataclass
 class Estimate:
-    """Bytes on one rank. step: the peak of gradients and activations together. The backward pass frees activations
-    while it allocates gradients, so it is at most their sum."""
+    """Bytes on one rank. step: the peak of gradients and activations together, at most their sum, because the backward
+    pass frees activations while it allocates gradients. peak: the peak of everything."""
 
     weights: int
     gradients: int
     states: int
     activations: int
     step: int
-
-    @property
-    def peak(self) -> int:
-        return self.weights + self.states + self.step
+    peak: int
 
     def __str__(self) -> str:
         sizes = [self.weights, self.gradients, self.states, self.activations, self.peak]
@@ -96,19 +85,19 @@ class Estimate:
 def estimate(model: nn.Module, shard: str, world: int, dtype: torch.dtype, batch: dict | None) -> Estimate:
     """Estimate the memory of one training step on one rank.
 
-    With several ranks, DDP's buckets hold all gradients during the whole step; fsdp shards them as they come.
-
     Args: shard: one of sharding.MODES. world: number of ranks. dtype: of the computation.
     batch: the largest micro-batch, as the model's forward takes it; with None, activations count as 0.
     """
     parts, state_parts = {"ddp": (1, 1), "zero1": (1, world), "fsdp": (world, world)}[shard]
     gradients = sum(p.nbytes for p in trainable_parameters(model).values())
+    states = 2 * gradients // state_parts
     weights = sum(p.nbytes for p in model.parameters()) // parts + (unsharded_bytes(model, dtype) if parts > 1 else 0)
     activations = peak = 0
     if batch and (isinstance(model, Llava) or not dist.is_initialized()):  # CLIP's loss calls collectives
         activations, peak = dry_run(model, dtype, batch, free_gradients=world > 1, gathered=parts > 1)
+    # With several ranks, DDP's buckets hold all gradients during the whole step; fsdp shards them as they come.
     step = max(peak, gradients) if world == 1 else peak + gradients // parts
-    return Estimate(weights, gradients // parts, 2 * gradients // state_parts, activations, step)
+    return Estimate(weights, gradients // parts, states, activations, step, weights + states + step)
 
 
 def unsharded_bytes(model: Llava, dtype: torch.dtype) -> int:
@@ -126,17 +115,14 @@ def dry_run(model: nn.Module, dtype: torch.dtype, batch: dict, free_gradients: b
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     twin = fake_copy(model, fake, dtype if gathered else None)
-    with fake:
-        floats = {key for key, v in batch.items() if torch.is_tensor(v) and v.is_floating_point()}
-        batch = {key: torch.empty_like(v) if key in floats else v for key, v in batch.items()}
+    weights = sum(p.nbytes for p in twin.parameters())
+    floats = {key: v for key, v in batch.items() if torch.is_tensor(v) and v.is_floating_point()}
+    with fake:  # ids and labels keep their data, by which the model finds image tokens and supervised tokens
+        batch = batch | {key: torch.empty_like(value) for key, value in floats.items()}
     if free_gradients:
-        for p in twin.parameters():
-            if p.requires_grad:
-                p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    with MemoryCounter(twin.parameters()) as counter:
-        weights = counter.now
-        for tensor in filter(torch.is_tensor, batch.values()):
-            counter.count(tensor)
+        for p in trainable_parameters(twin).values():
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with MemoryCounter([*twin.parameters(), *filter(torch.is_tensor, batch.values())]) as counter:
         # As a CPU would compute it; a GPU's kernels save the same activations.
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = twin(**batch)
@@ -147,22 +133,21 @@ def dry_run(model: nn.Module, dtype: torch.dtype, batch: dict, free_gradients: b
 
 def fake_copy(model: nn.Module, fake: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
     """Copy a model with fake parameters, in `dtype` if given. Tied parameters stay tied."""
+    memo = {}
     with fake:
-        parameters = {
-            id(p): nn.Parameter(torch.empty(p.shape, dtype=dtype or p.dtype), requires_grad=p.requires_grad)
-            for p in model.parameters()
-        }
-    twin = copy.deepcopy(model, parameters)  # deepcopy takes from this memo what it would copy
+        for p in model.parameters():
+            memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=dtype or p.dtype), p.requires_grad)
+    twin = copy.deepcopy(model, memo)  # deepcopy takes from the memo what it would copy
     for module in twin.modules():
         if isinstance(getattr(module, "items", None), frozenset):  # a layer of fast/: as if the CPU had bfloat16
             module.items -= {"widen"}
         if isinstance(module, NF4Linear):  # decoding block by block would make the dry run slow
-            module.dequantize = partial(empty_dequantized, module)
+            module.dequantize = partial(empty_weight, module)
     return twin
 
 
-def empty_dequantized(layer: NF4Linear, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return layer.weight.new_empty((layer.out_features, layer.in_features), dtype=dtype or layer.dtype)
+def empty_weight(layer: NF4Linear, dtype: torch.dtype) -> torch.Tensor:
+    return layer.weight.new_empty((layer.out_features, layer.in_features), dtype=dtype)
 
 
 class MemoryCounter(TorchDispatchMode):
@@ -200,20 +185,14 @@ class MemoryCounter(TorchDispatchMode):
         return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# cores
-
 # A parallel operation ends when its slowest thread does, and a training step has thousands of them. A thread that waits
 # for a core holds up all others: two threads on two busy cores made stage 2 thirty times slower.
 BUSY = 0.8  # below this share the cores are shared; on an idle machine it is 0.95 or more
 
 
 def core_share(threads: int, seconds: float = 0.4) -> float:
-    """Return the share of `threads` cores that torch's threads get: CPU time over wall time of parallel operations.
-
-    A thread that waits for the others spins, so on an idle machine the share is close to 1. The number of threads is
-    not changed, so a run computes the same with and without this measurement.
-    """
+    """Return the share of `threads` cores that torch's threads get: CPU time over wall time of parallel operations. A
+    thread that waits for the others spins, so on an idle machine the share is close to 1."""
     x = torch.ones(threads, 100_000)  # above the size from which torch divides an operation among threads
     for _ in range(10):  # the first operations start the threads
         x.mul_(1.0)

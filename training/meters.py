@@ -2,7 +2,7 @@
 
 import importlib.util
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from llava import IGNORE, Llava
 from lora import count_weights
 from training.ranks import Distributed
 from training.runs import Run
-from training.sharding import unshard
+from training.sharding import trainable_parameters, unshard
 
 BOARDS = ("tensorboard", "wandb")
 MAX_SKIPS = 3  # steps in a row that may be skipped; more mean that the weights are broken, not a batch
@@ -24,11 +24,8 @@ PEAKS |= {"L4": 121e12, "A10G": 70e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def peak_flops(device: str) -> float | None:
-    """Return a device's peak FLOP per second by its name: the first entry of PEAKS whose words are all in it, or None.
-
-    Whole words are compared: an A1000 is not an A100.
-    """
-    words = set(device.replace("-", " ").split())
+    """Return a device's peak FLOP per second: the first entry of PEAKS whose words are all in its name, else None."""
+    words = set(device.replace("-", " ").split())  # whole words: an A1000 is not an A100
     return next((peak for key, peak in PEAKS.items() if words.issuperset(key.split())), None)
 
 
@@ -40,38 +37,28 @@ def step_flops(model: nn.Module, tokens: int, length: float, tiles: int) -> floa
     first. Attention adds 4 x length x width per layer and token forward, and twice that backward. Recomputation and
     padding do not count: this is the numerator of MFU, the arithmetic that the step asks for.
 
-    Args:
-        tokens: in the batch, without padding. length: mean tokens of a row.
-        tiles: images that the vision tower sees; an image cut into tiles counts once per tile.
+    Args: tokens: in the batch, without padding. length: mean tokens of a row. tiles: images that the vision tower sees;
+    an image cut into tiles counts once per tile.
     """
     if not isinstance(model, Llava):  # CLIP, as an approximation: its two towers see different tokens
         return 6 * sum(p.numel() for p in model.parameters()) * tokens
-    flops = decoder_flops(model, length) * tokens
-    if tiles:
-        patches = model.config.vision_config.num_patches + 1  # and the class token
-        flops += tower_flops(model, patches) * tiles * patches
-    return flops
-
-
-def decoder_flops(model: Llava, length: float) -> float:
-    """FLOPs per token of the decoder, forward and backward."""
     decoder, config = model.language_model, model.config.text_config
     # An embedding is looked up, not multiplied; a tied one is multiplied as the head.
     embedding = 0 if config.tie_word_embeddings else decoder.model.embed_tokens.weight.numel()
-    trained = sum(p.numel() for p in decoder.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in trainable_parameters(decoder).values())
     trained -= embedding if decoder.lm_head.weight.requires_grad else 0
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-    return 4 * (count_weights(decoder) - embedding) + 2 * trained + 3 * attention
-
-
-def tower_flops(model: Llava, patches: int) -> float:
-    """FLOPs per patch of the vision tower's blocks up to the feature layer; later blocks never run."""
-    tower = model.vision_tower.vision_model
-    blocks = tower.blocks(model.config.vision_feature_layer)
-    weights = count_weights(tower.embeddings) + count_weights(blocks)
-    trained = sum(p.numel() for part in (tower.embeddings, blocks) for p in part.parameters() if p.requires_grad)
-    attention = 4 * len(blocks) * model.config.vision_config.hidden_size * patches
-    return 4 * weights + 2 * trained + 3 * attention if trained else 2 * weights + attention
+    flops = tokens * (4 * (count_weights(decoder) - embedding) + 2 * trained + 3 * attention)
+    if tiles:
+        # The tower's blocks up to the feature layer; later blocks never run.
+        tower, config = model.vision_tower.vision_model, model.config.vision_config
+        blocks = tower.blocks(model.config.vision_feature_layer)
+        used = nn.ModuleList([tower.embeddings, blocks])
+        weights, trained = count_weights(used), sum(p.numel() for p in trainable_parameters(used).values())
+        patches = config.num_patches + 1  # and the class token
+        attention = 4 * len(blocks) * config.hidden_size * patches
+        flops += tiles * patches * (4 * weights + 2 * trained + 3 * attention if trained else 2 * weights + attention)
+    return flops
 
 
 def peak_memory(device: torch.device) -> int:
@@ -118,10 +105,6 @@ def step_costs(ranks: Distributed, model: nn.Module, micro_batches: list[dict], 
     return costs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the log
-
-
 class Progress:
     """Writes each step's row to log.jsonl and the progress bar, counts skipped steps, follows the validation loss.
 
@@ -131,7 +114,7 @@ class Progress:
     def __init__(self, args, ranks: Distributed, run: Run, skipped: int, val_losses: list[float]):
         self.args, self.ranks, self.run = args, ranks, run
         self.skipped, self.val_losses = skipped, val_losses
-        self.boards = Boards(args.board if ranks.is_main else [], run.folder, run.values)
+        self.boards = open_boards(args.board if ranks.is_main else [], run.folder, run.values)
 
     def steps(self, start: int) -> Iterator[int]:
         """The steps from `start` on, with a progress bar."""
@@ -145,7 +128,10 @@ class Progress:
         self.val_losses += [row["val_loss"]] if "val_loss" in row else []
         if self.ranks.is_main:
             self.run.write_row(row)
-            self.boards.write(row)
+            norms = {f"grad_norms/{component}": norm for component, norm in row.get("grad_norms", {}).items()}
+            numbers = {key: value for key, value in (row | norms).items() if isinstance(value, (int, float))}
+            for write in self.boards:
+                write(numbers, row["step"])
             self.bar.set_postfix({key: row[key] for key in ("loss", "tokens_per_s", "data_wait")}, refresh=False)
         if self.skipped > MAX_SKIPS:
             more = f"{self.skipped} steps in a row; {self.run.last_checkpoint_hint()}"
@@ -165,27 +151,16 @@ def missing_boards(names: list[str]) -> list[str]:
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
-class Boards:
-    """Send log rows to TensorBoard and Weights & Biases. wandb finds its API key by itself; it never passes here."""
-
-    def __init__(self, names: list[str], folder: Path, values: dict):
-        self.tensorboard = self.wandb = None
-        if "tensorboard" in names:
-            board = importlib.import_module("torch.utils.tensorboard")
-            self.tensorboard = board.SummaryWriter(str(folder / "tensorboard"))
-        if "wandb" in names:
-            self.wandb, name = importlib.import_module("wandb"), folder.resolve().name
-            options = {"name": name, "id": name, "dir": str(folder), "config": values, "resume": "allow"}
-            self.wandb.init(project="llava-from-scratch", **options)
-
-    def write(self, row: dict):
-        """Send a row's numbers; {"grad_norms": {"language_model": 1.0}} becomes grad_norms/language_model."""
-        flat = {}
-        for key, value in row.items():
-            flat |= {f"{key}/{part}": v for part, v in value.items()} if isinstance(value, dict) else {key: value}
-        numbers = {key: value for key, value in flat.items() if isinstance(value, (int, float))}
-        if self.tensorboard:
-            for key, value in numbers.items():
-                self.tensorboard.add_scalar(key, value, row["step"])
-        if self.wandb:
-            self.wandb.log(numbers, step=row["step"])
+def open_boards(names: list[str], folder: Path, values: dict) -> list[Callable[[dict, int], None]]:
+    """Return a function for each named dashboard; called with a step's numbers and the step, it sends them there.
+    wandb finds its API key by itself; it never passes here."""
+    boards = []
+    if "tensorboard" in names:
+        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
+        boards.append(lambda numbers, step: [writer.add_scalar(key, numbers[key], step) for key in numbers])
+    if "wandb" in names:
+        wandb, name = importlib.import_module("wandb"), folder.resolve().name
+        options = {"name": name, "id": name, "dir": str(folder), "config": values, "resume": "allow"}
+        wandb.init(project="llava-from-scratch", **options)
+        boards.append(wandb.log)
+    return boards

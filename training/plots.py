@@ -5,6 +5,7 @@ python -m training.plots RUN [RUN ...] [--out FILE]     draw the logs of several
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,19 @@ def new_figure(width: float, height: float):
     return Figure((width, height), layout="tight")
 
 
-def new_panels(widths: list[float], height: float) -> tuple:
-    """Return a figure and its axes, side by side, of these widths in inches. Raises ValueError like new_figure."""
-    figure = new_figure(sum(widths), height)
+def draw_panels(path: Path, panels: dict, widths: list[float], height: float) -> Iterator[tuple]:
+    """Yield (axis, name, content) for each of `panels`, for the caller to draw, then write the image. `widths` and
+    `height` are in inches. Without matplotlib, print that the image is not drawn."""
+    try:
+        figure = new_figure(sum(widths), height)
+    except ValueError as error:
+        print(f"{path} not drawn: {error}")
+        return
     axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
-    for axis in axes:
+    for axis, (name, content) in zip(axes, panels.items()):
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+        yield axis, name, content
+    figure.savefig(path, dpi=110)
 
 
 def column(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -53,31 +60,20 @@ def draw_curve(axis, rows: list[dict], key: str, color: str, label: str | None =
 
 
 def loss_curve(path: Path, curves: dict[str, list[dict]]):
-    """Draw one panel per named log (lists of {"step", "loss"}). Without matplotlib, print that it is not drawn."""
-    try:
-        figure, axes = new_panels([4.6] * len(curves), 3.2)
-    except ValueError as error:
-        print(f"{path} not drawn: {error}")
-        return
-    for axis, (name, rows) in zip(axes, curves.items()):
+    """Draw one panel per named log, a list of {"step", "loss"}."""
+    for axis, name, rows in draw_panels(path, curves, [4.6] * len(curves), 3.2):
         draw_curve(axis, rows, "loss", BLUE)
         draw_curve(axis, rows, "val_loss", RED)
         axis.set(title=name, xlabel="step", ylabel="loss per token", ylim=(0, None))
-    figure.savefig(path, dpi=110)
 
 
 def bars(path: Path, panels: dict[str, dict[str, float]], labels: dict[str, str]):
-    """Draw one panel per name, one bar per value, in percent. Without matplotlib, print that it is not drawn."""
-    try:
-        figure, axes = new_panels([0.62 * max(4, len(values)) for values in panels.values()], 3.4)
-    except ValueError as error:
-        print(f"{path} not drawn: {error}")
-        return
-    for axis, (name, values) in zip(axes, panels.items()):
+    """Draw one panel per name, one bar per value, in percent."""
+    widths = [0.62 * max(4, len(values)) for values in panels.values()]
+    for axis, name, values in draw_panels(path, panels, widths, 3.4):
         axis.bar_label(axis.bar(range(len(values)), values.values(), color=BLUE), fmt="%.0f", fontsize=8)
         axis.set_xticks(range(len(values)), values, rotation=40, ha="right", fontsize=8)
         axis.set(title=name, xlabel=labels[name], ylabel="correct, %", ylim=(0, 105))
-    figure.savefig(path, dpi=110)
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -93,14 +89,14 @@ def compare_runs(folders: list[Path], path: Path):
     keys = [key for key in PANELS if any(len(column(rows, key)[0]) for rows in logs.values())]
     if not keys:
         raise ValueError(f"{', '.join(logs)}: no step is logged yet")
-    figure, axes = new_panels([4.6] * len(keys), 3.4)
-    for axis, key in zip(axes, keys):
+    new_figure(1, 1)  # raises ValueError if matplotlib is missing
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for axis, key, title in draw_panels(path, {key: PANELS[key] for key in keys}, [4.6] * len(keys), 3.4):
         for i, (name, rows) in enumerate(logs.items()):
             draw_curve(axis, rows, key, f"C{i}", name)
-        axis.set(title=PANELS[key], xlabel="step")
-    axes[0].legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+        axis.set(title=title, xlabel="step")
+        if key == keys[0]:
+            axis.legend(frameon=False)
 
 
 def main():

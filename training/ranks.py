@@ -8,6 +8,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from formats.weights import choose_dtype
+
 
 class Distributed:
     """This process among those that torchrun started; without torchrun it is rank 0 of 1.
@@ -17,6 +19,7 @@ class Distributed:
 
     def __init__(self, device: str | None, timeout: float = 1800):
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.is_main = self.rank == 0
         self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # how often torchrun restarted us
         device = choose_device(device)
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
@@ -26,7 +29,7 @@ class Distributed:
 
     def join(self, timeout: timedelta) -> dist.Store:
         """Initialize the process group; returns torchrun's key-value store."""
-        is_master = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        is_master = self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(*address, self.world_size, is_master, timeout)
         # After a restart the store still holds the dead ranks' addresses, on which joining may hang: hence a prefix.
@@ -34,10 +37,6 @@ class Distributed:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=prefixed, timeout=timeout, rank=self.rank, world_size=self.world_size)
         return store
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
     def print0(self, text: str):
         """Print to stderr, on rank 0 only."""
@@ -79,9 +78,7 @@ class Distributed:
 
     def shared_run_name(self, name: str) -> str:
         """Return the name that rank 0 proposed in the first attempt: it survives torchrun's restarts."""
-        if self.store is None:
-            return name
-        if self.is_main:
+        if self.store and self.is_main:
             name = self.store.compare_set("llava-run-name", "", name).decode()
         return self.broadcast(name)
 
@@ -105,13 +102,6 @@ def choose_device(name: str | None) -> str:
     return name
 
 
-def compute_dtype(device: torch.device, dtype: str) -> torch.dtype:
-    """Return the dtype that --dtype asks for; "auto" is bfloat16 on a GPU that has it. Never float16: it underflows."""
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return getattr(torch, dtype)
-
-
-def autocast(device: torch.device, dtype: str):
-    """Return a context manager that computes in bfloat16 on float32 weights; it does nothing for float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype(device, dtype) == torch.bfloat16)
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """Return a context for --dtype: bfloat16 on float32 weights, or no change. Never float16: it underflows."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=choose_dtype(dtype, device.type) == torch.bfloat16)

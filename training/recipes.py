@@ -37,9 +37,8 @@ WORLD = {"warmup": 0.03, "weight_decay": 0.0, "beta2": 0.99, "clip_grad": 1.0, "
 # not written in any script:
 # * clip_grad. Their DeepSpeed files have no gradient_clipping, so nothing was clipped; LLaVA-1.0 ran on FSDP, where
 #   transformers' default of 1.0 holds. Both are inferred, neither is published.
-# * loss_mean. Theirs was "micro-batch", as in transformers before 4.46: a token in a short micro-batch counts for more,
-#   and how much more depends on the number of GPUs. "token" depends on nothing. To reproduce their loss exactly, give
-#   `--loss-mean micro-batch` on as many GPUs.
+# * loss_mean. Theirs was "micro-batch", as in transformers before 4.46, which depends on the number of GPUs. "token"
+#   depends on nothing. To reproduce their loss exactly, give `--loss-mean micro-batch` on as many GPUs.
 AUTHORS = {"warmup": 0.03, "weight_decay": 0.0, "beta2": 0.999, "clip_grad": 0.0, "loss_mean": "token"}
 
 # Stage 1 trains on images with bare captions ("plain"). Stage 2 uses the decoder's own template: vicuna_v1 for Vicuna.
@@ -116,9 +115,7 @@ def listing() -> str:
 
 def apply_recipe(args: Namespace):
     """Set every knob that no flag has set; args.differs gets each knob whose value differs from the recipe's.
-
-    Raises ValueError if the recipe has no such stage.
-    """
+    Raises ValueError if the recipe has no such stage."""
     recipe = RECIPES[args.recipe]
     if args.stage not in recipe.stages:
         raise ValueError(f"--recipe {args.recipe} has no stage {args.stage}, only {', '.join(map(str, recipe.stages))}")
@@ -129,8 +126,8 @@ def apply_recipe(args: Namespace):
     for key in KNOBS:
         if getattr(args, key) is None and not (length_given and key in ("steps", "epochs")):
             setattr(args, key, values[key])
-    changed = [key for key in KNOBS if getattr(args, key) != values[key]]
-    args.differs = {key: {"recipe": values[key], "here": getattr(args, key)} for key in changed}
+    pairs = {key: {"recipe": values[key], "here": getattr(args, key)} for key in KNOBS}
+    args.differs = {key: pair for key, pair in pairs.items() if pair["recipe"] != pair["here"]}
 
 
 def count_steps(epochs: float, records: int, batch_size: int) -> int:
@@ -141,10 +138,10 @@ def count_steps(epochs: float, records: int, batch_size: int) -> int:
 def configuration_table(args: Namespace) -> str:
     """Return a table of each knob's value and what set it; a star marks a difference from the recipe."""
     lines = [f"  {f'recipe {args.recipe}, stage {args.stage}':<28}{'value':<24}from"]
-    for key in [*KNOBS, "image_size", *(flag for flag in args.flags if flag not in (*KNOBS, "recipe", "stage"))]:
-        differs = args.differs.get(key)
-        value = getattr(args, key, differs and differs["here"])
-        if value in (None, "", ()) and not differs:
+    values = vars(args) | {key: pair["here"] for key, pair in args.differs.items()}
+    for key in dict.fromkeys([*KNOBS, "image_size", *args.flags]):
+        value, differs = values.get(key), args.differs.get(key)
+        if key in ("recipe", "stage") or (value in (None, "", ()) and not differs):
             continue
         origin = "epochs" if key == "steps" and args.epochs else "flag" if key in args.flags else "recipe"
         origin = "model" if key == "image_size" else origin
@@ -155,17 +152,12 @@ def configuration_table(args: Namespace) -> str:
 
 
 def check_model(args: Namespace, config):
-    """Raise ValueError if a LlavaConfig contradicts recipe or flags in a shape that training cannot change.
-
-    Another image size than the recipe's is allowed, as the choice of another vision tower, and noted in args.differs.
-    """
-    shape = {"projector": config.projector_type}
-    if config.image_grid_pinpoints:
-        shape["image_mode"] = "anyres"
-    elif args.image_mode == "anyres":
-        shape["image_mode"] = config.image_mode
-    for key, own in shape.items():
-        if (wanted := getattr(args, key)) not in (None, own):
+    """Raise ValueError if a LlavaConfig contradicts recipe or flags in a shape that training cannot change. The image
+    size may differ from the recipe's, as with another vision tower: args.differs notes it."""
+    for key, own in (("projector", config.projector_type), ("image_mode", config.image_mode)):
+        wanted = getattr(args, key)
+        fixed = key == "projector" or "anyres" in (wanted, own)  # a model has tiles or not; other modes can change
+        if fixed and wanted not in (None, own):
             flag, origin = f"--{key.replace('_', '-')}", "" if key in args.flags else f" (recipe {args.recipe})"
             raise ValueError(f"{flag} {wanted}{origin}, but the model has {own}: {flag} {own} trains it as it is")
     context = config.text_config.max_position_embeddings

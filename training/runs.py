@@ -27,12 +27,14 @@ import torch
 
 from inputs import files
 from inputs.files import OUTPUT_ROOT, publish_folder, verify_manifest, write_json, write_manifest, write_tensors
+from training import plots
 
+WEIGHTS = ("model", "vision", "llm")  # flags that name folders of weights
 # Flags that may differ when a run is resumed: they change at most the order of summation. Those of the last line are
-# compared elsewhere (model, vision, llm, steps) or repeat other flags (flags, differs).
+# compared elsewhere (WEIGHTS, steps) or repeat other flags (flags, differs).
 MAY_CHANGE = ("out", "resume", "allow_changes", "device", "workers", "save_every", "keep", "cache_gb", "timeout")
 MAY_CHANGE += ("accumulate", "compile", "no_fast", "shard", "recompute", "board")
-MAY_CHANGE += ("model", "vision", "llm", "steps", "flags", "differs")
+MAY_CHANGE += (*WEIGHTS, "steps", "flags", "differs")
 
 
 def newest_run(*stages: int, part: str = "") -> Path:
@@ -49,20 +51,14 @@ def newest_run(*stages: int, part: str = "") -> Path:
     return finished[max(finished)]
 
 
-def checkpoint_step(path: Path) -> int:
-    """Return the step after which a checkpoint was written."""
-    return int(path.name.split("-")[1])
-
-
 class Run:
     """The folder of one run.
 
-    Args: folder: need not exist. values: what run.json records, the flags among them.
-    resume: continue the run that the folder holds. allow_changes: even if its flags were different.
+    Args: folder: need not exist. values: all flags, for run.json. resume: continue the run that the folder holds.
     Raises ValueError if there is a run and resume is False, if there is none to resume, or if a flag differs.
     """
 
-    def __init__(self, folder: Path, values: dict, resume: bool, allow_changes: bool = False):
+    def __init__(self, folder: Path, values: dict, resume: bool):
         self.folder, self.values = folder, values
         exists = (folder / "run.json").exists()
         if exists and not resume:
@@ -73,11 +69,11 @@ class Run:
         self.finished = bool(self.old.get("finished"))
         fixed = self.old.keys() & values.keys() - set(MAY_CHANGE)
         for key in sorted(fixed, key=lambda key: (key != "recipe", key)):  # the recipe first: it sets the others
-            self.check_unchanged(key, values[key], allow_changes)
+            self.check_unchanged(key, values[key])
 
-    def check_unchanged(self, key: str, new, allowed: bool):
-        """Raise ValueError if a flag differs from the value that the run was started with."""
-        if new != self.old[key] and not allowed:
+    def check_unchanged(self, key: str, new):
+        """Raise ValueError if a flag differs from the run's and --allow-changes is not given."""
+        if new != self.old[key] and not self.values.get("allow_changes"):
             flags = f"--{key.replace('_', '-')} {self.old[key]}, not {new}"
             raise ValueError(f"{self.folder} was trained with {flags}: add --allow-changes to continue anyway")
 
@@ -93,30 +89,30 @@ class Run:
             shutil.rmtree(path)
 
     def start(self, step: int) -> tuple[int, list[float]]:
-        """Write run.json and open the log. On resume, drop log rows and best checkpoints from after `step`.
-
-        Returns the number of skipped steps in a row just before `step`, and all validation losses so far.
-        """
+        """Write run.json and open the log. On resume, drop log rows and best checkpoints from after `step`. Returns the
+        number of skipped steps in a row just before `step`, and all validation losses so far."""
         write_json(self.folder / "run.json", self.values)
-        rows = [row for row in self.rows() if row["step"] <= step]
-        files.write_atomic(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-        self.log = (self.folder / "log.jsonl").open("a")
+        path = self.folder / "log.jsonl"
+        rows = [row for row in plots.read_log(self.folder) if row["step"] <= step] if path.exists() else []
+        files.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        self.log = path.open("a", buffering=1)  # each line is written at once
         for path in self.checkpoints("best"):
-            if checkpoint_step(path) > step:
+            if int(path.name.removeprefix("best-")) > step:
                 shutil.rmtree(path)
         skipped = next((i for i, row in enumerate(reversed(rows)) if "skipped" not in row), len(rows))
         return skipped, [row["val_loss"] for row in rows if "val_loss" in row]
 
-    def rows(self) -> list[dict]:
-        """Return the rows of the log, without a last line that a kill cut short."""
-        return [json.loads(line) for line in files.read_complete_lines(self.folder / "log.jsonl").splitlines()]
-
     def write_row(self, row: dict):
         self.log.write(json.dumps(row) + "\n")
-        self.log.flush()
 
-    def finish(self, save: Callable[[Path], None], summary: dict):
-        """Publish the finished model, mark the run as finished, then delete the checkpoints, in that order."""
+    def finish(self, save: Callable[[Path], None]):
+        """Draw the loss, publish the finished model, mark the run as finished, then delete the checkpoints, in that
+        order. Prints the loss over the last 5 % of the steps."""
+        rows = plots.read_log(self.folder)
+        losses = [row["loss"] for row in rows[-max(1, len(rows) // 20) :] if row["loss"] is not None]
+        loss, skipped = sum(losses) / max(1, len(losses)), sum("skipped" in row for row in rows)
+        summary = {"loss": round(loss, 4), "skipped": skipped}
+        plots.loss_curve(self.folder / "loss.png", {self.folder.name: rows})
         shutil.rmtree(self.folder / "final", ignore_errors=True)  # left by a process that was killed here
         publish_folder(self.folder / "final", save)
         for path in sorted((self.folder / "final").iterdir()):
@@ -128,10 +124,13 @@ class Run:
         for path in [*self.checkpoints(), *self.checkpoints("best")]:
             shutil.rmtree(path)
         self.log.close()
+        more = f"; {skipped} steps were skipped, see log.jsonl" if skipped else ""
+        print(f"{self.folder}: loss {loss:.3f} over the last {len(losses)} steps{more}", file=sys.stderr, flush=True)
 
     def checkpoints(self, kind: str = "checkpoint") -> list[Path]:
         """Return the folders of the checkpoints of a kind, "checkpoint" or "best", newest last."""
-        return sorted((path for path in self.folder.glob(f"{kind}-*") if not path.suffix), key=checkpoint_step)
+        folders = [path for path in self.folder.glob(f"{kind}-*") if not path.suffix]
+        return sorted(folders, key=lambda path: int(path.name.removeprefix(f"{kind}-")))
 
     def last_checkpoint_hint(self) -> str:
         """Return the end of an error message: which checkpoint a resume would use."""
@@ -185,3 +184,19 @@ class Run:
             deque(values, maxlen=0)  # the other ranks take part in gathering every tensor, also after an error
         for older in self.checkpoints(kind)[:-keep]:
             shutil.rmtree(older)
+
+
+def choose_weights(args, run: Run):
+    """Set --model, or --vision and --llm, if the command line does not. A resumed run keeps its own."""
+    if run.old:
+        for name in WEIGHTS:
+            if getattr(args, name):
+                run.check_unchanged(name, str(getattr(args, name).resolve()))
+            else:
+                setattr(args, name, run.old[name] and Path(run.old[name]))
+    elif args.vision or args.llm or (args.stage == 1 and not args.model):
+        args.vision = args.vision or newest_run(0, part="clip")
+        args.llm = args.llm or newest_run(0, part="decoder")
+    else:
+        args.model = args.model or newest_run(1)
+    run.values |= {name: str(path.resolve()) for name in WEIGHTS if (path := getattr(args, name))}

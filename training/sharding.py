@@ -6,11 +6,10 @@
     fsdp     each rank keeps a shard of everything; a layer is gathered only while it is used (torch's FSDP2)
 
 AdamW in float32 needs 16 bytes per parameter (weight 4, gradient 4, states 8). Per rank that is 16 under ddp,
-8 + 8 / N under zero1 and 16 / N under fsdp. Checkpoints hold whole tensors in all three modes, so any number of ranks
-can resume from them.
+8 + 8 / N under zero1 and 16 / N under fsdp.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -32,12 +31,16 @@ def cast_weights(model: nn.Module, mode: str, trained: torch.dtype, frozen: torc
                 p.data = p.data.to(trained if p.requires_grad or mode == "fsdp" else frozen)
 
 
-def shard_model(model: nn.Module, mode: str, ranks: Distributed, dtype: torch.dtype):
-    """Move a model to the device. Under fsdp, shard it: each decoder layer is gathered by itself, the rest at once.
-    Shards stay float32; they are gathered, and computed with, in `dtype`."""
-    if mode != "fsdp" or not dist.is_initialized():
-        model.to(ranks.device)
-        return
+def shard_model(model: nn.Module, mode: str, ranks: Distributed, dtype: torch.dtype) -> nn.Module:
+    """Move a model to the device; return the module to call in training, which averages gradients over the ranks.
+
+    Under fsdp, each decoder layer is sharded and gathered by itself, the rest at once. Shards stay float32; they are
+    gathered, and computed with, in `dtype`.
+    """
+    if not dist.is_initialized():
+        return model.to(ranks.device)
+    if mode != "fsdp":  # gradients that are views into DDP's buckets are held once, not twice
+        return DistributedDataParallel(model.to(ranks.device), gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh  # imported here: 2 seconds that most runs do not need
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -45,14 +48,7 @@ def shard_model(model: nn.Module, mode: str, ranks: Distributed, dtype: torch.dt
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     for part in [*model.language_model.model.layers, model]:
         fully_shard(part, mesh=mesh, mp_policy=policy)
-
-
-def wrap_model(model: nn.Module, mode: str) -> nn.Module:
-    """Return the module to call in training: it averages gradients over the ranks. FSDP2 does so without a wrapper."""
-    if not dist.is_initialized() or mode == "fsdp":
-        return model
-    # With gradients as views into DDP's buckets they are held once, not twice.
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model
 
 
 def make_adamw(groups: list[dict], mode: str, **options) -> torch.optim.Optimizer:
@@ -71,16 +67,11 @@ def make_adamw(groups: list[dict], mode: str, **options) -> torch.optim.Optimize
     return optimizer
 
 
-@contextmanager
-def gradient_sync(network: nn.Module, last: bool):
-    """Exchange gradients between the ranks only in the last micro-batch of a step."""
-    if isinstance(network, DistributedDataParallel):
-        with nullcontext() if last else network.no_sync():
-            yield
-    else:
-        if hasattr(network, "set_requires_gradient_sync"):  # FSDP2's
-            network.set_requires_gradient_sync(last)
-        yield
+def gradient_sync(network: nn.Module, last: bool) -> AbstractContextManager:
+    """Return a context in which the ranks exchange gradients only if this is the last micro-batch of a step."""
+    if hasattr(network, "set_requires_gradient_sync"):  # FSDP2's
+        network.set_requires_gradient_sync(last)
+    return network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext()
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -103,9 +94,5 @@ def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 def gather_weights(model: nn.Module, ranks: Distributed) -> dict[str, torch.Tensor]:
     """Return the trainable weights, unsharded and on the CPU, on rank 0; {} on the others. A collective."""
-    weights = {}
-    for name, p in trainable_parameters(model).items():
-        tensor = unshard(p)
-        if ranks.is_main:
-            weights[name] = tensor.detach().cpu()
-    return weights
+    whole = ((name, unshard(p)) for name, p in trainable_parameters(model).items())
+    return {name: tensor.detach().cpu() for name, tensor in whole if ranks.is_main}

@@ -1,22 +1,19 @@
-"""Find a run's data and its first weights, and check the data before any work starts."""
+"""Find a run's data, and check it before any work starts."""
 
 from pathlib import Path
 
 from inputs.check import Skips, image_faults, log_skipped, refuse_bad
 from inputs.mixture import Source, check_mixing, open_sources
 from inputs.samples import Samples
-from training import runs
 from training.ranks import Distributed
-
-WEIGHTS = ("model", "vision", "llm")  # flags that name folders of weights
+from training.runs import Run
 
 
 def open_data(args, ranks: Distributed, default: Path | None, group: int) -> tuple[list[Source], list[Source]]:
     """Open and return the files to train on, and those to validate on.
 
-    Args: default: file to train on without --data; group: neighboring records that stay in one batch.
-    Raises ValueError on an impossible mixture, on more bad records than --skip-bad allows, and on any bad record of the
-    validation data.
+    Args: default: file to train on without --data; group: neighboring records that stay in one batch. Raises ValueError
+    on an impossible mixture, more bad records than --skip-bad allows, or any bad record of the validation data.
     """
     files, val_files = args.data or [], args.val or []
     opened = open_sources([*files, *val_files], args.images)
@@ -35,30 +32,12 @@ def open_data(args, ranks: Distributed, default: Path | None, group: int) -> tup
     return sources, val_sources
 
 
-def skip_bad_samples(args, ranks: Distributed, run: runs.Run, dataset: Samples):
+def skip_bad_samples(args, ranks: Distributed, run: Run, dataset: Samples):
     """With --skip-bad: list the records left out in the run's folder, and let `dataset` replace bad samples."""
     if not args.skip_bad:
         return
     faults = [fault for source in dataset.sources for fault in source.faults.values()]
     path = run.folder / "skipped.jsonl"
-    if ranks.is_main:
-        log_skipped(path, faults)
+    ranks.on_main(log_skipped, path, faults)  # the file is there before any rank adds to it
     ranks.print0(f"--skip-bad: {len(faults):,} records are left out; {path} names them and those that turn out bad")
-    ranks.broadcast(None)  # the file is there before any rank adds to it
     dataset.skips = Skips(args.skip_bad, len(dataset), path)
-
-
-def choose_weights(args, run: runs.Run):
-    """Set --model, or --vision and --llm, if the command line does not. A resumed run keeps its own."""
-    if run.old:
-        for name in WEIGHTS:
-            if getattr(args, name):
-                run.check_unchanged(name, str(getattr(args, name).resolve()), args.allow_changes)
-            else:
-                setattr(args, name, run.old[name] and Path(run.old[name]))
-    elif args.vision or args.llm or (args.stage == 1 and not args.model):
-        args.vision = args.vision or runs.newest_run(0, part="clip")
-        args.llm = args.llm or runs.newest_run(0, part="decoder")
-    else:
-        args.model = args.model or runs.newest_run(1)
-    run.values |= {name: str(path.resolve()) for name in WEIGHTS if (path := getattr(args, name))}

@@ -21,10 +21,7 @@ SIZES = {
     "small": {"width": 128, "heads": 4, "vision_layers": 3, "text_layers": 1, "decoder_layers": 4},
     "medium": {"width": 192, "heads": 6, "vision_layers": 5, "text_layers": 2, "decoder_layers": 5},
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# towers to train from scratch
+POSITION_GAIN = 4  # scale of the feature directions that tell a patch's position, see whiten_projector
 
 
 def new_clip(size: str, patch_size: int, vocab_size: int) -> CLIPModel:
@@ -40,16 +37,9 @@ def new_clip(size: str, patch_size: int, vocab_size: int) -> CLIPModel:
 def new_decoder(size: str, tokenizer: Tokenizer, template: str) -> Llava:
     """Return a new LLaMA-style decoder in one of SIZES."""
     shape, width = SIZES[size], SIZES[size]["width"]
-    text = TextConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=width,
-        intermediate_size=8 * width // 3 // 16 * 16,  # SwiGLU's three matrices: as many parameters as two of 4 * width
-        num_hidden_layers=shape["decoder_layers"],
-        num_attention_heads=shape["heads"],
-        max_position_embeddings=1024,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-    )
+    inner = 8 * width // 3 // 16 * 16  # SwiGLU's three matrices: as many parameters as two of 4 * width
+    options = {"max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    text = TextConfig(tokenizer.vocab_size, width, inner, shape["decoder_layers"], shape["heads"], **options)
     ids = {"image_token_index": tokenizer.image_id, "eos_token_ids": [tokenizer.eos_id]}
     return Llava(LlavaConfig(text, template=template, pad_token_id=tokenizer.pad_id, **ids))
 
@@ -94,10 +84,6 @@ def whiten_patches(model: CLIPModel, dataset: CaptionPairs):
     embeddings.position_embedding.weight[1:, :width] += bias.float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a LLaVA from a CLIP and a decoder
-
-
 def assemble(vision: Path, llm: Path, projector: str, seed: int) -> tuple[Llava, Tokenizer]:
     """Return a new LLaVA from the folders of a CLIP and a decoder, and its tokenizer. Only its projector is untrained.
 
@@ -116,9 +102,6 @@ def assemble(vision: Path, llm: Path, projector: str, seed: int) -> tuple[Llava,
     model.language_model.load_state_dict(decoder.language_model.state_dict())
     load_tower(model, vision)
     return model, tokenizer
-
-
-POSITION_GAIN = 4  # scale of the feature directions that tell a patch's position
 
 
 @torch.no_grad()

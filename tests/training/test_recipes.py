@@ -15,7 +15,7 @@ from formats.weights import load_model
 from inputs.tokenizer import Tokenizer
 from llava import Llava
 from training import recipes
-from training.flags import make_parser
+from training.flags import PARSER
 
 # From the authors' papers and scripts, and for the world from train.py as it was before there were recipes.
 SHORT = {"warmup": 0.03, "weight_decay": 0.0, "beta2": 0.99, "clip_grad": 1.0, "loss_mean": "token"}
@@ -129,15 +129,14 @@ def test_help_lists_every_recipe(capsys):
 
 
 def test_every_flag_is_in_a_named_group_and_shows_its_default():
-    parser = make_parser("")
-    actions = [action for action in parser._actions if action.dest != "help"]
+    actions = [action for action in PARSER._actions if action.dest != "help"]
     assert len(actions) == 61
     for action in actions:
-        said = re.search(r"\(default: (.+)\)$", parser._get_formatter()._expand_help(action))
+        said = re.search(r"\(default: (.+)\)$", PARSER._get_formatter()._expand_help(action))
         assert said, action.dest
         if action.default not in (None, False, "", []):
             assert said[1] == str(action.default), action.dest
-    grouped = [action.dest for group in parser._action_groups[2:] for action in group._group_actions]
+    grouped = [action.dest for group in PARSER._action_groups[2:] for action in group._group_actions]
     assert sorted(grouped) == sorted(action.dest for action in actions)
 
 
