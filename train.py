@@ -411,7 +411,7 @@ def load_start(args, ranks: Distributed) -> tuple[Llava, Tokenizer]:
         ranks.print0(f"continuing from {args.model}")
         if is_adapter(args.model):
             raise ValueError(f"{args.model} is an adapter: `python -m formats merge` adds it to its base model")
-        model, tokenizer = load_checkpoint(args.model, "cpu", torch.float32, args.bits)
+        model, tokenizer = load_checkpoint(args.model, "cpu", torch.float32, bits=args.bits)
     config = model.config
     if config.vision_config is None:
         raise ValueError(f"{args.model} is a decoder without a vision tower: build a LLaVA with --vision and --llm")

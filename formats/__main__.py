@@ -8,18 +8,23 @@ python -m formats quantize SRC DST             put the decoder's layers into fou
 
 import argparse
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from formats.convert import convert_folder, merge_folder, quantize_folder
-from formats.layouts import CLIP_LAYOUTS, EXTRAS, LLAVA_LAYOUTS, choose_layout, is_extra, match
+import torch
+
+from formats.adapters import load_with_adapter, read_adapter
+from formats.layouts import CLIP_LAYOUTS, COMPUTED, LLAVA_LAYOUTS, choose_layout, match
 from formats.llama2c import find_llama2c
+from formats.saving import merged_adapters, publish_model
 from formats.tensors import open_tensors
-from formats.weights import open_model
+from formats.weights import build_model, grow_vocabulary, load_checkpoint, load_tokenizer, open_model
 from inputs import cli
 from inputs.templates import TEMPLATES
-from llava import LlavaConfig
+from llava import Llava
+from lora import NF4Linear, frozen_linear, lora_layers, merge
 
 BYTES = {"float32": 4, "bfloat16": 2, "8-bit": 1, "4-bit": 0.5}
 
@@ -33,71 +38,126 @@ def inspect(folder: Path):
     tensors = open_model(folder)[1] if llama2c else open_tensors(folder)
     layouts = LLAVA_LAYOUTS | CLIP_LAYOUTS
     name = choose_layout(list(tensors), layouts)
-    known = sum(match(key, layouts[name]) is not None or is_extra(key, EXTRAS) for key in tensors)
+    known = sum(1 for key in tensors if match(key, layouts[name]) or re.fullmatch(COMPUTED, key))
     count = sum(math.prod(lazy.shape) for lazy in tensors.values())
     dtypes = Counter(lazy.dtype for lazy in tensors.values())
     rows = {"layout": name, "tensors": f"{len(tensors)}, of which {known} are known to this layout"}
     rows |= {"parameters": f"{count:,}", "dtype": ", ".join(f"{dtype} ({n})" for dtype, n in dtypes.most_common())}
     rows["memory"] = ", ".join(f"{size * count / 1e9:.2f} GB as {dtype}" for dtype, size in BYTES.items())
     if name in LLAVA_LAYOUTS and (llama2c or (folder / "config.json").exists()):
-        rows |= describe_config(open_model(folder)[0])
+        config = open_model(folder)[0]
+        text, vision = config.text_config, config.vision_config
+        rows["decoder"] = (
+            f"{text.model_type}, width {text.hidden_size}, {text.num_hidden_layers} layers, {text.num_attention_heads} "
+            f"heads ({text.num_key_value_heads} of keys and values), vocabulary {text.vocab_size:,}, "
+            f"context {text.max_position_embeddings:,}"
+        )
+        if vision is not None:
+            rows["vision tower"] = (
+                f"width {vision.hidden_size}, {vision.num_hidden_layers} layers, images of {vision.image_size} pixels "
+                f"in {vision.num_patches} patches; projector {config.projector_type}"
+            )
+        rows["template"] = config.template
     for key, value in rows.items():
         print(f"{key:<14}{value}")
 
 
-def describe_config(config: LlavaConfig) -> dict[str, str]:
-    """The shapes of each part of a model, and its template, as lines of text by title."""
-    text, vision = config.text_config, config.vision_config
-    rows = {
-        "decoder": f"{text.model_type}, width {text.hidden_size}, {text.num_hidden_layers} layers, "
-        f"{text.num_attention_heads} heads ({text.num_key_value_heads} of keys and values), "
-        f"vocabulary {text.vocab_size:,}, context {text.max_position_embeddings:,}"
-    }
-    if vision is not None:
-        rows["vision tower"] = (
-            f"width {vision.hidden_size}, {vision.num_hidden_layers} layers, images of {vision.image_size} pixels in "
-            f"{vision.num_patches} patches; projector {config.projector_type}"
-        )
-    return rows | {"template": config.template}
+def convert_folder(source: Path, target: Path, vision: Path | None, llm: Path | None, template: str | None):
+    """Write any supported checkpoint in the layout of transformers, in its own dtype. Arguments as in build_model."""
+    config, tensors = open_model(source)
+    config.template = template or config.template
+    tokenizer = load_tokenizer(llm or source, config)
+    model = build_model(config, tensors, source, "cpu", None, vision, llm)
+    if config.vision_config is not None:
+        grow_vocabulary(model, tokenizer.vocab_size)
+    publish_model(model, tokenizer, target, merged_adapters(source))
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line; an unknown command or flag exits with status 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m formats", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True)
+def quantize_folder(source: Path, target: Path):
+    """Write a model with the matrices of its decoder's layers in NF4, in the format of bitsandbytes."""
+    _, tensors = open_model(source)
+    if any(lazy.dtype == "NF4" for lazy in tensors.values()):
+        raise ValueError(f"{source}: is in four bits already")
+    model, tokenizer = load_checkpoint(source, "cpu", None, bits=4)
+    publish_model(model, tokenizer, target, merged_adapters(source))
+    layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    size = sum(p.nbytes for layer in layers for p in layer.parameters())
+    count = sum(layer.in_features * layer.out_features for layer in layers)
+    print(f"{target}: {count:,} weights of {len(layers)} layers in {8 * size / count:.3f} bits each")
 
-    def add_command(name: str, text: str, *paths: str) -> Callable:
-        command = commands.add_parser(name, help=text)
+
+def merge_folder(base: Path, adapter: Path, out: Path, bits: int = 16, vision: Path | None = None):
+    """Write `base` with the adapter's update in its weights, never in four bits. Arguments as in load_with_adapter.
+
+    Raises ValueError and writes nothing if the logits of the result differ from those of base and adapter by more than
+    rounding, or if there is nothing to merge.
+    """
+    model, tokenizer = load_with_adapter(base, adapter, "cpu", None, bits, vision)
+    before, found, dtype = probe_logits(model), read_adapter(adapter), str(model.dtype).removeprefix("torch.")
+    for path, layer in lora_layers(model).items():  # A and B as they were trained, not rounded to the model's dtype
+        layer.lora_A.weight.data, layer.lora_B.weight.data = found.lora[path][:2]
+    was_quantized = any(isinstance(module, NF4Linear) for module in model.modules())
+    merge(model)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, NF4Linear):
+            model.set_submodule(path, frozen_linear(module.dequantize(), module.bias))
+    difference, largest = float((probe_logits(model) - before).abs().max()), float(before.abs().max())
+    if not difference <= (1e-4 if dtype == "float32" else 0.05) * largest:
+        raise ValueError(f"merged, logits of up to {largest:.3g} differ by {difference:.2g}: not the same model")
+    if model.config.vision_config is not None:
+        grow_vocabulary(model, tokenizer.vocab_size)  # a decoder alone has no room for <image>
+    publish_model(model, tokenizer, out, [*merged_adapters(base), found.sha256])
+    print(f"{out}: logits of up to {largest:.3g} differ by at most {difference:.1e} from those of base and adapter")
+    if was_quantized:
+        print(f"the base was in four bits, this is in {dtype}; ", end="")
+        print(f"`python -m formats quantize {out} DIR` rounds weights and update to four bits again")
+
+
+@torch.no_grad()
+def probe_logits(model: Llava) -> torch.Tensor:
+    """Logits (1, T, V) float32 of a fixed input: 24 tokens, after 8 features of a noise image for a LLaVA."""
+    generator, text = torch.Generator().manual_seed(0), model.config.text_config
+    ids = torch.randint(0, min(text.vocab_size, model.config.image_token_index), (1, 24), generator=generator)
+    x = model.language_model.model.embed_tokens(ids)
+    if (vision := model.config.vision_config) is not None:
+        noise = torch.randn(1, 3, vision.image_size, vision.image_size, generator=generator)
+        x = torch.cat([model.multi_modal_projector(model.vision_features(noise)[:, :8]), x], dim=1)
+    return model.language_model.lm_head(model.language_model.model(x)).float()
+
+
+def parse_args() -> dict:
+    """The command line: the arguments of a command, which is in "run". An unknown one exits with status 2."""
+    style = argparse.RawDescriptionHelpFormatter
+    name = "python -m formats"
+    parser = argparse.ArgumentParser(prog=name, description=__doc__, formatter_class=style, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True)
+
+    def add_command(name: str, run: Callable, *paths: str) -> Callable:
+        command = commands.add_parser(name)
+        command.set_defaults(run=run)
         for path in paths:
             command.add_argument(path, type=Path)
         return command.add_argument
 
-    add_command("inspect", "print what a folder or file holds, without loading it", "folder")
-    add = add_command("convert", "write a checkpoint in the layout of transformers", "source", "target")
+    add_command("inspect", inspect, "folder")
+    add_command("quantize", quantize_folder, "source", "target")
+    add = add_command("convert", convert_folder, "source", "target")
     add("--vision", type=Path, help="CLIP's folder, for a LLaVA whose files have no vision tower")
     add("--llm", type=Path, help="the decoder's folder, for files that hold only a projector")
     add("--template", choices=TEMPLATES, help="the conversation template, if the guess is wrong")
-    add = add_command("merge", "write a whole model with the adapter's update in its weights", "base", "adapter", "out")
+    add = add_command("merge", merge_folder, "base", "adapter", "out")
     add("--vision", type=Path, help="CLIP's folder, for an adapter whose base is a decoder alone")
     bits = "4: quantize the base first and merge into the result, as QLoRA trained it"
     add("--bits", type=int, choices=(4, 16), default=16, help=bits)
-    add_command("quantize", "write a model with its decoder's layers in NF4", "source", "target")
-    return parser.parse_args()
+    return vars(parser.parse_args())
 
 
 def main():
     args = parse_args()
-    if args.command == "inspect":
-        inspect(args.folder)
-    elif args.command == "convert":
-        convert_folder(args.source, args.target, args.vision, args.llm, args.template)
-    elif args.command == "merge":
-        merge_folder(args.base, args.adapter, args.out, args.bits, args.vision)
-    else:
-        quantize_folder(args.source, args.target)
+    for name in {"target", "out"} & args.keys():
+        if args[name].exists():
+            raise ValueError(f"{args[name]}: exists already")
+    args.pop("run")(**args)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from formats.configs import config_to_json, read_config
-from formats.layouts import LLAVA_LAYOUTS, Layout, choose_layout, llama, match, to_layout
+from formats.layouts import LLAVA_LAYOUTS, Layout, choose_layout, llama, match, split, to_layout
 from formats.saving import merged_adapters
-from formats.tensors import FLOAT_NAMES, FLOATS, LazyTensor, open_tensors
+from formats.tensors import FLOATS, LazyTensor, open_tensors
 from formats.weights import build_model, load_checkpoint, load_tokenizer, open_model
 from inputs.files import fingerprint, read_json, write_json
 from inputs.tokenizer import Tokenizer
@@ -37,7 +37,8 @@ AUTHORS_WEIGHTS = "non_lora_trainables.bin"  # the file in which LLaVA's authors
 UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices")
 UNSUPPORTED += ("use_qalora", "alora_invocation_tokens", "use_bdlora", "eva_config", "arrow_config")
 UNSUPPORTED += ("monteclora_config",)
-INITIALIZATIONS = ("gaussian", "orthogonal")  # values of init_lora_weights that do not change the base
+SUPPORTED = {"peft_type": ("LORA",), "bias": (None, "none")}
+SUPPORTED["init_lora_weights"] = (None, True, False, "gaussian", "orthogonal")  # PiSSA and others change the base
 
 # ---------------------------------------------------------------------------------------------------------------------
 # writing
@@ -58,7 +59,8 @@ def save_adapter(
     renamed = to_layout(trained, layout)
     if len(renamed) != len(trained):
         raise ValueError(f"{len(trained) - len(renamed)} of the {len(trained)} trained tensors have no name in peft")
-    modules = {peft_path(path, layout): values for path, values in layers.items()}
+    names = {path: next(iter(to_layout({f"{path}.weight": torch.empty(0)}, layout))) for path in layers}
+    modules = {names[path].removesuffix(".weight"): values for path, values in layers.items()}
     rank, alpha = next(iter(modules.values()))
     whole = {name.split(".")[0] for name in trained if ".lora_" not in name}
     values = {"peft_type": "LORA", "base_model_name_or_path": str(base), "task_type": None, "inference_mode": True}
@@ -70,12 +72,6 @@ def save_adapter(
     write_json(folder / "config.json", config_to_json(config))
     metadata = {"base": json.dumps(sample)}  # a single entry: safetensors writes several in random order
     save_file({PREFIX + name: tensor for name, tensor in renamed.items()}, folder / WEIGHTS[0], metadata=metadata)
-
-
-def peft_path(path: str, layout: Layout) -> str:
-    """The path of one of our layers in peft's files."""
-    (name,) = to_layout({f"{path}.weight": torch.empty(0)}, layout)
-    return name.removesuffix(".weight")
 
 
 def sample_weights(model: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
@@ -90,13 +86,10 @@ def sample_weights(model: nn.Module, paths: Iterable[str]) -> dict[str, list[flo
 def check_base(model: nn.Module, adapter: "Adapter"):
     """Raise ValueError if the weights of `model` are not those that the adapter was trained on."""
     for path, expected in adapter.base_sample.items():
-        is_linear = isinstance(model.get_submodule(path), nn.Linear | NF4Linear)
-        found = sample_weights(model, [path])[path] if is_linear else []
-        if len(found) == len(expected):
-            distance = torch.dist(torch.tensor(found), torch.tensor(expected)) / torch.tensor(expected).norm()
-            if distance < 0.3:  # NF4 changes weights by 0.1, bfloat16 by 0.002; another model is 1.4 away
-                continue
-        raise ValueError(f"{adapter.folder} was trained on another base: its {path} held other weights")
+        found, expected = torch.tensor(sample_weights(model, [path])[path]), torch.tensor(expected)
+        # NF4 changes weights by 0.1, bfloat16 by 0.002; another model is 1.4 away.
+        if found.shape != expected.shape or not torch.dist(found, expected) < 0.3 * expected.norm():
+            raise ValueError(f"{adapter.folder} was trained on another base: its {path} held other weights")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,10 +119,7 @@ def read_adapter(folder: Path) -> Adapter:
     path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if path is None:
         raise ValueError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}")
-    pairs, whole = sort_tensors(open_tensors(path) | open_authors_weights(folder))
-    for name, lazy in [*whole.items(), *((name, half) for name, pair in pairs.items() for half in pair.values())]:
-        if lazy.dtype not in FLOATS:
-            raise ValueError(f"{path}: {name} is {lazy.dtype}, should be {FLOAT_NAMES}")
+    pairs, whole = read_tensors(path, open_tensors(path) | open_authors_weights(folder))
     names = [*(f"{name}.weight" for name in pairs), *whole]
     layout = LLAVA_LAYOUTS[choose_layout(names, LLAVA_LAYOUTS)]
     if unknown := [name for name in names if not match(name, layout)]:
@@ -139,12 +129,9 @@ def read_adapter(folder: Path) -> Adapter:
     lora, replaced = {}, {}
     for name, pair in pairs.items():
         lora |= read_layer(path, name, pair, values, layout)
-    for name, lazy in whole.items():
-        ours, transform = match(name, layout)
-        replaced |= zip(ours, transform.split(lazy.read()))
-    for name, tensor in [*replaced.items(), *((name, half) for name, layer in lora.items() for half in layer[:2])]:
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} holds numbers that are not finite")
+    for name, tensor in whole.items():
+        ours, transposed = match(name, layout)
+        replaced |= zip(ours, split(tensor, len(ours), transposed))
     config = read_config(folder) if (folder / "config.json").exists() else None
     has_template = config is not None and "template" in read_json(folder / "config.json")
     sample = read_base_sample(path, lora)
@@ -156,11 +143,8 @@ def read_peft_config(folder: Path) -> dict:
     if not is_adapter(folder):
         raise ValueError(f"{folder}: holds no {CONFIG}, so it is no adapter")
     values = read_json(folder / CONFIG)
-    wrong = [] if values.get("peft_type") == "LORA" else [f"peft_type {values.get('peft_type')!r}"]
+    wrong = [f"{key} {values.get(key)!r:.99}" for key, known in SUPPORTED.items() if values.get(key) not in known]
     wrong += [key for key in UNSUPPORTED if values.get(key)]
-    wrong += [f"bias {values['bias']!r}"] if values.get("bias", "none") != "none" else []
-    start = values.get("init_lora_weights")  # PiSSA and others change the base when they are loaded
-    wrong += [f"init_lora_weights {start!r}"] if isinstance(start, str) and start not in INITIALIZATIONS else []
     if wrong:
         raise ValueError(f"{folder / CONFIG}: {wrong[0]} is not supported: only plain LoRA is")
     for key in ("rank_pattern", "alpha_pattern"):
@@ -177,25 +161,30 @@ def open_authors_weights(folder: Path) -> dict[str, LazyTensor]:
     return open_tensors(path) if path.exists() else {}
 
 
-def sort_tensors(tensors: dict[str, LazyTensor]) -> tuple[dict[str, dict[str, LazyTensor]], dict[str, LazyTensor]]:
-    """Split an adapter's tensors into A and B by the path of their layer, and all others by their name in the base."""
+def read_tensors(path: Path, tensors: dict[str, LazyTensor]) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
+    """A and B by the path of their layer, and all other tensors by their name in the base, in float32."""
     pairs, whole = {}, {}
     for name, lazy in tensors.items():
+        if lazy.dtype not in FLOATS:
+            raise ValueError(f"{path}: {name} is {lazy.dtype}, should be {', '.join(FLOATS)}")
+        tensor = lazy.read().float()
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} holds numbers that are not finite")
         name = re.sub(r"modules_to_save\.(default\.)?", "", name.removeprefix(PREFIX))
         if found := re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name):
-            pairs.setdefault(found[1], {})[found[2]] = lazy
+            pairs.setdefault(found[1], {})[found[2]] = tensor
         else:
-            whole[name] = lazy
+            whole[name] = tensor
     return pairs, whole
 
 
-def read_layer(path: Path, name: str, pair: dict[str, LazyTensor], values: dict, layout: Layout) -> dict:
+def read_layer(path: Path, name: str, pair: dict[str, torch.Tensor], values: dict, layout: Layout) -> dict:
     """A, B and scale by our path. If the file has one matrix for q, k and v, B is cut in three and A is shared."""
     rank = layer_value(values, "r", "rank_pattern", name)
     alpha = layer_value(values, "lora_alpha", "alpha_pattern", name)
     if set(pair) != {"A", "B"}:
         raise ValueError(f"{path}: {name} lacks lora_{'A' if 'B' in pair else 'B'}")
-    a, b = pair["A"].read().float(), pair["B"].read().float()
+    a, b = pair["A"], pair["B"]
     if a.ndim != 2 or b.ndim != 2 or not 0 < len(a) == b.shape[1] == rank:
         raise ValueError(f"{path}: {name} holds {list(a.shape)} and {list(b.shape)}, its rank is {rank} in {CONFIG}")
     scale = lora_scale(rank, alpha, values.get("use_rslora") is True)
@@ -236,10 +225,9 @@ def attach(model: Llava, adapter: Adapter):
     dtype, parameters = model.dtype, dict(model.named_parameters())  # names as they are before layers are wrapped
     for path, (a, b, scale) in adapter.lora.items():
         layer = LoRALinear(model.get_submodule(path), len(a), scale)
-        layer.lora_A.weight.copy_(a)
-        layer.lora_B.weight.copy_(b)
-        layer.lora_A.to(dtype)
-        layer.lora_B.to(dtype)
+        for half, values in ((layer.lora_A, a), (layer.lora_B, b)):
+            half.weight.copy_(values)
+            half.to(dtype)
         model.set_submodule(path, layer)
     for name, tensor in adapter.replaced.items():
         parameters[name].copy_(tensor)
@@ -250,18 +238,15 @@ def attach(model: Llava, adapter: Adapter):
 
 def check_shapes(model: Llava, adapter: Adapter):
     """Raise ValueError if the model lacks a layer or tensor of the adapter, or if a shape differs."""
-    modules, parameters, wrong = dict(model.named_modules()), dict(model.named_parameters()), []
-    for path, (a, b, _) in adapter.lora.items():
-        base, wanted = modules.get(path), (len(b), a.shape[1])
-        if not isinstance(base, nn.Linear | NF4Linear) or path.endswith("lm_head"):
-            wrong.append(f"{path} is missing" if base is None else f"{path} cannot have LoRA here")
-        elif (base.out_features, base.in_features) != wanted:
-            wrong.append(f"{path} is {base.out_features} x {base.in_features}, not {wanted[0]} x {wanted[1]}")
-    for name, tensor in adapter.replaced.items():
-        if name not in parameters:
-            wrong.append(f"{name} is missing")
-        elif parameters[name].shape != tensor.shape:
-            wrong.append(f"{name} is {list(parameters[name].shape)}, not {list(tensor.shape)}")
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | NF4Linear):
+            shapes[path] = (module.out_features, module.in_features)
+    shapes["language_model.lm_head"] = "never adapted"
+    wanted = {path: (len(b), a.shape[1]) for path, (a, b, _) in adapter.lora.items()}
+    wanted |= {name: tuple(tensor.shape) for name, tensor in adapter.replaced.items()}
+    differ = [name for name in wanted if shapes.get(name) != wanted[name]]
+    wrong = [f"{name} is {shapes.get(name, 'missing')}, should be {wanted[name]}" for name in differ]
     if wrong:
         raise ValueError(f"{adapter.folder} is for another base: {len(wrong)} parts differ: {'; '.join(wrong[:3])}")
 
@@ -278,27 +263,21 @@ def load_with_adapter(
     if adapter is None and is_adapter(folder):
         adapter, folder = folder, base_of_adapter(folder)
     if adapter is None:
-        return load_checkpoint(folder, device, dtype, bits, copy=False)
-    return build_with_adapter(folder, read_adapter(adapter), device, dtype, bits, vision)
-
-
-def build_with_adapter(
-    folder: Path, adapter: Adapter, device: str, dtype: torch.dtype | None, bits: int, vision: Path | None
-) -> tuple[Llava, Tokenizer]:
-    """Load a base and its tokenizer, and attach `adapter`; for the other arguments see load_with_adapter."""
+        return load_checkpoint(folder, device, dtype, bits=bits, copy=False)
     if is_adapter(folder):
-        raise ValueError(f"{folder} is an adapter: --model is the base below {adapter.folder}")
-    if adapter.sha256 in merged_adapters(folder):
-        raise ValueError(f"{folder} has {adapter.folder} in its weights already")
+        raise ValueError(f"{folder} is an adapter: --model is the base below {adapter}")
+    found = read_adapter(adapter)
+    if found.sha256 in merged_adapters(folder):
+        raise ValueError(f"{folder} has {adapter} in its weights already")
     config, tensors = open_model(folder)
-    if config.vision_config is None and adapter.config is not None and adapter.config.vision_config is not None:
+    if config.vision_config is None and found.config is not None and found.config.vision_config is not None:
         # An adapter of LLaVA's authors: its base is the decoder alone, and the adapter's folder has the projector.
-        adapter.config.text_config, adapter.config.image_token_index = config.text_config, config.image_token_index
-        config, projector = adapter.config, open_authors_weights(adapter.folder)
+        found.config.text_config, found.config.image_token_index = config.text_config, config.image_token_index
+        config, projector = found.config, open_authors_weights(adapter)
         tensors = tensors | {name.removeprefix(PREFIX): lazy for name, lazy in projector.items()}
     tokenizer = load_tokenizer(folder, config)
     model = build_model(config, tensors, folder, device, dtype, vision, bits=bits, copy=False)
-    attach(model, adapter)
+    attach(model, found)
     return model, tokenizer
 
 

@@ -7,12 +7,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from formats.processors import IMAGE_PROCESSORS, read_image_mode
-from formats.schema import check_supported, known_fields
 from inputs.files import read_json
 from inputs.templates import TEMPLATES
 from llava import PROJECTORS, LlavaConfig, TextConfig
@@ -20,10 +19,10 @@ from llava import PROJECTORS, LlavaConfig, TextConfig
 
 def read_config(folder: Path) -> LlavaConfig:
     """Read the config of a checkpoint of ours, of transformers or of LLaVA's authors. Raises ValueError."""
-    values = read_json(folder / "config.json")
-    if values.get("pad_token_id") == -1:  # LLaMA-1 writes -1 for "none"
-        del values["pad_token_id"]
-    with errors_name(folder):
+    with open_config(folder) as values:
+        for part in (values, values.get("text_config", {})):
+            if part.get("pad_token_id") == -1:  # LLaMA-1 writes -1 for "none"
+                del part["pad_token_id"]
         if "mm_vision_tower" in values:
             config = read_authors_config(values, folder)
         elif "vision_config" in values or "text_config" in values:
@@ -39,14 +38,57 @@ def read_config(folder: Path) -> LlavaConfig:
 
 
 @contextmanager
-def errors_name(folder: Path) -> Iterator[None]:
-    """Context that turns every error of a malformed config.json into a ValueError that names the file."""
+def open_config(folder: Path) -> Iterator[dict]:
+    """The content of config.json; in this context, every error is a ValueError that names the file."""
+    values = read_json(folder / "config.json")
     try:
-        yield
+        yield values
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"{folder / 'config.json'}: not the configuration of a model ({error!r})") from None
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checks: a model is built only from values that cannot fill the memory
+
+LIMITS = {  # type, smallest and largest value of fields
+    (int, 1, 1000): ["num_hidden_layers"],  # every layer is a Python object
+    (int, 1, 1 << 14): ["num_attention_heads", "num_key_value_heads", "head_dim", "image_size", "patch_size"],
+    (int, 1, 1 << 24): ["vocab_size", "hidden_size", "intermediate_size", "projection_dim", "max_position_embeddings"],
+    (int, 0, 1 << 24): ["image_token_index", "pad_token_id"],
+    (int, -1001, 1000): ["vision_feature_layer"],
+    (float, 0, 1): ["rms_norm_eps", "layer_norm_eps"],
+    (float, 1, 1e15): ["rope_theta"],
+    (bool, False, True): ["tie_word_embeddings", "attention_bias"],
+}
+
+
+def require(condition: bool, message: str):
+    if not condition:
+        raise ValueError(f"config.json: {message}")
+
+
+def require_choice(field: str, value: object, choices: Iterable[str]):
+    require(value in tuple(choices), f"{field} {value!r:.99} is none of {', '.join(choices)}")
+
+
+def known_fields(cls: type, values: dict) -> dict:
+    """The entries of a config.json that are not null and are fields of the dataclass `cls`. Checks their LIMITS."""
+    names = {f.name for f in fields(cls)}
+    result = {key: value for key, value in values.items() if key in names and value is not None}
+    for (kind, least, most), limited in LIMITS.items():
+        for key in result.keys() & limited:
+            value = result[key]
+            fits = (type(value) is kind or (kind is float and type(value) is int)) and least <= value <= most
+            require(fits, f"{key} is {value!r:.99}, not {kind.__name__} from {least} to {most}")
+    return result
+
+
+def check_supported(values: dict, supported: dict):
+    """Raise ValueError if a value differs from the only supported one; a missing key and null are fine."""
+    for key, only in supported.items():
+        require(values.get(key) in (None, only), f"{key} is {values.get(key)!r:.99}, and only {only!r} is supported")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,8 +121,7 @@ ROPE_KEYS["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", "origina
 def read_text_config(values: dict) -> TextConfig:
     """Read the decoder's part of a config.json. Raises ValueError if it needs something that is not supported."""
     kind = values.get("model_type", "llama")
-    if kind not in DEFAULTS:
-        raise ValueError(f"config.json: decoder {kind!r} is none of {', '.join(DEFAULTS)}")
+    require_choice("decoder", kind, DEFAULTS)
     # sliding_window: null means that there is no window; a missing key means the default window.
     given = {key: value for key, value in values.items() if value is not None or key == "sliding_window"}
     values = DEFAULTS[kind] | given
@@ -104,23 +145,26 @@ def read_rope(values: dict) -> dict:
     """Read rope_theta and rope_scaling, which transformers 4 and 5 write in different places."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_KEYS:
-        raise ValueError(f"config.json: RoPE scaling {kind!r} is not supported; long texts would get wrong answers")
+    require_choice("RoPE scaling", kind, ROPE_KEYS)  # with another one, long texts would get wrong answers
     for key in ROPE_KEYS[kind]:
-        if type(rope.get(key)) not in (int, float) or not 0 < rope[key] < 1e15:
-            raise ValueError(f"config.json: {key} of the RoPE scaling {kind!r} is {rope.get(key)!r:.99}")
-    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise ValueError("config.json: low_freq_factor of the RoPE scaling is not below high_freq_factor")
+        is_valid = type(rope.get(key)) in (int, float) and 0 < rope[key] < 1e15
+        require(is_valid, f"{key} of the RoPE scaling {kind!r} is {rope.get(key)!r:.99}")
+    in_order = kind != "llama3" or rope["low_freq_factor"] < rope["high_freq_factor"]
+    require(in_order, "low_freq_factor of the RoPE scaling is not below high_freq_factor")
     theta = rope.get("rope_theta", values.get("rope_theta", TextConfig.rope_theta))  # in transformers 5's order
     return {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope | {"rope_type": kind}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# CLIP
+# CLIP and LLaVA
 
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 CLIP_L |= {"patch_size": 14, "image_size": 336, "projection_dim": 768}
 TOWERS = {"clip-vit-large-patch14-336": CLIP_L, "clip-vit-large-patch14": CLIP_L | {"image_size": 224}}
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of LLaVA-1.6, (height, width)
+# model_type of LLaVA's authors -> the decoder's, and the template of such models
+FAMILIES = {"llava": ("llama", "vicuna_v1"), "llava_llama": ("llama", "vicuna_v1")}
+FAMILIES |= {"llava_mistral": ("mistral", "mistral_instruct"), "llava_qwen": ("qwen2", "qwen_1_5")}
 
 
 def clip_config_from_dict(values: dict) -> CLIPConfig:
@@ -133,18 +177,9 @@ def clip_config_from_dict(values: dict) -> CLIPConfig:
 
 def read_vision_config(folder: Path) -> CLIPVisionConfig:
     """Read the vision tower's config from the folder of a CLIP or of a vision tower. Raises ValueError."""
-    values = read_json(folder / "config.json")
-    values = values.get("vision_config", values if values.get("model_type") == "clip_vision_model" else {})
-    with errors_name(folder):
+    with open_config(folder) as values:
+        values = values.get("vision_config", values if values.get("model_type") == "clip_vision_model" else {})
         return CLIPVisionConfig(**known_fields(CLIPVisionConfig, values))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# LLaVA
-
-PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of LLaVA-1.6, (height, width)
-FAMILIES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
-FAMILY_TEMPLATES = {"llama": "vicuna_v1", "mistral": "mistral_instruct", "qwen2": "qwen_1_5"}  # of the authors' models
 
 
 def read_llava_config(values: dict, folder: Path) -> LlavaConfig:
@@ -153,63 +188,52 @@ def read_llava_config(values: dict, folder: Path) -> LlavaConfig:
     Missing fields come from the files beside it: the template from the chat template, the image mode from the
     preprocessor's file. Without a vision_config the tower is CLIP-L/14-336, as in transformers.
     """
-    if "text_config" not in values:
-        raise ValueError("config.json: a vision_config without a text_config")
+    require("text_config" in values, "a vision_config without a text_config")
     kind = values.get("model_type", "llava")
-    if kind not in ("llava", "llava_next"):
-        raise ValueError(f"config.json: model_type {kind!r} is neither llava nor llava_next")
+    require_choice("model_type", kind, ("llava", "llava_next"))
     check_supported(values, SUPPORTED["llava"])
-    if len({values[key] for key in ("image_token_index", "image_token_id") if values.get(key) is not None}) > 1:
-        raise ValueError("config.json: image_token_index and image_token_id differ")
+    image_ids = {values[key] for key in ("image_token_index", "image_token_id") if values.get(key) is not None}
+    require(len(image_ids) < 2, "image_token_index and image_token_id differ")
     tower = CLIP_L if values.get("vision_config") is None else values["vision_config"]
     vision = CLIPVisionConfig(**known_fields(CLIPVisionConfig, tower))
     tied = {"tie_word_embeddings": True} if values.get("tie_word_embeddings") else {}  # either place may say it
-    text = read_text_config(values["text_config"] | tied)
-    defaults = {"template": guess_template(folder, "llava_hf"), "image_token_index": values.get("image_token_id")}
+    text = values["text_config"] | tied
+    defaults = {"template": guess_template(folder, "llava_hf"), "pad_token_id": text.get("pad_token_id")}
+    defaults["image_token_index"] = values.get("image_token_id")
     defaults["image_mode"] = read_image_mode(folder, vision.image_size)
     if kind == "llava_next":
         defaults |= {"image_mode": "anyres", "image_grid_pinpoints": PINPOINTS}
-    if values["text_config"].get("pad_token_id") != -1:
-        defaults["pad_token_id"] = values["text_config"].get("pad_token_id")
     given = known_fields(LlavaConfig, defaults) | known_fields(LlavaConfig, values)
-    return LlavaConfig(**given | {"text_config": text, "vision_config": vision})
+    return LlavaConfig(**given | {"text_config": read_text_config(text), "vision_config": vision})
 
 
 def read_authors_config(values: dict, folder: Path) -> LlavaConfig:
     """Read a config.json of the LLaVA authors' code: a decoder's config in which mm_* keys describe the vision part."""
     name = str(values["mm_vision_tower"]).rstrip("/").split("/")[-1]
-    if name not in TOWERS:
-        raise ValueError(f"config.json: vision tower {name!r} has an unknown shape; known are {', '.join(TOWERS)}")
+    require_choice("vision tower", name, TOWERS)  # the file names it without its shape
     check_supported(values, SUPPORTED["authors"])
     kind = values.get("model_type", "llava")
-    if kind not in FAMILIES:
-        raise ValueError(f"config.json: model_type {kind!r} is none of {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
+    require_choice("model_type", kind, FAMILIES)
+    family, template = FAMILIES[kind]
     text = read_text_config(values | {"model_type": family})
-    mode, pinpoints = values.get("image_aspect_ratio") or "square", None
+    mode = values.get("image_aspect_ratio") or "square"
+    require_choice("image_aspect_ratio", mode, IMAGE_PROCESSORS)
+    canvases = None
     if mode == "anyres":
-        pinpoints = read_authors_pinpoints(values)
-    elif mode not in ("square", "pad"):
-        raise ValueError(f"config.json: image_aspect_ratio {mode!r} is not supported")
+        unpads = "unpad" in values.get("mm_patch_merge_type", "flat")
+        require(unpads, "anyres is supported with mm_patch_merge_type spatial_unpad only")
+        # Lists of (width, height), in some files as text.
+        sizes = json.loads(str(values["image_grid_pinpoints"]).replace("(", "[").replace(")", "]"))
+        canvases = [[height, width] for width, height in sizes]
     given = {
         "image_token_index": text.vocab_size,  # their code has no image token; ours never reads its embedding
         "vision_feature_layer": values.get("mm_vision_select_layer"),
         "projector_type": values.get("mm_projector_type", "linear"),
-        "template": guess_template(folder, FAMILY_TEMPLATES[family]),
+        "template": guess_template(folder, template),
         "image_mode": mode,
-        "image_grid_pinpoints": pinpoints,
+        "image_grid_pinpoints": canvases,
     }
     return LlavaConfig(text, CLIPVisionConfig(**TOWERS[name]), **known_fields(LlavaConfig, given))
-
-
-def read_authors_pinpoints(values: dict) -> list[list[int]]:
-    """Canvas sizes as (height, width). The authors' files have (width, height), as a list or as the text of a list."""
-    if "unpad" not in values.get("mm_patch_merge_type", "flat"):
-        raise ValueError("config.json: anyres is supported with mm_patch_merge_type spatial_unpad only")
-    pinpoints = values["image_grid_pinpoints"]
-    if isinstance(pinpoints, str):
-        pinpoints = json.loads(pinpoints.replace("(", "[").replace(")", "]"))
-    return [[height, width] for width, height in pinpoints]
 
 
 def check_config(config: LlavaConfig):
@@ -233,15 +257,6 @@ def check_config(config: LlavaConfig):
     for canvas in canvases or []:
         is_tiled = len(canvas) == 2 and all(isinstance(n, int) and n >= 1 and n % side == 0 for n in canvas)
         require(is_tiled, f"image_grid_pinpoints {canvas} is not made of tiles of {side} pixels")
-
-
-def require(condition: bool, message: str):
-    if not condition:
-        raise ValueError(f"config.json: {message}")
-
-
-def require_choice(field: str, value: object, choices: Iterable[str]):
-    require(value in tuple(choices), f"{field} {value!r:.99} is none of {', '.join(choices)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,9 +33,21 @@ def read_llama2c(path: Path) -> tuple[LlavaConfig, dict[str, LazyTensor]]:
     if min(width, hidden, layers, heads, kv_heads, context) < 1 or vocab == 0 or width % heads or heads % kv_heads:
         raise ValueError(f"{path}: not llama2.c's header: {header.tolist()}")
     tied, vocab = vocab > 0, abs(vocab)  # a negative number means that the head is stored
-    text = TextConfig(vocab, width, hidden, layers, heads, kv_heads, max_position_embeddings=context)
-    text.rms_norm_eps, text.tie_word_embeddings = 1e-5, tied
-    shapes = matrix_shapes(text)
+    head_size = width // heads
+    shapes = {  # in the order of the file; {} stands for the number of the layer
+        "model.embed_tokens.weight": (vocab, width),
+        "model.layers.{}.input_layernorm.weight": (layers, width),
+        "model.layers.{}.self_attn.q_proj.weight": (layers, width, width),
+        "model.layers.{}.self_attn.k_proj.weight": (layers, head_size * kv_heads, width),
+        "model.layers.{}.self_attn.v_proj.weight": (layers, head_size * kv_heads, width),
+        "model.layers.{}.self_attn.o_proj.weight": (layers, width, width),
+        "model.layers.{}.post_attention_layernorm.weight": (layers, width),
+        "model.layers.{}.mlp.gate_proj.weight": (layers, hidden, width),
+        "model.layers.{}.mlp.down_proj.weight": (layers, width, hidden),
+        "model.layers.{}.mlp.up_proj.weight": (layers, hidden, width),
+        "model.norm.weight": (width,),
+        "rope": (2, context, head_size // 2),  # tables of cos and sin, which we compute
+    } | ({} if tied else {"lm_head.weight": (vocab, width)})
     expected = 28 + 4 * sum(map(math.prod, shapes.values()))
     if path.stat().st_size != expected:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, but its header asks for {expected}")
@@ -44,31 +56,11 @@ def read_llama2c(path: Path) -> tuple[LlavaConfig, dict[str, LazyTensor]]:
         matrix = numbers[at : at + math.prod(shape)].view(shape)
         at += matrix.numel()
         if "q_proj" in name or "k_proj" in name:  # llama2.c's RoPE rotates the pairs (2i, 2i + 1), ours (i, i + D/2)
-            pairs = matrix.unflatten(1, (-1, width // heads // 2, 2))  # (L, H, D/2, 2, C)
+            pairs = matrix.unflatten(1, (-1, head_size // 2, 2))  # (L, H, D/2, 2, C)
             matrix = pairs.transpose(2, 3).reshape(shape)
         for i, tensor in enumerate(matrix if "{}" in name else [matrix]):
-            tensors[name.format(i)] = LazyTensor(tuple(tensor.shape), "F32", lambda tensor=tensor: tensor)
+            tensors[name.format(i)] = LazyTensor(tuple(tensor.shape), "float32", lambda tensor=tensor: tensor)
     del tensors["rope"]
+    text = TextConfig(vocab, width, hidden, layers, heads, kv_heads, max_position_embeddings=context)
+    text.rms_norm_eps, text.tie_word_embeddings = 1e-5, tied
     return LlavaConfig(text, image_token_index=vocab, template="raw", eos_token_ids=[1, 2]), tensors
-
-
-def matrix_shapes(text: TextConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every matrix in the order of the file; {} stands for the number of the layer."""
-    width, hidden, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
-    head_size, layer = width // text.num_attention_heads, "model.layers.{}."
-    kv_width = head_size * text.num_key_value_heads
-    shapes = {
-        "model.embed_tokens.weight": (text.vocab_size, width),
-        layer + "input_layernorm.weight": (layers, width),
-        layer + "self_attn.q_proj.weight": (layers, width, width),
-        layer + "self_attn.k_proj.weight": (layers, kv_width, width),
-        layer + "self_attn.v_proj.weight": (layers, kv_width, width),
-        layer + "self_attn.o_proj.weight": (layers, width, width),
-        layer + "post_attention_layernorm.weight": (layers, width),
-        layer + "mlp.gate_proj.weight": (layers, hidden, width),
-        layer + "mlp.down_proj.weight": (layers, width, hidden),
-        layer + "mlp.up_proj.weight": (layers, hidden, width),
-        "model.norm.weight": (width,),
-        "rope": (2, text.max_position_embeddings, head_size // 2),  # tables of cos and sin, which we compute
-    }
-    return shapes if text.tie_word_embeddings else shapes | {"lm_head.weight": (text.vocab_size, width)}

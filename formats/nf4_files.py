@@ -58,27 +58,24 @@ def from_files(name: str, state: dict, tensors: dict[str, torch.Tensor]) -> NF4L
     wanted = {  # suffix: shape and dtype
         "": (((count + 1) // 2, 1), torch.uint8),
         ".absmax": ((blocks,), torch.uint8 if nested else torch.float32),
-        ".quant_map": ((16,), None),
+        ".quant_map": ((16,), torch.float32),
     }
     if nested:
         wanted |= {".nested_absmax": ((-(-blocks // NESTED_BLOCK),), torch.float32)}
-        wanted |= {".nested_quant_map": ((256,), None)}
+        wanted |= {".nested_quant_map": ((256,), torch.float32)}
     books = {".quant_map": code_book, ".nested_quant_map": nested_code_book}
     for key, (shape, dtype) in wanted.items():
         if key not in tensors:
             raise ValueError(f"{name}{key} missing")
         tensor = tensors[key]
-        if tensor.shape != shape:
-            raise ValueError(f"{name}{key} is {tuple(tensor.shape)}, should be {shape}")
-        if dtype not in (None, tensor.dtype):
-            raise ValueError(f"{name}{key} is {tensor.dtype}, should be {dtype}")
-        if key in books and not torch.equal(tensor.float(), books[key](tensor.device)):
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ValueError(f"{name}{key} is {tensor.dtype} {tuple(tensor.shape)}, should be {dtype} {shape}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name}{key} holds numbers that are not finite")
+        if key in books and not torch.equal(tensor, books[key](tensor.device)):
             raise ValueError(f"{name}{key} differs from the values of NF4")
     parts = {"weight": tensors[""], "absmax": tensors[".absmax"]}
     if nested:
         parts["nested_absmax"] = tensors[".nested_absmax"]
         parts["nested_offset"] = torch.tensor(float(state["nested_offset"]), device=tensors[""].device)
-    for key, tensor in parts.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{name}: its {key} holds numbers that are not finite")
     return NF4Linear(parts, tuple(state["shape"]), state["dtype"], block)

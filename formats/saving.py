@@ -69,9 +69,8 @@ def quantize_state(model: Llava, state: dict[str, torch.Tensor]) -> dict:
     if model.config.text_config.gpt2:
         raise ValueError("a GPT-2 cannot be written in four bits: its files hold q, k and v as one matrix")
     for path, layer in layers.items():
-        for name, _ in layer.named_parameters():
-            if name != "bias":
-                state.pop(f"{path}.{name}")
+        for name in dict(layer.named_parameters()).keys() - {"bias"}:
+            state.pop(f"{path}.{name}")
         state |= nf4_files.to_files(f"{path}.weight", layer)
     values = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
     values |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}
@@ -83,13 +82,11 @@ def quantize_state(model: Llava, state: dict[str, torch.Tensor]) -> dict:
 
 def write_shards(state: dict[str, torch.Tensor], folder: Path):
     """Write model.safetensors, or above SHARD_BYTES several files and their index."""
-    shards, size = [{}], 0
+    shards = [{}]
     for name, tensor in state.items():
-        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
+        if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
             shards.append({})
-            size = 0
         shards[-1][name] = tensor
-        size += tensor.nbytes
     if len(shards) == 1:
         return save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     files = {}

@@ -22,11 +22,9 @@ from lora import NF4Linear
 
 PICKLES = (".bin", ".pt", ".pth")
 HEADER_BYTES = 10_000_000  # the longest header that is read: enough for some hundred thousand tensors
-NUMBERS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-FLOAT_NAMES = ", ".join(NUMBERS)
-FLOATS = NUMBERS | {str(dtype).removeprefix("torch."): dtype for dtype in NUMBERS.values()}  # safetensors' and torch's
-NUMBERS |= {"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
-NUMBERS |= {"BOOL": torch.bool}
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}  # safetensors' names and torch's
+FLOATS = tuple(DTYPES.values())
+DTYPES |= {"U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "BOOL": "bool"}
 
 
 @dataclass
@@ -34,7 +32,7 @@ class LazyTensor:
     """A tensor that is still in its file. read() returns it on the CPU; it may be a view of the mapped file."""
 
     shape: tuple[int, ...]
-    dtype: str  # safetensors' name, torch's name, or NF4
+    dtype: str  # torch's name, NF4, or safetensors' name of another one
     read: Callable[[], torch.Tensor]
 
 
@@ -48,13 +46,12 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
         name, _, kind = key.rpartition(nf4_files.STATE)
         state = nf4_files.read_state(f"{path}: {name}", kind, tensors.pop(key).read())
         parts = {suffix: tensors.pop(name + suffix) for suffix in nf4_files.SUFFIXES if name + suffix in tensors}
-
-        def read(name=name, state=state, parts=parts) -> NF4Linear:
-            found = {suffix: part.read() for suffix, part in parts.items()}
-            return nf4_files.from_files(f"{path}: {name}", state, found)
-
-        tensors[name] = LazyTensor(tuple(state["shape"]), "NF4", read)
+        tensors[name] = LazyTensor(tuple(state["shape"]), "NF4", partial(read_nf4, f"{path}: {name}", state, parts))
     return tensors
+
+
+def read_nf4(name: str, state: dict, parts: dict[str, LazyTensor]) -> NF4Linear:
+    return nf4_files.from_files(name, state, {suffix: part.read() for suffix, part in parts.items()})
 
 
 def open_files(path: Path) -> dict[str, LazyTensor]:
@@ -65,13 +62,12 @@ def open_files(path: Path) -> dict[str, LazyTensor]:
         if path.suffix not in (".safetensors", *PICKLES):
             raise ValueError(f"{path}: neither .safetensors nor {', '.join(PICKLES)}")
         return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    for name, reader in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_pickle)):
+    pickles = [("pytorch_model.bin", read_pickle), ("mm_projector.bin", read_pickle)]
+    for name, reader in [("model.safetensors", read_safetensors), *pickles]:
         if (path / name).exists():
             return reader(path / name)
         if (path / f"{name}.index.json").exists():
             return read_shards(path / f"{name}.index.json", reader)
-    if (path / "mm_projector.bin").exists():
-        return read_pickle(path / "mm_projector.bin")
     raise ValueError(f"{path}: holds neither model.safetensors nor pytorch_model.bin, nor an index of one")
 
 
@@ -91,35 +87,30 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
         header = json.loads(text, object_pairs_hook=reject_duplicate_keys)
         header.pop("__metadata__", None)
         with safe_open(path, "pt"):
-            return {
-                name: LazyTensor(tuple(entry["shape"]), entry["dtype"], partial(map_tensor, path, 8 + length, entry))
-                for name, entry in header.items()
-            }
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+            return {name: map_tensor(path, 8 + length, entry) for name, entry in header.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
 
 
-def map_tensor(path: Path, start: int, entry: dict) -> torch.Tensor:
-    """A tensor of a safetensors file as a copy-on-write view of the mapped file. Raises ValueError.
+def map_tensor(path: Path, start: int, entry: dict) -> LazyTensor:
+    """A tensor of a safetensors file; read() returns a copy-on-write view of the mapped file. Raises ValueError.
 
-    Only its own part is mapped, and unmapped with it; the library would map and parse the whole file for each tensor.
+    Only the tensor's own part is mapped, and unmapped with it; the library would map the whole file for each tensor.
     Args: start: offset of the data in the file; entry: the tensor's entry in the header.
     """
-    (begin, end), dtype = entry["data_offsets"], NUMBERS.get(entry["dtype"])
-    if dtype is None:
-        raise ValueError(f"{path}: holds {entry['dtype']} numbers, should be {', '.join(NUMBERS)}")
-    if begin == end:
-        return torch.empty(entry["shape"], dtype=dtype)
-    content = np.memmap(path, np.uint8, "c", offset=start + begin, shape=(end - begin,))
-    return torch.from_numpy(content).view(dtype).view(entry["shape"])
+    (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], DTYPES.get(entry["dtype"], entry["dtype"])
+
+    def read() -> torch.Tensor:
+        if dtype not in DTYPES.values():
+            raise ValueError(f"{path}: holds {dtype} numbers, should be {', '.join(DTYPES.values())}")
+        content = np.memmap(path, np.uint8, "c", offset=start + begin, shape=(end - begin,))
+        return torch.from_numpy(content).view(getattr(torch, dtype)).view(shape)
+
+    return LazyTensor(tuple(shape), dtype, read)
 
 
 def read_pickle(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a .bin file. Read with weights_only=True: a full unpickle would run code from the file."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
-        raise ValueError(f"{path}: reading a pickle needs torch 2.10, in which weights_only is safe; this is older")
     print(f"{path}: a pickle, read with weights_only=True; the same weights as safetensors are safer", file=sys.stderr)
     try:
         can_map = zipfile.is_zipfile(path)  # files from before torch 1.6 cannot be mapped and are read whole

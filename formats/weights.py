@@ -6,6 +6,7 @@ shape fits and every number is finite. Otherwise nothing is loaded, and one line
 """
 
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -15,11 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 from clip import CLIPModel
 from formats import layouts
-from formats.configs import clip_config_from_dict, errors_name, read_config
-from formats.layouts import CLIP_LAYOUTS, EMBEDDING, HEAD, LLAVA_LAYOUTS, Layout, Transform
+from formats.configs import clip_config_from_dict, open_config, read_config
+from formats.layouts import CLIP_LAYOUTS, EMBEDDING, HEAD, LLAVA_LAYOUTS, Layout
 from formats.llama2c import find_llama2c, read_llama2c
-from formats.tensors import FLOAT_NAMES, FLOATS, LazyTensor, open_tensors
-from inputs.files import read_json
+from formats.tensors import FLOATS, LazyTensor, open_tensors
 from inputs.templates import end_ids
 from inputs.tokenizer import Tokenizer
 from llava import Llava, LlavaConfig
@@ -31,24 +31,24 @@ from lora import NF4Linear
 
 def load_tensors(
     model: nn.Module, tensors: dict[str, LazyTensor], candidates: dict[str, Layout], source: Path | str,
-    extras: tuple[str, ...] = (), skip: str = "", bits: int = 16, copy: bool = True, device: str = "cpu",
+    unused: str = "", skip: str = "", bits: int = 16, copy: bool = True, device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ):  # fmt: skip
     """Fill every parameter of `model`, which may be on the meta device, from a file's tensors.
 
-    Args: source: names the file in errors; extras: names of ours that the file may hold and the model need not have;
-    skip: prefix of parameters that are filled from elsewhere; bits, copy: see build_model.
+    Args: source: names the file in errors; unused: regular expression of names of ours that the file may hold and the
+    model need not have; skip: prefix of parameters that are filled from elsewhere; bits, copy: see build_model.
     Raises ValueError with the first differences and their likely cause. Names and shapes are checked before any read.
     """
     wanted = {name: p.shape for name, p in model.named_parameters() if not (skip and name.startswith(skip))}
     layout = candidates[layouts.choose_layout(list(tensors), candidates)]
-    for name, (ours, transform) in assign_tensors(wanted, tensors, layout, source, extras).items():
+    for name, (ours, transposed) in assign_tensors(wanted, tensors, layout, source, unused).items():
         tensor = tensors[name].read()
         if isinstance(tensor, NF4Linear):
             keep = is_quantizable(ours[0])
             set_parameter(model, ours[0], tensor.to(device) if keep else tensor.dequantize().to(device, dtype))
             continue
-        for target, part in zip(ours, transform.split(tensor)):
+        for target, part in zip(ours, layouts.split(tensor, len(ours), transposed)):
             quantize = bits == 4 and is_quantizable(target)  # one at a time: at most one matrix is whole in memory
             part = part.to(device) if quantize else part.to(device, dtype, copy=copy).contiguous()
             # After the cast, which may overflow. A NaN is both minimum and maximum, and aminmax takes a twentieth of
@@ -59,23 +59,22 @@ def load_tensors(
 
 
 def assign_tensors(
-    wanted: dict[str, torch.Size], tensors: dict[str, LazyTensor], layout: Layout, source, extras: tuple[str, ...]
-) -> dict[str, tuple[tuple[str, ...], Transform]]:
-    """The names of the parameters that each used tensor of a file fills, and its transform. Raises ValueError."""
+    wanted: dict[str, torch.Size], tensors: dict[str, LazyTensor], layout: Layout, source: Path | str, unused: str
+) -> dict[str, tuple[list[str], bool]]:
+    """layouts.match of every tensor of a file that is used, by its name there. Raises ValueError, see load_tensors."""
     assigned, filled, wrong = {}, set(), []
     for name, lazy in tensors.items():
-        found = layouts.match(name, layout)
-        if layouts.is_extra(name, layouts.EXTRAS):
+        ours, transposed = layouts.match(name, layout) or ([], False)
+        if re.fullmatch(layouts.COMPUTED, name) or (ours and all(re.fullmatch(unused, target) for target in ours)):
             continue
-        if found and all(layouts.is_extra(ours, extras) for ours in found[0]):
-            continue
-        if not found or not all(ours in wanted for ours in found[0]):
+        if not ours or not wanted.keys() >= set(ours):
             wrong.append(f"{name} not expected")
             continue
-        ours, transform = assigned[name] = found
-        if lazy.dtype not in FLOATS and (lazy.dtype != "NF4" or transform is not layouts.IDENTITY):
-            wrong.append(f"{name} is {lazy.dtype}, should be {FLOAT_NAMES}")
-        for target, part in zip(ours, transform.split(torch.empty(lazy.shape, device="meta"))):
+        assigned[name] = ours, transposed
+        if lazy.dtype not in FLOATS and (lazy.dtype != "NF4" or transposed or len(ours) > 1):
+            wrong.append(f"{name} is {lazy.dtype}, should be {', '.join(FLOATS)}")
+        parts = layouts.split(torch.empty(lazy.shape, device="meta"), len(ours), transposed)
+        for target, part in zip(ours, parts):
             if target in filled:
                 wrong.append(f"{name} given twice")
             elif part.shape != wanted[target]:
@@ -142,13 +141,11 @@ def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | Non
     return build_model(config, tensors, Path(folder), device, dtype, **options)
 
 
-def load_checkpoint(
-    folder: str | Path, device: str, dtype: torch.dtype | None, bits: int = 16, copy: bool = True
-) -> tuple[Llava, Tokenizer]:
+def load_checkpoint(folder: Path, device: str, dtype: torch.dtype | None, **options) -> tuple[Llava, Tokenizer]:
     """Load a model and its tokenizer, the tokenizer first: if it is missing, no time is lost on the weights."""
-    config, tensors = open_model(Path(folder))
+    config, tensors = open_model(folder)
     tokenizer = load_tokenizer(folder, config)
-    return build_model(config, tensors, Path(folder), device, dtype, bits=bits, copy=copy), tokenizer
+    return build_model(config, tensors, folder, device, dtype, **options), tokenizer
 
 
 def open_model(folder: Path) -> tuple[LlavaConfig, dict[str, LazyTensor]]:
@@ -182,9 +179,9 @@ def build_model(
     if vision is not None:
         load_tower(model, vision, device, dtype)
     tied = config.text_config.tie_word_embeddings
-    extras, skip = (HEAD,) if tied else (), "" if vision is None else "vision_tower."
+    unused, skip = re.escape(HEAD) if tied else "", "" if vision is None else "vision_tower."
     source = folder if llm is None else f"{folder} with {llm}"
-    load_tensors(model, tensors, LLAVA_LAYOUTS, source, extras, skip, bits, copy, device, dtype)
+    load_tensors(model, tensors, LLAVA_LAYOUTS, source, unused, skip, bits, copy, device, dtype)
     if tied:
         model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
         check_tied_head(tensors, source)
@@ -209,8 +206,8 @@ def load_tower(model: Llava, folder: Path, device: str = "cpu", dtype: torch.dty
 def load_clip(folder: str | Path) -> CLIPModel:
     """Load a CLIP with both towers, to compare images with texts."""
     folder = Path(folder)
-    with errors_name(folder):
-        config = clip_config_from_dict(read_json(folder / "config.json"))
+    with open_config(folder) as values:
+        config = clip_config_from_dict(values)
     with torch.device("meta"), skip_init():
         model = CLIPModel(config)
     load_tensors(model, open_tensors(folder), CLIP_LAYOUTS, folder)
@@ -227,8 +224,8 @@ def most_common_dtype(tensors: dict[str, LazyTensor]) -> torch.dtype:
     """The dtype of most of the parameters."""
     sizes = Counter()
     for lazy in by_our_name(tensors).values():
-        if lazy.dtype != "NF4":
-            sizes[FLOATS.get(lazy.dtype, torch.float32)] += math.prod(lazy.shape)  # load_tensors rejects others
+        if lazy.dtype in FLOATS:
+            sizes[getattr(torch, lazy.dtype)] += math.prod(lazy.shape)
     return max(sizes, key=sizes.get, default=torch.float32)
 
 

@@ -21,7 +21,6 @@ from data import Records, collate
 from formats import __main__ as formats_cli
 from formats import configs
 from formats.adapters import attach, load_with_adapter, read_adapter, sample_weights, save_adapter
-from formats.convert import merge_folder
 from formats.saving import save_model
 from formats.weights import load_model
 from inputs.files import read_json
@@ -283,7 +282,7 @@ def test_an_adapter_of_llavas_authors(tmp_path, monkeypatch, tiny, peft):
         assert torch.equal(ours.multi_modal_projector(features), model.multi_modal_projector(features))
         hidden, wanted = (m.language_model.model(m.embed(ids)) for m in (ours, model))
     assert torch.equal(hidden, wanted)
-    merge_folder(base, folder, tmp_path / "merged", vision=tiny.clip)
+    formats_cli.merge_folder(base, folder, tmp_path / "merged", vision=tiny.clip)
     merged = load_model(tmp_path / "merged")
     with torch.no_grad():
         torch.testing.assert_close(merged.language_model.model(merged.embed(ids)), wanted, rtol=1e-5, atol=1e-5)
@@ -534,7 +533,7 @@ BROKEN = {
     "alpha is no number": (lambda v, t: v.update(lora_alpha=math.nan), "lora_alpha of"),
     "patterns are none": (lambda v, t: v.update(rank_pattern=[1]), "rank_pattern cannot be read"),
     "a pattern is none": (lambda v, t: v.update(rank_pattern={"(": 1}), "rank_pattern cannot be read"),
-    "whole numbers": (lambda v, t: t.update({A: t[A].to(torch.int32)}), "should be F32"),
+    "whole numbers": (lambda v, t: t.update({A: t[A].to(torch.int32)}), "should be float32"),
     "nowhere": (lambda v, t: t.update({A.replace("layers.0", "blocks.0"): t.pop(A)}), "belong to no part"),
     "no such layer": (
         lambda v, t: [t.update({k.replace("s.0.", "s.9."): t.pop(k)}) for k in [*t] if "s.0.self" in k],
@@ -670,7 +669,7 @@ def test_qlora_on_a_real_decoder(peft, tmp_path):
     attach(ours, read_adapter(folder))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(theirs, folder).eval()
-    merge_folder(base, folder, tmp_path / "merged")
+    formats_cli.merge_folder(base, folder, tmp_path / "merged")
     merged = load_model(tmp_path / "merged")
     with torch.no_grad():
         expected = theirs(ids).logits

@@ -1,4 +1,4 @@
-"""Four bits: the known codes, bitsandbytes bit for bit, the gradient, and files that go both ways."""
+"""NF4: known codes, equality with bitsandbytes to the bit, the gradient, and files in both directions."""
 
 import json
 import math
@@ -17,7 +17,6 @@ import lora as nf4
 import sample
 from formats import __main__ as formats_cli
 from formats import nf4_files
-from formats.convert import quantize_folder
 from formats.saving import save_model
 from formats.weights import load_model
 from inputs.tokenizer import Tokenizer
@@ -31,7 +30,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def weight_of(shape, dtype, seed=0):
-    """Numbers as weights have them, with a block of zeros and one of a single size among them."""
+    """Normally distributed weights, among them a block of zeros and a block of equal numbers."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02
     flat = weight.view(-1)
     flat[64:128], flat[128:192] = 0, 0.03125
@@ -42,7 +41,7 @@ def weight_of(shape, dtype, seed=0):
 # known codes
 
 
-def test_the_first_byte_and_a_block_of_zeros():
+def test_codes_of_one_minus_one_and_zeros():
     packed, absmax = nf4.quantize(torch.tensor([1.0, -1.0] + [0.0] * 62))
     assert packed[0].item() == 0xF0 and set(packed[1:].flatten().tolist()) == {0x77} and absmax.tolist() == [1.0]
     packed, absmax = nf4.quantize(torch.zeros(64))
@@ -50,7 +49,7 @@ def test_the_first_byte_and_a_block_of_zeros():
     assert torch.equal(nf4.dequantize(packed, absmax, (64,)), torch.zeros(64))
 
 
-def test_what_lies_between_two_values_takes_the_lower():
+def test_number_between_two_values_is_rounded_down():
     borders = nf4.boundaries(torch.tensor(nf4.CODES))
     packed, _ = nf4.quantize(torch.cat([borders, torch.tensor([1.0])]))
     codes = [half for byte in packed.flatten().tolist() for half in (byte >> 4, byte & 15)]
@@ -58,25 +57,25 @@ def test_what_lies_between_two_values_takes_the_lower():
 
 
 @pytest.mark.parametrize("count, size, blocks", [(99, 50, 2), (64, 32, 1), (1, 1, 1), (4096, 2048, 64)])
-def test_sizes(count, size, blocks):
+def test_sizes_of_codes_and_absmax(count, size, blocks):
     packed, absmax = nf4.quantize(torch.randn(count))
     assert packed.shape == (size, 1) and packed.dtype == torch.uint8 and absmax.shape == (blocks,)
 
 
-def test_bits_of_a_weight():
+def test_bits_per_weight():
     layer = NF4Linear.of(torch.randn(256, 1024))
     bits = 8 * sum(p.nbytes for name, p in layer.named_parameters() if name != "nested_offset") / (256 * 1024)
     assert bits == pytest.approx(4.126953, abs=1e-6)
 
 
-def test_chunks_are_of_no_matter(monkeypatch):
+def test_chunk_size_does_not_change_the_codes(monkeypatch):
     weight = weight_of((301, 101), torch.float32)
     whole = nf4.quantize(weight)
     monkeypatch.setattr(nf4, "CHUNK", 128)
     assert all(torch.equal(a, b) for a, b in zip(whole, nf4.quantize(weight)))
 
 
-def test_double_quantization_takes_the_nearest_value():
+def test_double_quantization_rounds_to_the_nearest_value():
     absmax = torch.rand(1000) * 0.1
     codes, nested, offset = nf4.quantize_absmax(absmax)
     book = nf4.nested_code_book(torch.device("cpu"))
@@ -100,7 +99,7 @@ def bnb():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_codes_and_numbers_are_theirs(bnb, shape, dtype):
+def test_codes_and_numbers_equal_bitsandbytes(bnb, shape, dtype):
     weight = weight_of(shape, dtype)
     theirs, state = bnb.quantize_4bit(weight, quant_type="nf4")
     packed, absmax = nf4.quantize(weight)
@@ -110,7 +109,7 @@ def test_codes_and_numbers_are_theirs(bnb, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_borders_and_zeros_are_theirs(bnb, dtype):
+def test_midpoints_and_zeros_equal_bitsandbytes(bnb, dtype):
     borders = nf4.boundaries(torch.tensor(nf4.CODES))
     nearby = torch.stack([borders, borders.nextafter(torch.tensor(2.0)), borders.nextafter(torch.tensor(-2.0))])
     weight = torch.cat([F.pad(row, (0, 49), value=1.0) * size for row in nearby for size in (1.0, 0.3, 1e-3)])
@@ -121,14 +120,14 @@ def test_borders_and_zeros_are_theirs(bnb, dtype):
 
 
 def through_their_table(scaled):
-    """How bitsandbytes' CPU code rounds to the 256 values: by way of a table of 65,536 entries."""
+    """Round to the 256 values as bitsandbytes does on a CPU: through a table of 65,536 entries."""
     book = nf4.nested_code_book(torch.device("cpu"))
     entries = torch.arange(65536, dtype=torch.float32) / 65535 * 2 - 1
     table = torch.bucketize(entries, nf4.boundaries(book))
     return table[((scaled + 1) * 0.5 * 65535 + 0.5).floor().long().clamp(0, 65535)]
 
 
-def test_double_quantization_is_theirs_but_for_their_table(bnb):
+def test_double_quantization_equals_bitsandbytes_except_for_its_table(bnb):
     weight = weight_of((1024, 640), torch.float32)
     theirs, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     absmax = nf4.quantize(weight)[1]
@@ -139,7 +138,7 @@ def test_double_quantization_is_theirs_but_for_their_table(bnb):
     print(f"{int(apart.sum())} of {len(codes)} codes differ")
     assert apart.float().mean() < 0.005
     scaled = (absmax - offset) * (1 / nested).repeat_interleave(256)[: len(absmax)]
-    assert torch.equal(through_their_table(scaled).to(torch.uint8), state.absmax)  # and the table explains every one
+    assert torch.equal(through_their_table(scaled).to(torch.uint8), state.absmax)  # the table explains every difference
     given = nf4.dequantize_absmax(state.absmax, state.state2.absmax, state.offset)
     numbers = nf4.dequantize(theirs, given, weight.shape)
     assert torch.equal(numbers, bnb.dequantize_4bit(theirs, state))
@@ -147,8 +146,8 @@ def test_double_quantization_is_theirs_but_for_their_table(bnb):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("double", [False, True])
-def test_their_layers_go_through_our_files(bnb, dtype, double, tmp_path):
-    """Theirs as a file, read, written: the same bytes; ours as a file, read by them: the same numbers."""
+def test_files_are_exchanged_with_bitsandbytes(bnb, dtype, double, tmp_path):
+    """Their file, read and written again, has the same bytes; they read the same numbers from our file."""
     weight = weight_of((80, 64), dtype)
     packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
     theirs = {"a.weight": packed} | {f"a.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
@@ -165,7 +164,7 @@ def test_their_layers_go_through_our_files(bnb, dtype, double, tmp_path):
     assert torch.equal(bnb.dequantize_4bit(packed, read), layer.dequantize())
 
 
-def test_a_layer_computes_what_theirs_does(bnb):
+def test_layer_equals_linear4bit(bnb):
     from bitsandbytes.nn import Linear4bit
 
     weight, x = weight_of((96, 64), torch.float32), torch.randn(3, 5, 64, requires_grad=True)
@@ -185,7 +184,7 @@ def test_a_layer_computes_what_theirs_does(bnb):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_forward_and_backward_are_those_of_the_dequantized_weight(bias):
+def test_forward_and_backward_equal_those_of_the_dequantized_weight(bias):
     layer = NF4Linear.of(torch.randn(48, 32))
     if bias:
         layer.bias = torch.nn.Parameter(torch.randn(48), requires_grad=False)
@@ -198,7 +197,7 @@ def test_forward_and_backward_are_those_of_the_dequantized_weight(bias):
     torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_the_dequantized_weight_is_not_stored_for_the_gradient():
+def test_dequantized_weight_is_not_stored_for_backward():
     layer = NF4Linear.of(torch.randn(256, 256))
     weight = layer.dequantize()  # also fills the cached code books
     with MemoryCounter(layer.parameters()) as counted:
@@ -210,7 +209,7 @@ def test_the_dequantized_weight_is_not_stored_for_the_gradient():
     torch.testing.assert_close(x.grad, weight.sum(0).expand(4, -1))
 
 
-def test_under_autocast_it_computes_in_bfloat16():
+def test_layer_computes_in_bfloat16_under_autocast():
     layer, x = NF4Linear.of(torch.randn(32, 32)), torch.randn(3, 32, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
@@ -220,7 +219,7 @@ def test_under_autocast_it_computes_in_bfloat16():
     assert x.grad.dtype == torch.float32
 
 
-def test_weights_are_counted_as_if_they_were_whole():
+def test_quantized_weights_are_counted_as_whole_ones():
     layer = torch.nn.Linear(48, 64)
     small = NF4Linear.of(layer.weight)
     small.bias = layer.bias
@@ -241,13 +240,13 @@ def test_a_tied_head_is_counted_once():
 
 @pytest.fixture(scope="module")
 def small(babbler, tmp_path_factory):
-    """A model's folder, and the same in four bits."""
+    """The folders of a model and of the same model in four bits."""
     folder = tmp_path_factory.mktemp("four") / "model"
-    quantize_folder(babbler, folder)
+    formats_cli.quantize_folder(babbler, folder)
     return babbler, folder
 
 
-def test_only_the_matrices_of_the_decoders_layers_are_quantized(small):
+def test_only_matrices_of_decoder_layers_are_quantized(small):
     whole, four = load_model(small[0]), load_model(small[1])
     quantized = {path for path, module in four.named_modules() if isinstance(module, NF4Linear)}
     layers = {path for path, module in whole.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -259,20 +258,20 @@ def test_only_the_matrices_of_the_decoders_layers_are_quantized(small):
     assert nf4.count_weights(four) == nf4.count_weights(whole)
 
 
-def test_quantized_while_loading_is_quantized_before(small):
+def test_quantizing_while_loading_equals_quantizing_before(small):
     one, other = load_model(small[0], bits=4), load_model(small[1])
     assert one.state_dict().keys() == other.state_dict().keys()
     assert all(torch.equal(one.state_dict()[name], tensor) for name, tensor in other.state_dict().items())
 
 
-def test_a_quantized_folder_is_loaded_by_transformers(bnb, small):
+def test_transformers_loads_a_quantized_folder(bnb, small):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(small[1], dtype=torch.float32).eval()
     assert any("Linear4bit" in str(type(module)) for module in theirs.modules())
     ours = load_model(small[1])
     ids = torch.randint(0, 200, (1, 20), generator=torch.Generator().manual_seed(0))
-    whole = torch.randn(64, 160)  # as large as a matrix of this model
+    whole = torch.randn(64, 160)  # the shape of a matrix of this model
     if (bnb.dequantize_4bit(*bnb.quantize_4bit(whole, quant_type="nf4")) - whole).abs().max() > 1:
         pytest.skip("bitsandbytes 0.50.2 mixes up the blocks of rows of 160 on a CPU with AVX-512")
     with torch.no_grad():
@@ -281,7 +280,7 @@ def test_a_quantized_folder_is_loaded_by_transformers(bnb, small):
     torch.testing.assert_close(ours.language_model.lm_head(hidden), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_it_answers(small, command, tiny, capsys):
+def test_quantized_model_answers(small, command, tiny, capsys):
     image = next((tiny.world / "heldout-0").rglob("*.png"))
     command(sample, "--model", small[1], "--image", image, "--max-new-tokens", 8)
     quantized = capsys.readouterr().out
@@ -295,18 +294,18 @@ from pathlib import Path
 import torch
 from formats import weights
 
-def most():  # of this program: getrusage's figure is that of the process that started it, if that was larger
+def most():  # peak of this process; getrusage may return the parent's
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
-weights.NF4Linear.of(torch.ones(64, 64))  # what is imported and made once
+weights.NF4Linear.of(torch.ones(64, 64))  # fills the cached code books
 begin = most()
 model = weights.load_model(sys.argv[1], bits=4)
 print(most() - begin, sum(p.nbytes for p in model.parameters()))
 """
 
 
-def test_the_whole_model_never_stands_in_memory(tmp_path, monkeypatch):
-    """Peak: 1.2 times what is left, and a shard."""
+def test_whole_model_is_never_in_memory(tmp_path, monkeypatch):
+    """The peak is at most 1.2 times the quantized model plus one shard."""
     from llava import Llava, LlavaConfig, TextConfig
 
     shard = 24_000_000
@@ -315,12 +314,12 @@ def test_the_whole_model_never_stands_in_memory(tmp_path, monkeypatch):
     model = Llava(LlavaConfig(text, image_token_index=299))
     save_model(model, tmp_path)
     command = [sys.executable, "-c", PEAK, tmp_path]
-    # Freed memory goes back at once, so that only what is alive counts, and not the allocator's holes.
+    # The allocator returns freed memory at once, so that only live memory counts.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True, env=environment)
     peak, kept = map(int, done.stdout.split())
     whole = sum(p.nbytes for p in model.parameters())
-    print(f"peak {peak / 1e6:.0f} MB for {kept / 1e6:.0f} MB in four bits, {whole / 1e6:.0f} MB as they came")
+    print(f"peak {peak / 1e6:.0f} MB for {kept / 1e6:.0f} MB in four bits, {whole / 1e6:.0f} MB before")
     assert kept < whole / 7 and kept < peak < 1.2 * kept + shard
 
 
@@ -329,7 +328,7 @@ def test_the_whole_model_never_stands_in_memory(tmp_path, monkeypatch):
 
 
 def refused(folder, change):
-    """What is said of a quantized folder whose tensors were changed so."""
+    """Change the tensors of a quantized folder; returns the error message of loading it."""
     path = folder / "model.safetensors"
     tensors = load_file(path)
     change(tensors)
@@ -374,7 +373,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_checkpoint_is_named(small, tmp_path, kind):
+def test_damaged_quantized_checkpoint_is_refused(small, tmp_path, kind):
     folder = tmp_path / "model"
     folder.mkdir()
     for path in small[1].iterdir():
@@ -383,7 +382,7 @@ def test_a_broken_checkpoint_is_named(small, tmp_path, kind):
     assert words in refused(folder, change)
 
 
-def test_what_is_quantized_is_not_quantized_again(small, tmp_path, command):
+def test_quantized_model_is_not_quantized_again(small, tmp_path, command):
     with pytest.raises(SystemExit, match="four bits already"):
         command(formats_cli, "quantize", small[1], tmp_path / "again")
     with pytest.raises(SystemExit, match="exists"):
@@ -391,7 +390,7 @@ def test_what_is_quantized_is_not_quantized_again(small, tmp_path, command):
     assert not (tmp_path / "again").exists()
 
 
-def test_the_command_says_how_many_bits(babbler, tmp_path, command, capsys):
+def test_quantize_prints_the_bits_per_weight(babbler, tmp_path, command, capsys):
     command(formats_cli, "quantize", babbler, tmp_path / "four")
     assert "bits each" in capsys.readouterr().out
     assert Tokenizer.load(tmp_path / "four").vocab_size == Tokenizer.load(babbler).vocab_size

@@ -1,9 +1,9 @@
-"""Real checkpoints give the answers that other programs recorded. For those who have the checkpoints:
+"""Real checkpoints give the values that other programs recorded. To run it, download the checkpoints:
 
     LLAVA_WEIGHTS=/models pytest tests/formats/test_reference_values.py
 
-with the folders as they are called on the hub (clip-vit-base-patch32, Llama-2-7b-hf, llava-1.5-7b-hf) below /models.
-The recorded values are those of reference_values.json in the folder LLAVA_DATA; a test without its files is skipped.
+/models holds folders with their names on the hub: clip-vit-base-patch32, Llama-2-7b-hf, llava-1.5-7b-hf. The recorded
+values are in reference_values.json in the folder LLAVA_DATA. A test whose files are missing is skipped.
 """
 
 import json
@@ -40,7 +40,7 @@ def recorded():
     return json.loads(path.read_text())
 
 
-def test_clip_tells_a_diagram_from_a_dog(recorded):
+def test_clip_label_probabilities(recorded):
     want, source = recorded["openai_clip_readme"], folder("clip-vit-base-patch32")
     model, tokenizer = load_clip(source), Tokenizer.load(source)
     pixels = image_pixels(open_image(DATA / want["image"]), 224, "square")[None]
@@ -63,7 +63,7 @@ def test_llama2_logits(recorded):
     torch.testing.assert_close(logits[0, :15], torch.tensor(want["logits[0,0,:15]_A100"]), atol=0.05, rtol=0.01)
 
 
-def test_llama2_goes_on_with_a_text(recorded):
+def test_llama2_greedy_continuations(recorded):
     want, source = recorded["hf_llama2_7b_greedy_fp16_40tok"], folder("Llama-2-7b-hf")
     model = load_model(source, **HALF)
     tokenizer = load_tokenizer(source, model.config)
@@ -73,8 +73,8 @@ def test_llama2_goes_on_with_a_text(recorded):
         assert tokenizer.decode(ids + new) == text
 
 
-def test_llava_sees_two_cats(recorded):
-    """Recorded in 4 bits, so only how the answer begins is sure. The image is COCO's val2017/000000039769."""
+def test_llava_describes_two_cats(recorded):
+    """Recorded in 4 bits, so only the first words are compared. The image is COCO's val2017/000000039769."""
     source, image = folder("llava-1.5-7b-hf"), folder("000000039769.jpg")
     model = load_model(source, **HALF)
     tokenizer, config = load_tokenizer(source, model.config), model.config

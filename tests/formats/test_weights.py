@@ -1,4 +1,4 @@
-"""Checkpoints: what transformers writes we load, what we write transformers loads, and what is broken is refused."""
+"""Checkpoints: we load what transformers writes, it loads what we write, and malformed files are refused."""
 
 import json
 import os
@@ -47,7 +47,7 @@ here = pytest.mark.skipif(not STORIES.exists(), reason=f"{STORIES} is not here (
 
 
 def greedy(model, prompts, features=None, count=64):
-    """What each prompt is answered with, end tokens set aside: they come by chance with random weights."""
+    """Greedy answers. End tokens are switched off, as random weights produce them by chance."""
     model.config.eos_token_ids = []
     steps = list(generate(model, prompts, features, max_new_tokens=count))
     return [list(row) for row in zip(*steps)]
@@ -58,7 +58,7 @@ def greedy(model, prompts, features=None, count=64):
 
 
 @here
-def test_stories260k_tells_the_documented_story(command, capsys):
+def test_stories260k_generates_the_documented_text(command, capsys):
     golden = json.loads((STORIES / "golden_stories260K.json").read_text())
     flags = ["--model", STORIES, "--prompt", "", "--device", "cpu", "--json"]
     command(sample, *flags, "--max-new-tokens", len(golden["greedy_token_ids"]) - 1)
@@ -67,7 +67,7 @@ def test_stories260k_tells_the_documented_story(command, capsys):
 
 
 @here
-def test_stories260k_without_the_cache_and_its_golden_logits():
+def test_stories260k_logits_without_the_cache():
     golden = json.loads((STORIES / "golden_stories260K.json").read_text())
     model, ids = load_model(STORIES), golden["greedy_token_ids"]
     logits = logits_of(model, torch.tensor([ids]))[0]
@@ -80,7 +80,7 @@ def test_stories260k_without_the_cache_and_its_golden_logits():
 
 
 @here
-def test_stories260k_converted_is_the_same_model(tmp_path, command):
+def test_stories260k_after_conversion_is_the_same_model(tmp_path, command):
     command(formats_cli, "convert", STORIES, tmp_path / "stories")
     ids = torch.tensor([[1, 403, 407, 261, 378]])
     again = load_model(tmp_path / "stories")
@@ -95,7 +95,7 @@ def test_stories260k_converted_is_the_same_model(tmp_path, command):
 
 @here
 @pytest.mark.parametrize("damage", ["cut", "longer", "header"])
-def test_a_broken_llama2c_file_is_refused(damage, tmp_path):
+def test_damaged_llama2c_file_is_refused(damage, tmp_path):
     data = (STORIES / "stories260K.bin").read_bytes()
     data = {"cut": data[:-4], "longer": data + b"1234", "header": b"\xff" * 28 + data[28:]}[damage]
     (tmp_path / "model.bin").write_bytes(data)
@@ -122,7 +122,7 @@ def theirs_of(kind):
 
 
 def their_greedy(theirs, rows, count, **inputs):
-    """Greedy answers of transformers to one prompt at a time; nothing ends them early."""
+    """Greedy answers of transformers, one prompt at a time, without end tokens."""
     found = []
     for i, ids in enumerate(rows):
         one = {name: value[i : i + 1] for name, value in inputs.items()}
@@ -134,7 +134,7 @@ def their_greedy(theirs, rows, count, **inputs):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_decoder_of_transformers(kind, tmp_path):
+def test_decoder_saved_by_transformers(kind, tmp_path):
     theirs = theirs_of(kind)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")  # so small that there are several files and an index
     assert (tmp_path / "model.safetensors.index.json").exists()
@@ -147,7 +147,7 @@ def test_a_decoder_of_transformers(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_there_and_back_is_bitwise(kind, tmp_path):
+def test_saving_for_transformers_and_loading_again_is_bitwise(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
     ours = make(kind, blind=True)
     for folder in ("ours", "theirs", "again"):
@@ -161,7 +161,7 @@ def test_there_and_back_is_bitwise(kind, tmp_path):
     assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in want)
 
 
-def test_shards_of_ours(tmp_path, monkeypatch):
+def test_large_model_is_saved_in_shards(tmp_path, monkeypatch):
     ours = make("llama_tied")
     monkeypatch.setattr(saving, "SHARD_BYTES", 20_000)
     save_model(ours, tmp_path)
@@ -179,7 +179,7 @@ def test_shards_of_ours(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # LLaVA in every layout
 
-PREFIXES = {  # what stands before the decoder, its head, the projector, the tower
+PREFIXES = {  # prefixes of the decoder, its head, the projector, the vision tower
     "hub": ("language_model.model.", "language_model.", "", "vision_tower.vision_model."),
     "saved by 5": ("language_model.model.", "language_model.", "", "vision_tower."),
     "in memory, 4.52": ("model.language_model.", "", "model.", "model.vision_tower.vision_model."),
@@ -211,7 +211,7 @@ def rewrite(state, layout):
 
 
 def authors_config(config, projector, monkeypatch):
-    """config.json as the LLaVA authors' code writes it; their towers are named, and ours gets a name here."""
+    """config.json as the code of LLaVA's authors writes it. It names the tower, so the test's tower gets a name."""
     monkeypatch.setitem(configs.TOWERS, "tiny-clip", vars(VISION))
     text = {key: value for key, value in vars(config.text_config).items() if key not in ("model_type", "rope_scaling")}
     named = {"mm_vision_tower": "someone/tiny-clip", "mm_hidden_size": 24, "mm_vision_select_layer": -2}
@@ -247,7 +247,7 @@ def test_llava_in_every_layout(layout, projector, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
-def test_a_llava_that_transformers_wrote(kind, tmp_path):
+def test_llava_saved_by_transformers(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
     text = theirs_of(kind).config
     vision = transformers.CLIPVisionConfig(**{k: v for k, v in vars(VISION).items() if k != "model_type"})
@@ -265,8 +265,8 @@ def test_a_llava_that_transformers_wrote(kind, tmp_path):
     assert greedy(ours, rows, ours.vision_features(pictures(3))) == want and len({i for row in want for i in row}) > 20
 
 
-def test_a_projector_alone_and_the_decoder_it_belongs_to(tiny, tmp_path, monkeypatch, command, capfd):
-    """As the authors release stage 1: config.json and mm_projector.bin, to be joined with a decoder and a CLIP."""
+def test_projector_file_is_joined_with_decoder_and_clip(tiny, tmp_path, monkeypatch, command, capfd):
+    """The authors publish stage 1 as config.json and mm_projector.bin, without decoder and CLIP."""
     ours = make("llama_gqa")
     (tmp_path / "llm").mkdir()
     save_model(Llava(LlavaConfig(ours.config.text_config)), tmp_path / "llm")
@@ -290,8 +290,8 @@ def test_a_projector_alone_and_the_decoder_it_belongs_to(tiny, tmp_path, monkeyp
     assert all(torch.equal(value, again[key]) for key, value in ours.state_dict().items())
 
 
-def test_a_llava_whose_tower_is_elsewhere(tmp_path, monkeypatch, tiny):
-    """As liuhaotian/llava-v1.5-7b is: without its vision tower it cannot be loaded, with CLIP's folder it can."""
+def test_llava_without_its_vision_tower(tmp_path, monkeypatch, tiny):
+    """liuhaotian/llava-v1.5-7b has no vision tower in its files: it is loaded with CLIP's folder only."""
     ours = load_model(tiny.stage2)
     state = {key: value for key, value in ours.state_dict().items() if "vision_tower" not in key}
     del state[layouts.HEAD]
@@ -317,7 +317,7 @@ CHAT_TEMPLATES = {
 
 @pytest.mark.parametrize("template", CHAT_TEMPLATES)
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja", "chat_template.json"])
-def test_the_template_that_belongs_to_a_decoder(template, file, tmp_path):
+def test_template_follows_from_the_chat_template(template, file, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SHAPE | {"model_type": "llama"}))
     text = CHAT_TEMPLATES[template]
     (tmp_path / file).write_text(text if file.endswith("jinja") else json.dumps({"chat_template": text}))
@@ -329,7 +329,7 @@ def test_the_template_that_belongs_to_a_decoder(template, file, tmp_path):
 
 
 def openai_names(state):
-    """A CLIP's tensors under OpenAI's names, q, k and v in one and the projections the other way round."""
+    """A CLIP's tensors under OpenAI's names: q, k and v joined, the projections transposed."""
     renamed = {}
     for ours, theirs in (("vision_model.", "visual."), ("text_model.", "")):
         width = {"vision_model.": "vision_model.pre_layrnorm", "text_model.": "text_model.final_layer_norm"}[ours]
@@ -360,7 +360,7 @@ def openai_names(state):
 
 
 @pytest.mark.parametrize("names", ["Hugging Face", "OpenAI", "old"])
-def test_clip_under_both_names(names, tiny, tmp_path):
+def test_clip_with_every_naming(names, tiny, tmp_path):
     state = load_file(tiny.clip / "model.safetensors")
     want = load_clip(tiny.clip).state_dict()
     (tmp_path / "config.json").write_bytes((tiny.clip / "config.json").read_bytes())
@@ -380,7 +380,7 @@ def test_clip_under_both_names(names, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPModel"])
-def test_towers_that_transformers_wrote(name, tmp_path):
+def test_vision_tower_saved_by_transformers(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     values = {k: v for k, v in vars(VISION).items() if k != "model_type"}
     config = transformers.CLIPVisionConfig(**values)
@@ -399,12 +399,12 @@ def test_towers_that_transformers_wrote(name, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# a new LLaVA of what others trained
+# a new LLaVA from pretrained towers
 
 
 @pytest.mark.skipif(not (DATA / "tokenizers/llama2").exists(), reason=f"no LLaMA-2 tokenizer in {DATA}")
-def test_a_new_llava_from_their_clip_and_their_llama(tiny, tmp_path, command):
-    """Stage 1 on towers that transformers wrote, LLaMA-2's tokenizer beside; then transformers reads what it left."""
+def test_new_llava_from_clip_and_llama_of_transformers(tiny, tmp_path, command):
+    """Stage 1 on towers saved by transformers, with LLaMA-2's tokenizer; transformers loads the result."""
     transformers = pytest.importorskip("transformers")
     for name in ("clip", "llama"):
         (tmp_path / name).mkdir()
@@ -437,7 +437,7 @@ def test_a_new_llava_from_their_clip_and_their_llama(tiny, tmp_path, command):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# full size, without the memory
+# full size, on the meta device
 
 
 def shapes_of(model):
@@ -445,8 +445,8 @@ def shapes_of(model):
 
 
 @pytest.mark.parametrize("size", ["7b", "13b"])
-def test_geometry_of_llava_15(size, tmp_path):
-    """The config.json of llava-hf/llava-1.5-*-hf, mostly defaults, gives transformers' names and shapes."""
+def test_shapes_of_llava_15(size, tmp_path):
+    """The config.json of llava-hf/llava-1.5-*-hf, which omits most fields, gives transformers' names and shapes."""
     transformers = pytest.importorskip("transformers")
     text = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
     if size == "13b":
@@ -468,7 +468,7 @@ def test_geometry_of_llava_15(size, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# files that lie
+# malformed files
 
 
 def header(content, data=b"\0" * 64, length=None):
@@ -481,7 +481,7 @@ def entry(begin=0, end=64, shape=(4, 4), dtype="F32"):
 
 
 TWICE = b'{"a": %s, "a": %s}' % ((json.dumps(entry()).encode(),) * 2)
-HOSTILE = {
+MALFORMED = {
     "empty": b"",
     "seven bytes": b"1234567",
     "length 2^63": header({}, length=2**63),
@@ -509,8 +509,8 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_safetensors_are_refused(kind, tmp_path):
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_safetensors_are_refused(kind, tmp_path):
     save_model(make("llama"), tmp_path)
     path = tmp_path / "model.safetensors"
     if kind == "not a number":  # a good file, but for one number
@@ -518,7 +518,7 @@ def test_hostile_safetensors_are_refused(kind, tmp_path):
         state["language_model.model.norm.weight"][3] = float("nan")
         save_file(state, path)
     else:
-        path.write_bytes(HOSTILE[kind])
+        path.write_bytes(MALFORMED[kind])
     with pytest.raises(ValueError) as caught:
         load_model(tmp_path)
     message = str(caught.value)
@@ -526,7 +526,7 @@ def test_hostile_safetensors_are_refused(kind, tmp_path):
     assert len(message.splitlines()) == 1 and len(message) < 1000
 
 
-def test_truncation_at_every_64th(tmp_path):
+def test_truncated_file_is_refused(tmp_path):
     save_model(make("llama"), tmp_path)
     path = tmp_path / "model.safetensors"
     data = path.read_bytes()
@@ -537,17 +537,17 @@ def test_truncation_at_every_64th(tmp_path):
         assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
-def test_weights_that_are_whole_numbers_are_refused(tmp_path):
-    """As of an 8-bit checkpoint: the numbers mean nothing without their scales."""
+def test_integer_weights_are_refused(tmp_path):
+    """An 8-bit checkpoint has such weights; without their scales they mean nothing."""
     save_model(make("llama"), tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     state["language_model.lm_head.weight"] = state["language_model.lm_head.weight"].to(torch.int8)
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"lm_head\.weight is I8"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight is int8"):
         load_model(tmp_path)
 
 
-def test_infinity_is_refused_in_half_precision_too(tmp_path):
+def test_infinity_in_half_precision_is_refused(tmp_path):
     save_model(make("llama").half(), tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     state["language_model.lm_head.weight"][0, 0] = float("inf")
@@ -558,7 +558,7 @@ def test_infinity_is_refused_in_half_precision_too(tmp_path):
 
 @pytest.fixture
 def sharded(tmp_path, monkeypatch):
-    """A folder of ours in several files, and a function that changes its index and returns load's complaint."""
+    """A function that changes the index of a sharded model, loads the model and returns the error message."""
     monkeypatch.setattr(saving, "SHARD_BYTES", 20_000)
     save_model(make("llama"), tmp_path)
     path = tmp_path / "model.safetensors.index.json"
@@ -576,44 +576,44 @@ def sharded(tmp_path, monkeypatch):
     return complaint
 
 
-def test_an_index_that_leads_outside(sharded):
+def test_index_with_a_file_outside_the_folder_is_refused(sharded):
     for outside in ("../secret.safetensors", "/etc/passwd", "a/b.safetensors"):
         assert "leads out of the folder" in sharded(
             lambda index, outside=outside: index["weight_map"].update({next(iter(index["weight_map"])): outside})
         )
 
 
-def test_a_shard_that_is_missing(sharded):
+def test_missing_shard_is_refused(sharded):
     (sharded.folder / "model-00002-of-00004.safetensors").unlink(missing_ok=True)
     first = sorted(sharded.folder.glob("model-*.safetensors"))[1]
     first.unlink()
     assert "missing" in sharded(lambda index: None)
 
 
-def test_an_index_that_lies(sharded):
+def test_index_that_lacks_a_tensor_is_refused(sharded):
     assert "not where it says" in sharded(
         lambda index: index["weight_map"].pop("language_model.lm_head.weight") and None
     )
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}])
-def test_an_index_that_is_none(sharded, index):
+def test_index_without_a_weight_map_is_refused(sharded, index):
     assert "weight_map" in sharded(lambda _: index)
 
 
-def test_tied_but_different_heads_are_refused(tmp_path):
+def test_tied_head_that_differs_from_the_embedding_is_refused(tmp_path):
     save_model(make("llama_tied"), tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     state["language_model.lm_head.weight"] = state["language_model.model.embed_tokens.weight"].clone()
     save_file(state, tmp_path / "model.safetensors")
-    load_model(tmp_path)  # once more the same: allowed
+    load_model(tmp_path)  # an equal head is allowed
     state["language_model.lm_head.weight"][0, 0] += 1
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="two different ones"):
         load_model(tmp_path)
 
 
-def test_pickles_are_read_without_running_them(tmp_path, capfd):
+def test_pickle_is_read_without_running_its_code(tmp_path, capfd):
     ours = make("llama")
     save_model(ours, tmp_path)
     state = load_file(tmp_path / "model.safetensors")
@@ -634,7 +634,7 @@ def test_pickles_are_read_without_running_them(tmp_path, capfd):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# descriptions that lie, or mean another model
+# invalid or unsupported configs
 
 
 def change_json(path, **changes):
@@ -689,7 +689,7 @@ WRONG_OF_A_LLAVA = [
 @pytest.mark.parametrize("blind, key, value", [
     *((True, *wrong) for wrong in WRONG_FIELDS), *((False, *wrong) for wrong in WRONG_OF_A_LLAVA)
 ])  # fmt: skip
-def test_a_field_that_cannot_be(blind, key, value, tmp_path):
+def test_invalid_field_of_a_config_is_refused(blind, key, value, tmp_path):
     save_model(make("llama", blind=blind), tmp_path)
     change_json(tmp_path / "config.json", **{key: value})
     with pytest.raises(ValueError) as caught:
@@ -705,7 +705,7 @@ def test_a_billion_layers_are_refused_at_once(tmp_path, command):
     assert "num_hidden_layers is 1000000000" in caught.value.code
 
 
-def test_a_padding_token_of_minus_one_is_none(tmp_path):
+def test_padding_token_of_minus_one_means_none(tmp_path):
     for blind in (True, False):
         save_model(make("llama", blind=blind, pad_token_id=3), tmp_path)
         changes = {"pad_token_id": -1} if blind else {"pad_token_id": -1, "text_config__pad_token_id": -1}
@@ -722,21 +722,21 @@ OTHER_MODELS = [  # keys that transformers reads and this code does not support
 
 
 @pytest.mark.parametrize("kind, key, value", OTHER_MODELS)
-def test_another_model_of_the_family_is_refused(kind, key, value, tmp_path):
+def test_unsupported_variant_of_a_decoder_is_refused(kind, key, value, tmp_path):
     save_model(make(kind, blind=True), tmp_path)
     change_json(tmp_path / "config.json", **{key: value})
     with pytest.raises(ValueError, match=key):
         load_model(tmp_path)
 
 
-def test_a_key_that_only_llama_heeds(tmp_path):
+def test_attention_bias_counts_only_for_llama(tmp_path):
     for kind in ("mistral", "qwen2"):
         save_model(make(kind, blind=True), tmp_path)
         change_json(tmp_path / "config.json", attention_bias=True)
         load_model(tmp_path)
 
 
-WINDOWS = [  # what stands in the file -> how long a text may be
+WINDOWS = [  # decoder, keys in the file, maximal context
     ("mistral", {"sliding_window": None}, 131_072),
     ("mistral", {"sliding_window": 8}, 8),
     ("mistral", {"sliding_window": 8, "use_sliding_window": False}, 8),
@@ -749,19 +749,19 @@ WINDOWS = [  # what stands in the file -> how long a text may be
 
 
 @pytest.mark.parametrize("kind, values, length", WINDOWS)
-def test_how_far_a_window_reaches(kind, values, length):
+def test_sliding_window_limits_the_context(kind, values, length):
     text = configs.read_text_config(values | {"model_type": kind})
     assert text.max_position_embeddings == length
 
 
 @pytest.mark.parametrize("blind", [True, False])
-def test_a_mistral_of_ours_has_no_window(blind, tmp_path):
+def test_saved_mistral_has_no_window(blind, tmp_path):
     transformers = pytest.importorskip("transformers")
     save_model(make("mistral", blind), tmp_path)
     assert transformers.AutoConfig.from_pretrained(tmp_path).get_text_config().sliding_window is None
 
 
-def test_the_base_of_rope_is_the_one_that_transformers_takes(tmp_path):
+def test_rope_theta_in_both_places_is_read_as_by_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     theirs_of("llama").save_pretrained(tmp_path)
     change_json(tmp_path / "config.json", rope_theta=777.0)
@@ -770,7 +770,7 @@ def test_the_base_of_rope_is_the_one_that_transformers_takes(tmp_path):
         close(logits_of(load_model(tmp_path), random_ids(1, 17)), theirs(random_ids(1, 17)).logits)
 
 
-def test_a_llava_that_says_once_that_it_is_tied(tmp_path):
+def test_tie_word_embeddings_in_one_of_two_places_is_enough(tmp_path):
     ours = make("llama_tied")
     save_model(ours, tmp_path)
     change_json(tmp_path / "config.json", text_config__tie_word_embeddings=False)
@@ -779,7 +779,7 @@ def test_a_llava_that_says_once_that_it_is_tied(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what stands beside the weights
+# the files beside the weights
 
 
 def processed(side=8, **changes):
@@ -787,7 +787,7 @@ def processed(side=8, **changes):
 
 
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
-def test_preprocessing_that_is_not_clips_is_refused(file, tmp_path):
+def test_preprocessing_other_than_clip_is_refused(file, tmp_path):
     save_model(make("llama"), tmp_path)
     for name in ("preprocessor_config.json", "processor_config.json"):
         (tmp_path / name).unlink()
@@ -809,8 +809,8 @@ def test_preprocessing_that_is_not_clips_is_refused(file, tmp_path):
         read(**processed(image_mean="red"))
 
 
-def test_a_processor_that_transformers_5_wrote(tiny, tmp_path):
-    """Its image processor stands within processor_config.json, and there is no other file of it."""
+def test_processor_saved_by_transformers_5(tiny, tmp_path):
+    """transformers 5 writes the image processor into processor_config.json only."""
     transformers = pytest.importorskip("transformers")
     model = load_model(tiny.stage2)
     model.config.image_mode = "pad"
@@ -826,7 +826,7 @@ def test_a_processor_that_transformers_5_wrote(tiny, tmp_path):
     assert read_config(tmp_path).image_mode == "pad"
 
 
-AUTHORS = [  # model_type, what their chat template looks like, our name of it
+AUTHORS = [  # model_type, chat template, our name of it
     ("llava_llama", "", "vicuna_v1"),
     ("llava_mistral", "", "mistral_instruct"),
     ("llava_qwen", "", "qwen_1_5"),
@@ -837,7 +837,7 @@ AUTHORS = [  # model_type, what their chat template looks like, our name of it
 
 
 @pytest.mark.parametrize("kind, chat, template", AUTHORS)
-def test_the_template_of_a_llava_of_its_authors(kind, chat, template, tmp_path, monkeypatch):
+def test_template_of_the_authors_models(kind, chat, template, tmp_path, monkeypatch):
     config = authors_config(make("llama_gqa").config, "mlp2x_gelu", monkeypatch) | {"model_type": kind}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": chat}))
@@ -855,8 +855,8 @@ def test_unsupported_options_of_the_authors_are_refused(key, value, tmp_path, mo
     assert str(tmp_path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
-def test_what_ends_an_answer_in_the_template_ends_it(tiny, tmp_path):
-    """A decoder whose config.json names the end of a text only, as LLaMA-3's does."""
+def test_end_tokens_of_the_template_are_added(tiny, tmp_path):
+    """A config.json may name only the token that ends a text, as LLaMA-3's does."""
     tokenizer = Tokenizer.load(tiny.decoder)
     end = tokenizer.add_special("<|eot_id|>")
     model = load_model(tiny.decoder)
@@ -869,7 +869,7 @@ def test_what_ends_an_answer_in_the_template_ends_it(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("values", [[1], {"num_hidden_layers": 1.5}, {"num_hidden_layers": 10**9}, {"patch_size": 0}])
-def test_a_clip_that_cannot_be(values, tmp_path):
+def test_invalid_field_of_a_clip_is_refused(values, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"vision_config": values}))
     with pytest.raises(ValueError) as caught:
         configs.read_vision_config(tmp_path)
@@ -877,8 +877,8 @@ def test_a_clip_that_cannot_be(values, tmp_path):
 
 
 @pytest.fixture
-def loaded_with(tiny, tmp_path):
-    """A LLaVA's folder, and a function that changes its tokenizer and the index of its image token and loads both."""
+def load_changed(tiny, tmp_path):
+    """A function that changes the tokenizer and image_token_index of a LLaVA and loads the tokenizer."""
 
     def load(change, index=None):
         tokenizer, config = Tokenizer.load(tiny.stage2), read_config(tiny.stage2)
@@ -890,8 +890,8 @@ def loaded_with(tiny, tmp_path):
     return load
 
 
-def called(name):
-    """Give the image token another name."""
+def rename_image_token(name):
+    """A change that gives the image token another name."""
 
     def change(tokenizer):
         tokenizer.specials[name] = tokenizer.specials.pop("<image>")
@@ -900,28 +900,28 @@ def called(name):
     return change
 
 
-def test_the_image_token_is_called_image(loaded_with):
-    tokenizer = loaded_with(called("<|reserved_250|>"))
+def test_image_token_is_renamed(load_changed):
+    tokenizer = load_changed(rename_image_token("<|reserved_250|>"))
     assert tokenizer.roles["image"] == "<image>" and "<|reserved_250|>" not in tokenizer.specials
 
 
 @pytest.mark.parametrize("kind", ["ordinary", "another", "the end", "too few rows"])
-def test_a_tokenizer_and_a_config_that_contradict_each_other(kind, loaded_with, tmp_path):
+def test_tokenizer_that_contradicts_the_config_is_refused(kind, load_changed, tmp_path):
     index, change = {
         "ordinary": (5, lambda tokenizer: None),
         "another": (999, lambda tokenizer: tokenizer.add_special("<more>")),
-        "the end": (None, called("<images>")),
+        "the end": (None, rename_image_token("<images>")),
         "too few rows": (None, lambda tokenizer: tokenizer.specials.update({"<more>": 5000})),
     }[kind]
     if kind == "the end":
-        index = loaded_with(lambda tokenizer: None).eos_id
+        index = load_changed(lambda tokenizer: None).eos_id
     with pytest.raises(ValueError) as caught:
-        loaded_with(change, index)
+        load_changed(change, index)
     assert str(tmp_path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
-def test_dtype_of_most_parameters(tmp_path):
-    """Tables that old files hold besides, and one tensor of another dtype that comes first, do not decide."""
+def test_most_common_dtype_is_kept(tmp_path):
+    """Computed tables of old files and a single tensor of another dtype do not count."""
     save_model(make("llama", blind=True).half(), tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     state |= {"a.rotary_emb.inv_freq": torch.ones(4), "a.position_ids": torch.arange(5)}
@@ -941,7 +941,7 @@ def test_numbers_that_overflow_the_dtype_are_refused(tmp_path):
 
 
 def test_a_tensor_in_two_shards_is_refused(sharded):
-    """The file that the index does not name would win, by its place in the alphabet."""
+    """The tensor is also in a file that the index does not name for it, and that file is read later."""
     index = json.loads((sharded.folder / "model.safetensors.index.json").read_text())["weight_map"]
     files = sorted(set(index.values()))
     name = next(name for name, file in index.items() if file == files[0])
@@ -950,7 +950,7 @@ def test_a_tensor_in_two_shards_is_refused(sharded):
     assert name in sharded(lambda index: None)
 
 
-def test_pickles_from_before_torch_1_6(tmp_path):
+def test_pickle_from_before_torch_1_6(tmp_path):
     save_model(make("llama"), tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -959,7 +959,7 @@ def test_pickles_from_before_torch_1_6(tmp_path):
 
 
 @here
-def test_inspect_of_files(tmp_path, command, capsys):
+def test_inspect_of_a_file(tmp_path, command, capsys):
     command(formats_cli, "inspect", STORIES / "stories260K.bin")
     assert "260,032" in capsys.readouterr().out
     (tmp_path / "README.md").write_text("hello")
@@ -969,7 +969,7 @@ def test_inspect_of_files(tmp_path, command, capsys):
 
 
 def test_convert_refuses_in_one_line(tiny, tmp_path, command):
-    """A decoder with --vision; a whole model with --llm; a place that is none; a tokenizer that is missing."""
+    """A decoder with --vision; a whole model with --llm; a target below a file; a missing tokenizer."""
     bare = tmp_path / "bare"
     bare.mkdir()
     save_model(load_model(tiny.decoder), bare)
@@ -1010,7 +1010,7 @@ def test_inspect_and_convert(tiny, tmp_path, command, capsys):
 
 
 def test_processor_files(tiny, tmp_path):
-    """What transformers' AutoProcessor makes of an image and a prompt, our own code makes too."""
+    """transformers' AutoProcessor gives the same ids and pixels as our code."""
     transformers = pytest.importorskip("transformers")
     model = load_model(tiny.stage2)
     tokenizer = weights.load_tokenizer(tiny.stage2, model.config)
@@ -1036,10 +1036,9 @@ MEASURE = """
 import re, sys, torch
 from pathlib import Path
 from formats import weights
-def peak():  # MB, of this process so far
-    # not getrusage's figure, which is that of the process that started this one, if that was larger
+def peak():  # MB of this process; getrusage may return the parent's peak
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-weights.load_model(sys.argv[2])  # a tiny one first: what the libraries take for themselves is not the weights
+weights.load_model(sys.argv[2])  # a tiny model first, so that the memory of the libraries does not count
 before = peak()
 model = weights.load_model(sys.argv[1], dtype=getattr(torch, sys.argv[3]))
 size = sum(p.nbytes for p in model.parameters()) / 2**20
@@ -1048,9 +1047,8 @@ print(peak() - before, size)
 
 
 @pytest.mark.parametrize("stored, wanted", [("float16", "float16"), ("float16", "float32"), ("float32", "bfloat16")])
-def test_loading_takes_little_more_than_the_weights(stored, wanted, tmp_path, monkeypatch):
-    """In a process of its own: peak memory, beyond what it had, at most 1.15 times the weights, and 20 MB for what the
-    libraries take once, however large the model is."""
+def test_peak_memory_of_loading_is_little_more_than_the_weights(stored, wanted, tmp_path, monkeypatch):
+    """In a new process, loading adds at most 1.15 times the weights and 20 MB, which the libraries take once."""
     monkeypatch.setattr(saving, "SHARD_BYTES", 60_000_000)
     shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 24, "vocab_size": 8000}
     text = TextConfig(num_attention_heads=8, **shape)
@@ -1063,7 +1061,7 @@ def test_loading_takes_little_more_than_the_weights(stored, wanted, tmp_path, mo
         (tmp_path / name).mkdir()
         save_model(filled, tmp_path / name)
     argv = [sys.executable, "-c", MEASURE, str(tmp_path / "large"), str(tmp_path / "small"), wanted]
-    # Freed memory goes back at once, so that only what is alive counts, and not the allocator's holes.
+    # The allocator returns freed memory at once, so that only live memory counts.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     result = subprocess.run(
         argv, capture_output=True, text=True, cwd=Path(weights.__file__).parents[1], env=environment
@@ -1080,8 +1078,8 @@ MODES = {"RGB": "png", "L": "png", "P": "png", "1": "png", "RGBA": "png", "LA": 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("squared", ["square", "pad"])
-def test_preprocessing_is_theirs_bit_for_bit(mode, squared, tmp_path):
-    """Thirty random sizes of each mode, opened from a file, against transformers' PIL processors."""
+def test_preprocessing_equals_transformers_to_the_bit(mode, squared, tmp_path):
+    """Thirty images of random size in each mode, against transformers' PIL processors."""
     transformers = pytest.importorskip("transformers")
     sizes = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
     if squared == "pad":
@@ -1100,7 +1098,7 @@ def test_preprocessing_is_theirs_bit_for_bit(mode, squared, tmp_path):
         assert torch.equal(image_pixels(open_image(path), 56, squared), want), (width, height)
 
 
-def test_a_tied_head_in_a_type_that_is_not_ours_is_one_line(tiny, tmp_path):
+def test_tied_head_of_an_unknown_dtype_is_refused(tiny, tmp_path):
     tensors = load_file(next(tiny.stage2.glob("*.safetensors")))
     name = next(key for key in tensors if key.endswith("embed_tokens.weight"))
     tensors[name.replace("model.embed_tokens", "lm_head")] = tensors[name].to(torch.float8_e4m3fn)
