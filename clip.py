@@ -1,13 +1,13 @@
 """CLIP, written out: an image and a text become two vectors, which are similar if the two belong together.
 
-LLaVA uses only the vision transformer (ViT): the features of the patches, taken one block before the last. The text
-tower and the contrastive loss are here because they are how a vision tower is trained (train.py --stage 0).
+LLaVA uses only the vision transformer (ViT): the features of the patches, as they leave the block before the last. The
+text tower and the contrastive loss are here because they train a vision tower (train.py --stage 0).
 
     image (3, 336, 336) --14 x 14 pixels a patch--> 576 patches --ViT, 23 of 24 blocks--> 576 features of width 1024
 
 Sources: Radford et al. 2021 (arXiv 2103.00020), Dosovitskiy et al. 2020 (arXiv 2010.11929). Parameter names are those
 of Hugging Face's CLIPModel files, including its spelling of `pre_layrnorm`. Shapes at the end of a line: B rows, T
-tokens, P patches, C width, H heads, D width of a head.
+tokens, P patches, C width, H heads, D width of a head, S pixels a side, E width of the vectors that are compared.
 """
 
 import json
@@ -21,7 +21,7 @@ import torch.distributed.nn
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)  # of CLIP's training images, RGB in 0..1
@@ -44,7 +44,7 @@ class CLIPVisionConfig:
     model_type: str = "clip_vision_model"
 
     def __post_init__(self):
-        if self.hidden_act != "quick_gelu":  # the exact GELU is up to 0.0203 away in every activation
+        if self.hidden_act != "quick_gelu":  # the exact GELU differs by up to 0.0203
             raise ValueError(f"hidden_act {self.hidden_act!r}: this is OpenAI's CLIP, whose activation is quick_gelu")
         if self.model_type != "clip_vision_model":
             raise ValueError(f"the vision tower is {self.model_type!r:.99}, not a clip_vision_model")
@@ -58,7 +58,7 @@ class CLIPVisionConfig:
 
 @dataclass
 class CLIPTextConfig:
-    """Shape of the text tower; defaults as in transformers' CLIPTextConfig."""
+    """Shape of the text tower. Defaults are those of transformers' CLIPTextConfig."""
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -77,7 +77,7 @@ class CLIPConfig:
     vision_config: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
     text_config: CLIPTextConfig = field(default_factory=CLIPTextConfig)
     projection_dim: int = 512
-    logit_scale_init_value: float = math.log(1 / 0.07)
+    logit_scale_init_value: float = math.log(1 / 0.07)  # the loss starts at a temperature of 0.07
     model_type: str = "clip"
 
 
@@ -97,7 +97,7 @@ class CLIPAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor, causal: bool) -> torch.Tensor:
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -114,7 +114,7 @@ class CLIPMLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
         return self.fc2(x * torch.sigmoid(1.702 * x))
 
@@ -127,12 +127,14 @@ class CLIPEncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = CLIPMLP(config)
 
-    def forward(self, x: torch.Tensor, causal: bool) -> torch.Tensor:
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x), causal)
         return x + self.mlp(self.layer_norm2(x))
 
 
 class CLIPEncoder(nn.Module):
+    """Holds the blocks, under the parameter names of the published files; the towers run them."""
+
     def __init__(self, config):
         super().__init__()
         self.layers = nn.ModuleList(CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers))
@@ -143,16 +145,16 @@ class CLIPEncoder(nn.Module):
 
 
 class CLIPVisionEmbeddings(nn.Module):
-    """Cut the image into patches, put a class token in front of them, add a learned position to each."""
+    """Embeds the patches, puts a class token in front of them and adds a learned position to each."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
         self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(width), std=width**-0.5))
-        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=False)  # a linear map of each patch
         self.position_embedding = nn.Embedding(config.num_patches + 1, width)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor:
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, P, C), row by row
         class_token = self.class_embedding.expand(len(patches), 1, -1)
         return torch.cat([class_token, patches], dim=1) + self.position_embedding.weight  # (B, 1 + P, C)
@@ -169,28 +171,28 @@ class CLIPVisionTransformer(nn.Module):
         self.recompute = False  # in training, store each block's input only and run the block again in backward
 
     def blocks(self, layer: int) -> nn.ModuleList:
-        """The blocks that compute hidden state `layer`; those after them are not needed."""
+        """The blocks that compute hidden state `layer`, in Hugging Face's count.
+
+        0 is the input of the first block, i the output of the i-th; -1 is the output of the last, -2 of the one before.
+        """
         return self.encoder.layers[: layer if layer >= 0 else len(self.encoder.layers) + 1 + layer]
 
-    def hidden_state(self, pixel_values: torch.Tensor, layer: int = -1) -> torch.Tensor:
-        """Hidden state `layer` in Hugging Face's count: 0 is the pre-LN output, i + 1 the output of block i.
+    def hidden_state(self, pixel_values: Tensor, layer: int = -1) -> Tensor:
+        """Hidden state `layer`, (B, 1 + P, C): class token first, not normalized. Later blocks are not run.
 
         Args: pixel_values (B, 3, S, S), normalized by CLIP's mean and std; S must be the configured image size.
-        Returns (B, 1 + P, C), class token first, without a final norm. Blocks after `layer` are never run.
         """
         side = self.config.image_size
         if pixel_values.shape[-2:] != (side, side):
             raise ValueError(f"images are {tuple(pixel_values.shape[-2:])}, this tower takes {side}x{side}")
         x = self.pre_layrnorm(self.embeddings(pixel_values))
+        recompute = self.recompute and torch.is_grad_enabled()
         for block in self.blocks(layer):
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, False, use_reentrant=False)
-            else:
-                x = block(x, causal=False)
+            x = checkpoint(block, x, causal=False, use_reentrant=False) if recompute else block(x, causal=False)
         return x
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """One vector (B, C) for each image: the class token of the last block, after the final norm."""
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """One vector (B, C) for each image: the last block's class token, normalized."""
         return self.post_layernorm(self.hidden_state(pixel_values)[:, 0])
 
 
@@ -201,10 +203,9 @@ class CLIPVisionModel(nn.Module):
         super().__init__()
         self.vision_model = CLIPVisionTransformer(config)
 
-    def forward(self, pixel_values: torch.Tensor, layer: int = -2, class_token: bool = False) -> torch.Tensor:
-        """Patch features (B, P, C) of hidden state `layer`, without the class token unless it is asked for."""
-        features = self.vision_model.hidden_state(pixel_values, layer)
-        return features if class_token else features[:, 1:]
+    def forward(self, pixel_values: Tensor, layer: int = -2) -> Tensor:
+        """Features of the patches (B, P, C): hidden state `layer` without its class token."""
+        return self.vision_model.hidden_state(pixel_values, layer)[:, 1:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ class CLIPTextEmbeddings(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: Tensor) -> Tensor:
         return self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]  # (B, T, C)
 
 
@@ -228,10 +229,10 @@ class CLIPTextTransformer(nn.Module):
         self.encoder = CLIPEncoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: Tensor) -> Tensor:
         """One vector (B, C) for each text: the state at its end token, which in CLIP's vocabulary has the highest id.
 
-        Attention is causal, so the padding after the end token cannot change it.
+        Attention is causal, so the padding after the end token does not change its state.
         """
         x = self.embeddings(input_ids)
         for block in self.encoder.layers:
@@ -241,6 +242,8 @@ class CLIPTextTransformer(nn.Module):
 
 
 class CLIPModel(nn.Module):
+    """Both towers, each followed by a linear map into the space where images and texts are compared."""
+
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.config = config
@@ -252,8 +255,8 @@ class CLIPModel(nn.Module):
         self.apply(self.init_weights)
 
     def init_weights(self, module: nn.Module):
-        """OpenAI's scales, simplified: width^-1/2 everywhere, the residual branches shrunk by depth."""
-        depth = 2 * self.config.vision_config.num_hidden_layers
+        """OpenAI's initialization, simplified. The last matrix of each residual branch is smaller in deeper models."""
+        branches = 2 * self.config.vision_config.num_hidden_layers
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
@@ -261,60 +264,62 @@ class CLIPModel(nn.Module):
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, CLIPEncoderLayer):  # apply() visits children first, so this overwrites them
-            for branch in (module.self_attn.out_proj, module.mlp.fc2):
-                nn.init.normal_(branch.weight, std=(branch.in_features * depth) ** -0.5)
+            for last in (module.self_attn.out_proj, module.mlp.fc2):
+                nn.init.normal_(last.weight, std=(last.in_features * branches) ** -0.5)
 
-    def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unit vectors (B, D) of the images and of the texts."""
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors (B, E) of the images and of the texts."""
         images = self.visual_projection(self.vision_model(pixel_values))
         texts = self.text_projection(self.text_model(input_ids))
         return F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
 
 
-def save_clip(model: CLIPModel, folder: str | Path):
-    """Write config.json and model.safetensors as transformers' CLIPModel loads them."""
-    save_file(model.state_dict(), Path(folder, "model.safetensors"), metadata={"format": "pt"})
-    values = {"architectures": ["CLIPModel"], **asdict(model.config)}
-    values["text_config"]["eos_token_id"] = 2  # transformers' code for our rule, the state at the highest id
-    Path(folder, "config.json").write_text(json.dumps(values, indent=2) + "\n")
-
-
-def clip_loss(images: torch.Tensor, texts: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
+def clip_loss(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
     """Symmetric contrastive loss (figure 3 of the paper): find the text of each image, and the image of each text.
 
-    Args: unit vectors (B, D), (B, D), where row i of both belong together; logit_scale: log of 1 / temperature, limited
-    to a temperature of 0.01 as in the paper. Under torch.distributed each rank compares its rows with all ranks' rows.
+    Under torch.distributed each rank compares its own rows with the rows of all ranks.
+
+    Args: images, texts: unit vectors (B, E), which belong together row by row; logit_scale: log of 1 / temperature; a
+    temperature below 0.01 counts as 0.01, as in the paper.
     """
-    target = torch.arange(len(images), device=images.device)
+    target = torch.arange(len(images), device=images.device)  # the text of image i is in column i
     all_images, all_texts = images, texts
     if torch.distributed.is_initialized():
         target = target + len(images) * torch.distributed.get_rank()
         all_images = torch.cat(torch.distributed.nn.all_gather(images))
         all_texts = torch.cat(torch.distributed.nn.all_gather(texts))
     scale = logit_scale.clamp(max=math.log(100)).exp()
-    by_image = F.cross_entropy(scale * images @ all_texts.T, target)
-    by_text = F.cross_entropy(scale * texts @ all_images.T, target)
-    return (by_image + by_text) / 2
+    find_text = F.cross_entropy(scale * images @ all_texts.T, target)  # logits (B, B of all ranks)
+    find_image = F.cross_entropy(scale * texts @ all_images.T, target)
+    return (find_text + find_image) / 2
+
+
+def save_clip(model: CLIPModel, folder: str | Path):
+    """Write config.json and model.safetensors as transformers' CLIPModel loads them."""
+    save_file(model.state_dict(), Path(folder, "model.safetensors"), metadata={"format": "pt"})
+    values = {"architectures": ["CLIPModel"], **asdict(model.config)}
+    values["text_config"]["eos_token_id"] = 2  # tells transformers to look for the highest id, as we do
+    Path(folder, "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # preprocessing
 
 
-def preprocess(image: Image.Image, size: int) -> torch.Tensor:
+def preprocess(image: Image.Image, size: int) -> Tensor:
     """CLIP's preprocessing of an RGB image: (3, size, size) float32, bit-equal to CLIPImageProcessor (PIL backend).
 
-    The shorter side is resized to `size` (bicubic, on bytes), the center is cut out and normalized.
+    Resize the shorter side to `size` (bicubic, in bytes), cut out the center, normalize.
     """
     width, height = image.size
-    short, long = min(width, height), max(width, height)
-    other = int(size * long / short)
-    new = (size, other) if width <= height else (other, size)
-    left, top = (new[0] - size) // 2, (new[1] - size) // 2
-    return normalize(image.resize(new, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size)))
+    longer = int(size * max(width, height) / min(width, height))
+    width, height = (size, longer) if width <= height else (longer, size)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return normalize(resized.crop((left, top, left + size, top + size)))
 
 
-def normalize(image: Image.Image) -> torch.Tensor:
-    """Pixels of an RGB image as (value / 255 - MEAN) / STD: (3, H, W) float32."""
-    pixels = (np.asarray(image) * (1 / 255)).astype(np.float32)  # in float64 first: the bits are transformers' then
+def normalize(image: Image.Image) -> Tensor:
+    """(value / 255 - MEAN) / STD of each byte of an RGB image: (3, H, W) float32."""
+    pixels = (np.asarray(image) * (1 / 255)).astype(np.float32)  # via float64, as transformers does, for equal bits
     return torch.from_numpy(np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1)))

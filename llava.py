@@ -5,26 +5,28 @@
     question --embedding--------------------------> tokens ------+
 
 One decoder serves the LLaMA family (LLaMA, Vicuna, Mistral, Qwen2) and GPT-2; TextConfig's fields switch between them.
-Parameter names are those of Hugging Face's LLaMA and LLaVA files. Shapes at the end of a line: B rows, T tokens, C
-width, H query heads, KV key heads, D width of a head, P patches of an image, V vocabulary.
+Parameter names are those of Hugging Face's LLaMA and LLaVA files. Shapes at the end of a line: B rows, T tokens, L
+slots of the cache, C width, H query heads, KV key heads, D width of a head, N images or chosen tokens, P patches of an
+image, S pixels a side, V vocabulary.
 
 Sources: Liu et al. 2023 (LLaVA, arXiv 2304.08485 and 2310.03744), Touvron et al. 2023 (LLaMA, 2302.13971), Su et al.
 2021 (RoPE, 2104.09864), Ainslie et al. 2023 (GQA, 2305.13245), Radford et al. 2019 (GPT-2).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip import CLIPVisionConfig, CLIPVisionModel
 from variants.anyres import Size, pack_tiles, tile_grid
 
 IGNORE = -100  # label of a token that is not trained on; F.cross_entropy's ignore_index
-LOSS_CHUNK = 4096  # the logits of at most this many tokens exist at one time
-PROJECTORS = {"linear": 1, "mlp2x_gelu": 2}  # LLaVA-1.0's and 1.5's: how many linear layers
+LOSS_CHUNK = 4096  # the loss computes the logits of at most this many tokens at a time
+PROJECTORS = {"linear": 1, "mlp2x_gelu": 2}  # number of linear layers; LLaVA-1.0 has the first, 1.5 the second
 
 
 @dataclass
@@ -36,8 +38,8 @@ class TextConfig:
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None  # fewer than the query heads: grouped-query attention
-    head_dim: int | None = None
+    num_key_value_heads: int | None = None  # default: as many as query heads; fewer is grouped-query attention
+    head_dim: int | None = None  # default: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
@@ -64,8 +66,8 @@ class LlavaConfig:
 
     text_config: TextConfig
     vision_config: CLIPVisionConfig | None = None  # None: a decoder alone, without a vision tower
-    image_token_index: int = 32000  # the placeholder id, one for each visual feature; its embedding is never read
-    vision_feature_layer: int = -2
+    image_token_index: int = 32000  # id of the placeholder: one stands for each image token, its embedding is not read
+    vision_feature_layer: int = -2  # the tower's hidden state that is used: the output of the block before the last
     projector_type: str = "mlp2x_gelu"  # one of PROJECTORS
     template: str = "vicuna_v1"  # the conversation template the decoder was trained with
     image_mode: str = "pad"  # how an image is made square: "pad", "square" (center crop) or "anyres" (tiles)
@@ -79,14 +81,14 @@ class LlavaConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32 whatever x is (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    """x / rms(x) * weight, normalized in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         normalized = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
         return self.weight * normalized.to(x.dtype)
 
@@ -96,11 +98,13 @@ def make_norm(config: TextConfig) -> nn.Module:
     return norm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-def rope_frequencies(config: TextConfig, device: torch.device) -> torch.Tensor:
-    """Radians per position of each rotated pair, (D / 2,) float32: theta^(-2i / D), stretched for long contexts.
+def rope_frequencies(config: TextConfig, device: torch.device) -> Tensor:
+    """Radians per position by which pair i of a head is rotated, (D / 2,) float32: theta^(-2i / D).
 
-    rope_type "linear" (Vicuna-16k) divides all frequencies by a factor. "llama3" divides those whose wavelength is
-    longer than the original context, leaves the short ones, and blends in between (LLaMA-3.1's model card and code).
+    RoPE rotates pairs of numbers in queries and keys by angles in proportion to the token's position, so that the
+    product of a query and a key depends on the distance between the two tokens, not on where they stand.
+    For longer contexts than the trained ones, rope_type "linear" (Vicuna-16k) divides all frequencies by a factor.
+    "llama3" divides the low ones, leaves the high ones, and blends in between (LLaMA-3.1's model card and code).
     """
     exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     frequencies = config.rope_theta**-exponent
@@ -109,57 +113,46 @@ def rope_frequencies(config: TextConfig, device: torch.device) -> torch.Tensor:
     if scaling["rope_type"] == "linear":
         return frequencies / scaling["factor"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    waves = scaling["original_max_position_embeddings"] * frequencies / (2 * torch.pi)  # in the original context
-    kept = ((waves - low) / (high - low)).clamp(0, 1)
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * torch.pi)  # within the trained context
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: divided, 1: left as it is
     return (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
 
 
-def rope_angles(positions: torch.Tensor, config: TextConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of every rotation angle, (B, 1, T, D) float32 each. Args: positions (B, T)."""
+def rope_angles(positions: Tensor, config: TextConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every token's angles, (B, 1, T, D) float32 each. Args: positions (B, T)."""
     angles = positions[:, None, :, None].float() * rope_frequencies(config, positions.device)  # (B, 1, T, D / 2)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate each pair (i, i + D/2) of x (B, H, T, D): Hugging Face's half-split layout, not Meta's interleaved one."""
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (B, H, T, D) in pairs of numbers i and i + D/2, as in Hugging Face's files (Meta's pair neighbors)."""
     first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)  # x, turned by 90 degrees
+    turned = torch.cat([-second, first], dim=-1)  # x, rotated by 90 degrees
     return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
 
 
-class LayerCache:
-    """Keys and values of one layer, in buffers of fixed length (B, KV, length, D)."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
-        self.keys, self.values = keys, values
-
-    def update(self, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k and v (B, KV, T, D) at positions (T,); returns the whole buffers."""
-        self.keys.index_copy_(2, positions, k)
-        self.values.index_copy_(2, positions, v)
-        return self.keys, self.values
-
-
 class KVCache:
-    """Keys and values of everything read so far. `used` counts the tokens read; the next one gets that position."""
+    """Keys and values of all tokens read so far, padding included: `used` of `length` slots are filled."""
 
-    def __init__(self, config: TextConfig, batch: int, length: int, like: torch.Tensor):
-        shape = (batch, config.num_key_value_heads, length, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        self.layers = [LayerCache(like.new_zeros(shape), like.new_zeros(shape)) for _ in layers]
+    def __init__(self, config: TextConfig, batch: int, length: int, like: Tensor):
+        """An empty cache in the dtype and on the device of `like`."""
+        shape, layers = (batch, config.num_key_value_heads, length, config.head_dim), range(config.num_hidden_layers)
+        self.keys = [like.new_zeros(shape) for _ in layers]  # (B, KV, L, D) for each layer; written in place
+        self.values = [like.new_zeros(shape) for _ in layers]
         self.length, self.used = length, 0
 
     def grow(self, length: int):
-        """Make room for `length` positions, keeping what is stored."""
+        """Make room for `length` slots, keeping what is stored."""
         if length > self.length:
-            more = (0, 0, 0, length - self.length)
-            self.layers = [LayerCache(F.pad(layer.keys, more), F.pad(layer.values, more)) for layer in self.layers]
+            more = (0, 0, 0, length - self.length)  # nothing along D, new slots along L
+            self.keys = [F.pad(keys, more) for keys in self.keys]
+            self.values = [F.pad(values, more) for values in self.values]
             self.length = length
 
 
 class Attention(nn.Module):
-    """Multi-head attention; with fewer key heads than query heads, groups of query heads share one key head."""
+    """Multi-head self-attention; with fewer key heads than query heads, groups of query heads share a key head."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -172,10 +165,11 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, x: torch.Tensor, rope, mask: torch.Tensor | None, cache: LayerCache | None, positions):
-        """x (B, T, C) to (B, T, C). Args: rope: (cos, sin) or None; mask (B, 1, T, S); positions (T,) in the cache.
+    def forward(self, x: Tensor, rope, mask, cache, slots) -> Tensor:
+        """x (B, T, C) to (B, T, C), for T tokens that follow those in the cache.
 
-        Without a mask, attention is causal: the kernel takes its fast path, and no mask is stored.
+        Args: rope: (cos, sin) of apply_rope, or None; mask (B, 1, T, L), or None for causal attention, which needs no
+        mask in memory; cache: this layer's keys and values (B, KV, L, D), or None; slots (T,): those of x in it.
         """
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or KV, T, D)
@@ -184,13 +178,13 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
-            k, v = cache.update(positions, k, v)  # (B, KV, S, D)
+            k, v = (stored.index_copy_(2, slots, new) for stored, new in zip(cache, (k, v)))  # (B, KV, L, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 class SwiGLU(nn.Module):
-    """LLaMA's MLP: down(silu(gate x) * up x) (Shazeer 2020, arXiv 2002.05202)."""
+    """LLaMA's MLP: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -198,23 +192,25 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class GeluMLP(nn.Module):
-    """GPT-2's MLP; its activation gelu_new is the tanh approximation."""
+    """GPT-2's MLP; its activation, gelu_new, is the tanh approximation of GELU."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
 
 
 class DecoderLayer(nn.Module):
+    """Attention, then an MLP; each reads the normalized x and adds its result to x."""
+
     def __init__(self, config: TextConfig):
         super().__init__()
         self.input_layernorm = make_norm(config)
@@ -222,10 +218,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = make_norm(config)
         self.mlp = GeluMLP(config) if config.gpt2 else SwiGLU(config)
 
-    def forward(self, x: torch.Tensor, rope, mask, cache, positions, keep=None) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, positions)
+    def forward(self, x: Tensor, rope, mask, cache, slots, keep=None) -> Tensor:
+        """x (B, T, C) to (B, T, C), or to (N, C) if keep (B, T) marks N tokens; other arguments as in Attention."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, slots)
         if keep is not None:
-            x = x[keep]  # (N, C)
+            x = x[keep]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -233,10 +230,10 @@ class DecoderLayer(nn.Module):
 # the decoder
 
 
-def attention_mask(padding: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
-    """The mask of a left-padded batch, (B, 1, T, length): True where a query may attend to a key.
+def attention_mask(padding: Tensor, slots: Tensor, length: int) -> Tensor:
+    """The mask of a left-padded batch, (B, 1, T, length): True where a token may attend to a slot of the cache.
 
-    A row of two padding tokens and three real ones, read at once into a cache of seven positions:
+    A row of two padding tokens and three real ones, read into an empty cache of seven slots:
 
         # . . . . . .      a padding token attends to itself only: an empty softmax would be NaN
         . # . . . . .
@@ -244,9 +241,9 @@ def attention_mask(padding: torch.Tensor, positions: torch.Tensor, length: int) 
         . . # # . . .
         . . # # # . .
 
-    Args: padding (B,) counts the padding tokens at the left of each row; positions (T,) are those of the queries.
+    Args: padding (B,): number of padding tokens at the left of each row; slots (T,): those of the tokens being read.
     """
-    keys, queries = torch.arange(length, device=positions.device), positions[:, None]
+    keys, queries = torch.arange(length, device=slots.device), slots[:, None]  # (length,), (T, 1)
     real = keys >= padding[:, None, None]  # (B, 1, length)
     return ((keys <= queries) & real | (keys == queries))[:, None]
 
@@ -263,46 +260,42 @@ class Decoder(nn.Module):
         self.recompute = False  # in training, store each layer's input only and run the layer again in backward
 
     def forward(
-        self,
-        embeddings: torch.Tensor,
-        padding: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-        keep: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Hidden states (B, T, C) of T new token embeddings (B, T, C), which follow the tokens in the cache.
+        self, x: Tensor, padding: Tensor | None = None, cache: KVCache | None = None, keep: Tensor | None = None
+    ) -> Tensor:
+        """Normalized states (B, T, C) of T token embeddings x (B, T, C), which follow the tokens in the cache.
 
         Args: padding (B,): padding tokens at the left of each row, when answering in batches. Training pads at the
-        right, where causality hides the padding and no mask is needed. keep (B, T): a mask of the N tokens whose
-        states (N, C) are returned; the last layer's MLP runs for no others.
+        right, where causality hides the padding and no mask is needed. keep (B, T): True for the N tokens whose states
+        (N, C) are returned; the last layer's MLP runs for no others.
         """
-        batch, new = embeddings.shape[:2]
-        start, limit = (cache.used, cache.length) if cache else (0, self.config.max_position_embeddings)
+        batch, new = x.shape[:2]
+        start, limit = (0, self.config.max_position_embeddings) if cache is None else (cache.used, cache.length)
         if start + new > limit:
             raise ValueError(f"{start + new} tokens do not fit: the context holds {limit}")
-        positions, mask, x, rope = torch.arange(start, start + new, device=embeddings.device), None, embeddings, None
+        rope = mask = None
+        slots = torch.arange(start, start + new, device=x.device)
+        positions = slots.expand(batch, new)
         if padding is not None or cache is not None:
-            padding = positions.new_zeros(batch) if padding is None else padding
-            mask = attention_mask(padding, positions, cache.length if cache else new)
-        # A row's first real token has position 0, however much padding stands before it.
-        row_positions = positions.expand(batch, new) if mask is None else (positions - padding[:, None]).clamp(min=0)
+            padding = slots.new_zeros(batch) if padding is None else padding
+            mask = attention_mask(padding, slots, new if cache is None else limit)
+            positions = (slots - padding[:, None]).clamp(min=0)  # 0 is the first real token of a row
         if self.config.gpt2:
-            x = x + self.embed_positions(row_positions)
+            x = x + self.embed_positions(positions)
         else:
-            rope = rope_angles(row_positions, self.config)
+            rope = rope_angles(positions, self.config)
+        recompute = self.recompute and self.training
         for i, layer in enumerate(self.layers):
-            kept = keep if i == len(self.layers) - 1 else None  # the others are needed for their keys and values
-            arguments = (x, rope, mask, cache.layers[i] if cache else None, positions, kept)
-            if self.recompute and self.training:
-                x = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                x = layer(*arguments)
-        if cache:
+            stored = None if cache is None else (cache.keys[i], cache.values[i])
+            last = i == len(self.layers) - 1  # the layers before it need the keys and values of all tokens
+            arguments = (x, rope, mask, stored, slots, keep if last else None)
+            x = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
+        if cache is not None:
             cache.used += new
         return self.norm(x)
 
 
 class CausalLM(nn.Module):
-    """The decoder and its head, named as in LlamaForCausalLM's files."""
+    """The decoder and its head, which maps a state to the logits of the next token."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -313,19 +306,19 @@ class CausalLM(nn.Module):
         self.apply(self.init_weights)
 
     def init_weights(self, module: nn.Module):
-        """Draw from Normal(0, width^-1/2); matrices that write into the residual stream shrink with the depth.
+        """Normal, with std width^-1/2. The last matrix of each residual branch is smaller in deeper models.
 
-        GPT-2's 0.02 is meant for its width: at a width of 128 it leaves attention uniform for hundreds of steps (loss
-        after 200 steps: 0.80 against 0.55).
+        GPT-2's 0.02 fits its width: at a width of 128 it leaves attention uniform for hundreds of steps (loss after 200
+        steps: 0.80 against 0.55).
         """
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, DecoderLayer):  # apply() visits children first, so this overwrites what they drew
-            depth = 2 * self.model.config.num_hidden_layers
-            for branch in (module.self_attn.o_proj, module.mlp.down_proj):
-                nn.init.normal_(branch.weight, std=(branch.in_features * depth) ** -0.5)
+            branches = 2 * self.model.config.num_hidden_layers
+            for last in (module.self_attn.o_proj, module.mlp.down_proj):
+                nn.init.normal_(last.weight, std=(last.in_features * branches) ** -0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,7 +326,7 @@ class CausalLM(nn.Module):
 
 
 class Projector(nn.Module):
-    """Maps a visual feature to the decoder's width: one linear layer, or two with a GELU between them."""
+    """Maps each feature to a token of the decoder's width: one linear layer, or two with a GELU between them."""
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
@@ -343,7 +336,7 @@ class Projector(nn.Module):
         self.linear_1 = nn.Linear(config.vision_config.hidden_size, width)
         self.linear_2 = nn.Linear(width, width) if PROJECTORS[config.projector_type] == 2 else None
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         x = self.linear_1(features)
         return x if self.linear_2 is None else self.linear_2(F.gelu(x))
 
@@ -358,7 +351,7 @@ class Llava(nn.Module):
         if config.vision_config is not None:
             self.vision_tower = CLIPVisionModel(config.vision_config)
             self.multi_modal_projector = Projector(config)
-        if config.image_grid_pinpoints:  # LLaVA-1.6: a learned token at the end of each row of tiles
+        if config.image_grid_pinpoints:  # LLaVA-1.6: a learned token at the end of each row of an image's features
             width = config.text_config.hidden_size
             self.image_newline = nn.Parameter(nn.init.normal_(torch.empty(width), std=width**-0.5))
 
@@ -370,34 +363,31 @@ class Llava(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.language_model.lm_head.weight.dtype
 
-    def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Features (N, P, C) of N images or tiles (N, 3, S, S), from the layer the config names, usually -2."""
+    def vision_features(self, pixel_values: Tensor) -> Tensor:
+        """Features (N, P, C) of N images or tiles (N, 3, S, S)."""
         dtype = next(self.vision_tower.parameters()).dtype
         return self.vision_tower(pixel_values.to(dtype), self.config.vision_feature_layer)
 
-    def image_tokens(self, vision_features: torch.Tensor, image_sizes: list[Size] | None) -> torch.Tensor:
-        """Project features (N, P, C) to the tokens (T, C) of all images in order; image_sizes: only with tiles."""
+    def image_tokens(self, vision_features: Tensor, image_sizes: list[Size] | None) -> Tensor:
+        """Project features (N, P, C); returns the tokens (T, C) of all images in order. image_sizes as in embed."""
         tokens, config = self.multi_modal_projector(vision_features), self.config
         if not config.image_grid_pinpoints:
             return tokens.flatten(0, 1)
         grids = [tile_grid(size, config.image_grid_pinpoints, config.vision_config.image_size) for size in image_sizes]
-        tiles = tokens.split([1 + rows * columns for rows, columns in grids])
-        return torch.cat([pack_tiles(*image, self.image_newline) for image in zip(tiles, image_sizes, grids)])
+        images = zip(tokens.split([1 + rows * columns for rows, columns in grids]), image_sizes, grids)
+        return torch.cat([pack_tiles(tiles, size, grid, self.image_newline) for tiles, size, grid in images])
 
     def embed(
-        self,
-        input_ids: torch.Tensor,
-        vision_features: torch.Tensor | None = None,
-        image_sizes: list[Size] | None = None,
-    ) -> torch.Tensor:
-        """Token embeddings (B, T, C), with the projected features scattered to the placeholders in order.
+        self, input_ids: Tensor, vision_features: Tensor | None = None, image_sizes: list[Size] | None = None
+    ) -> Tensor:
+        """Token embeddings (B, T, C), in which the projected features replace the placeholders in order.
 
         Args: input_ids (B, T); vision_features (N, P, C) of all images of the batch, row by row, or None; image_sizes
-        (height, width) of each image, if the N features are those of tiles.
-        Raises ValueError if placeholders and visual tokens differ in number: text would get the wrong image.
+        (height, width) of each image, needed only if images are cut into tiles.
+        Raises ValueError if placeholders and image tokens differ in number: text would get the wrong image.
         """
         placeholders = input_ids == self.config.image_token_index
-        x = self.language_model.model.embed_tokens(input_ids.masked_fill(placeholders, 0))
+        x = self.language_model.model.embed_tokens(input_ids.masked_fill(placeholders, 0))  # 0: any valid id
         tokens = None if vision_features is None else self.image_tokens(vision_features.to(x.dtype), image_sizes)
         count = 0 if tokens is None else len(tokens)
         if int(placeholders.sum()) != count:
@@ -412,35 +402,36 @@ class Llava(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        pixel_values: torch.Tensor | None = None,
-        vision_features: torch.Tensor | None = None,
+        input_ids: Tensor,
+        labels: Tensor,
+        pixel_values: Tensor | None = None,
+        vision_features: Tensor | None = None,
         image_sizes: list[Size] | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Summed cross-entropy (a float32 scalar) over the supervised tokens of a right-padded batch.
 
+        The caller divides it by the number of supervised tokens of all micro-batches and ranks.
+
         Args: input_ids, labels (B, T), with labels IGNORE where nothing is trained; images as pixel_values
-        (N, 3, S, S), or as vision_features (N, P, C) if they were computed before; image_sizes as in embed. The caller
-        divides by the number of supervised tokens of all micro-batches and ranks. LLaVA's equation 3, before the mean.
+        (N, 3, S, S), or as vision_features (N, P, C) if they were computed before; image_sizes as in embed.
         """
         if pixel_values is not None:
             vision_features = self.vision_features(pixel_values)
-        target = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # the state at t predicts the token at t + 1
+        target = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # the state of token t predicts token t + 1
         supervised = target != IGNORE
         x = self.embed(input_ids, vision_features, image_sizes)
         hidden = self.language_model.model(x, keep=supervised)  # (N, C): the other tokens need no logits
         return summed_cross_entropy(self.language_model.lm_head, hidden, target[supervised])
 
 
-def summed_cross_entropy(head: nn.Module, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def summed_cross_entropy(head: nn.Module, hidden: Tensor, target: Tensor) -> Tensor:
     """Sum over N tokens of -log p(target), in float32: hidden (N, C), target (N,) ids. Zero, with gradients, if N is 0.
 
-    LLaMA-3's logits of 4,096 tokens take 2 GB in float32. So more tokens than LOSS_CHUNK are taken chunk by chunk, and
-    each chunk's logits are computed again in backward: no more than one chunk of logits is ever held.
+    LLaMA-3's logits of 4,096 tokens take 2 GB in float32. More tokens than LOSS_CHUNK are therefore split into chunks,
+    whose logits are dropped and computed again in backward: the logits of one chunk are held at a time.
     """
 
-    def chunk_loss(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def chunk_loss(hidden: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(head(hidden).float(), target, reduction="sum")
 
     if len(target) <= LOSS_CHUNK:
@@ -454,12 +445,12 @@ def summed_cross_entropy(head: nn.Module, hidden: torch.Tensor, target: torch.Te
 
 
 def sample_token(
-    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None = None
-) -> torch.Tensor:
+    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None = None
+) -> Tensor:
     """Next ids (B,) from logits (B, V): temperature, then top-k, then top-p, then a draw; temperature 0 is greedy.
 
-    top_k 0 and top_p 1 keep every token. top_p keeps the smallest set of likeliest tokens whose probabilities add up
-    to at least top_p (Holtzman et al. 2019, arXiv 1904.09751).
+    top_k keeps the k likeliest tokens (0: all). top_p keeps the fewest likeliest tokens whose probabilities add up to
+    at least top_p (1: all; Holtzman et al. 2019, arXiv 1904.09751).
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -467,9 +458,9 @@ def sample_token(
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     probabilities, ids = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-    before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier tokens add up to
-    before[:, 0] = -1  # the likeliest token always stays
-    probabilities[before >= top_p] = 0
+    likelier = probabilities.cumsum(dim=-1) - probabilities  # (B, V), total probability of all likelier tokens
+    likelier[:, 0] = -1  # the likeliest token always stays
+    probabilities[likelier >= top_p] = 0  # multinomial divides by the sum of the rest
     return ids.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
 
 
@@ -477,7 +468,7 @@ def sample_token(
 def generate(
     model: Llava,
     prompts: list[list[int]],
-    vision_features: torch.Tensor | None = None,
+    vision_features: Tensor | None = None,
     image_sizes: list[Size] | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -485,15 +476,15 @@ def generate(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
     cache: KVCache | None = None,
-):
-    """Answer a batch of prompts: yields after each step a list of every row's next id, None for rows that have ended.
+) -> Iterator[list[int | None]]:
+    """Answer a batch of prompts: each step yields the next id of every row, or None for a row that has ended.
 
     The end token itself is yielded, so that a caller can tell an ended answer from one cut at max_new_tokens. Each row
     gets the ids it would get alone.
 
-    Args: prompts: ids, one placeholder for each visual token; vision_features (N, P, C) of their images in order;
-    image_sizes as in Llava.embed. cache: for one prompt whose first `cache.used` tokens it holds already: they are not
-    read again, and vision_features are those of the images in the rest.
+    Args: prompts: ids, with a placeholder for each image token; vision_features (N, P, C) of their images in order;
+    image_sizes as in Llava.embed; cache: from an earlier call, for one prompt that starts with the `cache.used` tokens
+    it holds: they are not read again, and vision_features are of the images after them.
     Raises ValueError if a prompt leaves no room for an answer in the context.
     """
     config, decoder, head = model.config, model.language_model.model, model.language_model.lm_head
@@ -506,18 +497,17 @@ def generate(
     cache.grow(longest + steps)
 
     # Prefill: read the prompts in one pass. Rows are padded at the left, so that every row ends in the last column.
-    padding = [longest - len(prompt) for prompt in prompts]
-    rows = [[config.pad_token_id] * count + prompt for count, prompt in zip(padding, prompts)]
-    padding = torch.tensor(padding, device=model.device)
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=model.device)
+    rows = [[config.pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]
     unread = torch.tensor([row[cache.used :] for row in rows], device=model.device)
     hidden = decoder(model.embed(unread, vision_features, image_sizes), padding, cache)  # (B, T, C)
 
-    # Decode: choose a token for each row, read it, and so on. The cache holds the keys and values of all before it.
+    # Decode: choose the next token of each row, then read it to get the state that chooses the one after it.
     running = [True] * len(prompts)
     for step in range(steps):
-        logits = head(hidden[:, -1])  # (B, V)
+        logits = head(hidden[:, -1])  # (B, V), for the token after the last column
         if config.image_token_index < logits.shape[-1]:
-            logits[:, config.image_token_index] = -torch.inf  # the placeholder is not a word
+            logits[:, config.image_token_index] = -torch.inf  # a placeholder is never an answer
         ids = sample_token(logits, temperature, top_k, top_p, generator)
         chosen = ids.tolist()
         yield [i if alive else None for i, alive in zip(chosen, running)]

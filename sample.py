@@ -34,14 +34,14 @@ DESCRIBE = "Describe the image."  # a question of the world's training data
 
 
 class Chat:
-    """A conversation with a model, with or without an image. Each turn computes only the tokens that are new."""
+    """A conversation with a model, with or without an image. Each turn reads only the tokens that are new."""
 
     def __init__(self, model: Llava, tokenizer: Tokenizer, image: Path | None, **sampling):
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.questions, self.answers = [], []
         self.features, self.image_sizes, self.image_tokens = None, [], []
         self.cache = KVCache(model.config.text_config, 1, 0, like=model.language_model.model.embed_tokens.weight)
-        self.read_ids = []  # the tokens whose keys and values the cache holds
+        self.read_ids = []  # the tokens in the cache
         if image is not None:
             if model.config.vision_config is None:
                 raise ValueError("this model is a decoder without a vision tower: ask it without --image")
@@ -57,17 +57,17 @@ class Chat:
             questions, self.answers, len(self.image_tokens), self.tokenizer, template, self.image_tokens
         )
         ids, text, stop, begin = [], "", "length", time.perf_counter()
-        end = stop_text(template)  # some templates end an answer with a text, such as ###
+        end = stop_text(template)  # some templates end an answer with a text, such as ###, instead of a token
         for token in self.next_tokens(prompt):
             ids.append(token)
-            longer = self.tokenizer.decode(ids).lstrip()
-            if token in self.model.config.eos_token_ids or (end and end in longer):
+            decoded = self.tokenizer.decode(ids).lstrip()
+            if token in self.model.config.eos_token_ids or (end and end in decoded):
                 stop = "eos"
-                longer = longer.split(end)[0] if end else longer
-            elif longer.endswith(("\ufffd", *(end[:n] for n in range(1, len(end))))):
+                decoded = decoded.split(end)[0] if end else decoded
+            elif decoded.endswith(("\ufffd", *(end[:n] for n in range(1, len(end))))):
                 continue  # part of a character, or perhaps of the end text: wait for the rest
-            yield longer[len(text) :]
-            text = longer
+            yield decoded[len(text) :]
+            text = decoded
             if stop == "eos":
                 break
         speed = round(len(ids) / (time.perf_counter() - begin), 1)
@@ -76,11 +76,11 @@ class Chat:
         self.answers.append(text)
 
     def next_tokens(self, prompt: list[int]) -> Iterator[int]:
-        """Generate an answer. The prefix that the prompt shares with the cached tokens is not computed again."""
-        differs = [a != b for a, b in zip(self.read_ids, prompt[:-1])]  # the last token is always computed
+        """Generate an answer. Tokens that start both the cache and the prompt are not read again."""
+        differs = [a != b for a, b in zip(self.read_ids, prompt[:-1])]  # the last is always read, to choose the next
         self.cache.used = differs.index(True) if True in differs else len(differs)
         images = {"vision_features": None}
-        if self.model.config.image_token_index in prompt[self.cache.used :]:  # an image cannot be computed in part
+        if self.model.config.image_token_index in prompt[self.cache.used :]:  # an image cannot be read in part
             self.cache.used, images = 0, {"vision_features": self.features, "image_sizes": self.image_sizes}
         ids = list(prompt)
         try:

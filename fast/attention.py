@@ -11,7 +11,7 @@ SHORT = 320  # positions below which float32 is faster in training
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
-    """scaled_dot_product_attention of q (B, H, T, D), k and v (B, KV, S, D): (B, H, T, D).
+    """scaled_dot_product_attention of q (B, H, T, D), k and v (B, KV, L, D): (B, H, T, D).
 
     In training, short rows are computed in float32 on a CPU: the backward pass of the 16-bit kernel takes longer.
     """
@@ -26,7 +26,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torc
 class FastAttention(Attention):
     """llava.Attention, which calls attend()."""
 
-    def forward(self, x, rope, mask, cache, positions):
+    def forward(self, x, rope, mask, cache, slots):
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or KV, T, D)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -34,7 +34,7 @@ class FastAttention(Attention):
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
-            k, v = cache.update(positions, k, v)
+            k, v = (stored.index_copy_(2, slots, new) for stored, new in zip(cache, (k, v)))
         y = attend(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 

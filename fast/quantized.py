@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lora import CODES, LoRALinear, NF4Linear, dequantize_absmax
+from lora import NF4_VALUES, LoRALinear, NF4Linear, dequantize_absmax
 
 
 class FastDropout(nn.Dropout):
@@ -43,7 +43,7 @@ class CompiledNF4Linear(NF4Linear):
         return (numbers * self.absmax[:, None, None]).to(self.dtype).view(self.out_features, self.in_features)
 
 
-def select_code(codes: torch.Tensor, bit: int, values: tuple[float, ...] = CODES) -> torch.Tensor | float:
+def select_code(codes: torch.Tensor, bit: int, values: tuple[float, ...] = NF4_VALUES) -> torch.Tensor | float:
     """The values of the four bits from `bit` down, by a tree of comparisons, which compiles to vector instructions.
 
     A look-up in a table would compile to a loop that reads number by number.

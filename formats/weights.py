@@ -55,7 +55,7 @@ def load_tensors(
             # the time of isfinite.
             if part.numel() and not torch.stack(torch.aminmax(part)).isfinite().all():
                 raise ValueError(f"{source}: {name} holds numbers that are not finite in {part.dtype}")
-            set_parameter(model, target, NF4Linear.of(part) if quantize else part)
+            set_parameter(model, target, NF4Linear.from_weight(part) if quantize else part)
 
 
 def assign_tensors(

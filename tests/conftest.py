@@ -1,4 +1,4 @@
-"""One tiny world and one tiny LLaVA, drawn and trained once in a few seconds, which the tests of the scripts share."""
+"""One tiny world and one tiny LLaVA, made once in a few seconds and shared by the tests of the scripts."""
 
 import sys
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from inputs import cli
 from inputs.tokenizer import Tokenizer
 from world.writer import write_world
 
-torch.set_num_threads(1)  # sums over more threads end in other bits, and results are compared bit by bit
+torch.set_num_threads(1)  # with more threads, sums are rounded in another order, and tests compare bits
 
 STEPS, BATCH = 6, 8
 
@@ -33,7 +33,7 @@ def command():
 
 @pytest.fixture(scope="session")
 def compiler():
-    """For a test that compiles: where that does not work, it is skipped."""
+    """Skips a test that compiles where torch.compile does not work."""
     try:
         require_compiler(torch.device("cpu"))
     except ValueError as error:
@@ -63,7 +63,7 @@ def tiny(tmp_path_factory, command):
 
 @pytest.fixture(scope="session")
 def babbler(tiny):
-    """A model whose answers are long, and differ by question and picture; after so few steps `tiny` says nothing."""
+    """A model whose answers are long and depend on question and image; after so few steps `tiny` answers nothing."""
     model, folder = load_model(tiny.stage2), tiny.root / "babbler"
     generator = torch.Generator().manual_seed(0)
     for part in (model.language_model, model.multi_modal_projector):

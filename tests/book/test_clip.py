@@ -1,4 +1,4 @@
-"""CLIP against transformers, where it is installed, and against numbers worked by hand, where it is not."""
+"""CLIP against transformers, where it is installed, and against numbers computed by hand."""
 
 import math
 
@@ -35,8 +35,8 @@ TEXT = {
 CONFIG = {"vision_config": VISION, "text_config": TEXT, "projection_dim": 16}
 
 
-def picture(width, height, seed=0):
-    """Noise upon gradients: both the filter's rounding and its clamping at 0 and 255 are exercised."""
+def noisy_image(width, height, seed=0):
+    """A gradient with noise, so that the resize filter has to round, and to clamp at 0 and 255."""
     rng = np.random.default_rng([seed, width, height])
     ramp = np.linspace(0, 255, width)[None, :, None] * np.linspace(0, 1, height)[:, None, None]
     noise = rng.integers(-255, 256, (height, width, 3)) * rng.integers(0, 2, (height, 1, 1))
@@ -44,7 +44,7 @@ def picture(width, height, seed=0):
 
 
 def randomized(model):
-    """Every parameter random, norms and biases too: a forgotten bias must not hide behind its zeros."""
+    """Give every parameter a random value, norms and biases too: a forgotten bias of zero would go unnoticed."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -76,7 +76,7 @@ def test_preprocess_is_bit_equal(size):
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}
     )
     for width, height in SIZES:
-        image = picture(width, height)
+        image = noisy_image(width, height)
         want = processor(image, return_tensors="pt")["pixel_values"][0]
         got = preprocess(image, size)
         assert got.dtype == want.dtype and torch.equal(got, want), (width, height)
@@ -88,13 +88,13 @@ def test_padding_is_bit_equal(size):
     square = {"height": size, "width": size}
     processor = transformers.LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": size}, crop_size=square)
     for width, height in SIZES:
-        image = picture(width, height)
+        image = noisy_image(width, height)
         want = processor(image, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(image_pixels(image, size, "pad"), want), (width, height)
 
 
 def test_every_byte_of_every_channel_is_bit_equal():
-    """A ramp in each channel, another way round in each: what is looked up is what transformers computes."""
+    """All 256 values in each channel, in a different order in each."""
     transformers = pytest.importorskip("transformers")
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     image = Image.fromarray(np.stack([ramp, ramp.T, ramp[::-1]], axis=2))
@@ -104,7 +104,7 @@ def test_every_byte_of_every_channel_is_bit_equal():
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """Our model, and transformers' loaded from a folder that holds our names."""
+    """Our model, and transformers' model loaded from a file of our parameters."""
     transformers = pytest.importorskip("transformers")
     ours, folder = randomized(CLIPModel(clip_config_from_dict(CONFIG))), tmp_path_factory.mktemp("clip")
     # The end token has the highest id, as in CLIP's own vocabulary; transformers looks for the id, we for the maximum.
@@ -130,16 +130,16 @@ def batch():
 def test_embeddings_logits_and_loss(both, batch):
     (ours, theirs), (input_ids, pixel_values) = both, batch
     want = theirs(input_ids=input_ids, pixel_values=pixel_values, return_loss=True)
-    pictures, texts = ours(input_ids, pixel_values)
-    close(pictures, want.image_embeds)
+    images, texts = ours(input_ids, pixel_values)
+    close(images, want.image_embeds)
     close(texts, want.text_embeds)
-    close(ours.logit_scale.exp() * pictures @ texts.T, want.logits_per_image)
-    close(clip_loss(pictures, texts, ours.logit_scale), want.loss)
+    close(ours.logit_scale.exp() * images @ texts.T, want.logits_per_image)
+    close(clip_loss(images, texts, ours.logit_scale), want.loss)
 
 
 @torch.no_grad()
 def test_saved_folder_loads_in_transformers(tmp_path, batch):
-    """The end token too: its id is not CLIP's 49407, and unless the file says so its text vector is another one."""
+    """The end token's id is not CLIP's 49407 here, so config.json must tell transformers how to find it."""
     transformers = pytest.importorskip("transformers")
     ours = randomized(CLIPModel(clip_config_from_dict(CONFIG)))
     save_clip(ours, tmp_path)
@@ -147,8 +147,8 @@ def test_saved_folder_loads_in_transformers(tmp_path, batch):
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     input_ids, pixel_values = batch
     want = theirs.eval()(input_ids=input_ids, pixel_values=pixel_values)
-    pictures, texts = ours(input_ids, pixel_values)
-    close(pictures, want.image_embeds)
+    images, texts = ours(input_ids, pixel_values)
+    close(images, want.image_embeds)
     close(texts, want.text_embeds)
 
 
@@ -160,7 +160,7 @@ def test_features_are_the_hidden_state(both, batch, layer):
     tower.vision_model = ours.vision_model
     want = theirs.vision_model(pixel_values=batch[1], output_hidden_states=True).hidden_states[layer]
     close(tower(batch[1], layer), want[:, 1:])
-    close(tower(batch[1], layer, class_token=True), want)
+    close(ours.vision_model.hidden_state(batch[1], layer), want)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_parameter_count_of_both_towers():
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 24, 16), (1, 3, 32, 32), (1, 3, 16, 16)])
-def test_wrong_picture_size(shape):
+def test_a_wrong_image_size_is_refused(shape):
     with pytest.raises(ValueError, match="24x24"):
         CLIPVisionModel(CLIPVisionConfig(**VISION))(torch.zeros(shape))
 
@@ -200,7 +200,7 @@ def test_another_activation_is_refused():
         CLIPVisionConfig(hidden_act="gelu")
 
 
-def test_the_last_block_is_not_run():
+def test_blocks_that_are_not_needed_are_not_run():
     tower = randomized(CLIPVisionModel(CLIPVisionConfig(**VISION)))
     want = tower(torch.ones(1, 3, 24, 24))
     tower.vision_model.encoder.layers[-1] = None
@@ -208,18 +208,18 @@ def test_the_last_block_is_not_run():
 
 
 def test_quick_gelu_is_not_gelu():
-    """0.0203 away at the most, at +-2.27; the MLP, its two maps made the identity, is the activation alone."""
+    """They differ by 0.0203 at most, at +-2.27. With identity matrices the MLP computes the activation alone."""
     config = CLIPVisionConfig(hidden_size=1, intermediate_size=1, num_attention_heads=1)
     mlp = CLIPMLP(config)
     for linear in (mlp.fc1, mlp.fc2):
         torch.nn.init.ones_(linear.weight)
         torch.nn.init.zeros_(linear.bias)
     x = torch.linspace(-6, 6, 10_001)[:, None]
-    away = (mlp(x) - F.gelu(x)).abs().max().item()
-    assert away == pytest.approx(0.0203, abs=5e-5)
+    difference = (mlp(x) - F.gelu(x)).abs().max().item()
+    assert difference == pytest.approx(0.0203, abs=5e-5)
 
 
-def test_what_follows_the_end_token_is_not_read(batch):
+def test_tokens_after_the_end_token_change_nothing(batch):
     model = randomized(CLIPModel(clip_config_from_dict(CONFIG)))
     ids = batch[0][:1].clone()  # the end token is at position 3
     changed = ids.clone()
@@ -243,17 +243,17 @@ def test_loss_of_a_uniform_guess_is_log_of_the_batch(size):
     assert clip_loss(vectors, vectors, torch.tensor(2.0)).item() == pytest.approx(math.log(size), abs=1e-6)
 
 
-def test_loss_is_symmetric_and_worked_by_hand():
-    pictures, texts = torch.eye(2), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+def test_loss_is_symmetric_and_equals_a_hand_computed_value():
+    images, texts = torch.eye(2), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     # scale 1; logits [[1, .6], [0, .8]]; the mean of -log softmax at the diagonal, over rows and over columns
     rows = (math.log(1 + math.exp(-0.4)) + math.log(1 + math.exp(-0.8))) / 2
     columns = (math.log(1 + math.exp(-1.0)) + math.log(1 + math.exp(-0.2))) / 2
     scale = torch.tensor(0.0)
-    assert clip_loss(pictures, texts, scale).item() == pytest.approx((rows + columns) / 2, abs=1e-6)
-    assert torch.equal(clip_loss(pictures, texts, scale), clip_loss(texts, pictures, scale))
+    assert clip_loss(images, texts, scale).item() == pytest.approx((rows + columns) / 2, abs=1e-6)
+    assert torch.equal(clip_loss(images, texts, scale), clip_loss(texts, images, scale))
 
 
-def test_temperature_stops_at_a_hundredth():
-    pictures, texts = F.normalize(torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
-    at_limit = clip_loss(pictures, texts, torch.tensor(math.log(100)))
-    assert clip_loss(pictures, texts, torch.tensor(20.0)).item() == pytest.approx(at_limit.item(), rel=1e-6)
+def test_temperature_is_at_least_a_hundredth():
+    images, texts = F.normalize(torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    at_limit = clip_loss(images, texts, torch.tensor(math.log(100)))
+    assert clip_loss(images, texts, torch.tensor(20.0)).item() == pytest.approx(at_limit.item(), rel=1e-6)

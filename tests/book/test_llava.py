@@ -1,4 +1,4 @@
-"""LLaVA against transformers, where it is installed, and against itself and worked numbers, where it is not."""
+"""LLaVA against transformers, where it is installed, against itself, and against numbers computed by hand."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from llava import (
 )
 
 VOCAB, IMAGE, PAD = 99, 97, 0
-VISION = CLIPVisionConfig(24, 48, 4, 4, image_size=8, patch_size=4)  # 4 features to a picture
+VISION = CLIPVisionConfig(24, 48, 4, 4, image_size=8, patch_size=4)  # 4 features an image
 SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -35,7 +35,7 @@ SHAPE = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
-    "rope_theta": 500_000.0,  # not the default: a file's value that is lost on the way must show
+    "rope_theta": 500_000.0,  # not the default, so that a value that is not read shows
     "rms_norm_eps": 1e-4,
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -53,15 +53,15 @@ KINDS = {
 }
 
 
-def make(kind="llama_gqa", blind=False, scale=0.2, **values):
-    config = LlavaConfig(TextConfig(**SHAPE, **KINDS[kind]), None if blind else VISION, IMAGE, **values)
+def make(kind="llama_gqa", decoder_only=False, scale=0.2, **values):
+    config = LlavaConfig(TextConfig(**SHAPE, **KINDS[kind]), None if decoder_only else VISION, IMAGE, **values)
     return randomized(Llava(config), scale)
 
 
 def randomized(model, scale=0.2):
-    """Every parameter random, norms and biases too: a lost bias must not hide behind its zeros.
+    """Give every parameter a random value, norms and biases too: a forgotten bias of zero would go unnoticed.
 
-    At a scale of 0.2 float32 keeps its digits; from about 0.6 on, greedy answers no longer repeat one word.
+    A scale of 0.2 keeps rounding errors small; from about 0.6 on, greedy answers no longer repeat one token.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -76,12 +76,12 @@ def random_ids(*shape, seed=0):
     return torch.randint(1, 90, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pictures(count, seed=0):
+def random_images(count, seed=0):
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
 def prompt(length, seed=0, image=True):
-    """Ids of `length`, four of them the placeholders of one picture."""
+    """`length` ids, four of them the placeholders of one image."""
     ids = random_ids(length, seed=seed).tolist()
     return ids[:2] + [IMAGE] * 4 + ids[6:] if image else ids
 
@@ -93,7 +93,7 @@ def logits_of(model, input_ids, pixel_values=None):
 
 
 def answer(model, prompts, features=None, **options):
-    """The rows of generate(), each cut where it ended."""
+    """The ids that generate() yields for each row, up to its end."""
     steps = list(generate(model, prompts, features, **options))
     return [[i for i in row if i is not None] for row in zip(*steps)]
 
@@ -110,7 +110,7 @@ def close(ours, theirs):
     "kind", ["llama", "llama_gqa", "llama_tied", "llama_head_dim", "llama3", "llama_linear", "mistral", "qwen2"]
 )
 def test_decoder_equals_transformers(kind):
-    """Both ways through transformers' own config, rewritten by its version 5 (rope_parameters and the like)."""
+    """Our config is read from transformers' own, in the form of its version 5 (rope_parameters and the like)."""
     transformers = pytest.importorskip("transformers")
     family = {"qwen2": "Qwen2", "mistral": "Mistral"}.get(kind, "Llama")
     config = getattr(transformers, f"{family}Config")(**SHAPE | KINDS[kind])
@@ -158,7 +158,7 @@ def test_gpt2_equals_transformers():
 
 
 def from_folder(ours, folder, name):
-    """What transformers' class `name` makes of our folder, every tensor used and none wanting."""
+    """Load a folder that we saved with transformers' class `name`; no tensor may be missing or unused."""
     transformers = pytest.importorskip("transformers")
     save_model(ours, folder)
     theirs, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
@@ -172,13 +172,13 @@ def test_folder_loads_in_transformers(tmp_path, kind):
     theirs = from_folder(ours, tmp_path, "LlavaForConditionalGeneration")
     input_ids = torch.tensor([prompt(15, 1), prompt(15, 2)])
     with torch.no_grad():
-        want = theirs(input_ids=input_ids, pixel_values=pictures(2)).logits
-    close(logits_of(ours, input_ids, pictures(2)), want)
+        want = theirs(input_ids=input_ids, pixel_values=random_images(2)).logits
+    close(logits_of(ours, input_ids, random_images(2)), want)
 
 
 @pytest.mark.parametrize("kind", ["llama_tied", "qwen2"])
 def test_decoder_folder_loads_in_transformers(tmp_path, kind):
-    ours = make(kind, blind=True)
+    ours = make(kind, decoder_only=True)
     theirs = from_folder(ours, tmp_path, "AutoModelForCausalLM")
     with torch.no_grad():
         close(logits_of(ours, random_ids(2, 9)), theirs(random_ids(2, 9)).logits)
@@ -187,9 +187,9 @@ def test_decoder_folder_loads_in_transformers(tmp_path, kind):
 def test_greedy_answer_equals_transformers(tmp_path):
     ours = make(scale=0.6)
     theirs = from_folder(ours, tmp_path, "LlavaForConditionalGeneration")
-    words = set()
+    seen = set()
     for seed in range(4):
-        ids, pixel_values = prompt(11 + seed, seed), pictures(1, seed)
+        ids, pixel_values = prompt(11 + seed, seed), random_images(1, seed)
         with torch.no_grad():
             inputs = {"input_ids": torch.tensor([ids]), "pixel_values": pixel_values}
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -197,8 +197,8 @@ def test_greedy_answer_equals_transformers(tmp_path):
             want = theirs.generate(**inputs, do_sample=False, **limits)[0, len(ids) :].tolist()
         got = answer(ours, [ids], ours.vision_features(pixel_values), max_new_tokens=20)
         assert got == [want]
-        words |= set(want)
-    assert len(words) > 20  # one word over and over would prove little
+        seen |= set(want)
+    assert len(seen) > 20  # one token over and over would prove little
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,10 +209,10 @@ def test_greedy_answer_equals_transformers(tmp_path):
 @pytest.mark.parametrize("kind", ["llama_gqa", "gpt2"])
 @pytest.mark.parametrize("chunks", [[10] + [1] * 6, [7, 3, 6], [1] * 16, [1, 15]])
 @pytest.mark.parametrize("padding", [None, torch.tensor([3, 0])])
-def test_cache_changes_nothing(kind, chunks, padding):
+def test_reading_in_chunks_with_a_cache_changes_nothing(kind, chunks, padding):
     model = make(kind)
     input_ids = torch.tensor([prompt(16, 1), prompt(16, 2)])
-    x = model.embed(input_ids, model.vision_features(pictures(2)))
+    x = model.embed(input_ids, model.vision_features(random_images(2)))
     decoder = model.language_model.model
     cache, parts = KVCache(model.config.text_config, 2, 16, like=x), []
     for chunk in x.split(chunks, dim=1):
@@ -228,35 +228,35 @@ def test_a_batch_answers_as_each_row_alone(kind):
     model = make(kind, scale=0.6, eos_token_ids=[])
     lengths = [9, 23, 6, 12, 1]
     prompts = [prompt(n, seed=n, image=n > 5) for n in lengths]
-    prompts[1][10:14] = [IMAGE] * 4  # two pictures in one row, none in the last
+    prompts[1][10:14] = [IMAGE] * 4  # two images in one row, none in the last
     rows = [[0], [1, 2], [3], [4], []]
-    features = model.vision_features(pictures(5))
+    features = model.vision_features(random_images(5))
     parts = [features[row] if row else None for row in rows]
     free = [answer(model, [p], part, max_new_tokens=12)[0] for p, part in zip(prompts, parts)]
-    words = {i for row in free for i in row}
-    assert all(len(row) == 12 for row in free) and len(words) > 5
+    seen = {i for row in free for i in row}
+    assert all(len(row) == 12 for row in free) and len(seen) > 5
 
     def different_lengths(ends):
         return len({min(row.index(end) if end in row else 12 for end in ends) for row in free})
 
-    model.config.eos_token_ids = max(combinations(sorted(words), 2), key=different_lengths)
+    model.config.eos_token_ids = max(combinations(sorted(seen), 2), key=different_lengths)
     alone = [answer(model, [p], part, max_new_tokens=12)[0] for p, part in zip(prompts, parts)]
-    assert len({len(row) for row in alone}) > 2  # otherwise nobody stops before somebody else
+    assert len({len(row) for row in alone}) > 2  # rows stop at different steps
     assert answer(model, prompts, features, max_new_tokens=12) == alone
 
 
-def test_padding_is_never_looked_at():
-    """Nothing may change with the pad token's embedding."""
+def test_padding_is_never_attended_to():
+    """Answers must not depend on which token is used as padding."""
     model = make(scale=0.6)
     prompts = [prompt(8, 1), prompt(20, 2)]
-    features = model.vision_features(pictures(2))
+    features = model.vision_features(random_images(2))
     want = answer(model, prompts, features, max_new_tokens=8)
     model.config.pad_token_id = 55
     assert answer(model, prompts, features, max_new_tokens=8) == want
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# choosing and stopping
+# sampling and stopping
 
 
 def draws(probabilities, temperature=1.0, top_k=0, top_p=1.0, count=4000):
@@ -278,7 +278,7 @@ def test_temperature():
 def test_top_k():
     assert draws([0.1, 0.4, 0.2, 0.3], top_k=1) == [0.0, 1.0, 0.0, 0.0]
     assert draws([0.1, 0.4, 0.2, 0.3], top_k=2) == [0.0, 0.6, 0.0, 0.4]
-    for k in (0, 4, 9):  # 0 is off, and there are but four
+    for k in (0, 4, 9):  # 0 is off, and there are only four ids
         assert draws([0.1, 0.4, 0.2, 0.3], top_k=k) == [0.1, 0.4, 0.2, 0.3]
 
 
@@ -312,7 +312,7 @@ def test_sampling_repeats_with_its_seed():
     assert once == again != other
 
 
-def test_the_end_token_is_yielded_and_ends():
+def test_the_end_token_is_yielded_and_ends_the_answer():
     model, ids = make(scale=0.6, eos_token_ids=[]), prompt(9, image=False)
     free = answer(model, [ids], max_new_tokens=10)[0]
     model.config.eos_token_ids = [free[4]]
@@ -322,49 +322,49 @@ def test_the_end_token_is_yielded_and_ends():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_placeholder_is_never_said(temperature):
+def test_a_placeholder_is_never_generated(temperature):
     model = make(eos_token_ids=[])
     hook = model.language_model.lm_head.register_forward_hook(
         lambda module, inputs, logits: logits.index_fill(-1, torch.tensor([IMAGE]), 1e4)
     )
     assert logits_of(model, random_ids(1, 5)).argmax(-1).tolist() == [[IMAGE] * 5]
-    said = answer(model, [prompt(9, image=False)], temperature=temperature, max_new_tokens=20)[0]
+    generated = answer(model, [prompt(9, image=False)], temperature=temperature, max_new_tokens=20)[0]
     hook.remove()
-    assert len(said) == 20 and IMAGE not in said
+    assert len(generated) == 20 and IMAGE not in generated
 
 
-def test_a_prompt_that_fills_the_context():
+def test_a_prompt_that_fills_the_context_is_refused():
     model = make(eos_token_ids=[])
-    assert len(answer(model, [prompt(63, image=False)], max_new_tokens=9)[0]) == 1  # one place is left of 64
+    assert len(answer(model, [prompt(63, image=False)], max_new_tokens=9)[0]) == 1  # one token of 64 is left
     for length in (64, 70):
         with pytest.raises(ValueError, match=rf"\b{length}\b.*\b64\b"):
             answer(model, [prompt(3, image=False), prompt(length, image=False)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the picture's place
+# image tokens in the sequence
 
 
-def test_features_stand_in_their_places():
+def test_image_tokens_replace_the_placeholders():
     model = make()
     input_ids = torch.tensor([prompt(12, 1), prompt(12, 2)])
-    features = model.vision_features(pictures(2))
+    features = model.vision_features(random_images(2))
     x = model.embed(input_ids, features)
-    words = model.language_model.model.embed_tokens(input_ids)
+    text_tokens = model.language_model.model.embed_tokens(input_ids)
     assert torch.equal(x[:, 2:6], model.multi_modal_projector(features))
-    assert torch.equal(x[:, :2], words[:, :2]) and torch.equal(x[:, 6:], words[:, 6:])
+    assert torch.equal(x[:, :2], text_tokens[:, :2]) and torch.equal(x[:, 6:], text_tokens[:, 6:])
 
 
 @pytest.mark.parametrize("placeholders, count", [(4, 2), (4, 0), (8, 1), (3, 1), (0, 1)])
-def test_a_count_that_does_not_match(placeholders, count):
+def test_a_wrong_number_of_placeholders_is_refused(placeholders, count):
     model = make()
     input_ids = torch.tensor([[1] + [IMAGE] * placeholders + [5] * 4])
-    features = model.vision_features(pictures(count)) if count else None
+    features = model.vision_features(random_images(count)) if count else None
     with pytest.raises(ValueError, match=f"{placeholders} image tokens for {4 * count} "):
         model.embed(input_ids, features)
 
 
-def test_a_wrong_picture_size():
+def test_a_wrong_image_size_is_refused():
     with pytest.raises(ValueError, match="8x8"):
         make().vision_features(torch.zeros(1, 3, 12, 12))
 
@@ -374,7 +374,7 @@ def test_a_wrong_picture_size():
 
 
 def test_loss_of_three_tokens():
-    """The source's example. It adds the rounded terms, .51 + 1.20 + .69 = 2.40; exactly it is 2.4079."""
+    """An example from an article about LLaVA, which adds rounded terms: .51 + 1.20 + .69 = 2.40; exactly, 2.4079."""
     head = nn.Linear(2, 2, bias=False)
     nn.init.eye_(head.weight)
     p = torch.tensor([0.6, 0.3, 0.5])
@@ -389,7 +389,7 @@ def batch_with_loss(model):
     labels = input_ids.masked_fill(input_ids == IMAGE, IGNORE)
     labels[:, :7] = IGNORE
     labels[1, 11:] = IGNORE  # 7 and 4 supervised tokens
-    return input_ids, labels, pictures(2)
+    return input_ids, labels, random_images(2)
 
 
 def test_loss_is_the_sum_over_supervised_tokens():
@@ -424,7 +424,7 @@ def test_chunks_change_neither_loss_nor_gradients(monkeypatch, chunk):
             torch.testing.assert_close(parameter.grad, want[name], rtol=1e-4, atol=1e-4)
 
 
-def test_nothing_to_learn_is_zero_not_nan():
+def test_loss_without_supervised_tokens_is_zero_not_nan():
     model = make()
     input_ids, labels, pixel_values = batch_with_loss(model)
     loss = model(input_ids, torch.full_like(labels, IGNORE), pixel_values)
@@ -435,19 +435,19 @@ def test_nothing_to_learn_is_zero_not_nan():
             assert parameter.grad is not None and not parameter.grad.any(), name
 
 
-def test_text_only_batch_still_touches_the_projector():
+def test_a_text_only_batch_gives_the_projector_gradients():
     model, ids = make(), random_ids(2, 9)
     want = logits_of(model, ids)
     model.train()
     assert torch.equal(logits_of(model, ids), want)
     model(ids, ids).backward()
-    for parameter in model.multi_modal_projector.parameters():  # DDP would wait for ever for a None
+    for parameter in model.multi_modal_projector.parameters():  # for a gradient of None, DDP would wait forever
         assert parameter.grad is not None and not parameter.grad.any()
 
 
 @pytest.mark.parametrize("image", [True, False])
 def test_half_precision_arithmetic(image):
-    """train.py's way: the weights float32, the arithmetic bfloat16 under autocast."""
+    """As in train.py: float32 weights, and bfloat16 arithmetic under autocast."""
     model = make().train()
     input_ids, labels, pixel_values = batch_with_loss(model)
     if not image:
@@ -471,9 +471,9 @@ def count(build):
 CLIP_L = CLIPVisionConfig(1024, 4096, 24, 16, 336, 14)
 
 
-def test_tokens_of_a_picture():
+def test_tokens_of_an_image():
     assert CLIP_L.num_patches == (336 // 14) ** 2 == 576
-    assert 5 * CLIP_L.num_patches == 2880  # LLaVA-1.6's picture and its four tiles, newlines not counted
+    assert 5 * CLIP_L.num_patches == 2880  # LLaVA-1.6's whole image and its four tiles, without newlines
 
 
 @pytest.mark.parametrize("width, linear, mlp", [
@@ -512,15 +512,15 @@ def test_llava_parameters():
 # files
 
 
-@pytest.mark.parametrize("blind", [False, True])
+@pytest.mark.parametrize("decoder_only", [False, True])
 @pytest.mark.parametrize("kind", ["llama_gqa", "llama_tied", "qwen2", "gpt2"])
-def test_save_and_load_is_bitwise(tmp_path, kind, blind):
-    model = make(kind, blind, projector_type="linear", template="plain", eos_token_ids=[3, 4], pad_token_id=7)
+def test_save_and_load_is_bitwise(tmp_path, kind, decoder_only):
+    model = make(kind, decoder_only, projector_type="linear", template="plain", eos_token_ids=[3, 4], pad_token_id=7)
     save_model(model, tmp_path)
     again = load_model(tmp_path)
     assert again.config.text_config == model.config.text_config and again.config.eos_token_ids == [3, 4]
     assert (again.config.template, again.config.pad_token_id) == ("plain", 7) and not again.training
-    if not blind:
+    if not decoder_only:
         assert again.config == model.config
     want, got = model.state_dict(), again.state_dict()
     assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in want)
@@ -552,7 +552,7 @@ def test_tensors_that_differ_are_named(tmp_path, kind, key, damage):
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -7])
-def test_a_truncated_tensor_file(tmp_path, keep):
+def test_a_truncated_tensor_file_is_named(tmp_path, keep):
     save_model(make(), tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
@@ -562,7 +562,7 @@ def test_a_truncated_tensor_file(tmp_path, keep):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_missing_file(tmp_path, name):
+def test_a_missing_file_is_named(tmp_path, name):
     save_model(make(), tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(ValueError) as caught:
@@ -571,7 +571,7 @@ def test_a_missing_file(tmp_path, name):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"vision_config": {}}'])
-def test_a_config_that_is_none(tmp_path, text):
+def test_an_invalid_config_is_named(tmp_path, text):
     save_model(make(), tmp_path)
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError) as caught:
@@ -585,7 +585,7 @@ def test_a_config_that_is_none(tmp_path, text):
     ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0, "rope_theta": 5e5}}, "RoPE"),
     ({"hidden_act": "gelu"}, "gelu"),
 ])  # fmt: skip
-def test_what_is_not_built_is_refused(change, word):
+def test_unsupported_settings_are_refused(change, word):
     with pytest.raises(ValueError, match=word):
         read_text_config(json.loads(json.dumps(SHAPE | change)))
 

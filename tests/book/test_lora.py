@@ -1,4 +1,4 @@
-"""LoRA against peft: outputs, gradients, twenty steps; its files both ways; training that goes on; merging."""
+"""LoRA against peft: outputs, gradients, twenty steps, files in both directions; merging, training, bad input."""
 
 import json
 import math
@@ -35,14 +35,14 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def batch(tiny):
-    """Eight dialogues about pictures, and one without a picture."""
+    """A batch of the dialogues of the world."""
     config, tokenizer = load_model(tiny.stage2).config, Tokenizer.load(tiny.stage2)
     dataset = Records([Source(read_records(tiny.world / "instruct.json"), tiny.world)], tokenizer, config, 1024)
     return collate([dataset[i] for i in range(BATCH)], tokenizer.pad_id)
 
 
 def adapted(folder, ranks=None, seed=0, bits=16, **options):
-    """A model with LoRA whose B is not zero, and what add_lora says of it."""
+    """A model with LoRA whose B is not zero, and the ranks and alphas that add_lora returned."""
     torch.manual_seed(seed)
     model = load_model(folder, bits=bits).requires_grad_(False)
     layers = add_lora(model, ranks or {"llm": 4}, options.pop("alpha", None), options.pop("dropout", 0.0), **options)
@@ -52,7 +52,7 @@ def adapted(folder, ranks=None, seed=0, bits=16, **options):
 
 
 def saved(model, layers, base, folder, dropout=0.0):
-    """Its adapter's folder, with the projector in it."""
+    """Save the adapter and the projector of a model in a new folder; returns the folder."""
     folder.mkdir()
     trained = {name: p.detach() for name, p in model.named_parameters() if ".lora_" in name or "projector" in name}
     save_adapter(trained, folder, model.config, layers, dropout, base, sample_weights(model, layers))
@@ -78,14 +78,14 @@ def for_peft(batch):
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-def test_it_starts_as_the_base_bit_for_bit(tiny, batch, bits):
+def test_new_lora_computes_the_base_model_bit_for_bit(tiny, batch, bits):
     base, model = load_model(tiny.stage2, bits=bits), load_model(tiny.stage2, bits=bits)
     add_lora(model, {"llm": 4, "vision": 8}, None, 0.0)
     with torch.no_grad():
         assert torch.equal(logits_of(model, batch), logits_of(base, batch))
 
 
-def test_a_is_drawn_as_kaiming_has_it_and_b_is_zero():
+def test_a_is_kaiming_uniform_and_b_is_zero():
     torch.manual_seed(0)
     layer = LoRALinear(torch.nn.Linear(400, 300), 64, 0.5)
     bound = 1 / math.sqrt(400)
@@ -93,7 +93,7 @@ def test_a_is_drawn_as_kaiming_has_it_and_b_is_zero():
     assert layer.lora_A.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
 
 
-def test_dropout_is_on_what_goes_into_a_and_in_training_only():
+def test_dropout_is_on_the_input_of_a_in_training_only():
     layer = LoRALinear(torch.nn.Linear(512, 4, bias=False), 2, 1.0, dropout=0.5)
     torch.nn.init.ones_(layer.lora_A.weight)
     torch.nn.init.ones_(layer.lora_B.weight)
@@ -105,7 +105,7 @@ def test_dropout_is_on_what_goes_into_a_and_in_training_only():
     assert len(set(noisy.tolist())) == 1 and noisy[0] != 1024 and abs(noisy[0] - 1024) < 200
 
 
-def test_rank_stabilized_divides_by_the_root():
+def test_rank_stabilized_scale_divides_by_the_root():
     assert lora.lora_scale(8, 16, rank_stabilized=True) == pytest.approx(5.656854)
     assert lora.lora_scale(8, 16) == 2
 
@@ -114,12 +114,12 @@ def test_rank_stabilized_divides_by_the_root():
 # which layers
 
 
-def test_layers_are_named_by_their_whole_path(tiny):
+def test_layers_are_found_by_path(tiny):
     model = load_model(tiny.stage2)
     llm, vision = find_linears(model, "llm"), find_linears(model, "vision")
     assert len(llm) == 2 * 7 and all(path.startswith("language_model.model.layers.") for path in llm)
-    assert len(vision) == 1 * 6 and all(path.startswith("vision_tower.") for path in vision)  # of two, one is used
-    layers = add_lora(model, {"llm": 4}, None, 0.0, ["q_proj", "v_proj"])  # the tower has layers of these names too
+    assert len(vision) == 1 * 6 and all(path.startswith("vision_tower.") for path in vision)  # one of two is used
+    layers = add_lora(model, {"llm": 4}, None, 0.0, ["q_proj", "v_proj"])  # layers of the tower have these names too
     ends = {f"self_attn.{name}_proj" for name in "qv"}
     assert set(layers) == {f"language_model.model.layers.{i}.{end}" for i in (0, 1) for end in ends}
     assert set(lora_layers(model)) == set(layers) and set(layers.values()) == {(4, 8)}
@@ -131,7 +131,7 @@ def test_layers_are_named_by_their_whole_path(tiny):
     ({"llm": 4}, ["q_prj"], "'q_prj'"),
     ({"llm": 4}, ["fc1"], "'fc1'"),
 ])  # fmt: skip
-def test_what_makes_no_sense_is_refused(tiny, ranks, names, words):
+def test_wrong_ranks_and_names_are_refused(tiny, ranks, names, words):
     model = load_model(tiny.stage2)
     with pytest.raises(ValueError, match=words):
         add_lora(model, ranks, None, 0.0, names)
@@ -154,15 +154,15 @@ def their_model(folder):
     return transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
 
 
-def their_halves(theirs, name):
-    """A and B of one of our layers, in peft's model."""
+def their_factors(theirs, name):
+    """A and B in peft's model of the layer that we call `name`."""
     path = name.replace("language_model.model.", "model.language_model.")
     layer = theirs.base_model.model.get_submodule(path.replace("vision_tower.vision_model.", "model.vision_tower."))
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
 @pytest.mark.parametrize("ranks", [{"llm": 4}, {"llm": 4, "vision": 8}])
-def test_output_gradients_and_twenty_steps_are_pefts(peft, tiny, batch, tmp_path, ranks):
+def test_loss_gradients_and_twenty_steps_equal_peft(peft, tiny, batch, tmp_path, ranks):
     ours, layers = adapted(tiny.stage2, ranks)
     folder = saved(ours, layers, tiny.stage2, tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(their_model(tiny.stage2), folder, is_trainable=True).train()
@@ -183,7 +183,7 @@ def test_output_gradients_and_twenty_steps_are_pefts(peft, tiny, batch, tmp_path
         expected.backward()
         if step == 0:
             for path, layer in lora_layers(ours).items():
-                for own, other in zip((layer.lora_A.weight, layer.lora_B.weight), their_halves(theirs, path)):
+                for own, other in zip((layer.lora_A.weight, layer.lora_B.weight), their_factors(theirs, path)):
                     torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-6)
         for optimizer in optimizers:
             optimizer.step()
@@ -198,7 +198,7 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("kind", PATTERNS)
-def test_an_adapter_that_peft_wrote(peft, tiny, batch, tmp_path, kind):
+def test_an_adapter_written_by_peft_loads(peft, tiny, batch, tmp_path, kind):
     config = peft.LoraConfig(
         r=4,
         lora_alpha=16,
@@ -220,7 +220,7 @@ def test_an_adapter_that_peft_wrote(peft, tiny, batch, tmp_path, kind):
     assert ranks["q_proj"] == (8 if kind == "rank_pattern" else 4)
 
 
-def test_a_gpt2_adapter_whose_q_k_and_v_are_one(peft, tmp_path):
+def test_a_gpt2_adapter_with_fused_q_k_v_loads(peft, tmp_path):
     theirs = theirs_of("gpt2")
     theirs.save_pretrained(tmp_path / "base")
     layers = ["c_attn", "c_proj", "c_fc"]
@@ -238,8 +238,8 @@ def test_a_gpt2_adapter_whose_q_k_and_v_are_one(peft, tmp_path):
         torch.testing.assert_close(merged, theirs.merge_and_unload()(ids).logits)
 
 
-def test_an_adapter_of_llavas_authors(tmp_path, monkeypatch, tiny, peft):
-    """A decoder alone below, the projector in a pickle beside it, the tower elsewhere."""
+def test_an_adapter_in_the_llava_authors_format_loads(tmp_path, monkeypatch, tiny, peft):
+    """The base is a decoder alone, the projector a pickle beside the adapter, the tower another folder."""
     whole = load_model(tiny.stage2)
     tower = dict(vars(whole.config.vision_config))
     monkeypatch.setitem(configs.TOWERS, "tiny-clip", tower)
@@ -249,12 +249,12 @@ def test_an_adapter_of_llavas_authors(tmp_path, monkeypatch, tiny, peft):
     shutil.copytree(tiny.decoder, base)
     model, _ = adapted(tiny.stage2)
     decoder_state = decoder.state_dict()
-    for name, p in model.state_dict().items():  # the adapted model's decoder is the one that the folder holds
+    for name, p in model.state_dict().items():  # give the adapted model the decoder of the base folder
         if name.replace(".base.", ".") in decoder_state and ".lora_" not in name:
             p.copy_(decoder_state[name.replace(".base.", ".")])
     folder.mkdir()
-    halves = {name: p.detach() for name, p in model.named_parameters() if ".lora_" in name}
-    named = {name.replace("language_model.model.", "base_model.model.model."): p for name, p in halves.items()}
+    factors = {name: p.detach() for name, p in model.named_parameters() if ".lora_" in name}
+    named = {name.replace("language_model.model.", "base_model.model.model."): p for name, p in factors.items()}
     save_file({name: p.contiguous() for name, p in named.items()}, folder / WEIGHTS)
     projector = {name: p.detach() for name, p in model.named_parameters() if "projector" in name}
     renamed = {f"base_model.model.{name}": p for name, p in rewrite(projector, "authors'").items()}
@@ -292,7 +292,7 @@ def test_an_adapter_of_llavas_authors(tmp_path, monkeypatch, tiny, peft):
 # merging
 
 
-def test_merged_is_unmerged(tiny, batch, tmp_path, command, capsys):
+def test_merged_equals_unmerged(tiny, batch, tmp_path, command, capsys):
     model, layers = adapted(tiny.stage2, {"llm": 4, "vision": 4})
     folder = saved(model, layers, tiny.stage2, tmp_path / "adapter")
     command(formats_cli, "merge", tiny.stage2, folder, tmp_path / "merged")
@@ -308,7 +308,7 @@ def test_merged_is_unmerged(tiny, batch, tmp_path, command, capsys):
     command(formats_cli, "convert", tmp_path / "merged", tmp_path / "again")
     for copy in ("four", "again"):
         assert "already" in refusal(command, formats_cli, "merge", tmp_path / copy, folder, tmp_path / "twice")
-    for base in (tmp_path / "merged", tiny.stage2):  # a second time, onto itself or into the same place
+    for base in (tmp_path / "merged", tiny.stage2):  # a second time: onto the merged model, or into the same folder
         target = tmp_path / ("twice" if base != tiny.stage2 else "merged")
         with pytest.raises(SystemExit, match="already"):
             command(formats_cli, "merge", base, folder, target)
@@ -331,14 +331,14 @@ def test_an_update_of_zero_is_not_merged(tiny, tmp_path, command):
     assert not (tmp_path / "merged").exists()
 
 
-def test_onto_four_bits_it_merges_into_the_dequantized_weights(tiny, tmp_path, command, capsys):
+def test_merging_into_four_bits_dequantizes_the_weights(tiny, tmp_path, command, capsys):
     command(formats_cli, "quantize", tiny.stage2, tmp_path / "four")
     model, layers = adapted(tmp_path / "four")
     folder = saved(model, layers, tmp_path / "four", tmp_path / "adapter")
     capsys.readouterr()
     command(formats_cli, "merge", tmp_path / "four", folder, tmp_path / "merged")
-    told = capsys.readouterr().out
-    assert "differ by at most" in told and "was in four bits, this is in float32" in told
+    printed = capsys.readouterr().out
+    assert "differ by at most" in printed and "was in four bits, this is in float32" in printed
     command(formats_cli, "merge", tiny.stage2, folder, tmp_path / "same", "--bits", 4)
     assert "was in four bits" in capsys.readouterr().out
     merged, same = load_model(tmp_path / "merged"), load_model(tmp_path / "same").state_dict()
@@ -362,7 +362,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def runs(tiny, tmp_path_factory, command):
-    """A finished run of each kind, and the flags that repeat it."""
+    """The folder of a finished run of each kind."""
     root = tmp_path_factory.mktemp("lora")
     folders = {}
     for name, more in RUNS.items():
@@ -371,7 +371,7 @@ def runs(tiny, tmp_path_factory, command):
     return folders
 
 
-def test_the_projector_may_stay_as_it_is(tiny, tmp_path, command):
+def test_the_projector_can_stay_frozen(tiny, tmp_path, command):
     command(train, *repeat(tiny, "lora"), "--train", "", "--out", tmp_path / "run")
     kept = load_file(tmp_path / "run" / WEIGHTS)
     assert kept and all(".lora_" in name for name in kept)
@@ -383,7 +383,7 @@ def repeat(tiny, name):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_what_trained_is_what_is_saved_and_nothing_else_moved(tiny, runs, name):
+def test_only_trained_weights_are_saved_and_changed(tiny, runs, name):
     base = load_model(tiny.stage1)
     model, _ = load_with_adapter(runs[name], None, "cpu", torch.float32, 4 if name == "qlora" else 16)
     with safe_open(runs[name] / WEIGHTS, "pt") as file:
@@ -402,7 +402,7 @@ def test_what_trained_is_what_is_saved_and_nothing_else_moved(tiny, runs, name):
     assert not (runs[name] / "model.safetensors").exists()
 
 
-def test_the_base_in_four_bits_does_not_move(tiny, runs):
+def test_the_four_bit_base_does_not_change(tiny, runs):
     before = load_model(tiny.stage1, bits=4).state_dict()
     model, _ = load_with_adapter(runs["qlora"], None, "cpu", torch.float32, 4)
     after = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()}
@@ -422,19 +422,19 @@ def test_killed_and_resumed_ends_in_the_same_bits(tiny, runs, tmp_path, name):
 
 
 @pytest.mark.parametrize("more", [["--accumulate", 2], ["--recompute"], ["--cache-gb", 0]])
-def test_however_the_work_is_done_it_ends_alike(tiny, command, tmp_path, more):
-    """Dropout falls on other places in other micro-batches, and so there is none."""
+def test_flags_that_save_memory_do_not_change_the_result(tiny, command, tmp_path, more):
+    """Without dropout, whose mask differs between micro-batches."""
     argv = [*repeat(tiny, "qlora"), "--lora-dropout", 0]
     command(train, *argv, "--out", tmp_path / "plain")
     command(train, *argv, *more, "--out", tmp_path / "other")
     one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("plain", "other"))
-    for name, tensor in one.items():  # as a whole: where a gradient is all but zero, AdamW steps by its rounding
+    for name, tensor in one.items():  # as a whole: where a gradient is almost zero, its rounding decides AdamW's step
         assert (other[name] - tensor).norm() <= 1e-3 * tensor.norm()
 
 
 @pytest.mark.parametrize("shard", ["ddp", "zero1", "fsdp"])
 @pytest.mark.parametrize("name", ["lora", "qlora"])
-def test_two_ranks_end_where_one_does(tiny, tmp_path, name, shard):
+def test_two_ranks_train_as_one(tiny, tmp_path, name, shard):
     argv = [*repeat(tiny, name), "--lora-dropout", 0, "--steps", 3, "--shard", shard]
     if name == "qlora" and shard == "fsdp":
         return
@@ -453,7 +453,7 @@ def test_every_checkpoint_holds_adapter_and_projector(tiny, tmp_path, command, m
     assert all("lora_" in name or "projector" in name for name in kept)
 
 
-def test_gradients_reach_the_updates_below_frozen_embeddings(tiny, batch):
+def test_gradients_reach_lora_with_frozen_embeddings(tiny, batch):
     model, _ = adapted(tiny.stage2, bits=4)
     model.train()
     gradients = []
@@ -466,12 +466,12 @@ def test_gradients_reach_the_updates_below_frozen_embeddings(tiny, batch):
 
 
 def test_sample_and_eval_take_an_adapter(tiny, runs, command, capsys, tmp_path):
-    picture = next((tiny.world / "heldout-0").rglob("*.png"))
-    flags = ["--image", picture, "--max-new-tokens", 8, "--device", "cpu"]
+    image = next((tiny.world / "heldout-0").rglob("*.png"))
+    flags = ["--image", image, "--max-new-tokens", 8, "--device", "cpu"]
     command(sample, "--model", tiny.stage1, "--adapter", runs["lora"], *flags)
-    told = capsys.readouterr().out
-    command(sample, "--model", runs["lora"], *flags)  # its base is where it says
-    assert capsys.readouterr().out == told
+    printed = capsys.readouterr().out
+    command(sample, "--model", runs["lora"], *flags)  # the adapter names its base
+    assert capsys.readouterr().out == printed
     command(sample, "--model", tiny.stage1, "--adapter", runs["qlora"], "--bits", 4, *flags)
     questions = ["--questions", tiny.world / "questions.jsonl", "--images", tiny.world, "--limit", 3, "--device", "cpu"]
     command(evaluation, "--model", tiny.stage1, "--adapter", runs["lora"], *questions, "--out", tmp_path / "a.jsonl")
@@ -479,7 +479,7 @@ def test_sample_and_eval_take_an_adapter(tiny, runs, command, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_peft_loads_what_training_wrote(peft, tiny, runs, batch, name):
+def test_peft_loads_a_trained_adapter(peft, tiny, runs, batch, name):
     theirs = peft.PeftModel.from_pretrained(their_model(tiny.stage1), runs[name]).eval()
     ours, _ = load_with_adapter(tiny.stage1, runs[name], "cpu", torch.float32)
     with torch.no_grad():
@@ -500,10 +500,10 @@ def refusal(command, script, *argv):
 
 
 def test_another_base_is_refused(tiny, runs, babbler, tmp_path, command):
-    """Of the same shape, but with other weights; a decoder alone."""
-    picture = next((tiny.world / "heldout-0").rglob("*.png"))
+    """A base of the same shape with other weights, and a decoder without a tower."""
+    image = next((tiny.world / "heldout-0").rglob("*.png"))
     assert "held other weights" in refusal(
-        command, sample, "--model", babbler, "--adapter", runs["lora"], "--image", picture
+        command, sample, "--model", babbler, "--adapter", runs["lora"], "--image", image
     )
     assert "other weights" in refusal(command, formats_cli, "merge", babbler, runs["lora"], tmp_path / "merged")
     assert "vision_tower" in refusal(command, formats_cli, "merge", tiny.decoder, runs["both"], tmp_path / "merged")
@@ -525,22 +525,22 @@ BROKEN = {
     "another rank": (lambda v, t: v.update(r=5), "its rank is 5"),
     "rank 0": (lambda v, t: v.update(r=0), "r of"),
     "no alpha": (lambda v, t: v.pop("lora_alpha"), "lora_alpha of"),
-    "a half": (lambda v, t: t.pop(A), "lacks lora_A"),
+    "no lora_A": (lambda v, t: t.pop(A), "lacks lora_A"),
     "not LoRA": (lambda v, t: v.update(peft_type="IA3"), "IA3"),
     "DoRA": (lambda v, t: v.update(use_dora=True), "use_dora"),
     "a start that moves the base": (lambda v, t: v.update(init_lora_weights="pissa"), "pissa"),
     "biases": (lambda v, t: v.update(bias="all"), "bias"),
     "alpha is no number": (lambda v, t: v.update(lora_alpha=math.nan), "lora_alpha of"),
-    "patterns are none": (lambda v, t: v.update(rank_pattern=[1]), "rank_pattern cannot be read"),
-    "a pattern is none": (lambda v, t: v.update(rank_pattern={"(": 1}), "rank_pattern cannot be read"),
-    "whole numbers": (lambda v, t: t.update({A: t[A].to(torch.int32)}), "should be float32"),
-    "nowhere": (lambda v, t: t.update({A.replace("layers.0", "blocks.0"): t.pop(A)}), "belong to no part"),
+    "patterns in a list": (lambda v, t: v.update(rank_pattern=[1]), "rank_pattern cannot be read"),
+    "an invalid pattern": (lambda v, t: v.update(rank_pattern={"(": 1}), "rank_pattern cannot be read"),
+    "integers": (lambda v, t: t.update({A: t[A].to(torch.int32)}), "should be float32"),
+    "an unknown part": (lambda v, t: t.update({A.replace("layers.0", "blocks.0"): t.pop(A)}), "belong to no part"),
     "no such layer": (
         lambda v, t: [t.update({k.replace("s.0.", "s.9."): t.pop(k)}) for k in [*t] if "s.0.self" in k],
         "9",
     ),
     "not finite": (lambda v, t: t[A].fill_(math.inf), "not finite"),
-    "nothing": (lambda v, t: [t.pop(key) for key in list(t) if "lora" in key], "holds no LoRA"),
+    "no tensors": (lambda v, t: [t.pop(key) for key in list(t) if "lora" in key], "holds no LoRA"),
     "another shape": (lambda v, t: t.update({A: F.pad(t[A], (0, 1))}), "another base"),
 }
 
@@ -554,7 +554,7 @@ def test_a_broken_adapter_is_named(tiny, runs, tmp_path, command, kind):
     assert not (tmp_path / "merged").exists()
 
 
-def test_what_is_no_adapter_or_no_base(tiny, runs, tmp_path, command):
+def test_wrong_kinds_of_folder_are_refused(tiny, runs, tmp_path, command):
     assert "no adapter" in refusal(command, sample, "--model", tiny.stage1, "--adapter", tiny.stage2, "--prompt", "a")
     assert "no adapter" in refusal(command, formats_cli, "merge", tiny.stage1, tiny.stage2, tmp_path / "merged")
     orphan = broken(runs, tmp_path / "orphan", lambda v, t: v.update(base_model_name_or_path="someone/model"))
@@ -566,7 +566,7 @@ def test_what_is_no_adapter_or_no_base(tiny, runs, tmp_path, command):
 
 
 @pytest.mark.parametrize("note", [5, [1, [2]], {"x": 5}, [[1, 2]]])
-def test_a_note_on_the_base_that_is_none(tiny, runs, tmp_path, command, note):
+def test_an_unreadable_base_sample_is_refused(tiny, runs, tmp_path, command, note):
     folder = broken(runs, tmp_path / "adapter", lambda v, t: None)
     path = next(iter(read_adapter(runs["lora"]).base_sample))
     text = json.dumps({path: note} if isinstance(note, (int, list)) else note)
@@ -575,14 +575,14 @@ def test_a_note_on_the_base_that_is_none(tiny, runs, tmp_path, command, note):
     assert "cannot be read" in line
 
 
-def test_four_bits_do_not_train(tiny, tmp_path, command):
+def test_four_bit_weights_do_not_train(tiny, tmp_path, command):
     command(formats_cli, "quantize", tiny.stage1, tmp_path / "four")
     argv = ["--stage", 2, "--model", tmp_path / "four", *tiny.flags["stage2"][4:], "--out", tmp_path / "run"]
     assert "is in four bits" in refusal(command, train, *argv)
     command(train, *argv, "--train", "projector")
 
 
-def test_an_adapter_keeps_the_template_of_its_base_if_it_names_none(tiny, runs, tmp_path):
+def test_an_adapter_without_a_template_takes_the_base_template(tiny, runs, tmp_path):
     folder = broken(runs, tmp_path / "adapter", lambda v, t: None)
     values = read_json(folder / "config.json")
     for key in ("template", "image_mode"):
@@ -593,13 +593,13 @@ def test_an_adapter_keeps_the_template_of_its_base_if_it_names_none(tiny, runs, 
     assert (found.template, found.image_mode) == (base.template, base.image_mode)
 
 
-def test_without_a_base_an_adapters_own_is_taken(tiny, runs, command, capsys, monkeypatch, tmp_path):
+def test_an_adapter_alone_loads_the_base_it_names(tiny, runs, command, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     command(sample, "--adapter", runs["lora"], "--prompt", "What is it?", "--max-new-tokens", 4, "--device", "cpu")
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     flags = ["--prompt", "What is it?", "--max-new-tokens", 4, "--device", "cpu"]
     command(sample, "--model", tiny.stage1, "--adapter", runs["lora"], *flags)
-    assert capsys.readouterr().out == told
+    assert capsys.readouterr().out == printed
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -615,7 +615,7 @@ def test_without_a_base_an_adapters_own_is_taken(tiny, runs, command, capsys, mo
     (["--lora", "llm", "--lora-alpha", 0], "--lora-alpha"),
     (["--lora", "llm", "--lora-alpha", "nan"], "--lora-alpha"),
 ])  # fmt: skip
-def test_flags_that_make_no_sense(capsys, argv, words):
+def test_contradictory_flags_are_refused(capsys, argv, words):
     with pytest.raises(SystemExit):
         train.read_flags("", ["--stage", "2", *map(str, argv)])
     assert words in capsys.readouterr().err.splitlines()[-1]
@@ -627,7 +627,7 @@ def test_flags_that_make_no_sense(capsys, argv, words):
     (["--lora", "vision", "--lora-layers", "o_proj"], "'o_proj'"),
     (["--lora", "both", "--lora-layers", "o_proj"], "no layer of vision is called o_proj"),
 ])  # fmt: skip
-def test_ranks_and_layers_that_make_no_sense(tiny, command, tmp_path, argv, words):
+def test_wrong_rank_and_layer_flags_are_refused(tiny, command, tmp_path, argv, words):
     assert words in refusal(command, train, *tiny.flags["stage2"], *argv, "--out", tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()
 
@@ -638,7 +638,7 @@ def test_ranks_and_layers_that_make_no_sense(tiny, command, tmp_path, argv, word
 
 @here
 def test_qlora_on_a_real_decoder(peft, tmp_path):
-    """stories260K in four bits learns another story; peft loads what it learned, and merged it says the same."""
+    """stories260K in four bits learns another story; peft and the merged model compute the same logits."""
     import transformers
 
     base = tmp_path / "base"

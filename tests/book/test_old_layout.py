@@ -24,7 +24,7 @@ EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
 
 @pytest.fixture
 def old(tmp_path) -> SimpleNamespace:
-    """A copy of the fixture, in which OLD_LAYOUT stands for its place as paths do in files that training wrote."""
+    """A copy of the fixture, with the folder's path in place of OLD_LAYOUT, as training writes paths."""
     root = tmp_path / "old"
     shutil.copytree(FIXTURE, root, symlinks=True)
     for path in (*root.glob("*/run.json"), root / "adapter/adapter_config.json"):
@@ -33,7 +33,7 @@ def old(tmp_path) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("kind", ["model", "adapter"])
-def test_it_computes_and_answers_as_it_did(old, kind):
+def test_an_old_model_computes_and_answers_as_before(old, kind):
     expected = EXPECTED[kind]
     adapter = old.adapter if kind == "adapter" else None
     model, tokenizer = load_with_adapter(old.model, adapter, "cpu", torch.float32, 16)
@@ -49,7 +49,7 @@ def test_it_computes_and_answers_as_it_did(old, kind):
     assert answer == expected["answer"]
 
 
-def test_a_stopped_run_goes_on_where_it_was(old, command):
+def test_an_old_stopped_run_resumes(old, command):
     """The last three losses are those of the old code's uninterrupted run."""
     flags = ["--stage", 1, "--model", old.model, "--data", old.root / "data.json", "--images", old.root / "images"]
     flags += ["--device", "cpu", "--dtype", "float32", "--batch-size", 4, "--steps", 6, "--save-every", 3]

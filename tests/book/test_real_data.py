@@ -19,7 +19,7 @@ def script(*command: object) -> str:
 
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason=f"no photographs in {PHOTOS} (LLAVA_DATA names the folder)")
-def test_photographs_are_described_as_they_were_taught(tmp_path):
+def test_captions_of_photographs_are_memorized(tmp_path):
     photos = json.loads((PHOTOS / "photos.json").read_text())[:6]
     question = {"from": "human", "value": "<image>\nDescribe the image."}
     records = [

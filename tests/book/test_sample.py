@@ -1,4 +1,4 @@
-"""Asking: what is printed, what the model is shown, and one clear line where there is nothing to answer."""
+"""sample.py: what it prints, what the model is given, and errors of one line."""
 
 import json
 import subprocess
@@ -27,13 +27,13 @@ def record(tiny):
 
 
 @pytest.fixture(scope="module")
-def picture(tiny, record):
+def image_path(tiny, record):
     return tiny.world / record["image"]
 
 
 @pytest.fixture
 def ask(command, babbler, capsys):
-    """What sample.py prints on standard output."""
+    """Run sample.py; returns what it prints on standard output."""
 
     def call(*argv, model=babbler, length=12):
         flags = ["--model", model, "--device", "cpu", "--max-new-tokens", length]
@@ -51,8 +51,8 @@ def refusal(ask, *argv, **more):
     return line
 
 
-def say(monkeypatch, *answers):
-    """Let the model answer with these ids, one list a question; returns the prompts it is given."""
+def fake_answers(monkeypatch, *answers):
+    """Let the model answer with these ids, one list for each question; returns the prompts that it is given."""
     prompts, left = [], list(answers)
 
     def generate(model, batch, *_, **__):
@@ -63,8 +63,8 @@ def say(monkeypatch, *answers):
     return prompts
 
 
-def bytes_of(tokenizer, text):
-    """One id a byte: no character beyond ASCII is whole in a token."""
+def ids_of_bytes(tokenizer, text):
+    """One id for each byte, so that a character beyond ASCII takes several tokens."""
     return [tokenizer.codec.ranks[bytes([byte])] for byte in text.encode()]
 
 
@@ -72,8 +72,8 @@ def bytes_of(tokenizer, text):
 # what is printed
 
 
-def test_json_is_one_line_that_says_everything(ask, picture, llava):
-    out = ask("--image", picture, "--prompt", "What is this?", "--json")
+def test_json_is_one_line_with_all_fields(ask, image_path, llava):
+    out = ask("--image", image_path, "--prompt", "What is this?", "--json")
     result = json.loads(out)
     assert out.endswith("\n") and len(out.splitlines()) == 1
     assert set(result) == {"text", "ids", "prompt_ids", "stop", "tokens_per_s"}
@@ -82,25 +82,25 @@ def test_json_is_one_line_that_says_everything(ask, picture, llava):
     assert result["stop"] == ("eos" if result["ids"][-1] == llava[1].eos_id else "length")
 
 
-def test_standard_output_holds_the_answer_and_nothing_else(ask, babbler, picture):
-    text = json.loads(ask("--image", picture, "--prompt", "What is this?", "--json"))["text"]
+def test_standard_output_holds_only_the_answer(ask, babbler, image_path):
+    text = json.loads(ask("--image", image_path, "--prompt", "What is this?", "--json"))["text"]
     assert text
-    assert ask("--image", picture, "--prompt", "What is this?") == text + "\n"
-    argv = ["--model", babbler, "--device", "cpu", "--max-new-tokens", "12", "--image", picture]
+    assert ask("--image", image_path, "--prompt", "What is this?") == text + "\n"
+    argv = ["--model", babbler, "--device", "cpu", "--max-new-tokens", "12", "--image", image_path]
     command = [sys.executable, REPOSITORY / "sample.py", *argv, "--prompt", "What is this?"]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
     assert (result.returncode, result.stdout.decode(), result.stderr) == (0, text + "\n", b"")
 
 
-def test_a_full_answer_ends_for_its_length(ask, picture):
-    result = json.loads(ask("--image", picture, "--prompt", "What is this?", "--json", length=1))
+def test_an_answer_stops_at_its_longest(ask, image_path):
+    result = json.loads(ask("--image", image_path, "--prompt", "What is this?", "--json", length=1))
     assert len(result["ids"]) == 1 and result["stop"] in ("length", "eos")
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_why_it_stopped(ask, llava, monkeypatch, ends):
+def test_the_reason_for_stopping(ask, llava, monkeypatch, ends):
     tokenizer = llava[1]
-    say(monkeypatch, bytes_of(tokenizer, " a cat") + [tokenizer.eos_id] * ends)
+    fake_answers(monkeypatch, ids_of_bytes(tokenizer, " a cat") + [tokenizer.eos_id] * ends)
     result = json.loads(ask("--prompt", "What is this?", "--json"))
     assert (result["text"], result["stop"]) == ("a cat", "eos" if ends else "length")
     assert (result["ids"][-1] == tokenizer.eos_id) == ends
@@ -109,7 +109,7 @@ def test_why_it_stopped(ask, llava, monkeypatch, ends):
 @pytest.mark.parametrize("text", ["né ☃ 🙂 end", " 🙂", "plain", "  two  spaces "])
 def test_pieces_join_to_the_text_and_no_character_is_cut(llava, monkeypatch, text):
     model, tokenizer = llava
-    say(monkeypatch, [*bytes_of(tokenizer, text), tokenizer.eos_id])
+    fake_answers(monkeypatch, [*ids_of_bytes(tokenizer, text), tokenizer.eos_id])
     chat = sample.Chat(model, tokenizer, None)
     pieces = list(chat.ask("Well?"))
     assert "".join(pieces) == chat.last["text"] == text.lstrip()
@@ -118,50 +118,52 @@ def test_pieces_join_to_the_text_and_no_character_is_cut(llava, monkeypatch, tex
 
 
 def test_an_answer_that_ends_inside_a_character(ask, llava, monkeypatch):
-    ids = bytes_of(llava[1], "a 🙂")[:-1]
-    say(monkeypatch, ids, ids)
+    ids = ids_of_bytes(llava[1], "a 🙂")[:-1]
+    fake_answers(monkeypatch, ids, ids)
     assert ask("--prompt", "Well?") == json.loads(ask("--prompt", "Well?", "--json"))["text"] + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what the model is shown
+# what the model is given
 
 
-def test_the_prompt_is_what_training_showed(ask, tiny, record, picture, llava):
+def test_the_prompt_equals_that_of_training(ask, tiny, record, image_path, llava):
     model, tokenizer = llava
     question = record["conversations"][0]["value"].removeprefix("<image>\n")
-    prompt = json.loads(ask("--image", picture, "--prompt", question, "--json", length=1))["prompt_ids"]
+    prompt = json.loads(ask("--image", image_path, "--prompt", question, "--json", length=1))["prompt_ids"]
     sources = open_sources([str(tiny.world / "instruct.json")], None)
     trained = Records(sources, tokenizer, model.config, 1024)[0]["ids"]
     assert prompt == trained[: len(prompt)]
     assert prompt.count(tokenizer.image_id) == model.config.vision_config.num_patches == 9
 
 
-def test_the_picture_matters_and_is_looked_at_once(llava, picture, tiny, monkeypatch):
+def test_the_image_matters_and_is_encoded_once(llava, image_path, tiny, monkeypatch):
     model, tokenizer = llava
-    looks, see = [], model.vision_features
-    monkeypatch.setattr(model, "vision_features", lambda pixels: looks.append(pixels) or see(pixels))
-    chat = sample.Chat(model, tokenizer, picture, max_new_tokens=12)
-    said = ["".join(chat.ask(question)) for question in ("What is this?", "What is this?")]
+    seen, encode = [], model.vision_features
+    monkeypatch.setattr(model, "vision_features", lambda pixels: seen.append(pixels) or encode(pixels))
+    chat = sample.Chat(model, tokenizer, image_path, max_new_tokens=12)
+    answers = ["".join(chat.ask(question)) for question in ("What is this?", "What is this?")]
     other = sample.Chat(model, tokenizer, next((tiny.world / "heldout-0/0000").iterdir()), max_new_tokens=12)
-    assert len({*said, "".join(other.ask("What is this?"))}) == 3 and len(looks) == 2
+    assert len({*answers, "".join(other.ask("What is this?"))}) == 3 and len(seen) == 2
 
 
 @pytest.mark.parametrize("text", ["What does <image> mean?", "</s>", "<s><pad> end", "USER: ASSISTANT: yes</s>"])
-def test_text_is_only_text(ask, llava, picture, text):
+def test_special_tokens_in_a_question_are_text(ask, llava, image_path, text):
     tokenizer = llava[1]
     specials = set(tokenizer.specials.values())
     prompt = json.loads(ask("--prompt", text, "--json", length=1))["prompt_ids"]
     assert [i for i in prompt if i in specials] == [tokenizer.bos_id]
     assert text in tokenizer.decode(prompt)
-    prompt = json.loads(ask("--image", picture, "--prompt", text, "--json", length=1))["prompt_ids"]
+    prompt = json.loads(ask("--image", image_path, "--prompt", text, "--json", length=1))["prompt_ids"]
     assert [i for i in prompt if i in specials] == [tokenizer.bos_id] + [tokenizer.image_id] * 9
 
 
-def test_a_conversation_holds_what_was_said_before(llava, picture, monkeypatch):
+def test_a_conversation_includes_earlier_turns(llava, image_path, monkeypatch):
     model, tokenizer = llava
-    prompts = say(monkeypatch, [*bytes_of(tokenizer, " a cat"), tokenizer.eos_id], bytes_of(tokenizer, " no"))
-    chat = sample.Chat(model, tokenizer, picture)
+    prompts = fake_answers(
+        monkeypatch, [*ids_of_bytes(tokenizer, " a cat"), tokenizer.eos_id], ids_of_bytes(tokenizer, " no")
+    )
+    chat = sample.Chat(model, tokenizer, image_path)
     assert "".join(chat.ask("What is this?")) == "a cat" and "".join(chat.ask("Is it red?")) == "no"
     first, second = prompts
     before = [*first, *tokenizer.encode(" a cat"), tokenizer.eos_id]
@@ -169,35 +171,35 @@ def test_a_conversation_holds_what_was_said_before(llava, picture, monkeypatch):
     assert second[len(before) :] == tokenizer.encode("USER: Is it red? ASSISTANT:")
 
 
-def test_a_terminal_may_converse(llava, monkeypatch, capsys):
+def test_a_conversation_on_a_terminal(llava, monkeypatch, capsys):
     model, tokenizer = llava
-    prompts = say(monkeypatch, bytes_of(tokenizer, " yes"), bytes_of(tokenizer, " no"))
+    prompts = fake_answers(monkeypatch, ids_of_bytes(tokenizer, " yes"), ids_of_bytes(tokenizer, " no"))
     lines = iter(["Is it?", "Sure?", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     sample.converse(sample.Chat(model, tokenizer, None))
     assert capsys.readouterr().out == "yes\nno\n" and len(prompts) == 2
 
 
-def test_without_a_picture_a_llava_answers_too(ask, llava):
+def test_a_llava_answers_without_an_image(ask, llava):
     result = json.loads(ask("--prompt", "Is the cat red?", "--json"))
     assert result["ids"] and llava[1].image_id not in result["prompt_ids"]
 
 
-def test_a_decoder_alone_answers_and_sees_nothing(ask, tiny, picture):
+def test_a_decoder_alone_answers_and_refuses_images(ask, tiny, image_path):
     assert json.loads(ask("--prompt", "Is the cat red?", "--json", model=tiny.decoder))["ids"]
-    assert "vision tower" in refusal(ask, "--image", picture, "--prompt", "Is it red?", model=tiny.decoder)
+    assert "vision tower" in refusal(ask, "--image", image_path, "--prompt", "Is it red?", model=tiny.decoder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# chance
+# sampling
 
 
-def test_greedy_answers_repeat(ask, picture):
-    argv = ["--image", picture, "--prompt", "What is this?"]
+def test_greedy_answers_repeat(ask, image_path):
+    argv = ["--image", image_path, "--prompt", "What is this?"]
     assert ask(*argv) == ask(*argv) == ask(*argv, "--seed", 5) != "\n"
 
 
-def test_a_seed_repeats_its_draw(ask):
+def test_a_seed_repeats_its_answer(ask):
     drawn = [
         json.loads(ask("--prompt", "What?", "--temperature", 1.5, "--seed", seed, "--json"))["ids"]
         for seed in (1, 1, 2)
@@ -208,23 +210,23 @@ def test_a_seed_repeats_its_draw(ask):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# one line for what a user can mend
+# errors that a user can fix, in one line
 
 
-def test_a_prompt_longer_than_the_context_is_measured(ask, picture, llava):
+def test_a_prompt_longer_than_the_context_is_refused(ask, image_path, llava):
     text = "red cat " * 600
     tokens = len(llava[1].encode("\n" + text + " ASSISTANT:")) + len(llava[1].encode("USER: ")) + 9 + 1
-    line = refusal(ask, "--image", picture, "--prompt", text)
+    line = refusal(ask, "--image", image_path, "--prompt", text)
     assert tokens > 1024 and str(tokens) in line and "1024" in line
 
 
-def test_a_picture_that_is_none_is_named(ask, tmp_path):
+def test_an_unreadable_image_is_named(ask, tmp_path):
     (tmp_path / "page.jpg").write_text("<html>")
     for name in ("nowhere.jpg", "page.jpg"):
         assert name in refusal(ask, "--image", tmp_path / name, "--prompt", "What is this?")
 
 
-def test_without_a_model_both_ways_to_one_are_named(command, tmp_path, monkeypatch):
+def test_without_a_model_the_error_says_how_to_get_one(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         command(sample, "--prompt", "Hello")
@@ -241,7 +243,7 @@ def test_a_folder_without_a_model_is_named(command, tmp_path):
 
 def test_a_missing_tokenizer_is_named_before_the_weights_are_read(command, tiny, tmp_path):
     data = (tiny.stage2 / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(data[:-4] + b"\xff" * 4)  # a NaN, for which they would be refused
+    (tmp_path / "model.safetensors").write_bytes(data[:-4] + b"\xff" * 4)  # a NaN, which would be refused
     (tmp_path / "config.json").write_bytes((tiny.stage2 / "config.json").read_bytes())
     with pytest.raises(SystemExit) as caught:
         command(sample, "--model", tmp_path, "--prompt", "Hello")
@@ -249,21 +251,21 @@ def test_a_missing_tokenizer_is_named_before_the_weights_are_read(command, tiny,
 
 
 @pytest.mark.parametrize("device", ["foo", "meta", "cuda:99", "CUDA"])
-def test_a_device_that_is_not_there_is_named(command, tiny, device):
+def test_an_unknown_device_is_named(command, tiny, device):
     with pytest.raises(SystemExit) as caught:
         command(sample, "--model", tiny.stage2, "--prompt", "Hello", "--device", device)
     assert f"--device {device}" in caught.value.code and len(caught.value.code.splitlines()) == 1
 
 
 @pytest.mark.parametrize("flag", ["--temperature=nan", "--temperature=inf", "--seed=-1", f"--seed={2**64}"])
-def test_a_number_that_is_none_is_named(command, tiny, capsys, flag):
+def test_an_invalid_number_is_named(command, tiny, capsys, flag):
     with pytest.raises(SystemExit) as caught:
         command(sample, "--model", tiny.stage2, "--prompt", "Hello", flag)
     assert caught.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("flag", ["--temperature=-1", "--top-p=0", "--top-p=1.1", "--top-k=-1", "--max-new-tokens=0"])
-def test_a_wrong_flag_is_named(command, tiny, capsys, flag):
+def test_a_number_out_of_range_is_named(command, tiny, capsys, flag):
     with pytest.raises(SystemExit) as caught:
         command(sample, "--model", tiny.stage2, "--prompt", "Hello", flag)
     assert caught.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err.splitlines()[-1]

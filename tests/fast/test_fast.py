@@ -171,12 +171,12 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(share, dtype):
 
 def in_four_bits(model: Llava):
     for path in find_linears(model, "llm"):
-        model.set_submodule(path, NF4Linear.of(model.get_submodule(path).weight))
+        model.set_submodule(path, NF4Linear.from_weight(model.get_submodule(path).weight))
 
 
 def test_nf4_prepared_for_compiling_holds_the_same_numbers():
     torch.manual_seed(0)
-    layer, x = NF4Linear.of(torch.randn(48, 100)), torch.randn(3, 100)  # rows begin within a block
+    layer, x = NF4Linear.from_weight(torch.randn(48, 100)), torch.randn(3, 100)  # rows begin within a block
     want, codes, y = layer.dequantize(), layer.packed.clone(), layer(x)
     prepare_nf4(layer)
     prepare_nf4(layer)  # a second time changes nothing
@@ -191,7 +191,7 @@ def test_nf4_prepared_for_compiling_holds_the_same_numbers():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_nf4_computes_the_same_and_stores_no_weight(dtype):
     torch.manual_seed(0)
-    layer = NF4Linear.of(torch.randn(192, 320, dtype=dtype))  # 960 absmax: the last block of 256 is not full
+    layer = NF4Linear.from_weight(torch.randn(192, 320, dtype=dtype))  # 960 absmax: the last block of 256 is not full
     x = torch.randn(40, 320, dtype=dtype, requires_grad=True)
     y = layer(x)
     (want,) = torch.autograd.grad(y.square().sum(), x)

@@ -50,7 +50,7 @@ def test_codes_of_one_minus_one_and_zeros():
 
 
 def test_number_between_two_values_is_rounded_down():
-    borders = nf4.boundaries(torch.tensor(nf4.CODES))
+    borders = nf4.boundaries(torch.tensor(nf4.NF4_VALUES))
     packed, _ = nf4.quantize(torch.cat([borders, torch.tensor([1.0])]))
     codes = [half for byte in packed.flatten().tolist() for half in (byte >> 4, byte & 15)]
     assert codes[:15] == list(range(15)) and codes[15] == 15
@@ -63,7 +63,7 @@ def test_sizes_of_codes_and_absmax(count, size, blocks):
 
 
 def test_bits_per_weight():
-    layer = NF4Linear.of(torch.randn(256, 1024))
+    layer = NF4Linear.from_weight(torch.randn(256, 1024))
     bits = 8 * sum(p.nbytes for name, p in layer.named_parameters() if name != "nested_offset") / (256 * 1024)
     assert bits == pytest.approx(4.126953, abs=1e-6)
 
@@ -110,7 +110,7 @@ def test_codes_and_numbers_equal_bitsandbytes(bnb, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_midpoints_and_zeros_equal_bitsandbytes(bnb, dtype):
-    borders = nf4.boundaries(torch.tensor(nf4.CODES))
+    borders = nf4.boundaries(torch.tensor(nf4.NF4_VALUES))
     nearby = torch.stack([borders, borders.nextafter(torch.tensor(2.0)), borders.nextafter(torch.tensor(-2.0))])
     weight = torch.cat([F.pad(row, (0, 49), value=1.0) * size for row in nearby for size in (1.0, 0.3, 1e-3)])
     weight = torch.cat([weight, torch.zeros(128)]).to(dtype)
@@ -157,7 +157,7 @@ def test_files_are_exchanged_with_bitsandbytes(bnb, dtype, double, tmp_path):
     assert torch.equal(layer.dequantize(), bnb.dequantize_4bit(packed, state))
     written = nf4_files.to_files("a.weight", layer)
     assert written.keys() == theirs.keys() and all(torch.equal(written[name], theirs[name]) for name in theirs)
-    layer = NF4Linear.of(weight, double)
+    layer = NF4Linear.from_weight(weight, double)
     written = {key.removeprefix("a.weight."): tensor for key, tensor in nf4_files.to_files("a.weight", layer).items()}
     packed = written.pop("a.weight")
     read = bnb.QuantState.from_dict(written, device="cpu")
@@ -173,7 +173,7 @@ def test_layer_equals_linear4bit(bnb):
     theirs = theirs.to("cpu")
     expected = theirs(x)
     (their_gradient,) = torch.autograd.grad(expected.sum(), x)
-    layer = NF4Linear.of(weight, double=False)
+    layer = NF4Linear.from_weight(weight, double=False)
     y = layer(x)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(y, expected) and torch.allclose(gradient, their_gradient, rtol=1e-6, atol=1e-7)
@@ -185,7 +185,7 @@ def test_layer_equals_linear4bit(bnb):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_forward_and_backward_equal_those_of_the_dequantized_weight(bias):
-    layer = NF4Linear.of(torch.randn(48, 32))
+    layer = NF4Linear.from_weight(torch.randn(48, 32))
     if bias:
         layer.bias = torch.nn.Parameter(torch.randn(48), requires_grad=False)
     x = torch.randn(2, 7, 32, requires_grad=True)
@@ -198,7 +198,7 @@ def test_forward_and_backward_equal_those_of_the_dequantized_weight(bias):
 
 
 def test_dequantized_weight_is_not_stored_for_backward():
-    layer = NF4Linear.of(torch.randn(256, 256))
+    layer = NF4Linear.from_weight(torch.randn(256, 256))
     weight = layer.dequantize()  # also fills the cached code books
     with MemoryCounter(layer.parameters()) as counted:
         x = torch.randn(4, 256, requires_grad=True)
@@ -210,7 +210,7 @@ def test_dequantized_weight_is_not_stored_for_backward():
 
 
 def test_layer_computes_in_bfloat16_under_autocast():
-    layer, x = NF4Linear.of(torch.randn(32, 32)), torch.randn(3, 32, requires_grad=True)
+    layer, x = NF4Linear.from_weight(torch.randn(32, 32)), torch.randn(3, 32, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
         expected = F.linear(x, layer.dequantize())
@@ -221,7 +221,7 @@ def test_layer_computes_in_bfloat16_under_autocast():
 
 def test_quantized_weights_are_counted_as_whole_ones():
     layer = torch.nn.Linear(48, 64)
-    small = NF4Linear.of(layer.weight)
+    small = NF4Linear.from_weight(layer.weight)
     small.bias = layer.bias
     assert nf4.count_weights(small) == nf4.count_weights(layer) == 48 * 64 + 64
 
@@ -297,7 +297,7 @@ from formats import weights
 def most():  # peak of this process; getrusage may return the parent's
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
-weights.NF4Linear.of(torch.ones(64, 64))  # fills the cached code books
+weights.NF4Linear.from_weight(torch.ones(64, 64))  # fills the cached code books
 begin = most()
 model = weights.load_model(sys.argv[1], bits=4)
 print(most() - begin, sum(p.nbytes for p in model.parameters()))

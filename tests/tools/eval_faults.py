@@ -1,7 +1,7 @@
 """Test the scorers and the resume of eval.py on many random cases, and print how many agree as a table.
 
     python tests/tools/eval_faults.py                       everything that needs no model
-    python tests/tools/eval_faults.py --only ptb    ptb, meteor, corpora, speed, fuzz; with --model kills, batches
+    python tests/tools/eval_faults.py --only ptb            or meteor, corpora, speed, fuzz; with --model kills, batches
     python tests/tools/eval_faults.py --only kills --model out/speedrun/stage2 --world out/speedrun/world
 
 `bash test.sh` runs a few cases of each instead.
@@ -117,12 +117,12 @@ def reference_scores(candidates, references) -> dict[str, tuple[float, list[floa
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    told = {i: [" ".join(words)] for i, words in enumerate(candidates)}
+    guesses = {i: [" ".join(words)] for i, words in enumerate(candidates)}
     truth = {i: [" ".join(words) for words in group] for i, group in enumerate(references)}
     with contextlib.redirect_stdout(io.StringIO()):
-        bleu, each = Bleu(4).compute_score(truth, told, verbose=0)
+        bleu, each = Bleu(4).compute_score(truth, guesses, verbose=0)
     found = {f"Bleu_{n + 1}": (bleu[n], each[n]) for n in range(4)}
-    return found | {"ROUGE_L": Rouge().compute_score(truth, told), "CIDEr": Cider().compute_score(truth, told)}
+    return found | {"ROUGE_L": Rouge().compute_score(truth, guesses), "CIDEr": Cider().compute_score(truth, guesses)}
 
 
 def our_scores(candidates, references) -> dict[str, tuple[float, list[float]]]:
@@ -145,8 +145,8 @@ def try_meteor() -> list[tuple[str, str]]:
         candidates = [item["candidate_ptb"].split() for item in record["items"]]
         references = [[text.split() for text in item["references_ptb"]] for item in record["items"]]
         score, each = captions.meteor(jar, candidates, references)
-        told = [record["official_pycocoevalcap_1_2"]["METEOR"], *(item["scores"]["METEOR"] for item in record["items"])]
-        alike += all(f"{a:.4f}" == f"{b:.4f}" for a, b in zip([score, *each], told))
+        want = [record["official_pycocoevalcap_1_2"]["METEOR"], *(item["scores"]["METEOR"] for item in record["items"])]
+        alike += all(f"{a:.4f}" == f"{b:.4f}" for a, b in zip([score, *each], want))
     return [("METEOR of recorded sets, by its own tool", f"{alike} of {len(names)} alike" if jar else "no tool here")]
 
 

@@ -1,11 +1,11 @@
-"""Kill, stop and restart training runs until there is a figure for it, and print the figures as a table.
+"""Kill, stop and restart training runs many times, and print a table of how many end as an uninterrupted run.
 
     python tests/tools/faults.py                       all of it but the soak: about half an hour on two cores
     python tests/tools/faults.py --only kills          steps, kills, nodes, restarts or stops
     python tests/tools/faults.py --only soak           train, kill, resume for --minutes 30
 
-Every trial ends with the hash of the finished weights against that of a run nobody touched. Not a part of
-`bash test.sh`, which tries six of the instants.
+Every trial compares the hash of the finished weights with that of an uninterrupted run. `bash test.sh` does not run
+this; its tests try six of the instants.
 """
 
 import argparse
@@ -41,27 +41,27 @@ STEPS, SAVE_EVERY = 24, 4
 # processes
 
 
-def stand_still(function: str, path: str, calls: int, marker: Path):
-    """From its n-th call on (that is given a path ending so), this function touches `marker` and waits to be killed."""
+def wait_to_be_killed(function: str, path: str, calls: int, marker: Path):
+    """Make a function touch `marker` and wait at its n-th call, counting calls whose path ends in `path`."""
     module, _, name = function.rpartition(".")
     original, number = getattr(sys.modules[module], name), count(1)
 
-    def still(*args, **kwargs):
+    def waiting(*args, **kwargs):
         if (not path or str(args[0]).endswith(path)) and next(number) == calls:
             marker.touch()
             time.sleep(600)
         return original(*args, **kwargs)
 
-    setattr(sys.modules[module], name, still)
+    setattr(sys.modules[module], name, waiting)
 
 
-def train_here(argv: list, environment: dict, fault: tuple | None):
-    """What a started process does: train.py, with its output thrown away."""
+def run_train(argv: list, environment: dict, fault: tuple | None):
+    """Run train.py in this process, without its output."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     if fault:
-        stand_still(*fault)
+        wait_to_be_killed(*fault)
     sys.argv = ["train.py", *map(str, argv)]
     train.main()
 
@@ -73,15 +73,15 @@ def free_port() -> int:
 
 
 def start(argv: list, ranks: int = 1, fault: tuple | None = None) -> list[multiprocessing.Process]:
-    """One process per rank; with a `fault`, (function, path, calls, marker), rank 0 stands still there."""
+    """Start a process for each rank; with a `fault` (function, path, calls, marker), rank 0 waits there."""
     context = multiprocessing.get_context("forkserver")  # torch is imported once for all of them
     context.set_forkserver_preload(["train"])
     processes, port = [], free_port()
     for rank in range(ranks):
         group = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {key: str(value) for key, value in group.items()} if ranks > 1 else {}
-        mine = None if rank else fault
-        processes.append(context.Process(target=train_here, args=(argv, environment, mine), daemon=True))
+        own_fault = None if rank else fault
+        processes.append(context.Process(target=run_train, args=(argv, environment, own_fault), daemon=True))
         processes[-1].start()
     return processes
 
@@ -94,7 +94,7 @@ def kill(processes):
 
 
 def finish(argv: list, ranks: int = 1):
-    """Let a run come to its end."""
+    """Run to the end."""
     processes = start(argv, ranks)
     for process in processes:
         process.join()
@@ -102,7 +102,7 @@ def finish(argv: list, ranks: int = 1):
 
 
 def kill_at(argv: list, fault: tuple, ranks: int = 1):
-    """Let a run come to where it stands still, and kill it there with SIGKILL."""
+    """Run up to the fault, and send SIGKILL there."""
     *_, marker = fault
     marker.unlink(missing_ok=True)
     processes, end = start(argv, ranks, fault), time.monotonic() + 90
@@ -128,17 +128,17 @@ def steps_logged(folder: Path) -> int:
 
 
 def steps_kept(folder: Path) -> int:
-    """The step a resume goes on from. Only whole checkpoints have the name of one."""
+    """The step from which a resume continues. Only complete checkpoints have such a name."""
     return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-??????")), default=0)
 
 
-def resumed(argv: list, folder: Path, ranks: int = 1):
-    """Go on to the end: with --resume if the kill came after the run had begun."""
+def resume(argv: list, folder: Path, ranks: int = 1):
+    """Run to the end, with --resume if the run had begun before it was killed."""
     finish([*argv, "--resume"] if (folder / "run.json").exists() else argv, ranks)
 
 
 class Bench:
-    """A tiny world and models, and for each kind of run its flags and the hash it ends with untouched."""
+    """A tiny world and models, and for each kind of run its flags and the hash of an uninterrupted run's weights."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -159,8 +159,8 @@ class Bench:
         for name in ("LoRA", "QLoRA", "compiled"):
             finish([*self.flags[name], "--out", root / name])
         folders = {"stage 1": "first", "stage 2": "second"} | {name: name for name in ("LoRA", "QLoRA", "compiled")}
-        self.untouched = {name: weights_hash(root / folder) for name, folder in folders.items()}
-        self.untouched_by_two = weights_hash(root / "both")
+        self.expected = {name: weights_hash(root / folder) for name, folder in folders.items()}
+        self.expected_of_two = weights_hash(root / "both")
 
     def new(self, name: str) -> tuple[list, Path]:
         """Flags of a run in an empty folder, and the folder."""
@@ -177,14 +177,14 @@ KINDS = (("stage 1", 1), ("stage 2", 1), ("stage 2", 2), ("LoRA", 1), ("QLoRA", 
 
 
 def every_step(bench: Bench, kinds=KINDS):
-    """Killed as each step begins, and resumed."""
+    """Kill a run at the start of each step, and resume it."""
     for name, ranks in kinds:
         equal = 0
-        expected = bench.untouched_by_two if ranks == 2 else bench.untouched[name]
+        expected = bench.expected_of_two if ranks == 2 else bench.expected[name]
         for step in tqdm(range(1, STEPS + 1), f"{name}, {ranks} ranks"):
             argv, folder = bench.new(name)
             kill_at(argv, ("train.train_step", "", step, bench.root / "here"), ranks)
-            resumed(argv, folder, ranks)
+            resume(argv, folder, ranks)
             equal += weights_hash(folder) == expected
         kind = f"{name}{', 2 ranks' if ranks == 2 else ''}"
         yield f"killed at every step of {STEPS}, {kind}", f"{equal}/{STEPS} end in the same bits"
@@ -207,7 +207,7 @@ PHASES = {  # of writing a checkpoint, and the finished model: function, the pat
 
 
 def random_kills(bench: Bench, trials: int):
-    """SIGKILL in every phase of writing, four times each, and else at any instant from the start to the end."""
+    """Kill runs four times in every phase of writing, and otherwise at random times."""
     rng, lost, equal = random.Random(0), [], 0
     argv, folder = bench.new("stage 2")
     begin = time.monotonic()
@@ -229,10 +229,10 @@ def random_kills(bench: Bench, trials: int):
             "finished"
         ):
             lost.append(steps_logged(folder) - steps_kept(folder))
-            resumed(argv, folder)
-        equal += weights_hash(folder) == bench.untouched["stage 2"]
-    told = f"{equal}/{len(faults)} end in the same bits, at most {max(lost)} of {SAVE_EVERY} steps lost"
-    yield f"SIGKILL at {len(faults)} instants, {len(PHASES)} phases of writing among them", told
+            resume(argv, folder)
+        equal += weights_hash(folder) == bench.expected["stage 2"]
+    outcome = f"{equal}/{len(faults)} end in the same bits, at most {max(lost)} of {SAVE_EVERY} steps lost"
+    yield f"SIGKILL at {len(faults)} instants, {len(PHASES)} phases of writing among them", outcome
 
 
 WRAPPER = """
@@ -252,9 +252,9 @@ train.main()
 
 
 def torchrun(bench: Bench, rank: int, step: int, number: str, *flags) -> tuple[bool, float]:
-    """Whether a run of two ranks, one of which gets a signal before a step, ends as it should; and in how long.
+    """Send a signal to one of two ranks before a step; returns whether the run ends as it should, and its seconds.
 
-    The run is not told where to go, so each restart has to find the folder that the first start has named.
+    Without --out, each restart has to find the folder that the first start has named.
     """
     argv, place = bench.flags["stage 2"], bench.root / "place"
     shutil.rmtree(place, ignore_errors=True)
@@ -273,31 +273,31 @@ def torchrun(bench: Bench, rank: int, step: int, number: str, *flags) -> tuple[b
         os.killpg(process.pid, signal.SIGKILL)
         return False, 180.0
     seconds, folders = time.monotonic() - begin, list((place / "out").iterdir())
-    return status == 0 and [weights_hash(folder) for folder in folders] == [bench.untouched_by_two], seconds
+    return status == 0 and [weights_hash(folder) for folder in folders] == [bench.expected_of_two], seconds
 
 
 def restarts(bench: Bench, trials: int):
-    """One rank killed under torchrun --max-restarts."""
+    """Kill one rank under torchrun --max-restarts."""
     rng = random.Random(1)
     results = [torchrun(bench, i % 2, rng.randrange(STEPS), "SIGKILL") for i in tqdm(range(trials), "restarts")]
     seconds = statistics.median(seconds for _, seconds in results)
     good = sum(good for good, _ in results)
-    told = f"{good}/{trials} recover to the same bits, {seconds:.0f} s in the median for the whole run"
-    yield "one of two ranks killed under `torchrun --max-restarts`", told
+    outcome = f"{good}/{trials} recover to the same bits, {seconds:.0f} s in the median for the whole run"
+    yield "one of two ranks killed under `torchrun --max-restarts`", outcome
 
 
 def stops(bench: Bench, trials: int):
-    """One rank stopped, not killed: nobody closes its connections."""
+    """Stop one rank without killing it: its connections stay open."""
     limit = 10
     results = [torchrun(bench, i % 2, 9, "SIGSTOP", "--timeout", limit) for i in tqdm(range(trials), "stops")]
     seconds = statistics.median(seconds for _, seconds in results)
     good = sum(good for good, _ in results)
-    told = f"{good}/{trials} are restarted and end in the same bits, {seconds:.0f} s in the median"
-    yield f"one of two ranks stopped (SIGSTOP), `--timeout {limit}`", told
+    outcome = f"{good}/{trials} are restarted and end in the same bits, {seconds:.0f} s in the median"
+    yield f"one of two ranks stopped (SIGSTOP), `--timeout {limit}`", outcome
 
 
 def nodes(bench: Bench):
-    """Two agents that find each other, as on two machines."""
+    """Run two agents that find each other, as on two machines."""
     argv, folder = bench.new("stage 2")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d"]
     launch += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=two"]
@@ -305,9 +305,9 @@ def nodes(bench: Bench):
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     agents = [subprocess.Popen(command, env=environment, **silent) for _ in range(2)]
-    good = [agent.wait(180) for agent in agents] == [0, 0] and weights_hash(folder) == bench.untouched_by_two
-    told = "the same bits as two ranks of one" if good else "DIFFER"
-    yield "two agents of torchrun (`--nnodes 2`), one rank each", told
+    good = [agent.wait(180) for agent in agents] == [0, 0] and weights_hash(folder) == bench.expected_of_two
+    outcome = "the same bits as two ranks of one" if good else "DIFFER"
+    yield "two agents of torchrun (`--nnodes 2`), one rank each", outcome
 
 
 def soak(bench: Bench, minutes: float):
@@ -334,9 +334,9 @@ def soak(bench: Bench, minutes: float):
     memory, opened = 60 * slopes.reshape(-1, 2).T
     steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
     whole = steps == list(range(1, len(steps) + 1))
-    told = f"{kills} kills, {len(steps):,} steps, log {'without a gap' if whole else 'BROKEN'}; "
-    told += f"{np.median(memory) / 1e6:+.2f} MB and {np.median(opened):+.2f} open files per minute in the median"
-    yield f"soak of {minutes:g} minutes", told
+    outcome = f"{kills} kills, {len(steps):,} steps, log {'without a gap' if whole else 'BROKEN'}; "
+    outcome += f"{np.median(memory) / 1e6:+.2f} MB and {np.median(opened):+.2f} open files per minute in the median"
+    yield f"soak of {minutes:g} minutes", outcome
 
 
 def usage(pid: int) -> tuple[int, int]:
@@ -366,8 +366,8 @@ def main():
         chosen = [args.only] if args.only else [name for name in trials if name != "soak"]
         print("| what was done | what came of it |\n|---|---|", flush=True)
         for name in chosen:
-            for what, told in trials[name]():
-                print(f"| {what} | {told} |", flush=True)
+            for what, outcome in trials[name]():
+                print(f"| {what} | {outcome} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
     python tests/tools/lora_tables.py --speedrun out/speedrun --easy-vqa easy-vqa --out out/lora-tables
 
-Two runs at a time, one thread each. A run that is there already is not made again, so other --steps or --lr want
-another --out.
+Two runs at a time, one thread each. A finished run is not repeated, so other --steps or --lr need another --out.
 """
 
 import argparse
@@ -41,7 +40,7 @@ class Trial:
     out: Path
 
     def run(self, script: str, *flags) -> str:
-        """Run a script; what it says on standard error."""
+        """Run a script; returns its output and its standard error."""
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(REPOSITORY / script), *map(str, flags)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -50,7 +49,7 @@ class Trial:
         return done.stdout + done.stderr
 
     def go(self) -> "Trial":
-        """Train and ask, unless that is done."""
+        """Train the model and ask it, unless that is done."""
         told, answers = self.out / "told.txt", self.out / "answers.jsonl"
         if not told.exists():
             flags = ["--stage", 2, "--model", self.base, *self.flags, "--out", self.out]
@@ -153,7 +152,7 @@ def main():
 
 
 def ask(trial: Trial) -> Trial:
-    """The questions alone, of the model as it was."""
+    """Ask the model as it was before any training."""
     if not (trial.out / "told.txt").exists():
         text = trial.run("eval.py", "--model", trial.base, *trial.asked, "--out", trial.out / "answers.jsonl")
         (trial.out / "told.txt").write_text(text)

@@ -51,7 +51,7 @@ def make_model(text: dict, vision: dict, kind: str, dtype: torch.dtype, recomput
     if bits == 4:
         for path, module in list(layers.named_modules()):
             if isinstance(module, torch.nn.Linear):
-                layers.set_submodule(path, NF4Linear.of(module.weight))
+                layers.set_submodule(path, NF4Linear.from_weight(module.weight))
     if rank:
         add_lora(model, {"llm": rank}, None, 0.05)
     cast_weights(model, "ddp", torch.float32, dtype)

@@ -49,10 +49,10 @@ def main():
     for dtype in (torch.float32, torch.bfloat16):
         weight, x = torch.randn(4096, 4096).to(dtype), torch.randn(ROWS, 4096).to(dtype)
         codes, state = theirs.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-        layer = NF4Linear.of(weight)
+        layer = NF4Linear.from_weight(weight)
         calls = {
             "quantize 4096 x 4096, doubly": (
-                lambda w=weight: NF4Linear.of(w),
+                lambda w=weight: NF4Linear.from_weight(w),
                 lambda w=weight: theirs.quantize_4bit(w, quant_type="nf4", compress_statistics=True),
             ),
             "dequantize": (

@@ -16,7 +16,7 @@ import time
 from itertools import product
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is there
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
@@ -31,7 +31,7 @@ IMAGES = ("640x480.jpg", "480x640.jpg", "1920x1080.jpg", "4000x3000.jpg", "336x3
 
 
 def photograph(width: int, height: int) -> Image.Image:
-    """Noise of every octave, summed."""
+    """A sum of noise at nine scales, which has the spectrum of a photograph."""
     rng, pixels = np.random.default_rng([width, height]), np.zeros((height, width, 3), np.float32)
     for octave in range(9):
         small = (max(height >> octave, 2), max(width >> octave, 2), 3)
@@ -41,7 +41,7 @@ def photograph(width: int, height: int) -> Image.Image:
 
 
 def paired(ours, theirs, rounds: int) -> tuple[float, float, float, float]:
-    """Median processor seconds of both, the median of their ratio round by round, and half of its middle 50 %."""
+    """Median CPU seconds of both, the median ratio of a round, and half of its interquartile range."""
     pairs = []
     for _ in range(rounds + 1):
         times = []

@@ -45,7 +45,7 @@ SOURCES = {
 
 
 def write_mixture(folder: Path):
-    """mix.json, every source in one file and shuffled within it, as published; and the image."""
+    """Write mix.json, a shuffled mixture of all sources as published, and the image."""
     rng = random.Random(0)
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(20_000)]
     (folder / "images").mkdir(parents=True)
@@ -67,7 +67,7 @@ def write_mixture(folder: Path):
 
 
 def memory(process: int | str) -> dict[str, int]:
-    """Megabytes of a process: resident, its part of what is shared, and what it has for itself."""
+    """Megabytes of a process: resident, with a share of shared pages (pss), and private."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
     kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     private = kilobytes["Private_Clean"] + kilobytes["Private_Dirty"]
@@ -75,7 +75,7 @@ def memory(process: int | str) -> dict[str, int]:
 
 
 def start(folder: Path, model: Path, workers: int, context: str | None, steps: int) -> dict:
-    """What train.py does up to its first batch, and on to `steps`; in this process."""
+    """Load data as train.py does, up to batch `steps`, in this process; returns seconds and megabytes."""
     import torch
     from torch.utils.data import DataLoader
 

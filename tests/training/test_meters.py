@@ -53,7 +53,7 @@ def test_arithmetic_under_lora_is_what_torch_counts(parts, bits):
     if bits == 4:
         for path, module in list(llava.language_model.model.layers.named_modules()):
             if isinstance(module, torch.nn.Linear):
-                llava.language_model.model.layers.set_submodule(path, NF4Linear.of(module.weight))
+                llava.language_model.model.layers.set_submodule(path, NF4Linear.from_weight(module.weight))
     add_lora(llava, parts, None, 0.0)
     batch["labels"] = batch["labels"].masked_fill(batch["labels"] == 96, 5)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
