@@ -125,10 +125,9 @@ def probe_logits(model: Llava) -> torch.Tensor:
     return model.language_model.lm_head(model.language_model.model(x)).float()
 
 
-def parse_args() -> dict:
-    """The command line: the arguments of a command, which is in "run". An unknown one exits with status 2."""
-    style = argparse.RawDescriptionHelpFormatter
-    name = "python -m formats"
+def main():
+    """Run the command; an unknown command or flag exits with status 2."""
+    name, style = "python -m formats", argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=name, description=__doc__, formatter_class=style, allow_abbrev=False)
     commands = parser.add_subparsers(required=True)
 
@@ -149,11 +148,7 @@ def parse_args() -> dict:
     add("--vision", type=Path, help="CLIP's folder, for an adapter whose base is a decoder alone")
     bits = "4: quantize the base first and merge into the result, as QLoRA trained it"
     add("--bits", type=int, choices=(4, 16), default=16, help=bits)
-    return vars(parser.parse_args())
-
-
-def main():
-    args = parse_args()
+    args = vars(parser.parse_args())
     for name in {"target", "out"} & args.keys():
         if args[name].exists():
             raise ValueError(f"{args[name]}: exists already")

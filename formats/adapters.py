@@ -83,15 +83,6 @@ def sample_weights(model: nn.Module, paths: Iterable[str]) -> dict[str, list[flo
     return found
 
 
-def check_base(model: nn.Module, adapter: "Adapter"):
-    """Raise ValueError if the weights of `model` are not those that the adapter was trained on."""
-    for path, expected in adapter.base_sample.items():
-        found, expected = torch.tensor(sample_weights(model, [path])[path]), torch.tensor(expected)
-        # NF4 changes weights by 0.1, bfloat16 by 0.002; another model is 1.4 away.
-        if found.shape != expected.shape or not torch.dist(found, expected) < 0.3 * expected.norm():
-            raise ValueError(f"{adapter.folder} was trained on another base: its {path} held other weights")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # reading
 
@@ -220,7 +211,6 @@ def read_base_sample(path: Path, layers: Iterable[str]) -> dict[str, list[float]
 @torch.no_grad()
 def attach(model: Llava, adapter: Adapter):
     """Add an adapter to its base. Raises ValueError if it belongs to another base; the model is then unchanged."""
-    check_shapes(model, adapter)
     check_base(model, adapter)
     dtype, parameters = model.dtype, dict(model.named_parameters())  # names as they are before layers are wrapped
     for path, (a, b, scale) in adapter.lora.items():
@@ -236,19 +226,24 @@ def attach(model: Llava, adapter: Adapter):
         model.config.eos_token_ids = sorted({*model.config.eos_token_ids, *adapter.config.eos_token_ids})
 
 
-def check_shapes(model: Llava, adapter: Adapter):
-    """Raise ValueError if the model lacks a layer or tensor of the adapter, or if a shape differs."""
+def check_base(model: Llava, adapter: Adapter):
+    """Raise ValueError if the model lacks a part of the adapter, or if shapes or the weights of the base differ."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | NF4Linear):
             shapes[path] = (module.out_features, module.in_features)
-    shapes["language_model.lm_head"] = "never adapted"
+    shapes["language_model.lm_head"] = "unsupported"
     wanted = {path: (len(b), a.shape[1]) for path, (a, b, _) in adapter.lora.items()}
     wanted |= {name: tuple(tensor.shape) for name, tensor in adapter.replaced.items()}
     differ = [name for name in wanted if shapes.get(name) != wanted[name]]
     wrong = [f"{name} is {shapes.get(name, 'missing')}, should be {wanted[name]}" for name in differ]
     if wrong:
         raise ValueError(f"{adapter.folder} is for another base: {len(wrong)} parts differ: {'; '.join(wrong[:3])}")
+    for path, expected in adapter.base_sample.items():
+        found, expected = torch.tensor(sample_weights(model, [path])[path]), torch.tensor(expected)
+        # NF4 changes weights by 0.1, bfloat16 by 0.002; another model is 1.4 away.
+        if found.shape != expected.shape or not torch.dist(found, expected) < 0.3 * expected.norm():
+            raise ValueError(f"{adapter.folder} was trained on another base: its {path} held other weights")
 
 
 def load_with_adapter(

@@ -119,14 +119,13 @@ def set_parameter(model: nn.Module, name: str, value: torch.Tensor | NF4Linear):
 class skip_init(TorchFunctionMode):
     """Context in which new modules are not initialized: torch.nn.utils.skip_init for a whole model.
 
-    Every parameter is read from a file anyway, and initializing tensors on the meta device takes seconds.
+    Every parameter is read from a file anyway, and the first initialization on the meta device takes two seconds.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         if getattr(function, "__module__", "") == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return function(*args, **kwargs)
+            return kwargs["tensor"]
+        return function(*args, **kwargs or {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
