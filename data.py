@@ -150,6 +150,7 @@ def load_image(root: str | Path, name: str, config) -> PreparedImage:
 
 
 def prepare_image(image: Image.Image, config) -> PreparedImage:
+    """An RGB image prepared as the LlavaConfig `config` says."""
     vision, size, pinpoints = config.vision_config, (image.height, image.width), config.image_grid_pinpoints
     if not pinpoints:
         pixels = image_pixels(image, vision.image_size, config.image_mode)
@@ -255,23 +256,19 @@ class Records(Samples):
 
         Batches of similar lengths need less padding. The lengths are counted once and kept beside each file's index.
         """
-        vision, pinpoints = self.config.vision_config, self.config.image_grid_pinpoints
-        counts, first = [], 0
-        for source, size in zip(self.sources, self.sizes):
+        vision, pinpoints, counts = self.config.vision_config, self.config.image_grid_pinpoints, []
+        key = [self.tokenizer.fingerprint(), self.template, self.questions, self.text_only]
+        key += [vision and vision.num_patches, pinpoints]
+        for source, size, end in zip(self.sources, self.sizes, self.ends.tolist()):
+            folder = pinpoints and str(source.images.resolve())  # only with anyres do tokens depend on the images
+            count = partial(parallel_map, self.length, range(end - size, end), f"tokens of {source.file.path.name}")
+            counts.append(source.file.cached("lengths", [*key, folder, sorted(source.faults)], count))
+        return np.clip(np.concatenate(counts), -self.max_length, self.max_length).astype(np.int32)
 
-            def count(first=first, size=size, title=f"tokens of {source.file.path.name}") -> np.ndarray:
-                return np.array(parallel_map(partial(self.length, first), size, title), np.int32)
-
-            images = [vision.num_patches, pinpoints, pinpoints and str(source.images.resolve())] if vision else None
-            key = [self.tokenizer.fingerprint(), self.template, self.questions, self.text_only, images]
-            counts.append(source.file.cached("lengths", [*key, sorted(source.faults)], count))
-            first += size
-        return np.clip(np.concatenate(counts), -self.max_length, self.max_length)
-
-    def length(self, first: int, i: int) -> int:
-        """Tokens of sample `first` + `i`, not cut to max_length; negative if it has no image."""
-        record = self.record(first + i)
-        tokens = [count_image_tokens(*name, self.config) for name in self.image_names(first + i, record)]
+    def length(self, index: int) -> int:
+        """Tokens of a sample, not cut to max_length; negative if it has no image."""
+        record = self.record(index)
+        tokens = [count_image_tokens(*name, self.config) for name in self.image_names(index, record)]
         ids, _ = self.render(record, tokens, image_last=False)
         return len(ids) if tokens else -len(ids)
 

@@ -9,6 +9,7 @@ Sources: Sennrich et al. 2016 (arXiv 1508.07909), Kudo & Richardson 2018 (arXiv 
 import heapq
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import pairwise
 
@@ -19,19 +20,28 @@ SPACE = "\u2581"  # ▁, SentencePiece's character for a space
 CACHE = 1 << 16  # number of words whose ids are kept
 
 
-class ByteLevel:
+class PickledByFields:
+    """Base class of dataclasses that derive tables and caches from their fields: a pickle holds the fields only."""
+
+    def __reduce__(self):
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(eq=False)
+class ByteLevel(PickledByFields):
     """Byte-level BPE, as in GPT-2, LLaMA-3 and Qwen2.
 
-    Args: ranks: bytes of each token -> id, in order of merging; split: the pattern that cuts text into words before
-    merging; nfc: compose letters and accents first (Unicode NFC), as Qwen2 does.
     Bytes without an id (SmolLM2 has some) are dropped, as in Hugging Face's tokenizers.
     """
 
-    def __init__(self, ranks: dict[bytes, int], split: str, nfc: bool = False):
-        self.ranks, self.split, self.nfc = ranks, split, nfc
-        self.missing_bytes = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
-        self.encoding = tiktoken.Encoding("llava", pat_str=split, mergeable_ranks=ranks, special_tokens={})
-        self.known_ids, self.highest_id = set(ranks.values()), max(ranks.values())
+    ranks: dict[bytes, int]  # the bytes of each token -> its id, in order of merging
+    split: str  # pattern that cuts text into words before merging
+    nfc: bool = False  # compose letters and accents first (Unicode NFC), as Qwen2 does
+
+    def __post_init__(self):
+        self.missing_bytes = bytes(byte for byte in range(256) if bytes([byte]) not in self.ranks)
+        self.encoding = tiktoken.Encoding("llava", pat_str=self.split, mergeable_ranks=self.ranks, special_tokens={})
+        self.known_ids, self.highest_id = set(self.ranks.values()), max(self.ranks.values())
 
     def encode(self, text: str, prefix: bool = True) -> list[int]:
         text = unicodedata.normalize("NFC", text) if self.nfc else text
@@ -58,42 +68,28 @@ class ByteLevel:
                 yield parts
 
 
-class WordCache:
-    """Base class with `encode_word`, a cached `encode_uncached`. The cache is not pickled."""
-
-    def reset_cache(self):
-        self.encode_word = lru_cache(maxsize=CACHE)(self.encode_uncached)
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "encode_word"}
-
-    def __setstate__(self, state: dict):
-        vars(self).update(state)
-        self.reset_cache()
-
-
-class SentencePiece(WordCache):
+@dataclass(eq=False)
+class SentencePiece(PickledByFields):
     """SentencePiece's BPE: cut a text into characters, then merge the neighboring pair with the best score, repeatedly.
 
     A space is a character, written ▁. Characters without a piece are encoded as bytes. A text gets a space in front
     (the "dummy prefix"), so that its first word has the same ids as later in a text.
-    Args: ids: piece -> id; scores: piece -> score of merging two parts to it; byte_ids: the ids of all 256 bytes, or
-    empty; unknown: id of a character without a piece if byte_ids is empty; unless_spaced: no dummy prefix if the text
-    starts with a space, as in the newer, "non-legacy" files of transformers.
     """
 
-    def __init__(
-        self, ids: dict[str, int], scores: dict[str, float], byte_ids: list[int], unknown: int, unless_spaced: bool
-    ):
-        self.ids, self.scores, self.byte_ids = ids, scores, byte_ids
-        self.unknown, self.unless_spaced = unknown, unless_spaced
-        self.spelled = {i: bytes([byte]) for byte, i in enumerate(byte_ids)}
-        self.spelled |= {i: piece.replace(SPACE, " ").encode() for piece, i in ids.items()}
+    ids: dict[str, int]  # piece -> id
+    scores: dict[str, float]  # piece -> score of merging two parts to it
+    byte_ids: list[int]  # the ids of all 256 bytes, or empty
+    unknown: int  # id of a character without a piece if byte_ids is empty
+    unless_spaced: bool  # no prefix for a text that starts with a space, as in transformers' newer, "non-legacy" files
+
+    def __post_init__(self):
+        self.spelled = {i: bytes([byte]) for byte, i in enumerate(self.byte_ids)}
+        self.spelled |= {i: piece.replace(SPACE, " ").encode() for piece, i in self.ids.items()}
         self.highest_id = max(self.spelled)
         # If no piece has a space after another character, merges never cross the start of a word: words can be cached.
-        cuts_at_spaces = not any(SPACE in piece.lstrip(SPACE) for piece in scores)
+        cuts_at_spaces = not any(SPACE in piece.lstrip(SPACE) for piece in self.scores)
         self.words = regex.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+" if cuts_at_spaces else "(?s).+")
-        self.reset_cache()
+        self.encode_word = lru_cache(maxsize=CACHE)(self.encode_uncached)
 
     def encode(self, text: str, prefix: bool = True) -> list[int]:
         """Ids of a text. Args: prefix: False if the text continues another one, so that it gets no space in front."""
@@ -102,14 +98,14 @@ class SentencePiece(WordCache):
             text = SPACE + text
         return [i for word in self.words.findall(text) for i in self.encode_word(word)]
 
-    def encode_uncached(self, word: str) -> tuple[int, ...]:
-        return tuple(i for part in merge_parts(list(word), self.scores) for i in self.spell(part))
-
-    def spell(self, part: str) -> list[int]:
-        """The id of a piece; for a character without a piece the ids of its bytes, or `unknown`."""
-        if part in self.ids:
-            return [self.ids[part]]
-        return [self.byte_ids[byte] for byte in part.encode()] if self.byte_ids else [self.unknown]
+    def encode_uncached(self, word: str) -> list[int]:
+        ids = []
+        for part in merge_parts(list(word), self.scores):
+            if part in self.ids:
+                ids.append(self.ids[part])
+            else:  # a character without a piece
+                ids += [self.byte_ids[byte] for byte in part.encode()] if self.byte_ids else [self.unknown]
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ordinary tokens among `ids`, without the dummy prefix."""
@@ -117,28 +113,28 @@ class SentencePiece(WordCache):
         return text.removeprefix(" ")
 
 
-class ClipBPE(WordCache):
-    """The BPE of CLIP's text tower: text in lower case, with an end mark after every word instead of spaces.
-
-    Args: ids: token -> id; scores: token -> score of merging two parts to it; both in `alphabet`, see byte_alphabet.
-    """
+@dataclass(eq=False)
+class ClipBPE(PickledByFields):
+    """The BPE of CLIP's text tower: text in lower case, with an end mark after every word instead of spaces."""
 
     SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\p{White_Space}\p{L}\p{N}]+"
+    ids: dict[str, int]  # token, spelled in `byte_alphabet` -> id
+    merged: list[str]  # the tokens that are merged from two others, in order of merging
 
-    def __init__(self, ids: dict[str, int], scores: dict[str, float], alphabet: dict[int, str]):
-        self.ids, self.scores, self.alphabet = ids, scores, alphabet
-        self.highest_id = max(ids.values())
-        self.reset_cache()
+    def __post_init__(self):
+        self.scores, self.alphabet = {token: -rank for rank, token in enumerate(self.merged)}, byte_alphabet()
+        self.highest_id = max(self.ids.values())
+        self.encode_word = lru_cache(maxsize=CACHE)(self.encode_uncached)
 
     def encode(self, text: str, prefix: bool = True) -> list[int]:
         # Character by character: str.lower() of a whole text would treat a sigma at the end of a word differently.
         text = "".join(char.lower() for char in unicodedata.normalize("NFC", text))
         return [i for word in regex.findall(self.SPLIT, text) for i in self.encode_word(word)]
 
-    def encode_uncached(self, word: str) -> tuple[int, ...]:
+    def encode_uncached(self, word: str) -> list[int]:
         parts = [self.alphabet[byte] for byte in word.encode()]
         parts[-1] += "</w>"
-        return tuple(self.ids[part] for part in merge_parts(parts, self.scores))
+        return [self.ids[part] for part in merge_parts(parts, self.scores)]
 
     def decode(self, ids: list[int]) -> str:
         names = {i: token for token, i in self.ids.items()}
@@ -163,7 +159,7 @@ def merge_parts(parts: list[str | None], scores: dict[str, float]) -> list[str]:
     Candidate merges wait in a heap: n log n steps for n characters, as a text without spaces is one long word. A
     candidate whose parts have changed since it was pushed is dropped when it is popped.
     """
-    after, before = list(range(1, len(parts) + 1)), list(range(-1, len(parts) - 1))  # neighbors that still exist
+    after, before = list(range(1, len(parts) + 1)), list(range(-1, len(parts)))  # the nearest parts that still exist
     candidates: list[tuple[float, int, str]] = []
 
     def push(left: int, right: int):
@@ -179,8 +175,7 @@ def merge_parts(parts: list[str | None], scores: dict[str, float]) -> list[str]:
             continue
         parts[left], parts[right] = merged, None
         after[left] = after[right]
-        if after[left] < len(parts):
-            before[after[left]] = left
+        before[after[left]] = left
         push(before[left], left)
         push(left, after[left])
     return [part for part in parts if part is not None]

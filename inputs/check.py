@@ -6,7 +6,7 @@
 import json
 import re
 from collections import defaultdict
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from inputs.images import BadImage, check_file, open_image, resolve_inside
-from inputs.index import RecordFile
 from inputs.mixture import Source
 from inputs.parallel import parallel_map
 from inputs.records import DataError, Fault, image_paths
@@ -22,27 +21,24 @@ from inputs.records import DataError, Fault, image_paths
 
 def image_faults(source: Source, decode: bool = False) -> dict[int, Fault]:
     """Faults by record number: an image is missing, or with `decode` cannot be decoded."""
-    file, numbers = source.file, source.usable()
-    numbers = numbers[file.image_counts[numbers] > 0]
-    paths = parallel_map(partial(paths_of, file, numbers), len(numbers), f"images named in {file.path.name}")
-    distinct = list(dict.fromkeys(chain.from_iterable(paths)))  # an image that many records share is checked once
-    check = partial(image_fault, source.images, distinct, decode)
-    reasons = dict(zip(distinct, parallel_map(check, len(distinct), f"images in {source.images}")))
-    faults = {}
-    for number, own in zip(numbers.tolist(), paths):
-        if bad := [reasons[path] for path in own if reasons[path]]:
-            faults[number] = Fault(file.where(number), bad[0])
-    return faults
+    image_fault.cache_clear()
+    numbers = source.usable()
+    numbers = numbers[source.file.image_counts[numbers] > 0].tolist()
+    reasons = parallel_map(partial(record_fault, source, decode), numbers, f"images of {source.file.path.name}")
+    return {i: Fault(source.file.where(i), reason) for i, reason in zip(numbers, reasons) if reason}
 
 
-def paths_of(file: RecordFile, numbers: np.ndarray, i: int) -> list[str]:
-    return image_paths(file[numbers[i]])
+def record_fault(source: Source, decode: bool, number: int) -> str:
+    """The reason why an image of a record cannot be used; "" if all can."""
+    reasons = (image_fault(source.images, name, decode) for name in image_paths(source.file[number]))
+    return next(filter(None, reasons), "")
 
 
-def image_fault(root: Path, paths: list[str], decode: bool, i: int) -> str:
+@cache  # an image that many records share is checked once in each process
+def image_fault(folder: Path, name: str, decode: bool) -> str:
     """The reason why an image cannot be used; "" if it can."""
     try:
-        path = resolve_inside(root, paths[i])
+        path = resolve_inside(folder, name)
         open_image(path) if decode else check_file(path)
     except BadImage as error:
         return str(error)
@@ -63,7 +59,6 @@ def refuse_bad(sources: list[Source], percent: float):
 
 def report_faults(sources: list[Source], decode: bool) -> int:
     """Print the bad records of each source by kind, with three examples of each kind. Returns their number."""
-    total = 0
     for source in sources:
         source.faults |= image_faults(source, decode)
         counts = source.file.image_counts
@@ -76,8 +71,7 @@ def report_faults(sources: list[Source], decode: bool) -> int:
             print(f"  {len(faults):>9,}  {kind}")
             for fault in faults[:3]:
                 print(f"             {fault.record}: {fault.reason}".encode(errors="backslashreplace").decode())
-        total += len(source.faults)
-    return total
+    return sum(len(source.faults) for source in sources)
 
 
 def kind_of(reason: str) -> str:
@@ -111,27 +105,25 @@ class Skips:
         self.state = torch.zeros(count, dtype=torch.uint8).share_memory_()
 
     def load(self, dataset, index: int) -> dict:
-        """Sample `index`, or the next good one if it is bad: the same one in every process and after a resume."""
-        for number in chain(range(index, len(dataset)), range(index)):
-            try:
-                sample = dataset.sample(number)
-            except (DataError, BadImage) as error:
-                self.note_bad(number, Fault(dataset.where(number), " ".join(str(error).split())))
-            else:
-                self.state[number] |= self.DRAWN
-                return sample
-        raise DataError("no sample is good")
+        """Sample `index`, or the next good one if it is bad: the same one in every process and after a resume.
 
-    def note_bad(self, index: int, fault: Fault):
-        """Log a bad sample. Raises DataError if there are too many; the limit counts at least 1,000 drawn samples."""
-        known = bool(self.state[index] & self.BAD)
-        self.state[index] |= self.DRAWN | self.BAD
-        if not known:
-            log_skipped(self.path, [fault])
-        drawn, bad = int((self.state > 0).sum()), int((self.state & self.BAD > 0).sum())
-        if bad > self.percent / 100 * max(drawn, min(1000, len(self.state))):
-            more = f"bad sample {bad} of {drawn} drawn, over the {self.percent:g} % of --skip-bad"
-            raise DataError(f"{fault.record}: {fault.reason} ({more}; {self.path} names all)")
+        Raises DataError if too many samples are bad; the limit counts at least 1,000 drawn samples.
+        """
+        for number in chain(range(index, len(dataset)), range(index)):
+            known = self.state[number] & self.BAD
+            self.state[number] |= self.DRAWN
+            try:
+                return dataset.sample(number)
+            except (DataError, BadImage) as error:
+                fault = Fault(dataset.where(number), str(error))
+            self.state[number] |= self.BAD
+            if not known:
+                log_skipped(self.path, [fault])
+            drawn, bad = int((self.state > 0).sum()), int((self.state & self.BAD > 0).sum())
+            if bad > self.percent / 100 * max(drawn, min(1000, len(self.state))):
+                more = f"bad sample {bad} of {drawn} drawn, over the {self.percent:g} % of --skip-bad"
+                raise DataError(f"{fault.record}: {fault.reason} ({more}; {self.path} names all)")
+        raise DataError("no sample is good")
 
 
 def log_skipped(path: Path, faults: list[Fault]):

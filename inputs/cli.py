@@ -13,14 +13,9 @@ def run(main: Callable[[], None], name: str):
     """
     try:
         main()
-    except OSError as error:
-        sys.exit(f"{name}: {one_line(f'{error.filename}: {error.strerror}' if error.filename else str(error))}")
-    except ValueError as error:
-        sys.exit(f"{name}: {one_line(str(error))}")
+    except (ValueError, OSError) as error:
+        text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        sys.exit(f"{name}: {' '.join(text.splitlines())}")
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.splitlines())

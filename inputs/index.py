@@ -1,24 +1,22 @@
 """Random access to the records of a JSON file of any size, without holding the file in memory.
 
-A RecordFile reads one record at a time, with an index that is built in one pass over the file. The pass holds a few
-megabytes and checks every record. (LLaVA's 665K records: 0.1 GB a process; json.load takes 3.5 GB.)
+A RecordFile reads one record at a time, with an index that is built in one pass over the file. The pass maps the file
+into memory and checks one record after another. (LLaVA's 665K records: 0.1 GB a process; json.load takes 3.5 GB.)
 
 The index of a large file is kept, and memory-mapped by every process that reads the file:
 
     out/index/<path>-<version>/    two hashes; a new version if the file or the code that builds the index changes
-        spans.npy         (N, 2)  int64   first byte and number of bytes of each record
-        rounds.npy        (N,)    int32   number of questions in each record
-        image_counts.npy  (N,)    int32   number of images in each record
-        facts.json        number of different images, and the faults: record number, id, reason
-        lengths-*.npy     tokens of each sample, see data.Records.lengths
+        records.npy      first byte and size, questions and images of each record: (N,) of ROW
+        facts.json       number of different images, and the faults: record number, its name, the reason
+        lengths-*.npy    tokens of each sample, see data.Records.lengths
 """
 
-import codecs
+import io
 import json
+import mmap
 import os
 import re
 import shutil
-from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -29,41 +27,51 @@ import numpy as np
 from tqdm import tqdm
 
 from inputs import files, records
-from inputs.files import fsync, publish_folder, reject_duplicate_keys
+from inputs.files import publish_folder, reject_duplicate_keys, write_atomic
 from inputs.records import DataError, Fault, check_record, image_paths
 
 MIN_KEPT = 1_000_000  # bytes; the index of a smaller file is not kept but built again, which takes milliseconds
-CHUNK = 4_000_000  # bytes read at a time; a longer record is read in chunks that double
-ARRAYS = ("spans", "rounds", "image_counts")
+ROW = np.dtype([("span", np.int64, 2), ("rounds", np.int32), ("images", np.int32)])
 
 
 class RecordFile:
     """The records of one JSON file as a sequence. Raises DataError if the file is not a list of records.
 
-    Attributes: spans, rounds, image_counts: the arrays above. distinct_images: number of different paths. faults: by
-    record number. The file is opened for each record: that costs less than decoding an image, and forked processes do
-    not share a position in the file.
+    Attributes: spans: first byte and number of bytes of each record, (N, 2); rounds and image_counts: its questions and
+    images, (N,); distinct_images: number of different paths; faults: by record number.
+    Args: version: of the file, if it must not have changed since.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        try:
-            with self.path.open("rb") as file:
-                self.version = file_version(file)
-                size = self.version[0]
-                if size < MIN_KEPT:
-                    self.folder, (arrays, facts) = None, build_index(self.path, file, size)
-                else:
-                    self.folder = self.kept_index(file)
-                    arrays, facts = None, json.loads((self.folder / "facts.json").read_text())
-        except OSError as error:
-            raise DataError(f"{error.filename or path}: {error.strerror}") from None
+    def __init__(self, path: str | Path, version: tuple[int, int] | None = None):
+        self.path, self.version, self.folder = Path(path), version, None
+        with self.open() as file:
+            if self.version[0] < MIN_KEPT:
+                rows, facts = build_index(self.path, file)
+            else:
+                self.folder = self.kept_index(file)
+                rows = np.load(self.folder / "records.npy", mmap_mode="r")
+                facts = json.loads((self.folder / "facts.json").read_text())
+        self.spans, self.rounds, self.image_counts = (rows[name] for name in ROW.names)
         self.distinct_images = facts["distinct_images"]
-        self.faults = {
-            number: Fault(f"{path}: record {number}{name and f' (id {name})'}", reason)
-            for number, name, reason in facts["faults"]
-        }
-        self.attach(arrays)
+        self.faults = {i: Fault(f"{path}: {name}", reason) for i, name, reason in facts["faults"]}
+
+    def __reduce__(self):
+        """For pickle: a spawned process opens the file again instead of receiving the index."""
+        return RecordFile, (self.path, self.version)
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """Context with the open file. Raises DataError if it cannot be read, or has changed since the first time."""
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                version = status.st_size, status.st_mtime_ns
+                self.version = self.version or version
+                if version != self.version:
+                    raise DataError(f"{self.path}: has changed since it was opened; start again")
+                yield file
+        except OSError as error:
+            raise DataError(f"{error.filename or self.path}: {error.strerror}") from None
 
     def kept_index(self, file: BinaryIO) -> Path:
         """The folder of the index. If it does not exist, one process builds it while the others wait."""
@@ -74,17 +82,15 @@ class RecordFile:
         folder.parent.mkdir(parents=True, exist_ok=True)
 
         def write(partial: Path):
-            for name, values in arrays.items():
-                np.save(partial / f"{name}.npy", values)
+            rows, facts = build_index(self.path, file)
+            np.save(partial / "records.npy", rows)
             (partial / "facts.json").write_text(json.dumps(facts))
 
         with file_lock(folder.parent / f"{place}.lock"):
             if not folder.exists():
-                arrays, facts = build_index(self.path, file, self.version[0])
                 publish_folder(folder, write)
-                for old in folder.parent.glob(f"{place}-*"):  # indexes of older versions of the file
-                    if old != folder:
-                        shutil.rmtree(old)
+                for old in set(folder.parent.glob(f"{place}-*")) - {folder}:  # of older versions of the file
+                    shutil.rmtree(old)
         return folder
 
     def cached(self, name: str, key: list, compute: Callable[[], np.ndarray]) -> np.ndarray:
@@ -94,44 +100,24 @@ class RecordFile:
         path = self.folder / f"{name}-{sha256(repr(key).encode()).hexdigest()[:16]}.npy"
         with file_lock(path.with_suffix(".lock")):
             if not path.exists():
-                partial = path.with_suffix(".partial.npy")
-                np.save(partial, compute())
-                fsync(partial)
-                os.replace(partial, path)
+                content = io.BytesIO()
+                np.save(content, compute())
+                write_atomic(path, content.getvalue())
         return np.load(path, mmap_mode="r")
-
-    def attach(self, arrays: dict[str, np.ndarray] | None):
-        """Set the arrays as attributes; None maps those of the kept index."""
-        for name in ARRAYS:
-            setattr(self, name, arrays[name] if arrays else np.load(self.folder / f"{name}.npy", mmap_mode="r"))
-
-    def __getstate__(self) -> dict:
-        """For pickle: a spawned process maps the kept arrays again instead of receiving them."""
-        mapped = ARRAYS if self.folder else ()
-        return {name: value for name, value in vars(self).items() if name not in mapped}
-
-    def __setstate__(self, state: dict):
-        vars(self).update(state)
-        if self.folder:
-            self.attach(None)
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def __getitem__(self, number: int) -> dict:
+        # Opening the file for each record costs less than decoding an image, and forked processes share no position.
         start, size = map(int, self.spans[number])
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                if file_version(file) != self.version:
-                    raise DataError(f"{self.path}: has changed since it was opened; start again")
-                file.seek(start)
-                return json.loads(file.read(size))
-        except OSError as error:
-            raise DataError(f"{self.path}: {error.strerror}") from None
+        with self.open() as file:
+            file.seek(start)
+            return json.loads(file.read(size))
 
     def where(self, number: int) -> str:
         """File, number and id of a record, for messages."""
-        return f"{self.path}: record {number} (id {self[number].get('id')!r})"
+        return f"{self.path}: {record_name(number, self[number])}"
 
 
 def read_records(path: str | Path) -> RecordFile:
@@ -142,10 +128,9 @@ def read_records(path: str | Path) -> RecordFile:
     return file
 
 
-def file_version(file: BinaryIO) -> tuple[int, int]:
-    """Size in bytes and time of the last change in nanoseconds, to notice that the file has changed."""
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns
+def record_name(number: int, record: object) -> str:
+    """Number and id of a record, for messages; any JSON value may stand in its place."""
+    return f"record {number}" + (f" (id {record['id']!r:.80})" if isinstance(record, dict) and "id" in record else "")
 
 
 @contextmanager
@@ -158,31 +143,33 @@ def file_lock(path: Path):
         yield
 
 
-def build_index(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, np.ndarray], dict]:
-    """The arrays of an index by name, and its facts. A progress bar appears after a second."""
-    spans, rounds, counts, names, faults = array("q"), array("i"), array("i"), set(), []
-    with tqdm(total=size, desc=f"index of {path.name}", unit="B", unit_scale=True, delay=1) as bar:
-        for number, (record, fault, span) in enumerate(scan(path, file, CHUNK)):
-            if not fault:
+def build_index(path: Path, file: BinaryIO) -> tuple[np.ndarray, dict]:
+    """The rows of an index, and its facts. A progress bar appears after a second."""
+    images, faults = set(), []  # hashes of the paths; number, name and reason of the bad records
+    size = os.fstat(file.fileno()).st_size
+    content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+
+    def rows() -> Iterator[tuple]:
+        with tqdm(total=size, desc=f"index of {path.name}", unit="B", unit_scale=True, delay=1) as bar:
+            for number, (record, fault, span) in enumerate(scan(path, content)):
                 try:
-                    check_record(record)
+                    if not fault:
+                        check_record(record)
                 except ValueError as error:
                     fault = str(error)
-            if fault:
-                name = repr(record["id"])[:80] if isinstance(record, dict) and "id" in record else ""
-                faults.append([number, name, fault])
-            images = [] if fault else image_paths(record)
-            names.update(map(hash, images))
-            spans.extend(span)
-            rounds.append(0 if fault else len(record["conversations"]) // 2)
-            counts.append(len(images))
-            bar.update(sum(span) - bar.n)
-    arrays = dict(zip(ARRAYS, (np.array(spans).reshape(-1, 2), np.array(rounds), np.array(counts))))
-    return arrays, {"distinct_images": len(names), "faults": faults}
+                if fault:
+                    faults.append([number, record_name(number, record), fault])
+                    yield span, 0, 0
+                else:
+                    images.update(map(hash, image_paths(record)))
+                    yield span, len(record["conversations"]) // 2, len(image_paths(record))
+                bar.update(sum(span) - bar.n)
+
+    return np.fromiter(rows(), ROW), {"distinct_images": len(images), "faults": faults}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# a JSON list, read in chunks
+# the items of a JSON list
 
 
 def reject_constant(name: str):
@@ -190,101 +177,57 @@ def reject_constant(name: str):
 
 
 STRICT = json.JSONDecoder(parse_constant=reject_constant, object_pairs_hook=reject_duplicate_keys)
-LENIENT = json.JSONDecoder(parse_int=str)  # to find the end of a value that STRICT rejects
-SPACE = re.compile(r"[ \t\n\r]*")
-MARGIN = 16  # characters; longer than any literal or escape that the end of a chunk may cut
+LENIENT = json.JSONDecoder(parse_int=str)  # for the id of a record that STRICT rejects
+STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+INSIDE = rb'(?:[^\[\]{}"]++|%s)*+' % STRING  # up to a bracket outside strings
+for _ in range(3):  # also past pairs of brackets: a record has three levels of them
+    INSIDE = rb'(?:[^\[\]{}"]++|%s|[\[{]%s[\]}])*+' % (STRING, INSIDE)
+BRACKET = re.compile(rb"%s([\[\]{}])" % INSIDE, re.DOTALL)
+BRACKET_OR_COMMA = re.compile(rb'(?:[^\[\]{}",]++|%s|[\[{]%s[\]}])*+([\[\]{,])' % (STRING, INSIDE), re.DOTALL)
 
 
-class Reader:
-    """Reads the JSON values of a file one after another. Args: chunk: bytes read at a time."""
+def scan(path: Path, content: bytes | mmap.mmap) -> Iterator[tuple[object, str, tuple[int, int]]]:
+    """Yields each item of a JSON list: its value, the reason if it is rejected (else ""), its first byte and its size.
 
-    def __init__(self, file: BinaryIO, chunk: int):
-        self.file, self.chunk = file, chunk
-        self.decode = codecs.getincrementaldecoder("utf-8")().decode
-        self.text, self.at = "", 0  # text that may still be needed, and the position in it
-        self.byte = 0  # the same position in the file
-        while not self.text and self.read_chunk():
-            pass
-        if self.text.startswith("\ufeff"):  # the byte order mark that Windows editors write
-            self.skip(1)
-
-    def read_chunk(self) -> bool:
-        """Append the next chunk to the text. Returns False at the end of the file, where nothing changes."""
-        content = self.file.read(max(self.chunk, len(self.text) - self.at))
-        new = self.decode(content, final=not content)
-        if content:
-            self.text, self.at = self.text[self.at :] + new, 0
-        return bool(content)
-
-    def skip(self, end: int) -> tuple[int, int]:
-        """Move to text[end]. Returns the byte of the old position, and the number of bytes passed."""
-        start, passed = self.byte, len(self.text[self.at : end].encode())
-        self.at, self.byte = end, start + passed
-        return start, passed
-
-    def peek(self) -> str:
-        """Skip white space; returns the next character, "" at the end of the file."""
-        while True:
-            self.skip(SPACE.match(self.text, self.at).end())
-            if self.at < len(self.text) or not self.read_chunk():
-                return self.text[self.at : self.at + 1]
-
-    def value(self) -> tuple[object, str, int]:
-        """The value that starts here, the reason if it is rejected (else ""), and the position of its end in `text`.
-
-        Raises JSONDecodeError if there is no value, RecursionError if it is nested too deeply.
-        """
-        decoder, fault = STRICT, ""
-        while True:
-            try:
-                value, end = decoder.raw_decode(self.text, self.at)
-                incomplete, problem = end > len(self.text) - MARGIN, None  # 12 may be the start of 12e3
-            except json.JSONDecodeError as error:  # may be valid once the next chunk is there
-                incomplete = error.pos > len(self.text) - MARGIN or error.msg.startswith("Unterminated string")
-                problem = error
-            except ValueError as error:  # NaN, a duplicate key, 5,000 digits: only this value is bad, not the file
-                decoder, fault = LENIENT, f"not JSON ({error})"
-                continue
-            if incomplete and self.read_chunk():
-                continue
-            if problem:
-                raise problem
-            return value, fault, end
-
-
-def scan(path: Path, file: BinaryIO, chunk: int) -> Iterator[tuple[object, str, tuple[int, int]]]:
-    """Yields value, reason if it is rejected (else ""), and (first byte, number of bytes) of each item in a JSON list.
-
-    Raises DataError if the file is not a list with at least one item.
+    The border of an item is the next comma or ] outside brackets and strings; parsing the item proves it right. Raises
+    DataError if the file is not a list with at least one item.
     """
-    number = 0
+    begin = re.match(rb"(\xef\xbb\xbf)?[ \t\n\r]*\[", content)  # Windows editors write a byte order mark
+    if not begin:
+        hint = "JSON Lines? Put [ before the first record, commas between, ] at the end"
+        raise DataError(f"{path}: not JSON in UTF-8 that holds a list of records ({hint})")
+    number, depth, start = 0, 1, begin.end()
+    end = start
+    while depth and (found := (BRACKET_OR_COMMA if depth == 1 else BRACKET).match(content, end)):
+        end = found.end()
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1, b",": 0}[found[1]]
+        if depth == 0 or found[1] == b",":
+            text = content[start : end - 1]
+            if depth == 0 and number == 0 and not text.strip():
+                raise DataError(f"{path}: must hold a list of records, and at least one")
+            yield *parse_item(path, number, start, text), (start, len(text))
+            number, start = number + 1, end
+    if depth:
+        parse_item(path, number, start, content[start:])  # raises unless the last item is whole
+        raise DataError(f"{path}: not JSON (no ] at the end, record {number + 1})")
+    if content[end:].strip():
+        raise DataError(f"{path}: not JSON (Extra data, at byte {end:,}, record {number})")
+
+
+def parse_item(path: Path, number: int, start: int, content: bytes) -> tuple[object, str]:
+    """The value of an item, and the reason if it is rejected (else ""). Raises DataError if it is not JSON."""
     try:
-        reader = Reader(file, chunk)
-        is_list = reader.peek() == "["
-        reader.skip(reader.at + is_list)
-        ended = is_list and reader.peek() == "]"
-        reader.skip(reader.at + ended)
-        while not ended:
-            reader.peek()
-            value, fault, end = reader.value()
-            span = reader.skip(end)
-            if not is_list:
-                break
-            yield value, fault, span
-            number, sign = number + 1, reader.peek()
-            if sign not in ("]", ","):
-                raise json.JSONDecodeError("Expecting ',' delimiter", reader.text, reader.at)
-            reader.skip(reader.at + 1)
-            ended = sign == "]"
-        if reader.peek():
-            hint = "" if is_list else "; JSON Lines? Put [ before the first record, commas between, ] at the end"
-            raise json.JSONDecodeError("Extra data" + hint, reader.text, reader.at)
-    except RecursionError:
-        raise DataError(f"{path}: nested too deeply, in record {number}") from None
+        text = content.decode()
+        try:
+            return STRICT.decode(text), ""
+        except json.JSONDecodeError:
+            raise
+        except ValueError as error:  # NaN, a duplicate key, 5,000 digits: only this item is bad, not the file
+            return LENIENT.decode(text), f"not JSON ({error})"
     except json.JSONDecodeError as error:
-        reader.skip(error.pos)
-        raise DataError(f"{path}: not JSON ({error.msg}, at byte {reader.byte:,}, record {number})") from None
+        reason = f"{error.msg}, at byte {start + len(text[: error.pos].encode()):,}"
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not JSON (not UTF-8: {error.reason}, after record {number})") from None
-    if not number:
-        raise DataError(f"{path}: must hold a list of records, and at least one")
+        reason = f"not UTF-8: {error.reason}, at byte {start + error.start:,}"
+    except RecursionError:
+        reason = "nested too deeply"
+    raise DataError(f"{path}: not JSON ({reason}, record {number})")

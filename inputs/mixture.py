@@ -12,8 +12,8 @@ replaying the steps before. A step trains on the same records with any number of
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +27,14 @@ from inputs.records import Fault
 
 @dataclass
 class Source:
-    """One file of a mixture.
-
-    images: folder that its image paths start from. weight: uses of a record in an epoch. faults: of the records that
-    are left out, by number: those of the index, later also bad images.
-    """
+    """One file of a mixture. Attribute `faults`: of the records that are left out, by number."""
 
     file: RecordFile
-    images: Path
-    weight: float = 1.0
-    faults: dict[int, Fault] = field(default_factory=dict)
+    images: Path  # folder that its image paths start from
+    weight: float = 1.0  # uses of a record in an epoch
 
     def __post_init__(self):
-        self.faults = self.file.faults | self.faults
+        self.faults: dict[int, Fault] = dict(self.file.faults)  # later also those of bad images
 
     def usable(self) -> np.ndarray:
         """Numbers of the records without a fault, (N,)."""
@@ -107,10 +102,10 @@ def make_order(
     group: number of neighbors that stay together.
     """
     check_mixing(weights, mixing, shares, group)
-    if not shares and mixing == "proportional":
-        return epochs(sizes, weights, seed, group)
     if shares:
         path = read_shares(shares)
+    elif mixing == "proportional":
+        return epochs(sizes, weights, seed, group)
     else:
         path = np.array([[w * n ** (1 / read_mixing(mixing)) for w, n in zip(weights, sizes)]])
     return interleave(sizes, path / path.sum(1, keepdims=True), seed, total)
@@ -136,18 +131,21 @@ def read_shares(text: str) -> np.ndarray:
     return np.linspace(ends[0], ends[-1], int(steps))
 
 
-def draw(seed: int, source: int, size: int, numbers: np.ndarray) -> np.ndarray:
-    """The samples of a source at its draws `numbers`. No sample is repeated before all have been drawn."""
-    found, rounds = np.empty(len(numbers), np.int64), numbers // size
-    for i in np.unique(rounds):
-        permutation = np.random.default_rng([seed, source, int(i), 2]).permutation(size)
-        found[rounds == i] = permutation[numbers[rounds == i] % size]
-    return found
-
-
 def counts_of(sizes: list[int], weights: list[float]) -> list[int]:
     """Samples of each source in an epoch."""
     return [max(1, round(weight * size)) for size, weight in zip(sizes, weights)]
+
+
+def join_rounds(order_of: Callable[[int], np.ndarray], length: int, first: int, last: int) -> np.ndarray:
+    """Positions `first` to `last` of order_of(0), order_of(1), ..., each of `length` samples, one after the other."""
+    rounds = range(first // length, -(-last // length))
+    parts = [order_of(i)[max(0, first - i * length) : last - i * length] for i in rounds]
+    return np.concatenate([np.empty(0, np.int64), *parts])
+
+
+def draw(seed: int, source: int, size: int, first: int, last: int) -> np.ndarray:
+    """Draws `first` to `last` of a source. No sample is repeated before all have been drawn."""
+    return join_rounds(lambda i: np.random.default_rng([seed, source, i, 2]).permutation(size), size, first, last)
 
 
 def epochs(sizes: list[int], weights: list[float], seed: int, group: int = 1) -> Order:
@@ -156,8 +154,7 @@ def epochs(sizes: list[int], weights: list[float], seed: int, group: int = 1) ->
     With weight 2.5, an epoch has each sample twice, and half of them once more; the next epoch has the other half.
     `group` neighbors stay together.
     """
-    offsets = np.cumsum([0, *sizes])
-    counts = counts_of(sizes, weights)
+    offsets, counts = np.cumsum([0, *sizes]), counts_of(sizes, weights)
     length = sum(counts)
 
     @lru_cache(2)  # a batch may span two epochs
@@ -165,20 +162,13 @@ def epochs(sizes: list[int], weights: list[float], seed: int, group: int = 1) ->
         parts = []
         for source, (size, count) in enumerate(zip(sizes, counts)):
             whole, rest = divmod(count, size)
-            more = draw(seed, source, size, np.arange(epoch * rest, (epoch + 1) * rest))
+            more = draw(seed, source, size, epoch * rest, (epoch + 1) * rest)
             parts += [offsets[source] + part for part in (np.tile(np.arange(size), whole), more)]
         groups = np.random.default_rng([seed, epoch]).permutation(-(-length // group))
         order = (groups[:, None] * group + np.arange(group)).ravel()
         return np.concatenate(parts)[order[order < length]]
 
-    def take(first: int, last: int) -> np.ndarray:
-        parts = [
-            epoch_order(epoch)[max(0, first - epoch * length) : last - epoch * length]
-            for epoch in range(first // length, -(-last // length))
-        ]
-        return np.concatenate(parts)
-
-    return take
+    return partial(join_rounds, epoch_order, length)
 
 
 def interleave(sizes: list[int], path: np.ndarray, seed: int, total: int) -> Order:
@@ -192,24 +182,14 @@ def interleave(sizes: list[int], path: np.ndarray, seed: int, total: int) -> Ord
     """
     offsets, borders = np.cumsum([0, *sizes]), np.linspace(0, total, len(path) + 1)
     drawn = np.concatenate([np.zeros((1, len(sizes))), np.cumsum(path * (total / len(path)), axis=0)])  # (K + 1, S)
-    positions, sources, numbers = [], [], []
-    for source in range(len(sizes)):
+    positions, samples = [], []
+    for source, size in enumerate(sizes):
         count = math.ceil(drawn[-1, source])
         within = np.random.default_rng([seed, source, 3]).random(count)
         positions.append(np.interp(np.arange(count) + within, drawn[:, source], borders))
-        sources.append(np.full(count, source, np.int16))
-        numbers.append(np.arange(count, dtype=np.int32))
-    order = np.argsort(np.concatenate(positions), kind="stable")[:total]
-    sources, numbers = np.concatenate(sources)[order], np.concatenate(numbers)[order]
-
-    def take(first: int, last: int) -> np.ndarray:
-        found = np.empty(last - first, np.int64)
-        for source, size in enumerate(sizes):
-            here = sources[first:last] == source
-            found[here] = offsets[source] + draw(seed, source, size, numbers[first:last][here])
-        return found
-
-    return take
+        samples.append(offsets[source] + draw(seed, source, size, 0, count))
+    order = np.concatenate(samples)[np.argsort(np.concatenate(positions), kind="stable")[:total]]
+    return lambda first, last: order[first:last]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,19 +208,12 @@ def batches(
     GROUPED_STEPS mixes samples with and without images. (LLaVA's group_by_modality_length sorts a whole epoch; blocks
     of GROUPED_STEPS steps depend on the step only.)
     """
-
-    @lru_cache(1)
-    def grouped(block: int) -> np.ndarray:
-        """The batches of a block of steps: sort its samples by length, cut them into batches, shuffle the batches."""
+    for block in range(start // GROUPED_STEPS, -(-stop // GROUPED_STEPS)):
         first, last = block * GROUPED_STEPS, min((block + 1) * GROUPED_STEPS, stop)
         found = take(first * batch_size, last * batch_size)
-        found = found[np.argsort(lengths[found], kind="stable")].reshape(-1, batch_size)
-        return found[np.random.default_rng([seed, block, 1]).permutation(len(found))]
-
-    for step in range(start, stop):
-        if lengths is None:
-            whole = take(step * batch_size, (step + 1) * batch_size)
-        else:
-            whole = grouped(step // GROUPED_STEPS)[step % GROUPED_STEPS]
-        mine = whole[rank::world] if group == 1 else np.split(whole, world)[rank]
-        yield mine.tolist()
+        if lengths is not None:  # sort by length, cut into batches, shuffle the batches
+            found = found[np.argsort(lengths[found], kind="stable")].reshape(-1, batch_size)
+            found = np.random.default_rng([seed, block, 1]).permutation(found)
+        for step in found.reshape(-1, batch_size)[max(0, start - first) :]:
+            mine = step[rank::world] if group == 1 else np.split(step, world)[rank]
+            yield mine.tolist()

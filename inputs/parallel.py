@@ -1,30 +1,27 @@
-"""Call a function for many indices, in worker processes if there are enough of them."""
+"""Call a function for many numbers, in worker processes if there are enough of them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 MIN_PARALLEL = 20_000  # with fewer calls, starting worker processes (about a second) would not pay
+BATCH = 256  # calls that a worker process makes before it sends their results
 
 
-def call_all(function: Callable, indices: list[int]) -> list:
-    return [function(index) for index in indices]
+def call_all(function: Callable, numbers: list[int]) -> list:
+    return [function(number) for number in numbers]
 
 
-def parallel_map(function: Callable, count: int, title: str) -> list:
-    """Return [function(0), ..., function(count - 1)]. A progress bar called `title` appears after a second."""
-    workers = min(os.cpu_count(), 32) if count >= MIN_PARALLEL else 0
+def parallel_map(function: Callable, numbers: Sequence[int], title: str) -> list:
+    """The list of function(number) for each number. A progress bar called `title` appears after a second."""
+    workers = min(os.cpu_count(), 32) if len(numbers) >= MIN_PARALLEL else 0
     # Its workers call the function, as their collate_fn. Without a generator of its own the loader would advance
     # torch's global one, which dropout draws from.
     options = {"num_workers": workers, "collate_fn": partial(call_all, function), "generator": torch.Generator()}
-    loader = DataLoader(range(count), batch_size=256, **options)
-    results = []
-    with tqdm(total=count, desc=title, unit="record", unit_scale=True, delay=1) as bar:
-        for part in loader:
-            results += part
-            bar.update(len(part))
-    return results
+    loader = DataLoader(numbers, batch_size=BATCH, **options)
+    return list(chain.from_iterable(tqdm(loader, desc=title, unit="record", unit_scale=BATCH, delay=1)))

@@ -44,33 +44,27 @@ def check_record(record: dict):
     """Raise ValueError with the reason if a record is malformed."""
     if not isinstance(record, dict):
         raise ValueError(f"is a {type(record).__name__}, not an object")
-    for path in image_paths(record):
+    paths, messages = image_paths(record), record.get("conversations")
+    for path in paths:
         if not isinstance(path, str) or not path:
             raise ValueError(f"image {path!r} is not a path")
-    messages = record.get("conversations")
     if not isinstance(messages, list) or not messages:
         raise ValueError("no conversations")
     for i, message in enumerate(messages):
-        check_message(i, message)
+        if not isinstance(message, dict) or not isinstance(message.get("value"), str):
+            raise ValueError(f"turn {i} has no text value")
+        role, given = ("human", "gpt")[i % 2], message.get("from")
+        if given != role:
+            raise ValueError(f"turn {i} is from {given!r}, should be {role!r}: turns alternate, human first")
+        if SURROGATE.search(message["value"]):
+            raise ValueError(f"turn {i} holds half a surrogate pair, which is not text")
     if len(messages) % 2:
         raise ValueError("the last question has no answer")
     if record.get("template", "plain") not in list(TEMPLATES):
         raise ValueError(f"template {record['template']!r} is none of {', '.join(TEMPLATES)}")
-    images = len(image_paths(record))
     markers = sum(message["value"].count(MARKER) for message in messages[::2])
-    if images and markers != images:
-        raise ValueError(f"{markers} {MARKER} markers for {images} images")
-
-
-def check_message(i: int, message: dict):
-    """Raise ValueError with the reason if message `i` of a dialogue has no text or the wrong role."""
-    if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-        raise ValueError(f"turn {i} has no text value")
-    role, given = ("human", "gpt")[i % 2], message.get("from")
-    if given != role:
-        raise ValueError(f"turn {i} is from {given!r}, should be {role!r}: turns alternate, human first")
-    if SURROGATE.search(message["value"]):
-        raise ValueError(f"turn {i} holds half a surrogate pair, which is not text")
+    if paths and markers != len(paths):
+        raise ValueError(f"{markers} {MARKER} markers for {len(paths)} images")
 
 
 def image_paths(record: dict) -> list[str]:

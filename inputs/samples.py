@@ -20,9 +20,7 @@ class Samples(Dataset):
         if questions:
             cuts = [-(-source.file.rounds[part] // questions) for source, part in zip(sources, numbers)]
             numbers = [np.repeat(part, cut) for part, cut in zip(numbers, cuts)]
-            cuts = np.concatenate(cuts)
-            firsts = np.repeat(np.cumsum(cuts) - cuts, cuts)  # for each sample, the first one of its record
-            self.pieces = (np.arange(len(firsts)) - firsts).astype(np.int32)
+            self.pieces = np.concatenate([np.arange(count, dtype=np.int32) for count in np.concatenate(cuts)])
         self.sizes = [len(part) for part in numbers]
         self.numbers, self.ends = np.concatenate(numbers), np.cumsum(self.sizes)
 
@@ -52,4 +50,4 @@ class Samples(Dataset):
         try:
             return self.sample(index)
         except (DataError, BadImage) as error:
-            raise DataError(f"{self.where(index)}: {' '.join(str(error).split())}") from None
+            raise DataError(f"{self.where(index)}: {error}") from None

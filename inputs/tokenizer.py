@@ -8,6 +8,7 @@ import json
 import struct
 import zlib
 from collections import Counter
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from itertools import pairwise
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import regex
 
-from inputs.bpe import ByteLevel, Codec
+from inputs.bpe import ByteLevel, Codec, PickledByFields
 from inputs.files import read_json, write_json
 from inputs.vocabularies import SPLIT, byte_level_json, check_ids, parse_json, read_vocabulary, sentencepiece_json
 
@@ -30,29 +31,24 @@ CORRUPT = (EOFError, ValueError, LookupError, TypeError, AttributeError, Recursi
 CORRUPT += (struct.error, zlib.error, regex.error)
 
 
-class Tokenizer:
-    """A vocabulary with its special tokens: one interface to all codecs.
+@dataclass(eq=False)
+class Tokenizer(PickledByFields):
+    """A vocabulary with its special tokens: one interface to all codecs."""
 
-    Args: codec: turns ordinary text into ids; specials: name -> id; roles: "bos", "eos", "pad", "image" -> name;
-    legacy: for SentencePiece, True if text after a special token gets a space in front, as at the start of a text.
-    """
+    codec: Codec  # turns ordinary text into ids
+    specials: dict[str, int]  # name -> id
+    roles: dict[str, str]  # "bos", "eos", "pad", "image" -> name
+    legacy: bool = True  # SentencePiece: text after a special token gets a space in front, as at the start of a text
 
-    def __init__(self, codec: Codec, specials: dict[str, int], roles: dict[str, str], legacy: bool = True):
-        self.codec, self.specials, self.roles, self.legacy = codec, specials, roles, legacy
-        if "eos" not in roles:
+    def __post_init__(self):
+        if "eos" not in self.roles:
             raise ValueError("no token that ends a text")
         # Dialogues repeat their questions: with this cache, a batch of 64 is rendered in a tenth of the time.
-        self._encode = lru_cache(maxsize=1 << 16)(lambda text, prefix: tuple(codec.encode(text, prefix)))
-
-    def __reduce__(self):
-        """For pickle: leave out the cache."""
-        return Tokenizer, (self.codec, self.specials, self.roles, self.legacy)
+        self._encode = lru_cache(maxsize=1 << 16)(self.codec.encode)
 
     def fingerprint(self) -> str:
-        """A hash of everything that the ids of a text depend on."""
-        codec = {name: value for name, value in vars(self.codec).items() if isinstance(value, (dict, list, str, int))}
-        parts = [type(self.codec).__name__, codec, self.specials, self.roles, self.legacy]
-        return sha256(repr(parts).encode()).hexdigest()
+        """A hash of everything that the ids of a text depend on: the fields of this class and of the codec."""
+        return sha256(repr(self).encode()).hexdigest()
 
     def role(self, name: str) -> int | None:
         return self.specials[self.roles[name]] if name in self.roles else None
@@ -71,7 +67,7 @@ class Tokenizer:
 
         Args: prefix: False if the text continues another one; it only matters for SentencePiece.
         """
-        return list(self._encode(text, prefix))
+        return self._encode(text, prefix).copy()
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ordinary tokens among `ids`; special ones are dropped, broken UTF-8 becomes U+FFFD."""
@@ -84,11 +80,9 @@ class Tokenizer:
 
     def save(self, folder: str | Path):
         """Write `tokenizer.json` for Hugging Face's tokenizers, and `tokenizer_config.json` with the roles."""
-        added = [
-            {"id": i, "content": token, "special": True, "normalized": False}
-            | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-            for token, i in sorted(self.specials.items(), key=lambda item: item[1])
-        ]
+        flags = {"special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+        by_id = sorted(self.specials.items(), key=lambda item: item[1])
+        added = [{"id": i, "content": name} | flags for name, i in by_id]
         content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
         if isinstance(self.codec, ByteLevel):
             content |= byte_level_json(self.codec)
@@ -113,17 +107,19 @@ class Tokenizer:
         tiktoken), llama2.c's tok*.bin, OpenAI's *.txt.gz.
         """
         folder = Path(folder)
-        added, named, legacy = read_settings(folder / "tokenizer_config.json")
+        path = folder / "tokenizer_config.json"
+        settings = read_json(path) if path.exists() else {}
         names = ("tokenizer.json", "tokenizer.model", "tok*.bin", "*.txt.gz")
-        path = next((path for name in names for path in sorted(folder.glob(name))), folder / names[0])
         try:
+            added, named = parse_settings(settings)
+            path = next((path for name in names for path in sorted(folder.glob(name))), folder / names[0])
             if path.suffix == ".json":
                 codec, specials, bos = parse_json(json.loads(path.read_text(encoding="utf-8")))
-                roles = find_roles(specials, named | ({"bos": bos} if bos else {}))
+                roles = find_roles(specials, named | {"bos": bos})
                 if not bos:  # the file sets no token in front of a text, even if it has one of that name
                     roles.pop("bos", None)
             else:
-                codec, specials = read_vocabulary(path, legacy)
+                codec, specials = read_vocabulary(path, legacy=bool(settings.get("legacy", True)))
                 specials |= added if path.suffix == ".model" else {}
                 roles = find_roles(specials, named)
             return cls(codec, specials, roles, legacy=not getattr(codec, "unless_spaced", False))
@@ -134,27 +130,19 @@ class Tokenizer:
             raise ValueError(f"{path}: not a supported tokenizer ({reason})") from None
 
 
-def read_settings(path: Path) -> tuple[dict[str, int], dict[str, str], bool]:
-    """Read from a tokenizer_config.json: ids of added tokens, token names by role, "legacy". Raises ValueError."""
-    settings = read_json(path) if path.exists() else {}
-    try:
-        added = {token["content"]: int(i) for i, token in (settings.get("added_tokens_decoder") or {}).items()}
-        named = {role: token for role in ROLES if (token := settings.get(f"{role}_token"))}
-        named = {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
-        check_ids(added)
-        check_ids(dict.fromkeys(named.values(), 0))
-    except CORRUPT as error:
-        raise ValueError(f"{path}: malformed added_tokens_decoder or *_token ({error!r})") from None
-    return added, named, bool(settings.get("legacy", True))
+def parse_settings(settings: dict) -> tuple[dict[str, int], dict[str, str]]:
+    """The ids of added tokens by name, and the names of special tokens by role, from a tokenizer_config.json."""
+    added = {token["content"]: int(i) for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+    named = {role: token for role in ROLES if (token := settings.get(f"{role}_token"))}
+    named = {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
+    check_ids(dict.fromkeys(named.values(), 0) | added)
+    return added, named
 
 
 def find_roles(specials: dict[str, int], named: dict[str, str]) -> dict[str, str]:
     """The special token of each role: `named` by the settings, else the first in ROLES that exists."""
-    roles = {}
-    for role, usual in ROLES.items():
-        found = [name for name in (named.get(role), *usual) if name in specials]
-        if found:
-            roles[role] = found[0]
+    found = {role: [name for name in (named.get(role), *usual) if name in specials] for role, usual in ROLES.items()}
+    roles = {role: names[0] for role, names in found.items() if names}
     return {"pad": roles["eos"]} | roles if "eos" in roles else roles
 
 

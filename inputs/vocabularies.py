@@ -5,6 +5,7 @@ The readers do not catch the errors of malformed files: Tokenizer.load turns the
 
 import base64
 import gzip
+import io
 import json
 import struct
 from collections.abc import Iterator
@@ -50,25 +51,21 @@ def read_vocabulary(path: Path, legacy: bool) -> tuple[Codec, dict[str, int]]:
         return read_sentencepiece(path, unless_spaced=not legacy)
     lines = [line.split() for line in path.read_bytes().splitlines()]  # LLaMA-3's: a token in base64, and its rank
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    if list(ranks.values()) != list(range(len(lines))) or len(lines) < 256:  # the special tokens' ids follow these
+    every_byte = all(bytes([byte]) in ranks for byte in range(256))
+    if not every_byte or list(ranks.values()) != list(range(len(lines))):  # the special tokens' ids follow these
         raise ValueError("tokens are given twice, or missing")
-    codec = ByteLevel(ranks, SPLIT_LLAMA3)
-    if codec.missing_bytes:
-        raise ValueError("a byte has no id")
-    return codec, {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIALS)}
+    return ByteLevel(ranks, SPLIT_LLAMA3), {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIALS)}
 
 
 def read_llama2c(path: Path) -> tuple[SentencePiece, dict[str, int]]:
     """Read llama2.c's tokenizer.bin: an int32, then score (float32), length (int32) and text of each piece."""
-    data, at, pieces, length = path.read_bytes(), 4, [], -1
+    data, at, pieces = path.read_bytes(), 4, []
     while at < len(data):
         score, length = struct.unpack_from("<fi", data, at)
-        text, at = data[at + 8 : at + 8 + length], at + 8 + length
-        i = len(pieces)
+        (text,) = struct.unpack_from(f"{length}s", data, at + 8)  # struct.error if the file ends within it
+        i, at = len(pieces), at + 8 + length
         kind = UNKNOWN if i == 0 else CONTROL if i < 3 else BYTE if i < 259 else NORMAL
-        pieces.append((f"<0x{i - 3:02X}>" if kind == BYTE else text.decode().replace(" ", SPACE), score, kind))
-    if at != len(data) or length < 0:
-        raise ValueError(f"it ends within piece {len(pieces)}")
+        pieces.append((text.decode().replace(" ", SPACE), score, kind))
     return from_pieces(pieces, unless_spaced=False), {"<unk>": 0, "<s>": 1, "</s>": 2}
 
 
@@ -79,11 +76,11 @@ def read_clip(path: Path) -> tuple[ClipBPE, dict[str, int]]:
     """
     with gzip.open(path) as file:
         lines = file.read(20_000_000).decode().split("\n")[1 : 1 + CLIP_MERGES]
-    merged, alphabet = [line.replace(" ", "") for line in lines], byte_alphabet()
-    names = [*alphabet.values(), *(char + "</w>" for char in alphabet.values()), *merged, *CLIP_SPECIALS]
+    merged, letters = [line.replace(" ", "") for line in lines], byte_alphabet().values()
+    names = [*letters, *(letter + "</w>" for letter in letters), *merged, *CLIP_SPECIALS]
     ids = {name: i for i, name in enumerate(names)}
-    scores = {name: -float(rank) for rank, name in enumerate(merged)}
-    return ClipBPE(ids, scores, alphabet), {name: ids.pop(name) for name in CLIP_SPECIALS}
+    specials = {name: ids.pop(name) for name in CLIP_SPECIALS}
+    return ClipBPE(ids, merged), specials
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,7 +90,8 @@ def read_clip(path: Path) -> tuple[ClipBPE, dict[str, int]]:
 def read_sentencepiece(path: Path, unless_spaced: bool) -> tuple[SentencePiece, dict[str, int]]:
     """Read a tokenizer.model, and its special tokens by name. Field numbers: sentencepiece_model.proto."""
     fields = list(read_fields(path.read_bytes()))
-    pieces = [read_piece(value) for number, value in fields if number == 1]
+    pieces = [{1: b"", 2: bytes(4), 3: NORMAL} | dict(read_fields(value)) for number, value in fields if number == 1]
+    pieces = [(piece[1].decode(), struct.unpack("<f", piece[2])[0], piece[3]) for piece in pieces]
     trainer, normalizer = (
         dict(entry for number, value in fields if number == wanted for entry in read_fields(value)) for wanted in (2, 3)
     )
@@ -107,37 +105,31 @@ def read_sentencepiece(path: Path, unless_spaced: bool) -> tuple[SentencePiece, 
 
 
 def read_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yields (field number, int or bytes) of a protobuf message. Raises ValueError if it is malformed."""
-    at = 0
-
-    def read_varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while at < len(message) and shift < 64:
-            byte = message[at]
-            value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
-            if byte < 128:
-                return value
-        raise ValueError(f"no number at byte {at}")
-
-    while at < len(message):
-        number, wire = divmod(read_varint(), 8)
+    """Yields (field number, int or bytes) of a protobuf message. Raises ValueError or IndexError if it is malformed."""
+    stream = io.BytesIO(message)
+    while stream.tell() < len(message):
+        number, wire = divmod(read_varint(stream), 8)
+        if wire not in (0, 1, 2, 5):
+            raise ValueError(f"wire type {wire} before byte {stream.tell()}")
         if wire == 0:
-            yield number, read_varint()
+            yield number, read_varint(stream)
             continue
-        if wire not in (1, 2, 5):
-            raise ValueError(f"wire type {wire} at byte {at}")
-        size = read_varint() if wire == 2 else {1: 8, 5: 4}[wire]
-        if at + size > len(message):
-            raise ValueError(f"a field of {size} bytes at byte {at} of {len(message)}")
-        yield number, message[at : at + size]
-        at += size
+        size = read_varint(stream) if wire == 2 else {1: 8, 5: 4}[wire]
+        value = stream.read(size)
+        if len(value) < size:
+            raise ValueError(f"a field of {size} bytes, of which {len(value)} are there")
+        yield number, value
 
 
-def read_piece(message: bytes) -> tuple[str, float, int]:
-    """Text, score and type of a piece."""
-    values = {1: b"", 2: bytes(4), 3: NORMAL} | dict(read_fields(message))
-    return values[1].decode(), struct.unpack("<f", values[2])[0], values[3]
+def read_varint(stream: io.BytesIO) -> int:
+    """The number that starts here: seven bits in each byte, the lowest first; the eighth bit says that more follow."""
+    value = 0
+    for shift in range(0, 64, 7):
+        byte = stream.read(1)[0]
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value
+    raise ValueError(f"no number before byte {stream.tell()}")
 
 
 def from_pieces(pieces: list[tuple[str, float, int]], unless_spaced: bool) -> SentencePiece:
@@ -152,7 +144,7 @@ def from_pieces(pieces: list[tuple[str, float, int]], unless_spaced: bool) -> Se
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# tokenizer.json, read
+# tokenizer.json of Hugging Face
 
 
 def parse_json(content: dict) -> tuple[Codec, dict[str, int], str]:
@@ -164,69 +156,55 @@ def parse_json(content: dict) -> tuple[Codec, dict[str, int], str]:
     steps = list_steps(content.get("post_processor"), "processors")
     first = [step["single"][0] for step in steps if step["type"] == "TemplateProcessing"]
     bos = first[0].get("SpecialToken", {}).get("id", "") if first else ""
+    merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
     if model.get("byte_fallback"):
-        return parse_sentencepiece(model, specials, skips_first_space(content)), specials, bos
-    if model.get("end_of_word_suffix") == "</w>":
-        ids = {name: i for name, i in model["vocab"].items() if name not in specials}
-        scores = {left + right: -float(rank) for rank, (left, right) in enumerate(read_merges(model))}
-        return ClipBPE(ids, scores, byte_alphabet()), specials, bos
-    return parse_byte_level(content, model, specials), specials, bos
+        codec = parse_sentencepiece(content, specials, merges)
+    elif model.get("end_of_word_suffix") == "</w>":
+        ids = {text: i for text, i in model["vocab"].items() if text not in specials}
+        codec = ClipBPE(ids, [left + right for left, right in merges])
+    else:
+        codec = parse_byte_level(content, specials, merges)
+    return codec, specials, bos
 
 
-def parse_byte_level(content: dict, model: dict, specials: dict[str, int]) -> ByteLevel:
+def parse_sentencepiece(content: dict, specials: dict[str, int], merges: list[list[str]]) -> SentencePiece:
+    """SentencePiece's BPE in a tokenizer.json. Raises ValueError if it treats spaces in a way that is not supported."""
+    vocabulary, unknown = content["model"]["vocab"], content["model"].get("unk_token")
+    byte_ids = [vocabulary[f"<0x{byte:02X}>"] for byte in range(256)]
+    others = {*specials.values(), *byte_ids}
+    ids, scores = {text: i for text, i in vocabulary.items() if i not in others}, {}
+    for rank, (left, right) in enumerate(merges):
+        scores.setdefault(left + right, -float(rank))  # the first way to a piece decides
+    steps = [list_steps(content["normalizer"], "normalizers"), list_steps(content["pre_tokenizer"], "pretokenizers")]
+    match steps:
+        case [[{"type": "Prepend"}, {"type": "Replace"}], []]:
+            unless_spaced = False
+        case [[], [{"type": "Metaspace", "prepend_scheme": "first"}]]:
+            unless_spaced = True
+        case _:
+            raise ValueError(f"its normalizer and pre_tokenizer are {json.dumps(steps)[:300]}")
+    return SentencePiece(ids, scores, byte_ids, vocabulary.get(unknown, 0), unless_spaced)
+
+
+def parse_byte_level(content: dict, specials: dict[str, int], merges: list[list[str]]) -> ByteLevel:
     """The byte-level BPE of a tokenizer.json. Raises ValueError on a step that is not supported."""
+    model, to_byte = content["model"], {char: byte for byte, char in byte_alphabet().items()}
     normalizer = [step["type"] for step in list_steps(content.get("normalizer"), "normalizers")]
     if normalizer not in ([], ["NFC"]):
         raise ValueError(f"its normalizer is {', '.join(normalizer)}")
     split = parse_split(list_steps(content["pre_tokenizer"], "pretokenizers"))
-    to_byte = {char: byte for byte, char in byte_alphabet().items()}
     vocabulary = {text: i for text, i in model["vocab"].items() if text not in specials}
     ranks = {bytes(to_byte[char] for char in text): i for text, i in vocabulary.items()}
-    ids = [*ranks.values(), *specials.values()]
     codec = ByteLevel(ranks, split, nfc=normalizer == ["NFC"])
+    ids = [*vocabulary.values(), *specials.values()]
     if len(set(ids)) < len(ids) or (codec.missing_bytes and model.get("unk_token")) or model.get("end_of_word_suffix"):
         raise ValueError("an id is given twice, bytes without an id become <unk>, or words end in a mark")
-    check_merges(model, vocabulary)
-    return codec
-
-
-def parse_sentencepiece(model: dict, specials: dict[str, int], unless_spaced: bool) -> SentencePiece:
-    vocabulary = model["vocab"]
-    byte_ids = [vocabulary[f"<0x{byte:02X}>"] for byte in range(256)]
-    others = {*specials.values(), *byte_ids}
-    ordinary, scores = {text: i for text, i in vocabulary.items() if i not in others}, {}
-    for rank, (left, right) in enumerate(read_merges(model)):
-        scores.setdefault(left + right, -float(rank))  # the first way to a piece decides
-    unknown = vocabulary.get(model.get("unk_token"), 0)
-    return SentencePiece(ordinary, scores, byte_ids, unknown, unless_spaced)
-
-
-def read_merges(model: dict) -> list[list[str]]:
-    """The merges in order, as pairs; some files write a pair as text with a space between."""
-    return [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
-
-
-def check_merges(model: dict, vocabulary: dict[str, int]):
-    """Raise ValueError if the merges are not in the order of the ids: tiktoken merges to the lowest id first."""
-    merged = [vocabulary["".join(merge)] for merge in read_merges(model)]
+    merged = [vocabulary[left + right] for left, right in merges]
     unmerged = {i for text, i in vocabulary.items() if len(text) > 1} - set(merged)
+    # tiktoken merges to the lowest id first; with ignore_merges a whole word that is a token needs no merge.
     if merged != sorted(merged) or (unmerged and not model.get("ignore_merges")):
         raise ValueError("its merges are not in the order of the ids, or leave tokens out")
-
-
-def skips_first_space(content: dict) -> bool:
-    """True if a tokenizer.json of SentencePiece adds no dummy prefix to a text that starts with a space ("non-legacy").
-
-    Raises ValueError if it treats spaces or text in a way that is not supported.
-    """
-    normalizer = [step["type"] for step in list_steps(content["normalizer"], "normalizers")]
-    splits = list_steps(content["pre_tokenizer"], "pretokenizers")
-    splits = [(step["type"], step.get("prepend_scheme")) for step in splits]
-    if normalizer == ["Prepend", "Replace"] and not splits:
-        return False
-    if not normalizer and splits == [("Metaspace", "first")]:
-        return True
-    raise ValueError(f"its normalizer is {normalizer}, its pre_tokenizer {splits}")
+    return codec
 
 
 def list_steps(section: dict | None, name: str) -> list[dict]:
@@ -236,25 +214,18 @@ def list_steps(section: dict | None, name: str) -> list[dict]:
 
 def parse_split(steps: list[dict]) -> str:
     """The pattern that cuts text into words. Raises ValueError if text is cut in a way that is not supported."""
-    *cuts, last = steps
-    kinds, pattern = [step["type"] for step in cuts], None
-    if last["type"] == "ByteLevel" and not last.get("add_prefix_space"):
-        if not last.get("use_regex", True):
-            if kinds == ["Split"] and cuts[0]["behavior"] == "Isolated" and not cuts[0]["invert"]:
-                pattern = cuts[0]["pattern"]["Regex"]
-        elif not kinds:
-            pattern = SPLIT_GPT2
-        elif kinds == ["Digits"] and cuts[0]["individual_digits"]:
-            pattern = SPLIT_DIGITS
-    if pattern is None:
-        raise ValueError(f"text is cut by {json.dumps(steps)[:300]}")
-    if regex.sub(pattern, "", EVERY_KIND):  # tiktoken would drop the rest silently
-        raise ValueError(f"the pattern {pattern!r} leaves text out")
-    return pattern
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# tokenizer.json, written
+    *cuts, last = steps or [{}]
+    byte_level = last.get("type") == "ByteLevel" and not last.get("add_prefix_space")
+    match byte_level and cuts, last.get("use_regex", True):
+        case [], True:
+            return SPLIT_GPT2
+        case [{"type": "Digits", "individual_digits": True}], True:
+            return SPLIT_DIGITS
+        case [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}], False:
+            if regex.sub(pattern, "", EVERY_KIND):  # tiktoken would drop the rest silently
+                raise ValueError(f"the pattern {pattern!r} leaves text out")
+            return pattern
+    raise ValueError(f"text is cut by {json.dumps(steps)[:300]}")
 
 
 def byte_level_json(codec: ByteLevel) -> dict:
@@ -273,7 +244,10 @@ def byte_level_json(codec: ByteLevel) -> dict:
 
 
 def sentencepiece_json(codec: SentencePiece, specials: dict[str, int], legacy: bool) -> dict:
-    """The same sections for SentencePiece; where the dummy prefix is added depends on `legacy`."""
+    """The same sections for SentencePiece; where the dummy prefix is added depends on `legacy`.
+
+    The merges are all of two pieces to a third, the best first.
+    """
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prefixed = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]}
     metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
@@ -281,21 +255,16 @@ def sentencepiece_json(codec: SentencePiece, specials: dict[str, int], legacy: b
     decoders += [{"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     vocabulary = codec.ids | {f"<0x{byte:02X}>": i for byte, i in enumerate(codec.byte_ids)}
     vocabulary |= {name: i for name, i in specials.items() if i < len(vocabulary) + 3}
-    model = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "ignore_merges": False}
-    return {
-        "normalizer": prefixed if legacy else None,
-        "pre_tokenizer": None if legacy else metaspace,
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": model | {"vocab": vocabulary, "merges": list_merges(codec)},
-    }
-
-
-def list_merges(codec: SentencePiece) -> list[list[str]]:
-    """Every merge of two pieces to a third, the best first."""
     merges = [
         (-score, codec.ids[piece[:cut]], codec.ids[piece[cut:]], [piece[:cut], piece[cut:]])
         for piece, score in codec.scores.items()
         for cut in range(1, len(piece))
         if piece[:cut] in codec.ids and piece[cut:] in codec.ids
     ]
-    return [parts for *_, parts in sorted(merges)]
+    model = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "ignore_merges": False}
+    return {
+        "normalizer": prefixed if legacy else None,
+        "pre_tokenizer": None if legacy else metaspace,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": model | {"vocab": vocabulary, "merges": [parts for *_, parts in sorted(merges)]},
+    }

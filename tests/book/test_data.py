@@ -280,7 +280,7 @@ BAD_JSON = {
     "cut off": (f"[{GOOD[:-20]}", "not JSON"),
     "control character": ('["\x01"]', "not JSON"),
     "nesting": ("[" * 200_000, "deep"),
-    "nested objects": ('{"a":' * 200_000, "deep"),
+    "nested objects": ("[" + '{"a":' * 200_000, "deep"),
     "5000 digits": (f'[{{"id": {"9" * 5000}}}]', "not JSON"),
     "not UTF-8": (b'["\xff"]', "not JSON"),
     "half a surrogate, raw": (b'["\xed\xa0\x80"]', "not JSON"),
