@@ -61,8 +61,6 @@ def open_image(path: str | Path) -> Image.Image:
         raise
     except UnidentifiedImageError:
         raise BadImage(f"{path}: not an image that can be read") from None
-    except Image.DecompressionBombError:
-        raise BadImage(f"{path}: more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # each of Pillow's plugins raises its own errors
         raise BadImage(f"{path}: cannot be decoded ({error})") from None
 

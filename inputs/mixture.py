@@ -21,9 +21,6 @@ import numpy as np
 from inputs.index import RecordFile
 from inputs.records import Fault
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sources
-
 
 @dataclass
 class Source:
