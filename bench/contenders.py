@@ -1,42 +1,35 @@
-"""The timed work: one function for each kind, which ours.py and theirs.py supply with their models."""
+"""The timed work of each kind of row, with the models of ours.py or theirs.py, and the process that a side does it in.
+
+A kind of work is a function that warms up and returns (numbers, measure): results to compare with those of the other
+sides, and a function that does the work once and returns its cost: the seconds for one unit of work (a sample, a token,
+an image, a MB) and the peak memory in bytes, where it is counted.
+"""
 
 import hashlib
 import importlib
+import multiprocessing
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from bench.models import Job, image_files, make_question
+from bench.models import Job, image_files, make_batch
 from formats.configs import read_config
 from world.language import TURNS
 from world.writer import make_records
 
-
-@dataclass
-class Contender:
-    """The work of one side, warmed up.
-
-    Args: seconds: does the work once and returns its duration; numbers: results to compare with the other sides;
-    amount: units of work in one call (samples, tokens, images, MB).
-    """
-
-    seconds: Callable[[], float]
-    numbers: list[float]
-    amount: float
+Contender = tuple[list[float], Callable[[], tuple[float, int]]]
 
 
-def make_contender(side: str, job: Job) -> Contender:
-    """Load the job's model and inputs, and warm up."""
-    return KINDS[job.kind](importlib.import_module("bench.theirs" if side == "theirs" else "bench.ours"), side, job)
-
-
-def time_call(call: Callable, device: str) -> float:
+def time_call(call: Callable, device: str = "cpu") -> float:
     """Return the seconds that a call takes until the device has finished."""
     synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda device: None
     synchronize(device)
@@ -48,36 +41,52 @@ def time_call(call: Callable, device: str) -> float:
 
 def training(library, side: str, job: Job) -> Contender:
     """A training step: forward, backward, clipping, AdamW. The losses of the first step are compared."""
+    importlib.import_module("torch._dynamo")  # optimizers import it, and imports do not count as memory
+    before = process_memory("VmRSS")
     step = library.make_step(side, job)
-    return Contender(lambda: time_call(step, job.device), [step()], job.rows)
+
+    def measure() -> tuple[float, int]:
+        seconds = time_call(step, job.device) / job.shape.rows
+        if job.device.startswith("cuda"):
+            return seconds, torch.cuda.max_memory_allocated(job.device)
+        return seconds, process_memory("VmHWM") - before
+
+    return [step()], measure
+
+
+def process_memory(field: str) -> int:
+    """Return this process's memory in bytes as the kernel counts it: VmRSS is the current one, VmHWM the peak."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
 
 
 def first_token(library, side: str, job: Job) -> Contender:
     """From pixels and ids to the first token of an answer."""
-    answerer = library.Answerer(side, job)
-    prompt, pixels = make_question(read_config(Path(job.folder)), job)
-    answer = partial(answerer.decode, [prompt], pixels, 1)
-    answer()
-    return Contender(lambda: time_call(answer, job.device), answerer.logits([prompt], pixels), 1)
+    batch = make_batch(read_config(Path(job.folder)), job)
+    prompt = batch["input_ids"][0, : -job.shape.supervised].tolist()  # a training row without its answer
+    pixels = batch["pixel_values"][:1].to(job.device, getattr(torch, job.dtype))
+    logits, decode = library.make_answerer(side, job, [prompt], pixels)
+    decode(1)
+    return logits, lambda: (time_call(partial(decode, 1), job.device), 0)
 
 
 def decoding(library, side: str, job: Job) -> Contender:
     """The median step of decoding, which gives one token for each row."""
-    answerer = library.Answerer(side, job)
     prompts = torch.randint(0, 256, (job.batch, 16), generator=torch.Generator().manual_seed(0)).tolist()
+    logits, decode = library.make_answerer(side, job, prompts, None)
 
-    def seconds() -> float:
-        times = answerer.decode(prompts, None, 32 if job.batch == 1 else 12)
-        return median(after - before for before, after in pairwise(times))
+    def measure() -> tuple[float, int]:
+        times = decode(32 if job.batch == 1 else 12)
+        return median(after - before for before, after in pairwise(times)) / job.batch, 0
 
-    seconds()  # warms up; with job.compiled, this compiles
-    return Contender(seconds, answerer.logits(prompts, None), job.batch)
+    measure()  # with job.compiled, this compiles
+    return logits, measure
 
 
 def images(library, side: str, job: Job) -> Contender:
     """From image files to the tower's input, on one core."""
-    paths, load = image_files(Path(job.folder).parent / "images", 16), library.make_image_loader(Path(job.folder))
-    return data_contender(lambda: torch.stack([load(path) for path in paths]), len(paths))
+    paths, load = image_files(Path(job.folder).parent / "images"), library.make_image_loader(Path(job.folder))
+    return loading(lambda: torch.stack([load(path) for path in paths]), len(paths))
 
 
 def tokenizing(library, side: str, job: Job) -> Contender:
@@ -87,14 +96,128 @@ def tokenizing(library, side: str, job: Job) -> Contender:
     texts = sorted(texts)  # because our tokenizer remembers words
     encode = library.make_encoder(Path(job.folder))
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    return data_contender(lambda: torch.tensor([i for text in texts for i in encode(text)]), megabytes)
+    return loading(lambda: torch.tensor([i for text in texts for i in encode(text)]), megabytes)
 
 
-def data_contender(call: Callable[[], torch.Tensor], amount: float) -> Contender:
+def loading(call: Callable[[], torch.Tensor], amount: float) -> Contender:
     """Work on one core with results that must be equal bit for bit: a number made of their hash is compared."""
     torch.set_num_threads(1)
     digest = hashlib.sha256(call().contiguous().numpy().tobytes()).digest()
-    return Contender(lambda: time_call(call, "cpu"), [float(int.from_bytes(digest[:6]))], amount)
+    return [float(int.from_bytes(digest[:6]))], lambda: (time_call(call) / amount, 0)
 
 
-KINDS = {"train": training, "first_token": first_token, "decode": decoding, "images": images, "tokenize": tokenizing}
+# Runs a program and prints its peak memory. A worker cannot run it directly: a child's counter begins at the size of
+# its parent, and a worker is large.
+LAUNCHER = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+sys.exit(status)
+"""
+THEIR_ANSWER = """
+import sys, torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+folder, path, device, dtype = sys.argv[1:]
+model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+processor = AutoProcessor.from_pretrained(folder)
+text = "USER: <image>\\nWhat is this? ASSISTANT:"
+inputs = processor(images=Image.open(path), text=text, return_tensors="pt").to(device, getattr(torch, dtype))
+ids = model.generate(**inputs, max_new_tokens=1, do_sample=False)
+print(processor.decode(ids[0, -1:]).encode())
+"""
+
+
+def cold_start(library, side: str, job: Job) -> Contender:
+    """A new process each time: import, load, read an image, answer with one token.
+
+    The answers are not compared, because ours and theirs put the question into different words.
+    """
+    image = str(image_files(Path(job.folder).parent / "images")[0])
+    program = [str(Path(__file__).parents[1] / "sample.py"), "--model", job.folder, "--image", image]
+    program += ["--prompt", "What is this?", "--max-new-tokens", "1", "--device", job.device, "--dtype", job.dtype]
+    program += ["--no-fast"] if side == "plain" else []
+    if side == "theirs":
+        program = ["-c", THEIR_ANSWER, job.folder, image, job.device, job.dtype]
+    command = [sys.executable, "-c", LAUNCHER, sys.executable, *program]
+
+    def measure() -> tuple[float, int]:
+        begin = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True)
+        seconds = time.perf_counter() - begin
+        if done.returncode:
+            raise ValueError(f"{(done.stderr.strip() or 'no message').splitlines()[-1]} (status {done.returncode})")
+        return seconds, int(done.stdout)
+
+    measure()  # warms the disk's cache
+    return [0.0], measure
+
+
+KINDS = {  # work and unit of each kind of row
+    "train": (training, "samples/s"),
+    "first_token": (first_token, "ms"),
+    "decode": (decoding, "tokens/s"),
+    "cold_start": (cold_start, "ms"),
+    "images": (images, "images/s"),
+    "tokenize": (tokenizing, "MB/s"),
+}
+
+
+def make_contender(side: str, job: Job) -> Contender:
+    work, _ = KINDS[job.kind]
+    return work(importlib.import_module("bench.theirs" if side == "theirs" else "bench.ours"), side, job)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes
+
+
+class Worker:
+    """A contender in a process of its own: in one process, the sides would share torch's allocator and slow each other.
+
+    numbers: to compare with those of the other sides; bytes: its peak memory so far. Raises ValueError with the error's
+    first line if the process fails.
+    """
+
+    def __init__(self, side: str, job: Job):
+        self.side, context = side, multiprocessing.get_context("spawn")
+        self.pipe, other_end = context.Pipe()
+        self.process = context.Process(target=serve, args=(other_end, side, job))
+        self.process.start()
+        other_end.close()
+        self.numbers = self.receive()
+
+    def receive(self) -> list[float] | tuple[float, int]:
+        """Return the next message of the process; a string is an error."""
+        try:
+            message = self.pipe.recv()
+        except EOFError:
+            message = "the process was killed"
+        if isinstance(message, str):
+            self.close()
+            raise ValueError(f"{self.side}: {message}")
+        return message
+
+    def seconds(self) -> float:
+        """Do the work once; return its duration for one unit of work."""
+        self.pipe.send("run")
+        seconds, self.bytes = self.receive()
+        return seconds
+
+    def close(self):
+        self.pipe.close()
+        self.process.join()
+
+
+def serve(pipe: Connection, side: str, job: Job):
+    """Make the contender, in the worker's process, and run it once for every message until the pipe is closed."""
+    os.dup2(2, 1)  # standard output is for the table only
+    try:
+        numbers, measure = make_contender(side, job)
+        pipe.send(numbers)
+        while pipe.recv():
+            pipe.send(measure())
+    except EOFError:
+        return
+    except Exception as error:  # other people's libraries raise anything
+        pipe.send(f"{type(error).__name__}: {error}".splitlines()[0])

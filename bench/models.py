@@ -1,9 +1,8 @@
 """The measured models, with random weights, and their inputs; every side reads the same ones."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from shutil import rmtree
 
@@ -11,39 +10,16 @@ import torch
 from PIL import Image
 
 from clip import CLIPVisionConfig
-from formats.configs import config_to_json
+from formats.configs import read_config
 from formats.saving import save_model
 from inputs.bpe import ByteLevel
-from inputs.files import publish_folder, read_json
+from inputs.files import publish_folder
 from inputs.tokenizer import SPECIALS, Tokenizer, find_roles
 from inputs.vocabularies import SPLIT
 from llava import IGNORE, Llava, LlavaConfig, TextConfig
 from world.speedrun import new_model
 
 WAYS = ("stage1", "stage2", "lora", "qlora")  # what trains
-
-
-@dataclass(frozen=True)
-class Job:
-    """The work of one row of the table.
-
-    Args: kind: a key of contenders.KINDS, or "cold_start"; folder: of the model; dtype: "float32" or "bfloat16"; way:
-    one of WAYS; rows, length, supervised: see Shape; batch: rows decoded together; bits: 4 for NF4 while decoding;
-    compiled: compile this project's model, as --compile does; only: items of fast/ to use, None for all.
-    """
-
-    kind: str
-    folder: str
-    device: str = "cpu"
-    dtype: str = "float32"
-    way: str = ""
-    rows: int = 0
-    length: int = 0
-    supervised: int = 0
-    batch: int = 1
-    bits: int = 16
-    compiled: bool = False
-    only: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +32,22 @@ class Shape:
     supervised: int
 
 
+@dataclass(frozen=True)
+class Job:
+    """The work of one row of the table."""
+
+    kind: str  # a key of contenders.KINDS
+    folder: str  # of the model
+    shape: Shape | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    way: str = ""  # of training, one of WAYS
+    batch: int = 1  # rows decoded together
+    bits: int = 16  # 4 for NF4 while decoding
+    compiled: bool = False  # compile this project's model, as --compile does
+    only: list[str] | None = None  # items of fast/ to use; None: all
+
+
 def model_of_222m() -> tuple[LlavaConfig, Tokenizer]:
     """Return a model of 222 million parameters: CLIP-B/16-224 and a decoder with the shape of SmolLM2-135M."""
     text = TextConfig(49152, 576, 1536, 30, 9, 3, rms_norm_eps=1e-5, tie_word_embeddings=True)
@@ -64,10 +56,9 @@ def model_of_222m() -> tuple[LlavaConfig, Tokenizer]:
 
 def with_full_vocabulary(text: TextConfig, vision: CLIPVisionConfig) -> tuple[LlavaConfig, Tokenizer]:
     """Return a config and a tokenizer that fills its vocabulary, because a cold start includes loading it."""
-    pairs = (bytes(two) for two in product(range(256), repeat=2))
-    tokens = [*(bytes([b]) for b in range(256)), *islice(pairs, text.vocab_size - 256 - len(SPECIALS))]
-    ranks = {token: i for i, token in enumerate(tokens)}
-    specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
+    tokens = (bytes(values) for length in (1, 2) for values in product(range(256), repeat=length))
+    ranks = {token: i for i, token in zip(range(text.vocab_size - len(SPECIALS)), tokens)}
+    specials = {name: i for i, name in enumerate(SPECIALS, len(ranks))}
     tokenizer = Tokenizer(ByteLevel(ranks, SPLIT), specials, find_roles(specials, {}))
     ids = {"eos_token_ids": [tokenizer.eos_id], "pad_token_id": tokenizer.pad_id}
     return LlavaConfig(text, vision, image_token_index=tokenizer.image_id, **ids), tokenizer
@@ -83,8 +74,7 @@ def model_folder(name: str, root: Path) -> Path:
     """Return the folder of a shape's random weights; write it if it is missing or has another config."""
     folder = (root / name).resolve()
     config, tokenizer = SHAPES[name].make()
-    expected = json.loads(json.dumps(config_to_json(config)))
-    if folder.exists() and read_json(folder / "config.json") == expected:
+    if folder.exists() and read_config(folder) == config:
         return folder
     rmtree(folder, ignore_errors=True)
 
@@ -104,24 +94,18 @@ def model_folder(name: str, root: Path) -> Path:
 def make_batch(config: LlavaConfig, job: Job) -> dict[str, torch.Tensor]:
     """Return a training batch: in each row an image, then ids of single bytes, which every vocabulary has."""
     generator, side = torch.Generator().manual_seed(0), config.vision_config.image_size
-    input_ids = torch.randint(0, 256, (job.rows, job.length), generator=generator)
+    input_ids = torch.randint(0, 256, (job.shape.rows, job.shape.length), generator=generator)
     input_ids[:, 1 : 1 + config.vision_config.num_patches] = config.image_token_index
-    labels = input_ids.masked_fill(torch.arange(job.length) < job.length - job.supervised, IGNORE)
-    pixel_values = torch.randn(job.rows, 3, side, side, generator=generator)
+    labels = input_ids.clone()
+    labels[:, : -job.shape.supervised] = IGNORE
+    pixel_values = torch.randn(job.shape.rows, 3, side, side, generator=generator)
     return {"input_ids": input_ids, "labels": labels, "pixel_values": pixel_values}
 
 
-def make_question(config: LlavaConfig, job: Job) -> tuple[list[int], torch.Tensor]:
-    """Return the first training row without its answer: the prompt's ids and the pixels (1, 3, S, S)."""
-    batch = make_batch(config, job)
-    prompt = batch["input_ids"][0, : job.length - job.supervised].tolist()
-    return prompt, batch["pixel_values"][:1].to(job.device, getattr(torch, job.dtype))
-
-
-def image_files(folder: Path, count: int) -> list[Path]:
-    """Return paths of JPEGs of 640 x 480 pixels, as in COCO: smooth random color with noise. Written once."""
+def image_files(folder: Path) -> list[Path]:
+    """Return paths of 16 JPEGs of 640 x 480 pixels, as in COCO: smooth random color with noise. Written once."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{i}.jpg" for i in range(count)]
+    paths = [folder / f"{i}.jpg" for i in range(16)]
     for path in paths:
         if not path.exists():
             smooth = (Image.effect_noise((16, 12), 100).resize((640, 480), Image.Resampling.BICUBIC) for _ in "RGB")

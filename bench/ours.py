@@ -24,13 +24,11 @@ from training.ranks import Distributed
 
 def make_step(side: str, job: Job) -> Callable[[], float]:
     """Return a function that does a step of train.py and returns its loss."""
-    stage = "1" if job.way == "stage1" else "2"
-    flags = ["--stage", stage, "--dtype", job.dtype, "--device", job.device, "--lr", "1e-5"]
+    flags = ["--stage", "1" if job.way == "stage1" else "2", "--model", job.folder]
+    flags += ["--dtype", job.dtype, "--device", job.device, "--lr", "1e-5"]
     if "lora" in job.way:
         flags += ["--lora", "llm", "--bits", "4" if job.way == "qlora" else "16"]
-    args = read_flags("", flags)
-    args.model, args.weights = Path(job.folder), "float32"
-    ranks = Distributed(job.device)
+    args, ranks = read_flags("", flags), Distributed(job.device)
     ranks.print0 = lambda text: None
     model = load_model(job.folder, job.device, torch.float32, bits=args.bits)
     train.choose_trainable(model, args.train)
@@ -49,32 +47,30 @@ def make_step(side: str, job: Job) -> Callable[[], float]:
     return step
 
 
-class Answerer:
-    """The model as sample.py loads it, except that no token ends an answer."""
+def make_answerer(side: str, job: Job, prompts: list[list[int]], pixels: torch.Tensor | None) -> tuple:
+    """Return the first 500 logits after each prompt, and a function that decodes a number of tokens greedily.
 
-    def __init__(self, side: str, job: Job):
-        self.model = load_model(job.folder, job.device, getattr(torch, job.dtype), bits=job.bits).eval()
-        self.model.config.eos_token_ids = []
-        if side == "fast":
-            accelerate(self.model, job.only and set(job.only))
-        if job.compiled:
-            compile_decoding(self.model)
+    The function returns the time of each token. The model is as sample.py loads it, except that no token ends an
+    answer. All prompts have the same length.
+    """
+    model = load_model(job.folder, job.device, getattr(torch, job.dtype), bits=job.bits).eval()
+    model.config.eos_token_ids = []
+    if side == "fast":
+        accelerate(model, job.only and set(job.only))
+    if job.compiled:
+        compile_decoding(model)
 
     @torch.inference_mode()
-    def logits(self, prompts: list[list[int]], pixels: torch.Tensor | None) -> list[float]:
-        """Return the first 500 logits after each prompt; all prompts have the same length."""
-        model = self.model
+    def decode(tokens: int) -> list[float]:
+        features = None if pixels is None else model.vision_features(pixels)
+        # generate() waits for the device to hand the ids over
+        return [time.perf_counter() for _ in generate(model, prompts, features, max_new_tokens=tokens)]
+
+    with torch.inference_mode():
         features = None if pixels is None else model.vision_features(pixels)
         hidden = model.language_model.model(model.embed(torch.tensor(prompts, device=model.device), features))
-        return model.language_model.lm_head(hidden[:, -1])[:, :500].float().flatten().tolist()
-
-    @torch.inference_mode()
-    def decode(self, prompts: list[list[int]], pixels: torch.Tensor | None, tokens: int) -> list[float]:
-        """Decode greedily; return the time of each token."""
-        features, times = None if pixels is None else self.model.vision_features(pixels), []
-        for _ in generate(self.model, prompts, features, max_new_tokens=tokens):
-            times.append(time.perf_counter())  # generate() has waited for the device to hand the ids over
-        return times
+        logits = model.language_model.lm_head(hidden[:, -1])[:, :500].float().flatten().tolist()
+    return logits, decode
 
 
 def make_image_loader(folder: Path) -> Callable[[Path], torch.Tensor]:

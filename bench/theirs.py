@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from PIL import Image
 from torch import nn
-from transformers import AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, LlavaForConditionalGeneration
+from transformers import AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration  # at once, not when it is used
 from transformers.utils import logging
 
 from bench.models import Job, make_batch
@@ -73,29 +74,23 @@ def make_step(side: str, job: Job) -> Callable[[], float]:
     return step
 
 
-class Answerer:
-    """transformers' model and generate(); for the methods, see ours.py."""
+def make_answerer(side: str, job: Job, prompts: list[list[int]], pixels: torch.Tensor | None) -> tuple:
+    """Return what ours.py returns, with transformers' generate()."""
+    model = load(job, getattr(torch, job.dtype), job.bits)
+    ids = torch.tensor(prompts, device=model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if pixels is not None:
+        inputs["pixel_values"] = pixels
 
-    def __init__(self, side: str, job: Job):
-        self.model = load(job, getattr(torch, job.dtype), job.bits)
-
-    def inputs(self, prompts: list[list[int]], pixels: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Return what transformers' processor would, for prompts of the same length."""
-        ids = torch.tensor(prompts, device=self.model.device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return inputs if pixels is None else inputs | {"pixel_values": pixels}
-
-    @torch.inference_mode()
-    def logits(self, prompts: list[list[int]], pixels: torch.Tensor | None) -> list[float]:
-        logits = self.model(**self.inputs(prompts, pixels), logits_to_keep=1).logits
-        return logits[:, -1, :500].float().flatten().tolist()
-
-    def decode(self, prompts: list[list[int]], pixels: torch.Tensor | None, tokens: int) -> list[float]:
-        """Decode exactly `tokens` tokens greedily; return the time of each."""
+    def decode(tokens: int) -> list[float]:
         times, exact = [], {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
         clock = SimpleNamespace(put=lambda ids: times.append(time.perf_counter()), end=lambda: None)
-        self.model.generate(**self.inputs(prompts, pixels), **exact, streamer=clock)
+        model.generate(**inputs, **exact, streamer=clock)
         return times[1:]  # the first call hands over the prompt
+
+    with torch.inference_mode():
+        logits = model(**inputs, logits_to_keep=1).logits[:, -1, :500].float().flatten().tolist()
+    return logits, decode
 
 
 def make_image_loader(folder: Path) -> Callable[[Path], torch.Tensor]:

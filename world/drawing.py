@@ -11,13 +11,16 @@ from world.scenes import COLORS, Scene, SceneObject
 OVERSAMPLING = 4  # scenes are drawn four times as large and averaged down, to smooth the edges
 
 
-def draw_scene(scene: Scene, side: int) -> Image.Image:
-    """Return the scene as an RGB image, `side` pixels square."""
+def draw_scene(scene: Scene, side: int, sign_scale: float = 1.0) -> Image.Image:
+    """Return the scene as an RGB image, `side` pixels square, with its sign `sign_scale` times as large as usual."""
     large = OVERSAMPLING * side
     canvas = draw_background(scene, side).resize((large, large), Image.Resampling.NEAREST)
-    pen = ImageDraw.Draw(canvas)
+    pen, line_width = ImageDraw.Draw(canvas), max(1, round(large * 0.012))
     for obj in scene.objects:
-        (draw_sign if obj.text else draw_shape)(pen, obj, large, line_width=max(1, round(large * 0.012)))
+        if obj.text:
+            draw_sign(pen, obj, large, line_width, sign_scale)
+        else:
+            draw_shape(pen, obj, large, line_width)
     return canvas.reduce(OVERSAMPLING)
 
 
@@ -35,11 +38,6 @@ def draw_background(scene: Scene, side: int) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def make_star() -> list[tuple[float, float]]:
-    turns, radii = [math.pi * i / 5 for i in range(10)], (0.52, 0.22)
-    return [(0.5 + radii[i % 2] * math.sin(t), 0.52 - radii[i % 2] * math.cos(t)) for i, t in enumerate(turns)]
-
-
 def make_heart() -> list[tuple[float, float]]:
     """Return the classic parametric heart, scaled into the unit square."""
     turns = [2 * math.pi * i / 48 for i in range(48)]
@@ -48,11 +46,12 @@ def make_heart() -> list[tuple[float, float]]:
 
 
 A, B = 0.33, 0.67  # edges of the cross's arms
+RADII = [0.52, 0.22] * 5  # of the star's points and of the corners between them
 CORNERS = {  # of each shape in the unit square, y downwards; a circle has none
     "square": [(0.08, 0.08), (0.92, 0.08), (0.92, 0.92), (0.08, 0.92)],
     "triangle": [(0.5, 0.02), (1, 0.94), (0, 0.94)],
     "cross": [(A, 0), (B, 0), (B, A), (1, A), (1, B), (B, B), (B, 1), (A, 1), (A, B), (0, B), (0, A), (A, A)],
-    "star": make_star(),
+    "star": [(0.5 + r * math.sin(math.pi * i / 5), 0.52 - r * math.cos(math.pi * i / 5)) for i, r in enumerate(RADII)],
     "heart": make_heart(),
 }
 
@@ -68,13 +67,14 @@ def draw_shape(pen: ImageDraw.ImageDraw, obj: SceneObject, side: int, line_width
         pen.polygon(points, fill, outline, line_width)
 
 
-def draw_sign(pen: ImageDraw.ImageDraw, obj: SceneObject, side: int, line_width: int):
+def draw_sign(pen: ImageDraw.ImageDraw, obj: SceneObject, side: int, line_width: int, scale: float):
     x1, y1, x2, y2 = (side * v for v in obj.box)
-    pen.rounded_rectangle((x1, y1, x2, y2), side * 0.03, (252, 252, 248), (70, 70, 80), line_width)
-    pen.text(((x1 + x2) / 2, (y1 + y2) / 2), obj.text, (25, 25, 35), load_font(font_size(obj.text, side)), anchor="mm")
+    x, y, r = (x1 + x2) / 2, (y1 + y2) / 2, scale * (x2 - x1) / 2
+    pen.rounded_rectangle((x - r, y - r, x + r, y + r), scale * side * 0.03, (252, 252, 248), (70, 70, 80), line_width)
+    pen.text((x, y), obj.text, (25, 25, 35), load_font(font_size(obj.text, scale * side)), anchor="mm")
 
 
-def font_size(text: str, side: int) -> int:
+def font_size(text: str, side: float) -> int:
     """Font size of a sign's text: a word is written smaller than a digit."""
     return round(side * (0.27 if len(text) == 1 else 0.155))
 

@@ -63,10 +63,10 @@ class Card:
     def text(self, x, y, text, color=DARK, size=9.5, **style):
         self.axes.text(x, y, text, color=color, fontsize=size, **{"ha": "center", "va": "center"} | style)
 
-    def shapes(self, x, y, ours: str, theirs: str):
-        """Write a shape of our model and, below it, of LLaVA-1.5-7B."""
-        self.text(x, y, ours)
-        self.text(x, y + 17, theirs, GRAY)
+    def shapes(self, x, y, text: str, config: LlavaConfig):
+        """Write a text with {v.KEY} of a model's CLIP and {t.KEY} of its decoder; below, the same of LLaVA-1.5-7B."""
+        for line, (model, color) in enumerate(((config, DARK), (LLAVA_7B, GRAY))):
+            self.text(x, y + 17 * line, text.format(v=model.vision_config, t=model.text_config), color)
 
     def arrow(self, *points: tuple[float, float], color=GRAY):
         """Draw a line through points with a head at the last one."""
@@ -88,67 +88,64 @@ class Card:
 SCENE, IMAGE_TOKEN = 62, ""
 PROMPT = ["USER:", *[IMAGE_TOKEN] * 9, "What", "color", "is", "the", "star?", "ASSISTANT:"]
 ANSWER = ["The", "star", "is", "blue.", "</s>"]  # true of training scene SCENE of seed 0
-# (x, width) of image, patches, vision tower, features, projector and projected features, from left to right
-LANE = ((28, 110), (196, 116), (362, 170), (591, 90), (740, 190), (1031, 90))
+LANE = (  # the way of the image, from left to right: x, width and the text below each station
+    (28, 110, "3 × {v.image_size} × {v.image_size}"),
+    (196, 116, "{v.num_patches} patches of {v.patch_size} × {v.patch_size}"),
+    (362, 170, "{v.num_hidden_layers} layers, width {v.hidden_size:,}"),  # the vision tower
+    (591, 90, "{v.num_patches} × {v.hidden_size:,}"),
+    (740, 190, "{v.hidden_size:,} → {t.hidden_size:,}"),  # the projector
+    (1031, 90, "{v.num_patches} × {t.hidden_size:,}"),
+)
 LANE_TOP, SEQUENCE_TOP, SEQUENCE_LEFT, SEQUENCE_WIDTH = 66, 300, 222, 954
 
 
 def draw_architecture(config: LlavaConfig, path: Path):
     """Draw the way from an image and a question to logits, with shapes of our model and of LLaVA-1.5-7B."""
-    card, ours, theirs = Card(1200, 548, "From an image and a question to an answer"), config.text_config, TextConfig()
+    card = Card(1200, 548, "From an image and a question to an answer")
     card.text(1176, 24, "black: the speedrun's model", ha="right")
     card.text(1176, 42, "gray: LLaVA-1.5-7B", GRAY, ha="right")
     draw_image_lane(card, config)
-    centers = draw_sequence(card, ours, theirs)
+    centers = draw_sequence(card, config)
     title = "Decoder: causal attention over image and text"
     card.component(SEQUENCE_LEFT, 366, SEQUENCE_WIDTH, 60, DECODER, title, 20, 11.5)
-    card.text(692, 408, f"{ours.num_hidden_layers} layers, width {ours.hidden_size}", ha="right")
-    card.text(706, 408, f"{theirs.num_hidden_layers} layers, width {theirs.hidden_size:,}", GRAY, ha="left")
+    layers = "{0.num_hidden_layers} layers, width {0.hidden_size:,}"
+    card.text(692, 408, layers.format(config.text_config), ha="right")
+    card.text(706, 408, layers.format(LLAVA_7B.text_config), GRAY, ha="left")
     for center in centers:
         card.arrow((center, 336), (center, 362))
     for center, word in zip(centers[-len(ANSWER) - 1 :], ANSWER):  # a position predicts the token after it
-        width = word_width(word)
         card.arrow((center, 428), (center, 456), color=LABEL)
-        card.box(center - width / 2, 460, width, 30, LABEL, word)
+        card.box(center - word_width(word) / 2, 460, word_width(word), 30, LABEL, word)
     card.text(790, 468, "Logits only where the next token has a label:", size=10, ha="right", weight="bold")
     card.text(790, 486, "the answer and its end. Their cross-entropy is the loss.", ha="right")
-    card.shapes(centers[-4], 506, *(f"{len(ANSWER)} × {text.vocab_size:,}" for text in (ours, theirs)))
+    card.shapes(centers[-4], 506, f"{len(ANSWER)} × {{t.vocab_size:,}}", config)
     card.save(path)
 
 
 def draw_image_lane(card: Card, config: LlavaConfig):
     """Draw the stations of LANE, the shapes below them, and arrows between them."""
     vision, y = config.vision_config, LANE_TOP
+    image_x, patches_x, tower_x, features_x, projector_x, projected_x = (x for x, *_ in LANE)
     image = np.asarray(draw_scene(make_scene(0, SCENE, False)[0], 4 * vision.image_size))
-    (image_x, _), (patches_x, _), (tower_x, tower_width), (features_x, _), (projector_x, projector_width), _ = LANE
     card.image(image, image_x, y, 110)
     grid, cell = vision.image_size // vision.patch_size, 4 * vision.patch_size
     for row, column in np.ndindex(grid, grid):
         patch = image[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
         card.image(patch, patches_x + column * 120 / grid, y - 5 + row * 120 / grid, 120 / grid - 4)
-    card.component(tower_x, y, tower_width, 110, VISION, "Vision tower", 38)
-    card.text(tower_x + tower_width / 2, y + 74, "CLIP's ViT; output of the\nsecond to last layer", size=9)
-    card.component(projector_x, y, projector_width, 110, PROJECTOR, "Projector", 38)
-    card.text(projector_x + projector_width / 2, y + 66, "Linear → GELU → Linear", size=9)
-    for x, color in ((features_x, VISION), (LANE[-1][0], PROJECTOR)):
-        for i in range(9):  # a matrix with one row per patch
-            card.box(x, y + 1 + i * 12.2, 90, 9, color, opacity=0.45, radius=2, linewidth=0.8)
-    for (x, width), ours, theirs in zip(LANE, lane_shapes(config), lane_shapes(LLAVA_7B)):
-        card.shapes(x + width / 2, y + 127, ours, theirs)
-    for (x, width), (next_x, _) in pairwise(LANE):
+    card.component(tower_x, y, 170, 110, VISION, "Vision tower", 38)
+    card.text(tower_x + 85, y + 74, "CLIP's ViT; output of the\nsecond to last layer", size=9)
+    card.component(projector_x, y, 190, 110, PROJECTOR, "Projector", 38)
+    card.text(projector_x + 95, y + 66, "Linear → GELU → Linear", size=9)
+    for i in range(9):  # two matrices with one row per patch
+        card.box(features_x, y + 1 + i * 12.2, 90, 9, VISION, opacity=0.45, radius=2, linewidth=0.8)
+        card.box(projected_x, y + 1 + i * 12.2, 90, 9, PROJECTOR, opacity=0.45, radius=2, linewidth=0.8)
+    for x, width, text in LANE:
+        card.shapes(x + width / 2, y + 127, text, config)
+    for (x, width, _), (next_x, *_) in pairwise(LANE):
         card.arrow((x + width + 5, y + 55), (next_x - 5, y + 55))
 
 
-def lane_shapes(config: LlavaConfig) -> list[str]:
-    """Return the text below each station of LANE."""
-    vision, width = config.vision_config, config.text_config.hidden_size
-    side, patch, count, features = vision.image_size, vision.patch_size, vision.num_patches, vision.hidden_size
-    shapes = [f"3 × {side} × {side}", f"{count} patches of {patch} × {patch}"]
-    shapes += [f"{vision.num_hidden_layers} layers, width {features:,}", f"{count} × {features:,}"]
-    return [*shapes, f"{features:,} → {width:,}", f"{count} × {width:,}"]
-
-
-def draw_sequence(card: Card, ours: TextConfig, theirs: TextConfig) -> list[float]:
+def draw_sequence(card: Card, config: LlavaConfig) -> list[float]:
     """Draw the sequence that the decoder reads; return the center of every token."""
     y, x, centers, words = SEQUENCE_TOP, SEQUENCE_LEFT, [], [*PROMPT, *ANSWER]
     gap = (SEQUENCE_WIDTH - sum(map(word_width, words))) / (len(words) - 1)
@@ -162,7 +159,7 @@ def draw_sequence(card: Card, ours: TextConfig, theirs: TextConfig) -> list[floa
     card.arrow((source, 219), (source, 262), (target, 262), (target, y - 4), color=PROJECTOR)
     card.text(target + 14, 249, "scatter: feature i replaces the i-th <image> placeholder", PROJECTOR, ha="left")
     card.component(28, y - 26, 150, 86, DECODER, "Tokenizer,\nembedding table", 27, 10)
-    card.shapes(103, y + 28, *(f"{text.vocab_size:,} × {text.hidden_size:,}" for text in (ours, theirs)))
+    card.shapes(103, y + 28, "{t.vocab_size:,} × {t.hidden_size:,}", config)
     card.arrow((182, y + 17), (218, y + 17))
     return centers
 
@@ -174,34 +171,31 @@ def word_width(word: str) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # freeze plan
 
-STAGE_COLUMNS = {  # stage -> states of COMPONENTS, data, loss, and the data or model in LLaVA-1.5
-    "Stage 0, CLIP": ("trains", "", "", "images and captions", "contrastive", "pretrained CLIP-L/14-336"),
-    "Stage 0, decoder": ("", "", "trains", "text alone", "next token", "pretrained Vicuna"),
-    "Stage 1": ("frozen", "trains", "frozen", "images and captions", "next token of the caption", "558K captions"),
-    "Stage 2": ("frozen", "trains", "trains", "images and dialogues", "next token of the answers", "665K dialogues"),
+UNUSED, FROZEN = "not used", "❄ frozen"
+STAGE_COLUMNS = {  # stage -> its cell in each of PLAN_ROWS
+    "Stage 0, CLIP": ("trains", UNUSED, UNUSED, "images and captions", "contrastive", "pretrained CLIP-L/14-336"),
+    "Stage 0, decoder": (UNUSED, UNUSED, "trains", "text alone", "next token", "pretrained Vicuna"),
+    "Stage 1": (FROZEN, "trains", FROZEN, "images and captions", "next token of the caption", "558K captions"),
+    "Stage 2": (FROZEN, "trains", "trains", "images and dialogues", "next token of the answers", "665K dialogues"),
 }
 PLAN_ROWS = COMPONENTS | {"Data": DARK, "Loss": DARK, "LLaVA-1.5": GRAY}
 
 
 def draw_freeze_plan(path: Path):
     """Draw which components train, are frozen, or take no part in each stage."""
-    card, width, height = Card(1000, 446, "What trains in which stage"), 194, 56
-    rows = [96, 160, 224, 300, 340, 380]  # top of each row
-    for y, name in zip(rows, PLAN_ROWS):
+    card, tops = Card(1000, 446, "What trains in which stage"), (96, 160, 224, 300, 340, 380)
+    for y, name in zip(tops, PLAN_ROWS):
         card.text(28, y + 28, name, COMPONENTS.get(name, DARK), 11, ha="left", weight="bold")
-    for column, (stage, cells) in enumerate(STAGE_COLUMNS.items()):
-        x = 150 + column * (width + 14)
-        card.text(x + width / 2, 74, stage, size=11.5, weight="bold")
-        for y, cell, (name, color) in zip(rows, cells, PLAN_ROWS.items()):
+    for x, (stage, cells) in zip((150, 358, 566, 774), STAGE_COLUMNS.items()):
+        card.text(x + 97, 74, stage, size=11.5, weight="bold")
+        for y, cell, (name, color) in zip(tops, cells, PLAN_ROWS.items()):
             if name not in COMPONENTS:
-                card.text(x + width / 2, y + 28, cell, color, 10)
-            elif cell == "trains":
-                card.box(x, y, width, height, color, cell, opacity=1, size=11, radius=7)
-            elif cell == "frozen":
-                card.box(x, y, width, height, color, f"❄ {cell}", size=11, radius=7)
+                card.text(x + 97, y + 28, cell, color, 10)
+            elif cell == UNUSED:
+                card.box(x, y, 194, 56, BORDER, radius=7, facecolor=PAGE, linestyle=(0, (4, 3)))
+                card.text(x + 97, y + 28, cell, GRAY, 10)
             else:
-                card.box(x, y, width, height, BORDER, radius=7, facecolor=PAGE, linestyle=(0, (4, 3)))
-                card.text(x + width / 2, y + 28, "not used", GRAY, 10)
+                card.box(x, y, 194, 56, color, cell, opacity=1 if cell == "trains" else TINT, size=11, radius=7)
     card.axes.plot((28, 972), (300, 300), color=BORDER, linewidth=1.2)
     card.save(path)
 
@@ -215,31 +209,27 @@ def draw_tokens(config: LlavaConfig, tokenizer: Tokenizer, path: Path):
     record = next(r for i in range(100) for r in make_records(0, i, TURNS)[1] if len(r["conversations"]) == 4)
     ids, labels = render_dialogue(turns_of(record), tokenizer, config.template, config.vision_config.num_patches)
     names = {i: name for name, i in tokenizer.specials.items()} | {tokenizer.image_id: "img"}
-    cells, x, y = [], 28, 62
-    for token, label in zip(ids, labels):
+    boxes, x, y = [], 28, 62  # (x, y, width, text) of each token
+    for token in ids:
         text = names.get(token) or tokenizer.codec.decode([token]).replace(" ", "·").replace("\n", "↵")
         width = 7.3 * max(len(text), 3) + 12
         if x + width > 1172:
             x, y = 28, y + 84
-        color = PROJECTOR if token == tokenizer.image_id else TEXT if label == IGNORE else LABEL
-        cells.append((x, y, width, text, color, token, label))
+        boxes.append((x, y, width, text))
         x += width + 5
     card = Card(1200, y + 142, "One training record as tokens: only the answers are trained")
-    for x, cell_y, width, text, color, token, label in cells:
-        draw_token(card, x, cell_y, width, text, color)
-        card.text(x + width / 2, cell_y + 46, str(token), GRAY, 7.5)
-        text, color = ("–", GRAY) if label == IGNORE else (str(label), LABEL)
-        card.text(x + width / 2, cell_y + 61, text, color, 7.5, weight="bold")
+    for (x, top, width, text), token, label in zip(boxes, ids, labels):
+        trained, color = label != IGNORE, PROJECTOR if token == tokenizer.image_id else TEXT
+        card.box(x, top, width, 34, LABEL if trained else color, text, 1 if trained else TINT, font="monospace")
+        card.text(x + width / 2, top + 46, str(token), GRAY, 7.5)
+        label, color = (str(label), LABEL) if trained else ("–", GRAY)
+        card.text(x + width / 2, top + 61, label, color, 7.5, weight="bold")
     legend = ("prompt", TEXT, 28), ("image token: a projected feature takes its place", PROJECTOR, 130)
     for text, color, x in (*legend, ("answer and its end: trained", LABEL, 510)):
-        draw_token(card, x, y + 104, 22, "", color, 18)
+        card.box(x, y + 104, 22, 18, color, opacity=1 if color == LABEL else TINT)
         card.text(x + 30, y + 113, text, ha="left")
     card.text(1172, y + 113, "below each token: id, label (–: −100, ignored)", GRAY, ha="right")
     card.save(path)
-
-
-def draw_token(card: Card, x: float, y: float, width: float, text: str, color: str, height: float = 34):
-    card.box(x, y, width, height, color, text, opacity=1 if color == LABEL else TINT, font="monospace")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,15 +244,15 @@ def draw_losses(run: Path, path: Path):
     card = Card(1200, 312, "Training loss of the four runs of a speedrun")
     card.text(1176, 30, "loss by training step, with its running mean", GRAY, ha="right")
     for i, (name, (title, color)) in enumerate(zip(STAGES, PANELS)):
-        axes = card.figure.add_axes(((62 + 288 * i) / 1200, 50 / 312, 226 / 1200, 188 / 312))
         rows = read_rows(run / name / "log.jsonl")
         steps, values = plots.column(rows, "loss")
+        axes = card.figure.add_axes(((62 + 288 * i) / 1200, 50 / 312, 226 / 1200, 188 / 312), facecolor="none")
         plots.draw_curve(axes, rows, "loss", color)
+        axes.set(ylim=(0, 1.05 * max(values)), xlim=(0, steps[-1]))
+        axes.set_title(title, fontsize=10, color=color, weight="bold", pad=8)
+        axes.set_xlabel("step", fontsize=9, color=GRAY)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(BORDER)
-        axes.set_title(title, fontsize=10, color=color, weight="bold", pad=8)
-        axes.set(ylim=(0, 1.05 * max(values)), xlim=(0, steps[-1]), facecolor="none")
-        axes.set_xlabel("step", fontsize=9, color=GRAY)
         axes.tick_params(colors=GRAY, labelsize=8.5)
         axes.grid(axis="y", color=BORDER, linewidth=0.6)
     card.save(path)
@@ -277,15 +267,14 @@ def draw_figures(run: Path, out: Path):
     draw_architecture(config, out / "architecture.png")
     draw_freeze_plan(out / "freeze_plan.png")
     draw_tokens(config, tokenizer, out / "tokens_and_mask.png")
-    if all((run / name / "log.jsonl").exists() for name in STAGES):
+    files = [*(run / name / "log.jsonl" for name in STAGES), run / "stage2/answers.jsonl"]
+    if all(path.exists() for path in files):
         draw_losses(run, out / "loss_curves.png")
-    else:
-        print(f"loss_curves.png is not drawn: {run} is not the folder of a finished speedrun")
-    if answers := read_rows(run / "stage2/answers.jsonl"):
-        draw_sheet(run, answers, out / "heldout_sheet.png", rows=2)
+        draw_sheet(run, read_rows(files[-1]), out / "heldout_sheet.png", rows=2)
         print(out / "heldout_sheet.png")
     else:
-        print(f"heldout_sheet.png is not drawn: {run}/stage2 has no answers.jsonl")
+        for name in ("loss_curves.png", "heldout_sheet.png"):
+            print(f"{name} is not drawn: {run} is not the folder of a finished speedrun")
 
 
 def main():

@@ -14,8 +14,6 @@ from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 
-from PIL import Image
-
 from evaluation import metrics
 from evaluation.metrics import plain_form, yes_no_llava, yes_no_scores
 from inputs.files import write_json
@@ -23,7 +21,7 @@ from training import plots
 from world.drawing import draw_scene, font_size, load_font
 from world.language import find_directions, with_article
 from world.scenes import COLORS, SHAPES, Scene, make_scene, sample_scene, sample_shapes, sample_until
-from world.writer import make_question
+from world.writer import make_questions
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the metric of descriptions; exact match scores the world's other questions
@@ -46,11 +44,8 @@ METRICS = metrics.METRICS | {"objects_f1": objects_f1}
 
 
 def default_metric(category: str, path: Path) -> str:
-    """Return the metric of a question that names none: exact match.
-
-    In worlds written before questions named their metric, there is a scenes.jsonl beside the question file, and
-    descriptions are scored by objects.
-    """
+    """Return the metric of a question that names none: exact match, except in worlds that were written before questions
+    named their metric, which a scenes.jsonl beside the file tells."""
     return "objects_f1" if category == "description" and (path.parent / "scenes.jsonl").exists() else "exact"
 
 
@@ -83,7 +78,7 @@ def probe_existence(count: int, rng: random.Random) -> Iterator[dict]:
         present = sorted(scene.color_shape_pairs)
         absent = rng.sample([pair for pair in every if pair not in present], len(every) - len(present))
         colors, shapes = zip(*present)
-        company = {p: sum(co_occurrence[tuple(sorted((p, other)))] for other in present) for p in absent}
+        company = {pair: sum(co_occurrence[tuple(sorted((pair, other)))] for other in present) for pair in absent}
         negatives = {
             "random": absent,
             "popular": sorted(absent, key=lambda pair: -frequency[pair]),
@@ -91,11 +86,10 @@ def probe_existence(count: int, rng: random.Random) -> Iterator[dict]:
             "near miss": [(color, shape) for color, shape in absent if color in colors and shape in shapes],
         }
         for condition, pairs in negatives.items():
-            asked = [(pair, "no") for pair in pairs[: len(present)]]
-            if condition != "near miss":
-                asked = [(pair, "yes") for pair in present] + asked
-            for pair, truth in asked:
-                yield make_row("existence", condition, scene, f"Is there {with_article(' '.join(pair))}?", truth)
+            positives = [] if condition == "near miss" else present
+            for pair in positives + pairs[: len(present)]:
+                text, truth = f"Is there {with_article(' '.join(pair))}?", "yes" if pair in present else "no"
+                yield make_row("existence", condition, scene, text, truth)
 
 
 def probe_counting(count: int, rng: random.Random) -> Iterator[dict]:
@@ -133,15 +127,10 @@ SCALES = (0.4, 0.55, 0.7, 0.85, 1.0, 1.3)  # size of a sign, relative to the sig
 
 def probe_reading(count: int, rng: random.Random) -> Iterator[dict]:
     """Ask what the sign says. Condition: height of the text in pixels (make_probes sets it), digit or word."""
-
-    def sample() -> Scene:
-        while (scene := sample_scene(rng)).sign is None:
-            pass
-        return scene
-
     for scale in SCALES:
         for _ in range(count):
-            scene = sample_until(sample, True)
+            while not (scene := sample_until(partial(sample_scene, rng), True)).sign:
+                pass
             yield make_row("reading", "", scene, "What does the sign say?", scene.sign.text, scale=scale)
 
 
@@ -150,17 +139,12 @@ def probe_prior(count: int, rng: random.Random) -> Iterator[dict]:
 
     An answer that is right without the image was guessed from the question alone.
     """
-    index, number = rng.randrange(10**6), 0
-    while number < count:
-        if question := make_question(SEED, index, number):
-            own, other = (make_scene(SEED, i, held_out=True)[0] for i in (index, index + 10**7))
-            more = {key: question[key] for key in ("category", "metric") if key in question}
-            make = partial(make_row, "language prior", text=question["text"], truth=question["answer"], **more)
-            yield make("own image", own)
-            yield make("blank", own, blank=True)
-            yield make("another image", other)
-            number += 1
-        index += 1
+    for question in make_questions(SEED, count, first=rng.randrange(10**6)):
+        index = int(Path(question.pop("image")).stem)
+        own, other = (make_scene(SEED, i, held_out=True)[0] for i in (index, index + 10**7))
+        for condition, scene in (("own image", own), ("blank", own), ("another image", other)):
+            shown = {"condition": condition, "scene": scene, "blank": condition == "blank"}
+            yield question | {"probe": "language prior"} | shown
 
 
 PROBES = (probe_existence, probe_counting, probe_relations, probe_reading, probe_prior)
@@ -182,7 +166,7 @@ def make_probes(folder: Path, side: int, count: int) -> list[dict]:
         scene, scale = key = row.pop("scene"), row.pop("scale", 1.0)
         if key not in files:
             files[key] = f"{len(files):06d}.png"
-            draw_scaled(scene, scale, side).save(folder / files[key], compress_level=1)
+            draw_scene(scene, side, scale).save(folder / files[key], compress_level=1)
         if row["probe"] == "reading":
             text = scene.sign.text
             row["condition"] = f"{'digit' if len(text) == 1 else 'word'}, {text_height(text, scale, side)} px"
@@ -190,21 +174,9 @@ def make_probes(folder: Path, side: int, count: int) -> list[dict]:
     return rows
 
 
-def draw_scaled(scene: Scene, scale: float, side: int) -> Image.Image:
-    """Return a drawing of a scene, with the sign cut from another drawing that is `scale` times as large."""
-    if scale == 1 or scene.sign is None:
-        return draw_scene(scene, side)
-    image, scaled_side = draw_scene(replace(scene, objects=tuple(scene.shapes)), side), round(side * scale)
-    sign = draw_scene(replace(scene, objects=(scene.sign,)), scaled_side)
-    sign = sign.crop(tuple(round(scaled_side * v) for v in scene.sign.box))
-    x, y = (round(side * v) for v in scene.sign.center)
-    image.paste(sign, (x - sign.width // 2, y - sign.height // 2))
-    return image
-
-
 def text_height(text: str, scale: float, side: int) -> int:
     """Return the height of a digit or capital letter on a sign of this scale, in pixels."""
-    _, top, _, bottom = load_font(font_size(text, 4 * round(side * scale))).getbbox("8")
+    _, top, _, bottom = load_font(font_size(text, 4 * side * scale)).getbbox("8")
     return round((bottom - top) / 4)
 
 
@@ -229,8 +201,11 @@ def summarize(rows: list[dict], answers: list[str]) -> dict[str, dict[str, dict[
     found = defaultdict(dict)
     for (probe, condition), pairs in groups.items():
         values = {"questions": len(pairs), "right": 100 * sum(score_probe(*pair) for pair in pairs) / len(pairs)}
-        if probe == "existence":
-            values |= measure_existence(pairs)
+        if probe == "existence":  # POPE's metrics; if no true answer is yes, only the ratio of yes answers is defined
+            labels = [row["answer"] for row, _ in pairs]
+            measured = yes_no_scores([yes_no_llava(answer) for _, answer in pairs], labels)
+            names = ("precision", "recall", "f1") if "yes" in labels else ()
+            values |= {name: measured[name] for name in (*names, "yes ratio")}
         if probe == "counting":
             said = [(plain_form(answer), int(row["answer"])) for row, answer in pairs]
             errors = [abs(int(number) - truth) for number, truth in said if number.isdecimal()]
@@ -238,14 +213,6 @@ def summarize(rows: list[dict], answers: list[str]) -> dict[str, dict[str, dict[
         found[probe][condition] = values
     heights = sorted(found["reading"], key=lambda name: (name.split()[0], int(name.split()[1])))
     return found | {"reading": {name: found["reading"][name] for name in heights}}
-
-
-def measure_existence(pairs: list[tuple[dict, str]]) -> dict[str, float]:
-    """Return POPE's metrics; if no true answer is yes, only the ratio of yes answers is defined."""
-    labels = [row["answer"] for row, _ in pairs]
-    measured = yes_no_scores([yes_no_llava(answer) for _, answer in pairs], labels)
-    names = ("precision", "recall", "f1") if "yes" in labels else ()
-    return {name: measured[name] for name in (*names, "yes ratio")}
 
 
 CONDITIONS = {  # probe -> what its condition varies

@@ -9,6 +9,7 @@
 The same arguments write the same bytes, and a larger world begins with the smaller one.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -81,49 +82,38 @@ def draw_image(index: int, seed: int, held_out: bool, side: int, out: Path, shif
     return {"image": name, "background": scene.background, "things": objects}
 
 
-def make_conversation(turns: list[tuple[str, str]], prefix: str = "") -> list[dict]:
-    """Return a dialogue in LLaVA's JSON; `prefix` ("<image>\\n", or notes) opens the first question."""
-    texts = [text for pair in turns for text in pair]
-    texts[0] = prefix + texts[0]
-    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-
-
 def make_records(seed: int, index: int, turns: int) -> tuple[dict, list[dict], list[dict]]:
     """Return the records of training scene `index`: one caption, its dialogues, and its text-only records."""
     scene, rng = make_scene(seed, index, held_out=False)
-    name = f"{seed}-{index}"
-    image = image_path(seed, index, False)
-    conversation = make_conversation([(DESCRIBE, write_caption(scene, rng))], "<image>\n")
-    caption = {"id": name, "image": image, "conversations": conversation}
+    name, image = f"{seed}-{index}", {"image": image_path(seed, index, False)}
+
+    def record(suffix: str, turns: list[tuple[str, str]], prefix: str = "", **more) -> dict:
+        """Return a dialogue in LLaVA's JSON; `prefix` ("<image>\\n", or notes) opens the first question."""
+        texts = [text for pair in turns for text in pair]
+        texts[0] = prefix + texts[0]
+        conversations = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+        return {"id": name + suffix, **more, "conversations": conversations}
+
+    caption = record("", [(DESCRIBE, write_caption(scene, rng))], "<image>\n", **image)
     dialogues = [
-        {"id": f"{name}-{i}", "image": image, "conversations": make_conversation(pairs, "<image>\n")}
-        for i, pairs in enumerate(make_dialogues(scene, rng, turns))
+        record(f"-{i}", pairs, "<image>\n", **image) for i, pairs in enumerate(make_dialogues(scene, rng, turns))
     ]
     text = [
-        {"id": f"{name}-notes-{i}", "conversations": make_conversation(pairs, write_notes(scene, rng) + "\n")}
+        record(f"-notes-{i}", pairs, write_notes(scene, rng) + "\n")
         for i, pairs in enumerate(make_dialogues(scene, rng, turns)[:2])
     ]
-    conversation = make_conversation([(write_notes(scene, rng), write_caption(scene, rng))])
-    text.append({"id": f"{name}-caption", "template": "plain", "conversations": conversation})
+    text.append(record("-caption", [(write_notes(scene, rng), write_caption(scene, rng))], template="plain"))
     return caption, dialogues, text
 
 
-def make_question(seed: int, index: int, number: int) -> dict | None:
-    """Return question `number`, about held-out scene `index`; None if its family cannot ask about this scene."""
-    family = sorted(FAMILIES)[number % len(FAMILIES)]
-    pair = FAMILIES[family](*make_scene(seed, index, held_out=True))
-    if pair is None:
-        return None
-    image, (text, answer) = image_path(seed, index, True), pair
-    row = {"question_id": number, "image": image, "text": text, "answer": answer, "category": family}
-    return row | ({"metric": FAMILY_METRICS[family]} if family in FAMILY_METRICS else {})
-
-
-def make_questions(seed: int, count: int) -> list[dict]:
-    """Return `count` held-out questions, equally many of each family, each about a scene of its own."""
-    rows, index = [], 0
-    while len(rows) < count:
-        row = make_question(seed, index, len(rows))
-        rows += [row] if row else []
-        index += 1
-    return rows
+def make_questions(seed: int, count: int, first: int = 0) -> list[dict]:
+    """Return `count` held-out questions, equally many of each family, about a scene each, from `first` on."""
+    rows = []
+    for index in itertools.count(first):
+        if len(rows) == count:
+            return rows
+        family = sorted(FAMILIES)[len(rows) % len(FAMILIES)]
+        if pair := FAMILIES[family](*make_scene(seed, index, held_out=True)):
+            image, (text, answer) = image_path(seed, index, True), pair
+            row = {"question_id": len(rows), "image": image, "text": text, "answer": answer, "category": family}
+            rows.append(row | ({"metric": FAMILY_METRICS[family]} if family in FAMILY_METRICS else {}))

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import train
-from bench import contenders, models, pairing, table, worker
+from bench import __main__ as table
+from bench import contenders, models
+from bench.__main__ import check_equal, format_row, make_row, take_turns
+from bench.contenders import Worker
 from bench.models import Job, Shape
-from bench.pairing import Row, check_equal, format_row, make_row, take_turns
 from clip import CLIPVisionConfig
 from fast.accelerate import ITEMS
 from llava import Llava, TextConfig
@@ -31,7 +33,7 @@ def folder(tmp_path_factory):
 
 
 def job(kind, folder, **options):
-    return Job(kind, folder, rows=TINY.rows, length=TINY.length, supervised=TINY.supervised, **options)
+    return Job(kind, folder, TINY, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,22 +54,23 @@ def test_sides_take_turns():
 
 def test_a_ratio_is_the_median_of_the_rounds_and_above_one_the_first_side_is_better():
     row = make_row("x", "ms", {"plain": [1, 2, 10], "fast": [1, 1, 5], "theirs": [2, 6, 10]})
-    assert row.values == {"plain": 2000, "fast": 1000, "theirs": 6000}
-    assert row.ratios == {"plain/theirs": [2, 3, 1], "fast/plain": [1, 2, 2], "fast/theirs": [2, 6, 2]}
-    assert format_row(row) == (
+    assert row["values"] == {"plain": 2000, "fast": 1000, "theirs": 6000}
+    assert row["ratios"] == {"plain/theirs": [2, 3, 1], "fast/plain": [1, 2, 2], "fast/theirs": [2, 6, 2]}
+    assert format_row(**row) == (
         "| x, ms | 2,000 | 1,000 | 6,000 | 2.00 (1.00 to 3.00) | 2.00 (1.00 to 2.00) | 2.00 (2.00 to 6.00) |"
     )
 
 
-@pytest.mark.parametrize("unit, value", [("ms", 500), ("samples/s", 8)])
+@pytest.mark.parametrize("unit, value", [("ms", 500), ("samples/s", 2)])
 def test_values_are_in_the_unit_of_the_row(unit, value):
-    assert make_row("x", unit, {"plain": [0.5]}, amount=4).values == {"plain": value}
+    assert make_row("x", unit, {"plain": [0.5]})["values"] == {"plain": value}
 
 
 def test_a_side_that_is_missing_leaves_dashes():
     row = make_row("x", "MB", {"plain": [3e6], "theirs": [6e6]})
-    assert row == Row("x", "MB", {"plain": 3, "theirs": 6}, {"plain/theirs": [2]})
-    assert format_row(row) == "| x, MB | 3 | - | 6 | 2.00 | - | - |"
+    values = {"plain": 3, "theirs": 6}
+    assert row == {"name": "x", "unit": "MB", "values": values, "ratios": {"plain/theirs": [2]}}
+    assert format_row(**row) == "| x, MB | 3 | - | 6 | 2.00 | - | - |"
 
 
 def test_numbers_that_differ_are_an_error():
@@ -121,10 +124,9 @@ def test_all_sides_compute_the_same_numbers(options, folder):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     done = job(folder=folder, **options)
-    sides = {side: contenders.make_contender(side, done) for side in pairing.SIDES}
-    check_equal({side: contender.numbers for side, contender in sides.items()}, table.tolerance_of(done))
-    assert all(contender.seconds() > 0 for contender in sides.values())
-    assert len({contender.amount for contender in sides.values()}) == 1
+    sides = {side: contenders.make_contender(side, done) for side in table.SIDES}
+    check_equal({side: numbers for side, (numbers, _) in sides.items()}, table.tolerance_of(done))
+    assert all(measure()[0] > 0 for _, measure in sides.values())
 
 
 def test_only_the_fast_side_is_accelerated_and_by_the_chosen_items(folder, monkeypatch):
@@ -132,16 +134,16 @@ def test_only_the_fast_side_is_accelerated_and_by_the_chosen_items(folder, monke
 
     calls = []
     monkeypatch.setattr(ours, "accelerate", lambda model, only=None: calls.append(only))
-    for side, only in [("plain", None), ("fast", None), ("fast", ["pieces"])]:
+    for side, only in [("plain", None), ("fast", None), ("fast", ["one_row"])]:
         ours.make_step(side, job("train", folder, way="stage1", only=only))
-        ours.Answerer(side, job("decode", folder, only=only))
-    assert calls == [None, None, {"pieces"}, {"pieces"}]
+        ours.make_answerer(side, job("decode", folder, only=only), [[1, 2]], None)
+    assert calls == [None, None, {"one_row"}, {"one_row"}]
 
 
 def test_a_worker_does_its_work_in_another_process_and_counts_its_memory(folder):
-    side = worker.Worker("plain", job("decode", folder))
-    expected = contenders.make_contender("plain", job("decode", folder))
-    assert side.numbers == pytest.approx(expected.numbers, abs=1e-4) and side.amount == 1
+    side = Worker("plain", job("train", folder, way="stage1"))
+    expected, _ = contenders.make_contender("plain", job("train", folder, way="stage1"))
+    assert side.numbers == pytest.approx(expected, abs=1e-4)
     assert side.seconds() > 0 and side.bytes > 0
     side.close()
     assert side.process.exitcode == 0
@@ -149,14 +151,15 @@ def test_a_worker_does_its_work_in_another_process_and_counts_its_memory(folder)
 
 def test_a_worker_that_fails_says_why(tmp_path):
     with pytest.raises(ValueError, match=r"plain: .*nowhere"):
-        worker.Worker("plain", job("decode", str(tmp_path / "nowhere")))
+        Worker("plain", job("decode", str(tmp_path / "nowhere")))
 
 
 def test_a_cold_start_runs_sample_py(folder):
-    side = worker.ColdStart("plain", job("cold_start", folder))
+    side = Worker("plain", job("cold_start", folder))
     assert side.seconds() > 0 and side.bytes > 50e6
+    side.close()
     with pytest.raises(ValueError, match=r"fast: .*nowhere.*status 1"):
-        worker.ColdStart("fast", replace(job("cold_start", folder), folder=folder + "/nowhere"))
+        Worker("fast", replace(job("cold_start", folder), folder=folder + "/nowhere"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,14 +167,14 @@ def test_a_cold_start_runs_sample_py(folder):
 
 
 class FakeSide:
-    numbers, amount, bytes = [1.0], 4.0, 3_000_000
+    numbers, bytes = [1.0], 3_000_000
 
     def __init__(self, side, job):
         if side == job.way:
             raise ValueError(f"{side}: out of luck")
 
     def seconds(self):
-        return 2.0
+        return 0.5
 
     def close(self):
         pass
@@ -205,11 +208,11 @@ def test_rows_are_printed_and_written_and_a_row_that_fails_is_named(fakes, tmp_p
 
 
 def test_items_are_measured_each_on_its_own(fakes, command, capsys):
-    command(table, "--device", "cpu", "--items", "pieces", "dropout", "--only", "a/good", "--rounds", 1)
+    command(table, "--device", "cpu", "--items", "one_row", "dropout", "--only", "a/good", "--rounds", 1)
     names = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if "samples/s" in line]
-    assert names == [f"| a/good, {item}, samples/s" for item in ("all", "pieces", "dropout")]
+    assert names == [f"| a/good, {item}, samples/s" for item in ("all", "one_row", "dropout")]
     jobs = table.item_jobs(fakes, list(ITEMS))
-    assert jobs["a/good, all"].only is None and jobs["a/good, pieces"].only == ["pieces"]
+    assert jobs["a/good, all"].only is None and jobs["a/good, one_row"].only == ["one_row"]
     assert len(jobs) == 3 * (1 + len(ITEMS))
 
 
