@@ -1,7 +1,7 @@
 """One command, one table: the plain model, the accelerated model and the reference libraries, timed in turn.
 
     python -m bench                              every row for this device; --list names them
-    python -m bench --only 222m/train data       rows by the start of their names, or by a pattern: '*/decode/*/1'
+    python -m bench --only 222m/train            rows by the start of their names, or by a pattern: '*/decode/*/1'
     python -m bench --items                      the gain of each item of fast/ alone
     python -m bench --json bench/cpu.json        also write the machine and the rows as JSON
 
@@ -42,7 +42,7 @@ HEADER = "| | plain | fast | theirs | plain / theirs | fast / plain | fast / the
 
 
 def make_jobs(device: str) -> dict[str, Job]:
-    """Return all rows by name: training, answering and a cold start of each shape, then data. Job.folder: the shape."""
+    """Return all rows by name: training and answering of each shape. Job.folder: the shape."""
     usual, jobs = "bfloat16" if device.startswith("cuda") else "float32", {}  # as sample.py chooses
     for name, shape in SHAPES.items():
         job = Job("", name, shape, device, usual)
@@ -57,8 +57,7 @@ def make_jobs(device: str) -> dict[str, Job]:
             step = replace(job, kind="decode", dtype=dtype, bits=bits, batch=rows, compiled=compiled)
             jobs[f"{name}/decode/{kind}/{rows}" + "/compiled" * compiled] = step
         jobs[f"{name}/first-token"] = replace(job, kind="first_token")
-        jobs[f"{name}/cold-start"] = replace(job, kind="cold_start")
-    return jobs | {"data/images": Job("images", "222m"), "data/tokenizing": Job("tokenize", "speedrun")}
+    return jobs
 
 
 def select_jobs(jobs: dict[str, Job], patterns: list[str]) -> dict[str, Job]:
@@ -85,9 +84,7 @@ def item_jobs(jobs: dict[str, Job], items: list[str]) -> dict[str, Job]:
 
 
 def tolerance_of(job: Job) -> float:
-    """Return the relative difference that rounding in the job's dtype may cause; 0 for data."""
-    if job.kind in ("images", "tokenize"):
-        return 0.0
+    """Return the relative difference that rounding in the job's dtype may cause."""
     return max({"float32": 1e-3, "bfloat16": 5e-2}[job.dtype], 2e-2 if job.bits == 4 or job.way == "qlora" else 0)
 
 
@@ -109,13 +106,11 @@ def take_turns(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
 
 
 def measure(name: str, job: Job, sides: list[str], rounds: int) -> Iterator[dict]:
-    """Yield a row of speed and, for a cold start and training that is not compiled, one of memory.
+    """Yield a row of speed and, for training that is not compiled, one of memory.
 
     If "theirs" fails, a line says so and the rows leave it out. Raises ValueError if another side fails, or if the
     sides compute different numbers.
     """
-    if job.kind in ("images", "tokenize"):
-        sides = [side for side in sides if side != "fast"]  # fast/ does not change how data is loaded
     with ExitStack() as stack:
         running = {}
         for side in sides:
@@ -128,7 +123,7 @@ def measure(name: str, job: Job, sides: list[str], rounds: int) -> Iterator[dict
         check_equal({side: worker.numbers for side, worker in running.items()}, tolerance_of(job))
         seconds = take_turns({side: worker.seconds for side, worker in running.items()}, rounds)
         yield make_row(name, KINDS[job.kind][1], seconds)
-        if job.kind in ("train", "cold_start") and not job.compiled:  # the compiler takes memory of its own
+        if job.kind == "train" and not job.compiled:  # the compiler takes memory of its own
             yield make_row(name, "MB", {side: [worker.bytes] for side, worker in running.items()})
 
 

@@ -1,16 +1,13 @@
 """The timed work of each kind of row, with the models of ours.py or theirs.py, and the process that a side does it in.
 
 A kind of work is a function that warms up and returns (numbers, measure): results to compare with those of the other
-sides, and a function that does the work once and returns its cost: the seconds for one unit of work (a sample, a token,
-an image, a MB) and the peak memory in bytes, where it is counted.
+sides, and a function that does the work once and returns its cost: the seconds for one unit of work (a sample, a token)
+and the peak memory in bytes, where it is counted.
 """
 
-import hashlib
 import importlib
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,10 +18,8 @@ from statistics import median
 
 import torch
 
-from bench.models import Job, image_files, make_batch
+from bench.models import Job, make_batch
 from formats.configs import read_config
-from world.language import TURNS
-from world.writer import make_records
 
 Contender = tuple[list[float], Callable[[], tuple[float, int]]]
 
@@ -83,83 +78,10 @@ def decoding(library, side: str, job: Job) -> Contender:
     return logits, measure
 
 
-def images(library, side: str, job: Job) -> Contender:
-    """From image files to the tower's input, on one core."""
-    paths, load = image_files(Path(job.folder).parent / "images"), library.make_image_loader(Path(job.folder))
-    return loading(lambda: torch.stack([load(path) for path in paths]), len(paths))
-
-
-def tokenizing(library, side: str, job: Job) -> Contender:
-    """From texts to ids, one by one as a dataset encodes them, on one core."""
-    records = [record for i in range(1000) for record in make_records(1, i, TURNS)[1]]
-    texts = {" ".join(turn["value"] for turn in record["conversations"][1:]) for record in records}  # no text twice,
-    texts = sorted(texts)  # because our tokenizer remembers words
-    encode = library.make_encoder(Path(job.folder))
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    return loading(lambda: torch.tensor([i for text in texts for i in encode(text)]), megabytes)
-
-
-def loading(call: Callable[[], torch.Tensor], amount: float) -> Contender:
-    """Work on one core with results that must be equal bit for bit: a number made of their hash is compared."""
-    torch.set_num_threads(1)
-    digest = hashlib.sha256(call().contiguous().numpy().tobytes()).digest()
-    return [float(int.from_bytes(digest[:6]))], lambda: (time_call(call) / amount, 0)
-
-
-# Runs a program and prints its peak memory. A worker cannot run it directly: a child's counter begins at the size of
-# its parent, and a worker is large.
-LAUNCHER = """
-import resource, subprocess, sys
-status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
-sys.exit(status)
-"""
-THEIR_ANSWER = """
-import sys, torch
-from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
-folder, path, device, dtype = sys.argv[1:]
-model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
-processor = AutoProcessor.from_pretrained(folder)
-text = "USER: <image>\\nWhat is this? ASSISTANT:"
-inputs = processor(images=Image.open(path), text=text, return_tensors="pt").to(device, getattr(torch, dtype))
-ids = model.generate(**inputs, max_new_tokens=1, do_sample=False)
-print(processor.decode(ids[0, -1:]).encode())
-"""
-
-
-def cold_start(library, side: str, job: Job) -> Contender:
-    """A new process each time: import, load, read an image, answer with one token.
-
-    The answers are not compared, because ours and theirs put the question into different words.
-    """
-    image = str(image_files(Path(job.folder).parent / "images")[0])
-    program = [str(Path(__file__).parents[1] / "sample.py"), "--model", job.folder, "--image", image]
-    program += ["--prompt", "What is this?", "--max-new-tokens", "1", "--device", job.device, "--dtype", job.dtype]
-    program += ["--no-fast"] if side == "plain" else []
-    if side == "theirs":
-        program = ["-c", THEIR_ANSWER, job.folder, image, job.device, job.dtype]
-    command = [sys.executable, "-c", LAUNCHER, sys.executable, *program]
-
-    def measure() -> tuple[float, int]:
-        begin = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True)
-        seconds = time.perf_counter() - begin
-        if done.returncode:
-            raise ValueError(f"{(done.stderr.strip() or 'no message').splitlines()[-1]} (status {done.returncode})")
-        return seconds, int(done.stdout)
-
-    measure()  # warms the disk's cache
-    return [0.0], measure
-
-
 KINDS = {  # work and unit of each kind of row
     "train": (training, "samples/s"),
     "first_token": (first_token, "ms"),
     "decode": (decoding, "tokens/s"),
-    "cold_start": (cold_start, "ms"),
-    "images": (images, "images/s"),
-    "tokenize": (tokenizing, "MB/s"),
 }
 
 

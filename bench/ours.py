@@ -3,19 +3,14 @@
 import time
 from collections.abc import Callable
 from itertools import count
-from pathlib import Path
 
 import torch
 
 import train
 from bench.models import Job, make_batch
-from data import prepare_image
 from fast.accelerate import accelerate
 from fast.compile import compile_decoding, compile_layers
-from formats.configs import read_config
 from formats.weights import choose_dtype, load_model
-from inputs.images import open_image
-from inputs.tokenizer import Tokenizer
 from llava import generate
 from training import sharding
 from training.flags import read_flags
@@ -71,13 +66,3 @@ def make_answerer(side: str, job: Job, prompts: list[list[int]], pixels: torch.T
         hidden = model.language_model.model(model.embed(torch.tensor(prompts, device=model.device), features))
         logits = model.language_model.lm_head(hidden[:, -1])[:, :500].float().flatten().tolist()
     return logits, decode
-
-
-def make_image_loader(folder: Path) -> Callable[[Path], torch.Tensor]:
-    """Return a function from an image file to the tower's input (3, S, S)."""
-    config = read_config(folder)
-    return lambda path: prepare_image(open_image(path), config).pixels[0]
-
-
-def make_encoder(folder: Path) -> Callable[[str], list[int]]:
-    return Tokenizer.load(folder).codec.encode

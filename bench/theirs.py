@@ -8,9 +8,8 @@ from types import SimpleNamespace
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from PIL import Image
 from torch import nn
-from transformers import AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration  # at once, not when it is used
 from transformers.utils import logging
 
@@ -91,13 +90,3 @@ def make_answerer(side: str, job: Job, prompts: list[list[int]], pixels: torch.T
     with torch.inference_mode():
         logits = model(**inputs, logits_to_keep=1).logits[:, -1, :500].float().flatten().tolist()
     return logits, decode
-
-
-def make_image_loader(folder: Path) -> Callable[[Path], torch.Tensor]:
-    processor = AutoImageProcessor.from_pretrained(folder)
-    return lambda path: processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"][0]
-
-
-def make_encoder(folder: Path) -> Callable[[str], list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
