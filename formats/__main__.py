@@ -64,7 +64,7 @@ def inspect(folder: Path):
 
 def convert_folder(source: Path, target: Path, vision: Path | None, llm: Path | None, template: str | None):
     """Write any supported checkpoint in the layout of transformers, in its own dtype. Arguments as in build_model."""
-    config, tensors = open_model(source)
+    config, tensors = open_model(source, vision)
     config.template = template or config.template
     tokenizer = load_tokenizer(llm or source, config)
     model = build_model(config, tensors, source, "cpu", None, vision, llm)
@@ -93,7 +93,7 @@ def merge_folder(base: Path, adapter: Path, out: Path, bits: int = 16, vision: P
     rounding, or if there is nothing to merge.
     """
     model, tokenizer = load_with_adapter(base, adapter, "cpu", None, bits, vision)
-    before, found, dtype = probe_logits(model), read_adapter(adapter), str(model.dtype).removeprefix("torch.")
+    before, found, dtype = probe_logits(model), read_adapter(adapter, vision), str(model.dtype).removeprefix("torch.")
     for path, layer in lora_layers(model).items():  # A and B as they were trained, not rounded to the model's dtype
         layer.lora_A.weight.data, layer.lora_B.weight.data = found.lora[path][:2]
     was_quantized = any(isinstance(module, NF4Linear) for module in model.modules())

@@ -104,13 +104,16 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).exists()
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter of ours, of peft or of LLaVA's authors. Raises ValueError if it is malformed or unsupported."""
+def read_adapter(folder: Path, vision: Path | None = None) -> Adapter:
+    """Read an adapter of ours, of peft or of LLaVA's authors. Raises ValueError if it is malformed or unsupported.
+
+    Args: vision: see read_config.
+    """
     values = read_peft_config(folder)
     path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if path is None:
         raise ValueError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}")
-    pairs, whole = read_tensors(path, open_tensors(path) | open_authors_weights(folder))
+    pairs, whole = read_tensors(path, open_tensors(path, PREFIX) | open_authors_weights(folder))
     names = [*(f"{name}.weight" for name in pairs), *whole]
     layout = LLAVA_LAYOUTS[choose_layout(names, LLAVA_LAYOUTS)]
     if unknown := [name for name in names if not match(name, layout)]:
@@ -123,7 +126,7 @@ def read_adapter(folder: Path) -> Adapter:
     for name, tensor in whole.items():
         ours, transposed = match(name, layout)
         replaced |= zip(ours, split(tensor, len(ours), transposed))
-    config = read_config(folder) if (folder / "config.json").exists() else None
+    config = read_config(folder, vision) if (folder / "config.json").exists() else None
     has_template = config is not None and "template" in read_json(folder / "config.json")
     sample = read_base_sample(path, lora)
     return Adapter(folder, fingerprint(path)["sha256"], lora, replaced, sample, config, has_template)
@@ -149,7 +152,7 @@ def read_peft_config(folder: Path) -> dict:
 
 def open_authors_weights(folder: Path) -> dict[str, LazyTensor]:
     path = folder / AUTHORS_WEIGHTS
-    return open_tensors(path) if path.exists() else {}
+    return open_tensors(path, PREFIX) if path.exists() else {}
 
 
 def read_tensors(path: Path, tensors: dict[str, LazyTensor]) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
@@ -261,10 +264,10 @@ def load_with_adapter(
         return load_checkpoint(folder, device, dtype, bits=bits, copy=False)
     if is_adapter(folder):
         raise ValueError(f"{folder} is an adapter: --model is the base below {adapter}")
-    found = read_adapter(adapter)
+    found = read_adapter(adapter, vision)
     if found.sha256 in merged_adapters(folder):
         raise ValueError(f"{folder} has {adapter} in its weights already")
-    config, tensors = open_model(folder)
+    config, tensors = open_model(folder, vision)
     if config.vision_config is None and found.config is not None and found.config.vision_config is not None:
         # An adapter of LLaVA's authors: its base is the decoder alone, and the adapter's folder has the projector.
         found.config.text_config, found.config.image_token_index = config.text_config, config.image_token_index

@@ -17,14 +17,18 @@ from inputs.templates import TEMPLATES
 from llava import PROJECTORS, LlavaConfig, TextConfig
 
 
-def read_config(folder: Path) -> LlavaConfig:
-    """Read the config of a checkpoint of ours, of transformers or of LLaVA's authors. Raises ValueError."""
+def read_config(folder: Path, vision: Path | None = None) -> LlavaConfig:
+    """Read the config of a checkpoint of ours, of transformers or of LLaVA's authors. Raises ValueError.
+
+    Args: vision: CLIP's folder, which gives the shape of a tower that config.json only names, by an unknown name.
+    """
     with open_config(folder) as values:
+        check_quantization(values)
         for part in (values, values.get("text_config", {})):
             if part.get("pad_token_id") == -1:  # LLaMA-1 writes -1 for "none"
                 del part["pad_token_id"]
         if "mm_vision_tower" in values:
-            config = read_authors_config(values, folder)
+            config = read_authors_config(values, folder, vision)
         elif "vision_config" in values or "text_config" in values:
             config = read_llava_config(values, folder)
         else:
@@ -52,6 +56,7 @@ def open_config(folder: Path) -> Iterator[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 # checks: a model is built only from values that cannot fill the memory
 
+ONLY_NF4 = "of quantized weights, only bitsandbytes' NF4 is read: take the checkpoint in 16 bits"
 LIMITS = {  # type, smallest and largest value of fields
     (int, 1, 1000): ["num_hidden_layers"],  # every layer is a Python object
     (int, 1, 1 << 14): ["num_attention_heads", "num_key_value_heads", "head_dim", "image_size", "patch_size"],
@@ -89,6 +94,14 @@ def check_supported(values: dict, supported: dict):
     """Raise ValueError if a value differs from the only supported one; a missing key and null are fine."""
     for key, only in supported.items():
         require(values.get(key) in (None, only), f"{key} is {values.get(key)!r:.99}, and only {only!r} is supported")
+
+
+def check_quantization(values: dict):
+    """Raise ValueError if config.json says a quantization other than bitsandbytes', which its tensors tell apart."""
+    for part in (values, values.get("text_config", {})):
+        found = part.get("quantization_config") or part.get("compression_config") or {}
+        method = found.get("quant_method", "bitsandbytes")
+        require(method == "bitsandbytes", f"the weights are quantized with {method!r:.99}; {ONLY_NF4}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,7 +192,9 @@ def read_vision_config(folder: Path) -> CLIPVisionConfig:
     """Read the vision tower's config from the folder of a CLIP or of a vision tower. Raises ValueError."""
     with open_config(folder) as values:
         values = values.get("vision_config", values if values.get("model_type") == "clip_vision_model" else {})
-        return CLIPVisionConfig(**known_fields(CLIPVisionConfig, values))
+        config = CLIPVisionConfig(**known_fields(CLIPVisionConfig, values))
+        read_image_mode(folder, config.image_size)  # refuses other preprocessing than CLIP's
+        return config
 
 
 def read_llava_config(values: dict, folder: Path) -> LlavaConfig:
@@ -207,10 +222,16 @@ def read_llava_config(values: dict, folder: Path) -> LlavaConfig:
     return LlavaConfig(**given | {"text_config": read_text_config(text), "vision_config": vision})
 
 
-def read_authors_config(values: dict, folder: Path) -> LlavaConfig:
+def read_authors_config(values: dict, folder: Path, vision: Path | None) -> LlavaConfig:
     """Read a config.json of the LLaVA authors' code: a decoder's config in which mm_* keys describe the vision part."""
-    name = str(values["mm_vision_tower"]).rstrip("/").split("/")[-1]
-    require_choice("vision tower", name, TOWERS)  # the file names it without its shape
+    path = str(values["mm_vision_tower"]).rstrip("/")  # a name, or a path on the machine that trained the model
+    if vision is not None and path.split("/")[-1] not in TOWERS:
+        tower = read_vision_config(vision)
+    else:
+        name = re.sub(r".*models--[^/]+--([^/]+)/snapshots/[^/]+$", r"\1", path).split("/")[-1]  # in the hub's cache
+        known = f"none of {', '.join(TOWERS)}: give its folder to `python -m formats convert` with --vision"
+        require(name in TOWERS, f"the shape of the vision tower {path!r:.199} is not known, it is {known}")
+        tower = CLIPVisionConfig(**TOWERS[name])
     check_supported(values, SUPPORTED["authors"])
     kind = values.get("model_type", "llava")
     require_choice("model_type", kind, FAMILIES)
@@ -233,7 +254,7 @@ def read_authors_config(values: dict, folder: Path) -> LlavaConfig:
         "image_mode": mode,
         "image_grid_pinpoints": canvases,
     }
-    return LlavaConfig(text, CLIPVisionConfig(**TOWERS[name]), **known_fields(LlavaConfig, given))
+    return LlavaConfig(text, tower, **known_fields(LlavaConfig, given))
 
 
 def check_config(config: LlavaConfig):

@@ -1,6 +1,6 @@
 """Weights in NF4, in the file format of bitsandbytes: the weight NAME becomes four to six tensors.
 
-NAME                                    the packed codes, (ceil(N / 2), 1) uint8
+NAME                                    the packed codes, (ceil(N / 2), 1) uint8, or the same bytes in another dtype
 NAME.absmax                             one number for each block: uint8 if doubly quantized, else float32
 NAME.quant_map                          the 16 values of the codes
 NAME.nested_absmax, .nested_quant_map   of the double quantization
@@ -53,6 +53,8 @@ def read_state(name: str, kind: str, tensor: torch.Tensor) -> dict:
 def from_files(name: str, state: dict, tensors: dict[str, torch.Tensor]) -> NF4Linear:
     """The layer of a weight. Args: tensors: by SUFFIXES. Raises ValueError that names a wrong tensor."""
     block, nested = state["blocksize"], "nested_offset" in state
+    if "" in tensors:  # FSDP needs the dtype of the other weights: bnb_4bit_quant_storage, which rounds nothing
+        tensors = tensors | {"": tensors[""].reshape(-1).view(torch.uint8)[:, None]}
     count = math.prod(state["shape"])
     blocks = -(-count // block)
     wanted = {  # suffix: shape and dtype

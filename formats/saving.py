@@ -76,7 +76,8 @@ def quantize_state(model: Llava, state: dict[str, torch.Tensor]) -> dict:
     values |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}
     values |= {"bnb_4bit_use_double_quant": all(hasattr(layer, "nested_absmax") for layer in layers.values())}
     values |= {"bnb_4bit_compute_dtype": str(model.dtype).removeprefix("torch.")}
-    values |= {"llm_int8_skip_modules": ["vision_tower", "multi_modal_projector", "lm_head"]}
+    whole = ["vision_tower", "multi_modal_projector"]  # with "model." in transformers 5, without it in 4
+    values |= {"llm_int8_skip_modules": [*whole, *(f"model.{name}" for name in whole), "lm_head"]}
     return {"quantization_config": values}
 
 

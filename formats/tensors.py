@@ -5,6 +5,7 @@ LazyTensor here.
 """
 
 import json
+import re
 import sys
 import zipfile
 from collections.abc import Callable
@@ -20,11 +21,17 @@ from formats import nf4_files
 from inputs.files import read_json, reject_duplicate_keys
 from lora import NF4Linear
 
-PICKLES = (".bin", ".pt", ".pth")
+PICKLES, INDEX = (".bin", ".pt", ".pth"), ".index.json"
 HEADER_BYTES = 10_000_000  # the longest header that is read: enough for some hundred thousand tensors
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}  # safetensors' names and torch's
 FLOATS = tuple(DTYPES.values())
 DTYPES |= {"U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "BOOL": "bool"}
+
+
+# What others put into the names of a model's tensors: torch.compile, FSDP and activation checkpointing in any place,
+# DDP and peft before all names.
+WRAPPERS = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+OUTER_WRAPPERS = r"(?:module\.|base_model\.model\.)*"
 
 
 @dataclass
@@ -36,18 +43,32 @@ class LazyTensor:
     read: Callable[[], torch.Tensor]
 
 
-def open_tensors(path: Path) -> dict[str, LazyTensor]:
+def open_tensors(path: Path, usual: str = "") -> dict[str, LazyTensor]:
     """Every tensor of a folder or file by name, none read yet; read() of a weight in NF4 returns an NF4Linear.
 
+    Args: usual: prefix that is taken off the names without a message.
     Raises ValueError, in one line, if a file is missing or malformed.
     """
-    tensors = open_files(path)
+    tensors = unwrap_names(open_files(path), path, usual)
     for key in [name for name in tensors if nf4_files.STATE in name]:
         name, _, kind = key.rpartition(nf4_files.STATE)
         state = nf4_files.read_state(f"{path}: {name}", kind, tensors.pop(key).read())
         parts = {suffix: tensors.pop(name + suffix) for suffix in nf4_files.SUFFIXES if name + suffix in tensors}
         tensors[name] = LazyTensor(tuple(state["shape"]), "NF4", partial(read_nf4, f"{path}: {name}", state, parts))
     return tensors
+
+
+def unwrap_names(tensors: dict[str, LazyTensor], path: Path, usual: str) -> dict[str, LazyTensor]:
+    """Take the prefixes of wrappers off the names, and say so on stderr. Arguments and errors as in open_tensors."""
+    found = {prefix for name in tensors for prefix in re.findall(WRAPPERS, name)}
+    names = [re.sub(WRAPPERS, "", name) for name in tensors]
+    outer = min((re.match(OUTER_WRAPPERS, name)[0] for name in names), key=len, default="")
+    if found := sorted(found | {outer} - {"", usual}):
+        print(f"{path}: {' and '.join(found)} is taken off the names of its tensors", file=sys.stderr)
+    unwrapped = dict(zip((name.removeprefix(outer) for name in names), tensors.values()))
+    if len(unwrapped) < len(tensors):
+        raise ValueError(f"{path}: two tensors have one name without {' and '.join(found)}")
+    return unwrapped
 
 
 def read_nf4(name: str, state: dict, parts: dict[str, LazyTensor]) -> NF4Linear:
@@ -62,13 +83,14 @@ def open_files(path: Path) -> dict[str, LazyTensor]:
         if path.suffix not in (".safetensors", *PICKLES):
             raise ValueError(f"{path}: neither .safetensors nor {', '.join(PICKLES)}")
         return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    pickles = [("pytorch_model.bin", read_pickle), ("mm_projector.bin", read_pickle)]
-    for name, reader in [("model.safetensors", read_safetensors), *pickles]:
-        if (path / name).exists():
-            return reader(path / name)
-        if (path / f"{name}.index.json").exists():
-            return read_shards(path / f"{name}.index.json", reader)
-    raise ValueError(f"{path}: holds neither model.safetensors nor pytorch_model.bin, nor an index of one")
+    names = [name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", INDEX)]
+    found = [path / name for name in [*names, "mm_projector.bin"] if (path / name).exists()]
+    if not found:
+        raise ValueError(f"{path}: holds neither model.safetensors nor pytorch_model.bin, nor an index of one")
+    if others := ", ".join(other.name for other in found[1:]):
+        print(f"{path}: {found[0].name} is read, not {others}", file=sys.stderr)
+    reader = read_pickle if ".bin" in found[0].name else read_safetensors
+    return read_shards(found[0], reader) if found[0].name.endswith(INDEX) else reader(found[0])
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:

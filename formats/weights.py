@@ -7,6 +7,7 @@ shape fits and every number is finite. Otherwise nothing is loaded, and one line
 
 import math
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from clip import CLIPModel
 from formats import layouts
-from formats.configs import clip_config_from_dict, open_config, read_config
+from formats.configs import ONLY_NF4, clip_config_from_dict, open_config, read_config
 from formats.layouts import CLIP_LAYOUTS, EMBEDDING, HEAD, LLAVA_LAYOUTS, Layout
 from formats.llama2c import find_llama2c, read_llama2c
 from formats.tensors import FLOATS, LazyTensor, open_tensors
@@ -40,6 +41,7 @@ def load_tensors(
     model need not have; skip: prefix of parameters that are filled from elsewhere; bits, copy: see build_model.
     Raises ValueError with the first differences and their likely cause. Names and shapes are checked before any read.
     """
+    reject_quantized(tensors, source)
     wanted = {name: p.shape for name, p in model.named_parameters() if not (skip and name.startswith(skip))}
     layout = candidates[layouts.choose_layout(list(tensors), candidates)]
     for name, (ours, transposed) in assign_tensors(wanted, tensors, layout, source, unused).items():
@@ -56,6 +58,22 @@ def load_tensors(
             if part.numel() and not torch.stack(torch.aminmax(part)).isfinite().all():
                 raise ValueError(f"{source}: {name} holds numbers that are not finite in {part.dtype}")
             set_parameter(model, target, NF4Linear.from_weight(part) if quantize else part)
+
+
+QUANTIZED = {  # regular expression of the name and dtype of a tensor that only such a checkpoint has -> its kind
+    r"\.qweight ": "GPTQ or AWQ",
+    r"\.weight_packed ": "compressed-tensors",
+    r"\.SCB | int8$": "int8",
+    r" F8_| float8": "FP8",
+}
+
+
+def reject_quantized(tensors: dict[str, LazyTensor], source: Path | str):
+    """Raise ValueError that names the quantization if there are tensors of another one than NF4."""
+    for mark, kind in QUANTIZED.items():
+        if found := [name for name, lazy in tensors.items() if re.search(mark, f"{name} {lazy.dtype}")]:
+            first = f"{found[0]} is {tensors[found[0]].dtype}"
+            raise ValueError(f"{source}: a checkpoint in {kind}: {first}, one of {len(found)} such tensors; {ONLY_NF4}")
 
 
 def assign_tensors(
@@ -88,6 +106,8 @@ def assign_tensors(
 
 def likely_cause(wrong: list[str]) -> str:
     """A sentence on the usual cause of such differences; "" if none is known."""
+    if any(".lora_A." in line for line in wrong):
+        return ". It holds a LoRA beside its base: merge it with the program that wrote it"
     missing = [line.split()[0] for line in wrong if line.endswith(" missing")]
     parts = {name.split(".")[0] for name in missing}
     if missing == [HEAD]:
@@ -96,7 +116,7 @@ def likely_cause(wrong: list[str]) -> str:
         return ". It has no vision tower: give CLIP's folder with --vision"
     if EMBEDDING in missing and parts <= {"vision_tower", "language_model"} and len(missing) == len(wrong):
         return ". It has no decoder: give the decoder's folder with --llm" + ", CLIP's with --vision" * (len(parts) - 1)
-    if len(wrong) > 5 and not missing:
+    if len(wrong) > 5 and all(line.endswith((" not expected", ")")) for line in wrong):  # names and shapes only
         return ". The config.json belongs to a smaller model, or to a part of this one"
     return ""
 
@@ -136,22 +156,22 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def load_model(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = torch.float32, **options) -> Llava:
     """Load a LLaVA, or a decoder alone, from any of the layouts. For dtype and options see build_model."""
-    config, tensors = open_model(Path(folder))
+    config, tensors = open_model(Path(folder), options.get("vision"))
     return build_model(config, tensors, Path(folder), device, dtype, **options)
 
 
 def load_checkpoint(folder: Path, device: str, dtype: torch.dtype | None, **options) -> tuple[Llava, Tokenizer]:
     """Load a model and its tokenizer, the tokenizer first: if it is missing, no time is lost on the weights."""
-    config, tensors = open_model(folder)
+    config, tensors = open_model(folder, options.get("vision"))
     tokenizer = load_tokenizer(folder, config)
     return build_model(config, tensors, folder, device, dtype, **options), tokenizer
 
 
-def open_model(folder: Path) -> tuple[LlavaConfig, dict[str, LazyTensor]]:
-    """The config of a checkpoint and its tensors, none of them read yet."""
+def open_model(folder: Path, vision: Path | None = None) -> tuple[LlavaConfig, dict[str, LazyTensor]]:
+    """The config of a checkpoint and its tensors, none of them read yet. Args: vision: see read_config."""
     if llama2c := find_llama2c(folder):
         return read_llama2c(llama2c)
-    return read_config(folder), open_tensors(folder)
+    return read_config(folder, vision), open_tensors(folder)
 
 
 def build_model(
@@ -172,7 +192,10 @@ def build_model(
         if any(name.startswith("language_model.") for name in by_our_name(tensors)):
             raise ValueError(f"{folder}: has a decoder; --llm is for files without one")
         tensors = open_tensors(llm) | tensors
-    dtype = dtype or most_common_dtype(tensors)
+    dtype = dtype or most_common_dtype(tensors, folder)
+    if vision is not None and any(name.startswith("vision_tower.") for name in by_our_name(tensors)):
+        print(f"{folder}: its own vision tower is used, not the weights of {vision}", file=sys.stderr)
+        vision = None
     with torch.device("meta"), skip_init():
         model = Llava(config)
     if vision is not None:
@@ -219,13 +242,18 @@ def by_our_name(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     return {found[0][0]: lazy for name, lazy in tensors.items() if (found := layouts.match(name, layout))}
 
 
-def most_common_dtype(tensors: dict[str, LazyTensor]) -> torch.dtype:
-    """The dtype of most of the parameters."""
+def most_common_dtype(tensors: dict[str, LazyTensor], source: Path) -> torch.dtype:
+    """The dtype of most of the parameters. Says on stderr how many others it rounds."""
     sizes = Counter()
     for lazy in by_our_name(tensors).values():
         if lazy.dtype in FLOATS:
             sizes[getattr(torch, lazy.dtype)] += math.prod(lazy.shape)
-    return max(sizes, key=sizes.get, default=torch.float32)
+    common = max(sizes, key=sizes.get, default=torch.float32)
+    for dtype in sizes:
+        if torch.promote_types(dtype, common) != common:
+            rounded = f"{sizes[dtype]:,} of {sizes.total():,} numbers are rounded from {dtype} to {common}"
+            print(f"{source}: {rounded}, the dtype of most", file=sys.stderr)
+    return common
 
 
 def choose_dtype(name: str, device: str) -> torch.dtype:

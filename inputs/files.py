@@ -25,6 +25,8 @@ def publish_folder(folder: Path, write: Callable[[Path], None]):
     try:
         write(partial)
         for path in [*partial.iterdir(), partial]:
+            if path.is_file():  # as the umask wants it; safetensors writes files that only their owner can read
+                path.chmod(partial.stat().st_mode & 0o666)
             fsync(path)
     except (ValueError, OSError):
         shutil.rmtree(partial, ignore_errors=True)

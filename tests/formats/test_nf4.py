@@ -11,15 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from test_llava import close, logits_of, prompt, random_images, randomized
 
 import lora
 import lora as nf4
 import sample
+from clip import CLIPVisionConfig
 from formats import __main__ as formats_cli
 from formats import nf4_files
 from formats.saving import save_model
+from formats.tensors import open_tensors
 from formats.weights import load_model
 from inputs.tokenizer import Tokenizer
+from llava import Llava, LlavaConfig, TextConfig
 from lora import NF4Linear
 from training.machine import MemoryCounter
 
@@ -164,6 +168,19 @@ def test_files_are_exchanged_with_bitsandbytes(bnb, dtype, double, tmp_path):
     assert torch.equal(bnb.dequantize_4bit(packed, read), layer.dequantize())
 
 
+@pytest.mark.parametrize("storage", [*DTYPES, torch.float64, torch.int8], ids=str)
+def test_every_storage_dtype_of_bitsandbytes_is_read(bnb, storage, tmp_path):
+    """bnb_4bit_quant_storage gives the same bytes another dtype, in which some of them are NaNs."""
+    weight = weight_of((80, 64), torch.bfloat16)
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True, quant_storage=storage)
+    assert packed.dtype == storage
+    tensors = {"a.weight": packed} | {f"a.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    layer = open_tensors(tmp_path)["a.weight"].read()
+    assert torch.equal(layer.weight, bnb.quantize_4bit(weight, quant_type="nf4")[0])
+    assert torch.equal(layer.dequantize(), bnb.dequantize_4bit(packed, state))
+
+
 def test_layer_equals_linear4bit(bnb):
     from bitsandbytes.nn import Linear4bit
 
@@ -280,6 +297,46 @@ def test_transformers_loads_a_quantized_folder(bnb, small):
     torch.testing.assert_close(ours.language_model.lm_head(hidden), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture(scope="module", params=["square", "anyres"])
+def regular(request, tmp_path_factory):
+    """A LLaVA in four bits, in float32, of widths that every kernel of bitsandbytes takes, and its folder."""
+    anyres = {"image_mode": "anyres", "image_grid_pinpoints": [[8, 16], [16, 8]]} if request.param == "anyres" else {}
+    whole, folder = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("regular")
+    text = TextConfig(99, 64, 128, 2, 4, 2)
+    vision = CLIPVisionConfig(64, 128, 3, 4, image_size=8, patch_size=4)
+    save_model(randomized(Llava(LlavaConfig(text, vision, image_token_index=97, **anyres))), whole)
+    model = load_model(whole, bits=4)
+    save_model(model, folder)
+    return model, folder
+
+
+def test_tower_and_projector_are_named_as_not_quantized(regular):
+    """transformers 5 compares the beginnings of names that start with "model.", and 4 of names without it."""
+    skipped = json.loads((regular[1] / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    for name in ("vision_tower.vision_model.encoder.layers.0.mlp.fc1", "multi_modal_projector.linear_1", "lm_head"):
+        for prefix in ("",) if name == "lm_head" else ("", "model."):
+            assert any(f"{prefix}{name}.".startswith(f"{module}.") for module in skipped), prefix + name
+
+
+def test_transformers_runs_a_quantized_folder_on_an_image(bnb, regular):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from bitsandbytes.nn import Linear4bit
+
+    ours, folder = regular
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    quantized = [(name, module) for name, module in theirs.named_modules() if isinstance(module, Linear4bit)]
+    assert len(quantized) == 14 and all(name.startswith("model.language_model.layers.") for name, _ in quantized)
+    for _, module in quantized:
+        module.support_avx512bf16_for_cpu = False  # a kernel that rounds to bfloat16
+    if ours.config.image_grid_pinpoints:
+        return  # the tiles are compared in the tests of variants/
+    ids, images = torch.tensor([prompt(15, 1)]), random_images(1)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, pixel_values=images).logits
+    close(logits_of(ours, ids, images), expected)
+
+
 def test_quantized_model_answers(small, command, tiny, capsys):
     image = next((tiny.world / "heldout-0").rglob("*.png"))
     command(sample, "--model", small[1], "--image", image, "--max-new-tokens", 8)
@@ -306,8 +363,6 @@ print(most() - begin, sum(p.nbytes for p in model.parameters()))
 
 def test_whole_model_is_never_in_memory(tmp_path, monkeypatch):
     """The peak is at most 1.2 times the quantized model plus one shard."""
-    from llava import Llava, LlavaConfig, TextConfig
-
     shard = 24_000_000
     monkeypatch.setattr("formats.saving.SHARD_BYTES", shard)
     text = TextConfig(300, 512, 1408, 20, 8)
@@ -345,6 +400,17 @@ STATE = f"{NAME}{nf4_files.STATE}nf4"
 
 def as_bytes(values):
     return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("storage", [*DTYPES, torch.int8], ids=str)
+def test_codes_stored_in_another_dtype_are_read(small, tmp_path, storage):
+    tensors = load_file(small[1] / "model.safetensors")
+    for name in [name.split(nf4_files.STATE)[0] for name in tensors if nf4_files.STATE in name]:
+        tensors[name] = tensors[name].flatten().view(storage)[:, None]
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((small[1] / "config.json").read_bytes())
+    read, expected = load_model(tmp_path).state_dict(), load_model(small[1]).state_dict()
+    assert read.keys() == expected.keys() and all(torch.equal(read[name], expected[name]) for name in expected)
 
 
 BROKEN = {

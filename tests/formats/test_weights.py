@@ -304,6 +304,49 @@ def test_llava_without_its_vision_tower(tmp_path, monkeypatch, tiny):
     assert all(torch.equal(value, again[key]) for key, value in ours.state_dict().items())
 
 
+SNAPSHOT = "/data/hub/models--{}/snapshots/ce19dc912ca5cd21c8a653c79e251e808ccabcd1"
+
+
+@pytest.mark.parametrize("tower", [SNAPSHOT.format("someone--clip-l"), "./towers/clip-l-336-medical/", "laion/CLIP"])
+def test_vision_tower_of_an_unknown_name_has_the_shape_of_the_clip_given(tower, tmp_path, monkeypatch, command, capfd):
+    """A checkpoint names its tower by a path of the machine that trained it."""
+    ours, source, clip = make("llama_gqa"), tmp_path / "source", tmp_path / "clip"
+    state = rewrite(ours.state_dict(), "authors'")
+    values = authors_config(ours.config, "mlp2x_gelu", monkeypatch) | {"mm_vision_tower": tower}
+    for folder in (source, clip):
+        folder.mkdir()
+    (source / "config.json").write_text(json.dumps(values))
+    (clip / "config.json").write_text(json.dumps(vars(VISION)))
+    save_file({key: value for key, value in state.items() if "vision_tower" not in key}, source / "model.safetensors")
+    tensors = {key: value.clone() for key, value in ours.vision_tower.state_dict().items()}
+    save_file(tensors, clip / "model.safetensors")
+    with pytest.raises(ValueError, match=r"the shape of the vision tower .* is not known.*--vision"):
+        load_model(source)
+    again = load_model(source, vision=clip).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in ours.state_dict().items())
+    assert not capfd.readouterr().err
+    # A tower in the checkpoint's own files, perhaps a trained one, is not replaced by the CLIP's.
+    save_file(state, source / "model.safetensors")
+    save_file({key: value + 1 for key, value in tensors.items()}, clip / "model.safetensors")
+    again = load_model(source, vision=clip).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in ours.state_dict().items())
+    assert "its own vision tower is used" in capfd.readouterr().err
+
+
+def test_vision_tower_in_the_cache_of_the_hub_is_known(tmp_path, monkeypatch):
+    values = authors_config(make("llama_gqa").config, "mlp2x_gelu", monkeypatch)
+    values["mm_vision_tower"] = SNAPSHOT.format("openai--clip-vit-large-patch14-336")
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path).vision_config.image_size == 336
+
+
+def test_vision_tower_with_another_preprocessing_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(vars(VISION)))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(clip_preprocessing(8) | {"image_mean": [0.5] * 3}))
+    with pytest.raises(ValueError, match="preprocessed with image_mean"):
+        configs.read_vision_config(tmp_path)
+
+
 CHAT_TEMPLATES = {
     "llava_llama_3": "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}",
     "llava_llama_2": "{{ bos_token + '[INST] ' + '<<SYS>>\\n' + system_message }}",
@@ -546,6 +589,107 @@ def test_integer_weights_are_refused(tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"lm_head\.weight is int8"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("quantization_config", {"quant_method": "awq", "bits": 4}),
+    ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+    ("quantization_config", {"quant_method": "fp8"}),
+    ("compression_config", {"quant_method": "compressed-tensors"}),
+    ("text_config", {"model_type": "llama", "quantization_config": {"quant_method": "awq"}}),
+])  # fmt: skip
+def test_quantization_in_a_config_is_named_before_anything_else(key, value, tmp_path, command):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", key: value}))
+    with pytest.raises(SystemExit) as caught:
+        command(sample, "--model", tmp_path, "--prompt", "What")
+    method = value.get("quant_method", "awq")
+    assert f"quantized with '{method}'" in caught.value.code and len(caught.value.code.splitlines()) == 1
+
+
+def gptq(name, weight):
+    """A matrix (out, in) as GPTQ and AWQ store it: eight codes in an int32."""
+    shapes = {"qweight": (weight.shape[1] // 8, len(weight)), "qzeros": (1, len(weight) // 8)}
+    codes = {name + key: torch.zeros(shape, dtype=torch.int32) for key, shape in shapes.items()}
+    return codes | {f"{name}scales": torch.ones(1, len(weight))}
+
+
+FOREIGN = {  # quantization -> the tensors of one matrix, and words of the refusal
+    "GPTQ": (gptq, "GPTQ or AWQ"),
+    "int8": (lambda name, w: {f"{name}weight": w.to(torch.int8), f"{name}SCB": torch.ones(len(w))}, "int8"),
+    "FP8": (
+        lambda name, w: {f"{name}weight": w.to(torch.float8_e4m3fn), f"{name}weight_scale_inv": torch.ones(1, 1)},
+        "FP8",
+    ),
+    "FP8 without scales": (lambda name, w: {f"{name}weight": w.to(torch.float8_e4m3fn)}, "FP8"),
+    "compressed": (lambda name, w: {f"{name}weight_packed": w.to(torch.int32)}, "compressed-tensors"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_quantization_of_tensors_is_named(kind, tmp_path):
+    """bitsandbytes' config.json stands also beside whole weights, and some folders lack the key: the tensors tell."""
+    save_model(make("llama"), tmp_path)
+    values = {"quant_method": "bitsandbytes", "load_in_8bit": True} if kind == "int8" else None
+    change_json(tmp_path / "config.json", quantization_config=values)
+    state, (quantize, words) = load_file(tmp_path / "model.safetensors"), FOREIGN[kind]
+    for name in [name for name in state if name.endswith("_proj.weight") and "language_model" in name]:
+        state |= quantize(name.removesuffix("weight"), state.pop(name))
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="only bitsandbytes' NF4 is read") as caught:
+        load_model(tmp_path)
+    assert words in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_integers_are_not_called_a_smaller_model(tmp_path):
+    save_model(make("llama"), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({name: tensor.to(torch.int64) for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="is int64, should be float32") as caught:
+        load_model(tmp_path)
+    assert "belongs to" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model.", "module._orig_mod.", "inner"])
+def test_wrapped_names_are_unwrapped_and_said_once(prefix, tmp_path, capfd):
+    """The names that torch.compile, DDP and peft give to a model's tensors; "inner": only the decoder was compiled."""
+    ours = make("llama")
+    save_model(ours, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    inner = {name: name.replace("language_model.", "language_model._orig_mod.") for name in state}
+    names = inner if prefix == "inner" else {name: prefix + name for name in state}
+    save_file({names[name]: tensor for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    again = load_model(tmp_path).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in ours.state_dict().items())
+    printed = capfd.readouterr().err
+    assert printed.count("taken off") == 1 and all(part in printed for part in prefix.split(".") if part != "inner")
+
+
+def test_two_tensors_of_one_unwrapped_name_are_refused(tmp_path):
+    save_model(make("llama"), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["language_model._orig_mod.lm_head.weight"] = state["language_model.lm_head.weight"] + 1
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"one name without _orig_mod\."):
+        load_model(tmp_path)
+
+
+def test_a_lora_beside_its_base_is_named(tmp_path):
+    """peft's whole model, saved as a checkpoint: the matrices are under base_layer, beside A and B."""
+    save_model(make("llama"), tmp_path)
+    state, name = load_file(tmp_path / "model.safetensors"), "language_model.model.layers.0.self_attn.q_proj."
+    state[f"{name}base_layer.weight"] = state.pop(f"{name}weight")
+    state |= {f"{name}lora_{half}.default.weight": torch.zeros(4, 32) for half in "AB"}
+    save_file({f"base_model.model.{key}": tensor for key, tensor in state.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="a LoRA beside its base"):
+        load_model(tmp_path)
+
+
+def test_one_of_two_weight_files_is_read_and_named(tmp_path, capfd):
+    ours = make("llama")
+    save_model(ours, tmp_path)
+    torch.save({"language_model.lm_head.weight": torch.zeros(99, 32)}, tmp_path / "pytorch_model.bin")
+    load_model(tmp_path)
+    assert capfd.readouterr().err == f"{tmp_path}: model.safetensors is read, not pytorch_model.bin\n"
 
 
 def test_infinity_in_half_precision_is_refused(tmp_path):
@@ -921,7 +1065,7 @@ def test_tokenizer_that_contradicts_the_config_is_refused(kind, load_changed, tm
     assert str(tmp_path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
-def test_most_common_dtype_is_kept(tmp_path):
+def test_most_common_dtype_is_kept(tmp_path, capfd):
     """Computed tables of old files and a single tensor of another dtype do not count."""
     save_model(make("llama", decoder_only=True).half(), tmp_path)
     state = load_file(tmp_path / "model.safetensors")
@@ -929,6 +1073,10 @@ def test_most_common_dtype_is_kept(tmp_path):
     state["model.norm.weight"] = state["model.norm.weight"].float()
     save_file(state, tmp_path / "model.safetensors")
     assert load_model(tmp_path, dtype=None).dtype == torch.float16
+    rounded = "32 of 32,672 numbers are rounded from torch.float32 to torch.float16"
+    assert rounded in capfd.readouterr().err
+    load_model(tmp_path)  # float32 rounds nothing
+    assert not capfd.readouterr().err
 
 
 def test_numbers_that_overflow_the_dtype_are_refused(tmp_path):
@@ -967,6 +1115,17 @@ def test_inspect_of_a_file(tmp_path, command, capsys):
     with pytest.raises(SystemExit) as caught:
         command(formats_cli, "inspect", tmp_path / "README.md")
     assert "neither .safetensors nor" in caught.value.code and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_have_the_permissions_of_the_umask(tiny, tmp_path, command, umask):
+    """safetensors writes files that only their owner can read, whatever the umask."""
+    before = os.umask(umask)
+    try:
+        command(formats_cli, "convert", tiny.stage2, tmp_path / "copy")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "copy").iterdir()} == {0o666 & ~umask}
 
 
 def test_convert_refuses_in_one_line(tiny, tmp_path, command):
