@@ -12,6 +12,7 @@ resumes where it was; torchrun spreads a run over GPUs.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from evaluation.answering import Cost, answer_all, answer_batch, sibling_file
 from evaluation.choice_readers import unpack_images
 from evaluation.flags import read_flags
 from evaluation.manifest import save_manifest
-from evaluation.predictions import Item, JsonFile, read_predictions, short
+from evaluation.predictions import END_TOKEN, Item, JsonFile, read_predictions, short
 from evaluation.scores import accuracy_by_category
 from evaluation.submissions import write_submission
 from evaluation.tasks import TASKS, build_prompt, choose_image_mode, read_items
@@ -124,6 +125,8 @@ def plan_probes(args: argparse.Namespace, folder: Path, config: LlavaConfig) -> 
 def answer(args: argparse.Namespace):
     """Answer all questions that have no answer yet, on all ranks; then score the answers on the first."""
     base = args.model or (base_of_adapter(args.adapter) if args.adapter else runs.newest_run(1, 2))
+    if not args.model:
+        print(f"eval.py: --model {base}, {'named by the adapter' if args.adapter else 'the newest'}", file=sys.stderr)
     folders = [base, args.adapter] if args.adapter else [base]
     folder = folders[-1]  # the answers are stored in it and carry its name
     ranks = Distributed(args.device)
@@ -163,16 +166,18 @@ def answer_metadata(question: dict, text: str) -> dict:
 
 
 def print_categories(out: Path, rows: list[dict]):
-    rows = [row for row in rows if "score" in row["metadata"]]
-    for category, accuracy in (accuracy_by_category(rows) if rows else {}).items():
+    scored = [row for row in rows if "score" in row["metadata"]]
+    for category, accuracy in (accuracy_by_category(scored) if scored else {}).items():
         print(f"{category:<14}{accuracy:6.1f} %")
-    print(f"{len(rows)} scored answers in {out}")
+    rest = f", {len(rows) - len(scored)} without a true answer," if len(scored) < len(rows) else ""
+    print(f"{len(scored)} scored answers{rest} in {out}")
 
 
 def score_benchmark(args: argparse.Namespace, items: list[Item], out: Path, rows: list[dict]):
     """Score a benchmark's answers if the true ones are known, and write the server's file if that is requested."""
     answers = [row["text"] for row in rows]
     print(f"{len(rows)} answers in {out}")
+    report_answers(args.task, items, answers)
     if args.submission:
         write_submission(args.task, items, answers, args.submission)
     if args.task in grader.REQUESTS:
@@ -189,9 +194,7 @@ def score_file(args: argparse.Namespace):
     """Score a file of answers of any model; with --grader, request missing grades first."""
     items = read_items(args.score, args.references)
     answers = read_predictions(args.predictions, items)
-    report_count("questions have no answer, which counts as wrong", items, [answer is None for answer in answers])
-    empty = [answer is not None and not answer.strip() for answer in answers]
-    report_count("questions have an empty answer", items, empty)
+    report_answers(args.score, items, answers)
     if args.submission:
         write_submission(args.score, items, answers, args.submission)
     if args.score in grader.REQUESTS and args.grades:
@@ -204,6 +207,18 @@ def score_file(args: argparse.Namespace):
         print_scores(grader.SCORES[args.score](items, grades))
     elif not args.submission:
         print_scores(TASKS[args.score].score(items, answers))
+
+
+def report_answers(task: str, items: list[Item], answers: list[str | None]):
+    """Print how many answers are missing, empty, or not what the scorer of the task expects."""
+    given = [answer if answer is None else answer.strip() for answer in answers]
+    report_count("questions have no answer, which counts as wrong", items, [answer is None for answer in answers])
+    report_count("questions have an empty answer", items, [answer == "" for answer in given])
+    left = [bool(END_TOKEN.search(answer or "")) for answer in given]
+    report_count("answers end with an end token (</s>, ...), which is scored as text: remove it", items, left)
+    vague = [bool(answer) and not re.search(r"\b(yes|no|not)\b", answer.lower()) for answer in given]
+    if task == "pope":
+        report_count("answers say neither yes nor no; LLaVA's rule counts them as yes", items, vague)
 
 
 def report_count(what: str, items: list[Item], which: list[bool]):

@@ -5,6 +5,8 @@ of the servers (VQA, VizWiz, GQA, COCO, DocVQA, SEED), MM-Vet's object of answer
 """
 
 import json
+import re
+import sys
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +14,11 @@ from pathlib import Path
 from inputs.files import reject_duplicate_keys
 from inputs.records import DataError
 
-# Keys under which a row may hold its id and its answer; the first that is present counts.
+# Keys under which a row may hold its id (the first that is present counts) and its answer (only one may be present).
 ID_KEYS = ("question_id", "questionId", "image_id", "qid", "index", "id", "image")
 ANSWER_KEYS = ("text", "prediction", "caption", "answer")
 MAX_ANSWER = 100_000  # characters; a longer answer is a broken file
+END_TOKEN = re.compile(r"(</s>|<\|\w+\|>|<eos>|<end_of_turn>)\s*$")  # at the end of an answer: left over by a decoder
 
 
 @dataclass
@@ -101,7 +104,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: {error}") from None
+        raise DataError(f"{path}: is not UTF-8 text ({error})") from None
 
 
 def group(pairs: Iterable[tuple[Hashable, object]]) -> dict[Hashable, list]:
@@ -116,6 +119,12 @@ def short(value: object) -> str:
     """A value as messages show it: one line of at most 60 ASCII characters."""
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def report(paths: list[Path], count: int, what: str):
+    """Print how many entries of the files are left out, or completed by a guess; nothing if there are none."""
+    if count:
+        print(f"{', '.join(map(str, paths))}: {count:,} {what}", file=sys.stderr)
 
 
 def load_files(paths: list[Path]) -> tuple[list[Item], list[JsonFile]]:
@@ -141,15 +150,31 @@ def bare_question(prompt: str) -> str:
     return line.replace("Please answer yes or no.", "").strip().lower()
 
 
+def image_key(key: str, question: str) -> str:
+    """MME's name of a question: subtask, image without "images/" and without its suffix, and the question. (LLaVA's
+    lists and result files have artwork/images/14777.jpg and artwork/14777.txt for the same image.)"""
+    parts = key.split("/")
+    return f"{parts[0]}/{Path(parts[-1]).stem}\n{bare_question(question)}"
+
+
+def answer_of(row: Row) -> str:
+    """The answer in a row. Raises DataError if several keys may hold it: of {"text", "answer"}, "text" is the question
+    in LLaVA's question lists and the answer in LLaVA's answer files, which hold the question as "prompt"."""
+    found = [key for key in ANSWER_KEYS if key in row]
+    if len(found) > 1 and not ("text" in found and isinstance(row.get("prompt"), str)):
+        raise DataError(f"{row.where}: has {' and '.join(found)}: keep only the key that holds the answer")
+    return row.need_any(ANSWER_KEYS)
+
+
 def read_predictions(path: Path, items: list[Item]) -> list[str | None]:
     """The answer to each item, None where the file has none (scorers count that as wrong). Raises DataError naming
-    file, id and reason if an id is unknown or comes twice, or if an answer is not text."""
+    file, id and reason if an id is unknown or comes twice, if an answer is not text, or if all are their questions."""
     positions = group((key, number) for number, item in enumerate(items) for key in {str(item.id), *item.keys})
     answers = [None] * len(items)
     for row in prediction_rows(path):
-        key, text = str(row.need_id()), row.need_any(ANSWER_KEYS)
+        key, text, prompt = str(row.need_id()), answer_of(row), row.get("prompt")
         # LLaVA's lists give some questions the id of their image, or number them anew in every category.
-        keys = [f"{key}\n{bare_question(row['prompt'])}"] if isinstance(row.get("prompt"), str) else []
+        keys = [f"{key}\n{bare_question(prompt)}", image_key(key, prompt)] if isinstance(prompt, str) else []
         keys += [f"{row['category']}/{key}"] if isinstance(row.get("category"), str) else []
         candidates = next((positions[key] for key in (*keys, key) if key in positions), None)
         if candidates is None:
@@ -160,6 +185,9 @@ def read_predictions(path: Path, items: list[Item]) -> list[str | None]:
         if len(text) > MAX_ANSWER:
             raise DataError(f"{row.where}: an answer of {len(text):,} characters, more than {MAX_ANSWER:,}")
         answers[position] = text
+    pairs = [(item.text, text) for item, text in zip(items, answers) if item.text and text is not None]
+    if pairs and all(bare_question(text) == bare_question(question) for question, text in pairs):
+        raise DataError(f"{path}: each answer is the question itself: this is a list of questions, not of answers")
     return answers
 
 
