@@ -24,7 +24,7 @@ from evaluation.answering import Cost, answer_all, answer_batch, sibling_file
 from evaluation.choice_readers import unpack_images
 from evaluation.flags import read_flags
 from evaluation.manifest import save_manifest
-from evaluation.predictions import END_TOKEN, Item, JsonFile, read_predictions, short
+from evaluation.predictions import END_TOKEN, Item, JsonFile, read_predictions, report, short
 from evaluation.scores import accuracy_by_category
 from evaluation.submissions import write_submission
 from evaluation.tasks import TASKS, build_prompt, choose_image_mode, read_items
@@ -45,7 +45,7 @@ from world import probes
 
 def read_questions(path: Path) -> list[dict]:
     """Your own questions, each with its metric if it has an answer. Raises DataError naming file, entry and reason."""
-    questions, seen = list(JsonFile(path).rows()), set()
+    questions, seen, guessed = list(JsonFile(path).rows()), set(), 0
     if not questions:
         raise DataError(f"{path}: no questions")
     for row in questions:
@@ -54,8 +54,11 @@ def read_questions(path: Path) -> list[dict]:
         row.need("image", str, type(None))
         for name in row.keys() & {"answer", "category", "metric"}:
             row.need(name)
-        if "answer" in row:
-            row.setdefault("metric", probes.default_metric(row.get("category", "all"), path))
+        if row.get("category") == "overall":
+            raise DataError(f"{row.where}: category 'overall' is the name of the mean over all questions")
+        if "answer" in row and "metric" not in row:
+            row["metric"] = probes.default_metric(row.get("category", "all"), path)
+            guessed += row["metric"] != "exact"
         if row.get("metric", "exact") not in probes.METRICS:
             raise DataError(f"{row.where}: metric {row['metric']!r} is none of {', '.join(probes.METRICS)}")
         if SURROGATE.search(row["text"]):
@@ -63,6 +66,7 @@ def read_questions(path: Path) -> list[dict]:
         if key in seen:
             raise DataError(f"{row.where}: this question_id comes twice")
         seen.add(key)
+    report([path], guessed, "descriptions of a world name no metric: scored by objects_f1")
     return questions
 
 
@@ -148,8 +152,11 @@ def answer(args: argparse.Namespace):
     cost, name = Cost(), folder.name + ("-blank" if args.blank else "")
     ask = partial(answer_batch, model, tokenizer, images=plan.images, max_new_tokens=length, cost=cost)
     rows = answer_all(plan.questions, plan.out, args.batch_size, name, ask, answer_metadata, ranks)
+    (cut,) = ranks.all_reduce_sum(cost["cut answers"])
     if ranks.is_main:
         cost.save(sibling_file(plan.out, "cost.json"), device)
+        if cut:
+            print(f"{cut:,} answers were cut at --max-new-tokens {length} or at the context's end", file=sys.stderr)
         plan.finish(rows)
 
 

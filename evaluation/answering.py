@@ -92,6 +92,8 @@ def answer_batch(
     cost.update({"prompt tokens": sum(map(len, prompts)), "new tokens": sum(map(len, ids))})
     cost.update({"seconds": end - start, "seconds to first token": (first or end) - start})
     texts, stop = [tokenizer.decode(row).lstrip() for row in ids], stop_text(config.template)
+    ended = [bool({*row} & {*config.eos_token_ids} or (stop and stop in text)) for row, text in zip(ids, texts)]
+    cost["cut answers"] += ended.count(False)
     return [(text.split(stop)[0] if stop else text).strip() for text in texts]
 
 

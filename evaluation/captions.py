@@ -9,6 +9,7 @@ import importlib.util
 import math
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -135,4 +136,6 @@ def caption_scores(candidates: list[str | None], references: list[list[str]]) ->
     scores = {f"Bleu_{n}": score for n, (score, _) in enumerate(bleu(candidates, references), 1)}
     if jar := meteor_tool():
         scores["METEOR"] = meteor(jar, words, references)[0]
+    else:
+        print("METEOR is left out: it needs Java and pycocoevalcap", file=sys.stderr)
     return scores | {"ROUGE_L": rouge(candidates, references)[0], "CIDEr": cider(words, references)[0]}

@@ -56,6 +56,8 @@ def why_refused(args: argparse.Namespace) -> str:
         return "--submission of llavabench has our own prompt and names no model: no --rule, no --grader-model"
     if args.submission and task not in SUBMISSIONS:
         return f"--submission: no server takes {task or 'these'}, only {', '.join(SUBMISSIONS)}"
+    if args.submission and args.limit:
+        return "--submission needs an answer to every question: no --limit"
     if args.grader and not args.grades:
         return "--grader needs --grades, the file that keeps the replies"
     if any(count is not None and count < 1 for count in (args.batch_size, args.limit, args.max_new_tokens)):

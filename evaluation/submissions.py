@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import zipfile
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -74,6 +75,8 @@ def write_xlsx(path: Path, rows: list[list[object]]):
         text = escape(NO_XML.sub("\ufffd", str(value)))
         return f'<c t="inlineStr"><is><t xml:space="preserve">{text}</t></is></c>'
 
+    if count := sum(bool(NO_XML.search(str(value))) for row in rows for value in row):
+        print(f"{path}: {count:,} texts hold characters that XML cannot: replaced by \\ufffd", file=sys.stderr)
     lines = "".join(f"<row>{''.join(map(cell, row))}</row>" for row in rows)
     head = '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n'
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:

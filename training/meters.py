@@ -117,10 +117,10 @@ class Progress:
         self.boards = open_boards(args.board if ranks.is_main else [], run.folder, run.values)
 
     def steps(self, start: int) -> Iterator[int]:
-        """The steps from `start` on, with a progress bar."""
-        steps, silent = range(start, self.args.steps), not self.ranks.is_main
-        self.bar = tqdm(steps, self.run.folder.name, self.args.steps, initial=start, disable=silent, unit="step")
-        return iter(self.bar)
+        """The steps from `start` on, with a progress bar that counts those that log() has written."""
+        steps, name, silent = self.args.steps, self.run.folder.name, not self.ranks.is_main
+        with tqdm(desc=name, total=steps, initial=start, disable=silent, unit="step") as self.bar:
+            yield from range(start, steps)
 
     def log(self, row: dict):
         """Write a row. Raises ValueError after more than MAX_SKIPS skipped steps in a row."""
@@ -133,6 +133,7 @@ class Progress:
             for write in self.boards:
                 write(numbers, row["step"])
             self.bar.set_postfix({key: row[key] for key in ("loss", "tokens_per_s", "data_wait")}, refresh=False)
+            self.bar.update()
         if self.skipped > MAX_SKIPS:
             more = f"{self.skipped} steps in a row; {self.run.last_checkpoint_hint()}"
             raise ValueError(f"step {row['step']}: {row['skipped']}, {more}")

@@ -44,9 +44,10 @@ METRICS = metrics.METRICS | {"objects_f1": objects_f1}
 
 
 def default_metric(category: str, path: Path) -> str:
-    """Return the metric of a question that names none: exact match, except in worlds that were written before questions
-    named their metric, which a scenes.jsonl beside the file tells."""
-    return "objects_f1" if category == "description" and (path.parent / "scenes.jsonl").exists() else "exact"
+    """Return the metric of a question that names none: exact match, except in the questions.jsonl of worlds that were
+    written before questions named their metric, which a scenes.jsonl beside the file tells."""
+    is_world = path.name == "questions.jsonl" and (path.parent / "scenes.jsonl").exists()
+    return "objects_f1" if category == "description" and is_world else "exact"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

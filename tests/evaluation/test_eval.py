@@ -120,6 +120,20 @@ def test_descriptions_of_a_world_that_names_no_metrics_are_scored_by_their_objec
     assert read_one(tmp_path / "questions.jsonl", category="description")["metric"] == "objects_f1"
     assert read_one(tmp_path / "questions.jsonl", category="color")["metric"] == "exact"
     assert read_one(tmp_path / "questions.jsonl", category="description", metric="exact")["metric"] == "exact"
+    assert read_one(tmp_path / "mine.jsonl", category="description")["metric"] == "exact"
+
+
+def test_a_metric_that_is_guessed_is_said_once(tmp_path, capsys):
+    (tmp_path / "scenes.jsonl").touch()
+    read_one(tmp_path / "questions.jsonl", category="description")
+    assert capsys.readouterr().err.count("1 descriptions of a world name no metric: scored by objects_f1") == 1
+    read_one(tmp_path / "questions.jsonl", category="existence")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_category_that_is_named_as_the_mean_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"line 1 .1.: category 'overall' is the name"):
+        read_one(tmp_path / "q.jsonl", category="overall")
 
 
 def test_an_unknown_metric_is_named(tmp_path):
@@ -313,6 +327,33 @@ def test_a_missing_image_and_its_question_are_named(tiny, command, tmp_path):
     assert "nowhere.png" in line and "k7" in line
 
 
+@pytest.mark.parametrize("name", ["empty", "nowhere", "file"])
+def test_a_folder_without_a_model_is_told_what_belongs_in_it(command, tiny, tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    line = refusal(command, "--model", tmp_path / name, "--questions", tiny.world / "questions.jsonl")
+    assert f"{tmp_path / name}: has no config.json; a model's folder has it, weights and a tokenizer" in line
+
+
+def test_the_model_that_was_not_named_is_said(command, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation.runs, "newest_run", lambda *_: tiny.stage2)
+    path = write_lines(tmp_path / "q.jsonl", [{"question_id": 1, "text": "Red?"}])
+    argv = ["--questions", path, "--out", tmp_path / "a.jsonl", "--device", "cpu", "--max-new-tokens", 2]
+    command(evaluation, *argv)
+    assert f"--model {tiny.stage2}, the newest" in capsys.readouterr().err
+    command(evaluation, "--model", tiny.stage2, *argv)
+    assert "--model" not in capsys.readouterr().err
+
+
+def test_answers_that_are_cut_and_questions_that_are_not_scored_are_counted(command, babbler, tmp_path, capsys):
+    rows = [{"question_id": 1, "text": "Red?", "answer": "yes"}, {"question_id": 2, "text": "Blue?"}]
+    path, out = write_lines(tmp_path / "q.jsonl", rows), tmp_path / "a.jsonl"
+    command(evaluation, "--model", babbler, "--questions", path, "--out", out, "--device", "cpu", "--max-new-tokens", 2)
+    said = capsys.readouterr()
+    assert "2 answers were cut at --max-new-tokens 2" in said.err
+    assert said.out.splitlines()[-1] == f"1 scored answers, 1 without a true answer, in {out}"
+
+
 def test_without_a_model_both_ways_to_one_are_named(command, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = refusal(command, "--questions", tiny.world / "questions.jsonl")
@@ -484,6 +525,7 @@ def test_two_processes_do_not_answer_into_one_file(tmp_path, answers, questions)
 
 @pytest.mark.parametrize("argv, why", [
     (["--score", "pope"], "--predictions"), ([], "--questions"), (["--task", "nothing"], "invalid choice"),
+    (["--task", "vqav2", "--questions", "q", "--submission", "s", "--limit", "5"], "no --limit"),
     (["--questions", "q", "--batch-size", "0"], "above 0"), (["--questions", "q", "--limit", "0"], "above 0"),
     (["--questions", "q", "--max-new-tokens", "0"], "above 0"), (["--questions", "q", "--suffix", ""], "--suffix"),
     (["--task", "mme", "--questions", "q", "--limit", "5"], "even"),

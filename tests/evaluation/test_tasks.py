@@ -307,8 +307,9 @@ def test_the_table_of_mmbench(tmp_path, command):
 
 
 @pytest.mark.parametrize("char", ["\0", "\uffff", "\ud800"])
-def test_a_table_holds_no_character_that_xml_cannot(char, tmp_path):
+def test_a_table_holds_no_character_that_xml_cannot(char, tmp_path, capsys):
     submissions.write_xlsx(tmp_path / "s.xlsx", [[1, f"<a{char}b>\n\U0001f600"]])
+    assert "s.xlsx: 1 texts hold characters that XML cannot" in capsys.readouterr().err
     with zipfile.ZipFile(tmp_path / "s.xlsx") as file:
         sheet = ElementTree.fromstring(file.read("xl/worksheets/sheet1.xml"))
     assert "".join(sheet.itertext()) == "1<a\ufffdb>\n\U0001f600"

@@ -1,6 +1,7 @@
 """FLOPs against torch's own counter, gradient norms and clipping against torch's, the dashboards, the plots."""
 
 import json
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -151,3 +152,9 @@ def test_a_skipped_step_is_not_drawn():
         [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}], "loss"
     )
     assert steps.tolist() == [1, 3] and values.tolist() == [2.0, 1.0]
+
+
+def test_the_progress_bar_of_a_run_ends_at_its_last_step(tiny, command, tmp_path, capsys):
+    command(train, *tiny.flags["stage1"], "--out", tmp_path / "run")
+    last = capsys.readouterr().err.rsplit("\r", 1)[-1]
+    assert re.search(r"run: 100%.* 6/6 .*loss=", last), last
