@@ -45,7 +45,7 @@ def read_config(folder: Path, vision: Path | None = None) -> LlavaConfig:
 def open_config(folder: Path) -> Iterator[dict]:
     """The content of config.json; in this context, every error is a ValueError that names the file."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: has no config.json; a model's folder has it, weights and a tokenizer")
+        raise ValueError(f"{folder / 'config.json'}: no such file; a model's folder has it, weights and a tokenizer")
     values = read_json(folder / "config.json")
     try:
         yield values

@@ -332,7 +332,7 @@ def test_a_folder_without_a_model_is_told_what_belongs_in_it(command, tiny, tmp_
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     line = refusal(command, "--model", tmp_path / name, "--questions", tiny.world / "questions.jsonl")
-    assert f"{tmp_path / name}: has no config.json; a model's folder has it, weights and a tokenizer" in line
+    assert f"{tmp_path / name}/config.json: no such file; a model's folder has it, weights and a tokenizer" in line
 
 
 def test_the_model_that_was_not_named_is_said(command, tiny, tmp_path, monkeypatch, capsys):
