@@ -12,6 +12,16 @@ from typing import NamedTuple
 from inputs.templates import TEMPLATES
 
 MARKER = "<image>"  # an image in the questions of a record that has images; elsewhere it is ordinary text
+# Markers of images that a record without images does not have. "<image> ... </image>" is a text about XML or HTML.
+LOST_MARKER = re.compile(r"<(image|video)>(?!.*</\1>)", re.DOTALL)
+IMAGE_KEY = re.compile(
+    r"(image|img|picture|pic|photo|video|frame)s?[_-]?(path|file|name|filename|url)?s?", re.IGNORECASE
+)
+OTHER_LAYOUTS = {  # by a key that LLaVA's records do not have
+    "messages": "LLaMA-Factory and OpenAI: rename messages to conversations, role to from (user to human, assistant to "
+    "gpt), content to value, images to image",
+    "instruction": "Alpaca: write instruction and output as conversations",
+}
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a UTF-16 pair: JSON can write it, UTF-8 cannot
 
 
@@ -49,10 +59,12 @@ def check_record(record: dict):
         if not isinstance(path, str) or not path:
             raise ValueError(f"image {path!r} is not a path")
     if not isinstance(messages, list) or not messages:
-        raise ValueError("no conversations")
+        hints = [f": this is the layout of {hint}" for key, hint in OTHER_LAYOUTS.items() if key in record]
+        raise ValueError("no conversations" + "".join(hints[:1]))
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-            raise ValueError(f"turn {i} has no text value")
+            hint = ": LLaVA's keys are 'from' and 'value'" if isinstance(message, dict) and "content" in message else ""
+            raise ValueError(f"turn {i} has no text value{hint}")
         role, given = ("human", "gpt")[i % 2], message.get("from")
         if given != role:
             raise ValueError(f"turn {i} is from {given!r}, should be {role!r}: turns alternate, human first")
@@ -65,6 +77,22 @@ def check_record(record: dict):
     markers = sum(message["value"].count(MARKER) for message in messages[::2])
     if paths and markers != len(paths):
         raise ValueError(f"{markers} {MARKER} markers for {len(paths)} images")
+    if not paths:
+        check_text_only(record)
+
+
+def check_text_only(record: dict):
+    """Raise ValueError if a record without images seems to have some: under another key, or as a marker."""
+    keys = [key for key, value in record.items() if IMAGE_KEY.fullmatch(key) and names_files(value)]
+    if keys:
+        raise ValueError(f"no image under the key 'image', which alone is read; {keys[0]!r} looks like one: rename it")
+    if found := next(filter(None, (LOST_MARKER.search(turn["value"]) for turn in record["conversations"][::2])), None):
+        raise ValueError(f"{found[0]} stands in a question, but the key 'image' names no file")
+
+
+def names_files(value: object) -> bool:
+    """True for a text, an object, or a list that begins with one."""
+    return bool(value) and isinstance(value[0] if isinstance(value, list) else value, (str, dict))
 
 
 def image_paths(record: dict) -> list[str]:

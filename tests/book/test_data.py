@@ -238,8 +238,9 @@ def test_special_tokens_in_records_are_text(text, world):
     expected = [BOS, SYSTEM + "USER: ", *[IMG] * 4, "\nWhat? ASSISTANT:", (f" {text}", EOS)]
     expected += ["USER: Is it red? ASSISTANT:", (f" {text}", EOS)]
     assert (sample["ids"], sample["labels"]) == spell(*expected) and len(sample["pixel_values"]) == 1
-    sample = world([record(text, text)])[0]  # without an image, a marker is text
-    assert (sample["ids"], sample["labels"]) == spell(BOS, SYSTEM + f"USER: {text} ASSISTANT:", (f" {text}", EOS))
+    question = text.replace("<image>", "")  # without an image, a marker is text in an answer, and a fault in a question
+    sample = world([record(question, text)])[0]
+    assert (sample["ids"], sample["labels"]) == spell(BOS, SYSTEM + f"USER: {question} ASSISTANT:", (f" {text}", EOS))
     if "<image>" not in text:  # with an image, a marker in the question stands for it
         sample = world([record(f"<image>\n{text}", "a cat", image="a.png")])[0]
         expected = [BOS, SYSTEM + "USER: ", *[IMG] * 4, f"\n{text} ASSISTANT:", (" a cat", EOS)]
@@ -350,6 +351,20 @@ UNREADABLE = {
     "image empty": (record("<image>", "a", image=""), "'' is not a path"),
     "image null in a list": (record("<image>", "a", image=[None]), "None is not a path"),
     "unknown template": (record("a", "b", template="v9"), "'v9'"),
+    "images": (record("<image>\nWhat?", "a", images=["a.png"]), "'images' looks like one: rename it"),
+    "images without a marker": (record("What?", "a", images=["a.png"]), "'images' looks like one"),
+    "images as objects": (record("<image>", "a", images=[{"path": "a.png"}]), "'images' looks like one"),
+    "images beside an empty list": (record("<image>", "a", image=[], images="a.png"), "'images' looks like one"),
+    "video": (record("<video>\nWhat?", "a", video="a.mp4"), "'video' looks like one"),
+    "image_path": (record("<image>\nWhat?", "a", image_path="a.png"), "'image_path' looks like one"),
+    "Image": (record("<image>\nWhat?", "a", Image="a.png"), "'Image' looks like one"),
+    "image: []": (record("<image>\nWhat?", "a", image=[]), "<image> stands in a question"),
+    "image: null": (record(**{"image": None} | turns(("human", "<image>"), ("gpt", "b"))), "'image' names no file"),
+    "a marker in a later question": (record("a", "b", "<image>", "d"), "<image> stands in a question"),
+    "<video> without a key": (record("<video>\nWhat?", "a"), "<video> stands in a question"),
+    "messages": ({"id": "x7", "messages": [], "images": ["a.png"]}, "the layout of LLaMA-Factory"),
+    "instruction": ({"id": "x7", "instruction": "a", "output": "b"}, "no conversations: this is the layout of Alpaca"),
+    "content": (record(conversations=[{"role": "user", "content": "a"}]), "LLaVA's keys are 'from' and 'value'"),
 }
 
 
@@ -358,6 +373,12 @@ def test_bad_records_are_refused_at_the_start(kind, world):
     content, reason = UNREADABLE[kind]
     name = "record 1 (id 'x7'): " if isinstance(content, dict) else "record 1: "
     refusal(world.file, lambda: world([record("hi", "yes"), content]), name, reason)
+
+
+def test_text_about_images_is_no_fault(world):
+    content = [record("Is <image> closed by </image>, and\n<video> by </video>?", "yes")]
+    content += [record("hi", "<image>", image_size=[336, 336], images=[], video=None, image_id="7", frames=8)]
+    assert [len(sample["pixel_values"]) for sample in world(content)] == [0, 0]
 
 
 @pytest.mark.parametrize("template", [[], {}])
@@ -466,7 +487,7 @@ def test_dialogues_are_cut_into_single_questions(world):
     content = [
         record("Hi", "yes", "<image>\nWhat?", "a cat", "Is it <image> red?", "no", image=["a.png", "b.png"]),
         record("<image>\nWhat?", "a dog", "Where?", "here", image="c.png", template="plain"),
-        record("<image>", "<image>", "so?", "a"),  # without an image, a marker is text
+        record("<image></image>", "<image>", "so?", "a"),  # without an image, an element of XML is text
     ]
     whole, single, pairs = world(content), world(content, questions=1), world(content, questions=2)
     assert (len(whole), len(single), len(pairs)) == (3, 7, 4)
@@ -478,7 +499,7 @@ def test_dialogues_are_cut_into_single_questions(world):
             [BOS, start, *[IMG] * 8, "\nIs it  red? ASSISTANT:", (" no", EOS)],
             [BOS, *[IMG] * 4, ("a dog\n",)],
             [BOS, *[IMG] * 4, ("here\n",)],
-            [BOS, start + "<image> ASSISTANT:", (" <image>", EOS)],
+            [BOS, start + "<image></image> ASSISTANT:", (" <image>", EOS)],
             [BOS, start + "so? ASSISTANT:", (" a", EOS)],
         )
     ):
