@@ -24,7 +24,7 @@ from evaluation.answering import Cost, answer_all, answer_batch, sibling_file
 from evaluation.choice_readers import unpack_images
 from evaluation.flags import read_flags
 from evaluation.manifest import save_manifest
-from evaluation.predictions import END_TOKEN, Item, JsonFile, read_predictions, report, short
+from evaluation.predictions import END_TOKEN, Item, JsonFile, note, read_predictions, short
 from evaluation.scores import accuracy_by_category
 from evaluation.submissions import write_submission
 from evaluation.tasks import TASKS, build_prompt, choose_image_mode, read_items
@@ -66,7 +66,7 @@ def read_questions(path: Path) -> list[dict]:
         if key in seen:
             raise DataError(f"{row.where}: this question_id comes twice")
         seen.add(key)
-    report([path], guessed, "descriptions of a world name no metric: scored by objects_f1")
+    note([path], guessed, "descriptions of a world name no metric: scored by objects_f1")
     return questions
 
 

@@ -8,17 +8,7 @@ import sys
 from pathlib import Path
 
 from evaluation.metrics import LETTERS
-from evaluation.predictions import (
-    Item,
-    JsonFile,
-    Row,
-    bare_question,
-    image_key,
-    load_files,
-    read_text,
-    report,
-    split_tabs,
-)
+from evaluation.predictions import Item, JsonFile, Row, bare_question, load_files, mme_key, note, read_text, split_tabs
 from evaluation.readers import add_truths, refuse
 from evaluation.scores import COGNITION, PERCEPTION
 from inputs.files import write_atomic
@@ -60,7 +50,7 @@ def read_mme(paths: list[Path]) -> list[Item]:
         refuse([others[0].path], "neither a folder of MME nor LLaVA's list of its questions")
     for number, item in enumerate(listed):
         key, item.id = str(item.id), f"{item.id}/{number}"
-        item.groups, item.keys = {"subtask": key.split("/")[0], "image": Path(key).stem}, (image_key(key, item.text),)
+        item.groups, item.keys = {"subtask": key.split("/")[0], "image": Path(key).stem}, (mme_key(key, item.text),)
     for root in paths:
         for folder in sorted(path for path in root.glob("*") if path.is_dir()):
             for path in sorted([*folder.glob("*.txt"), *folder.glob("questions_answers_YN/*.txt")]):
@@ -72,7 +62,7 @@ def read_mme(paths: list[Path]) -> list[Item]:
             items += read_mme_rows(path.stem, path, split_tabs(path, 3))
     items = add_truths(paths, listed, items)
     missing = {*PERCEPTION, *COGNITION} - {item.groups["subtask"] for item in items}
-    report(paths, len(missing), "of MME's 14 subtasks are not there: they count as 0 in the sums")
+    note(paths, len(missing), "of MME's 14 subtasks are not there: they count as 0 in the sums")
     return items
 
 
@@ -84,7 +74,7 @@ def read_mme_rows(subtask: str, path: Path, rows: list[list[str]]) -> list[Item]
         if truth not in ("yes", "no"):
             raise DataError(f"{path}: line {number}: answer {answer!r} is neither yes nor no")
         text = question.replace("Please answer yes or no.", "").strip()
-        groups, keys = {"subtask": subtask, "image": name}, (image_key(f"{subtask}/{name}", question),)
+        groups, keys = {"subtask": subtask, "image": name}, (mme_key(f"{subtask}/{name}", question),)
         image = image if "/" in image else f"{subtask}/{image}"
         items.append(Item(f"{subtask}/{name}/{number}", text, image, truth, groups, keys))
     return items

@@ -121,7 +121,7 @@ def short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def report(paths: list[Path], count: int, what: str):
+def note(paths: list[Path], count: int, what: str):
     """Print how many entries of the files are left out, or completed by a guess; nothing if there are none."""
     if count:
         print(f"{', '.join(map(str, paths))}: {count:,} {what}", file=sys.stderr)
@@ -150,7 +150,7 @@ def bare_question(prompt: str) -> str:
     return line.replace("Please answer yes or no.", "").strip().lower()
 
 
-def image_key(key: str, question: str) -> str:
+def mme_key(key: str, question: str) -> str:
     """MME's name of a question: subtask, image without "images/" and without its suffix, and the question. (LLaVA's
     lists and result files have artwork/images/14777.jpg and artwork/14777.txt for the same image.)"""
     parts = key.split("/")
@@ -174,7 +174,7 @@ def read_predictions(path: Path, items: list[Item]) -> list[str | None]:
     for row in prediction_rows(path):
         key, text, prompt = str(row.need_id()), answer_of(row), row.get("prompt")
         # LLaVA's lists give some questions the id of their image, or number them anew in every category.
-        keys = [f"{key}\n{bare_question(prompt)}", image_key(key, prompt)] if isinstance(prompt, str) else []
+        keys = [f"{key}\n{bare_question(prompt)}", mme_key(key, prompt)] if isinstance(prompt, str) else []
         keys += [f"{row['category']}/{key}"] if isinstance(row.get("category"), str) else []
         candidates = next((positions[key] for key in (*keys, key) if key in positions), None)
         if candidates is None:

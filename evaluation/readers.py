@@ -8,7 +8,7 @@ too, alone or beside the official files, which hold the true answers.
 from pathlib import Path
 from typing import NoReturn
 
-from evaluation.predictions import Item, JsonFile, Row, bare_question, load_files, report, short
+from evaluation.predictions import Item, JsonFile, Row, bare_question, load_files, note, short
 from inputs.records import DataError
 
 
@@ -83,7 +83,7 @@ def add_truths(paths: list[Path], listed: list[Item], items: list[Item]) -> list
         if match is None:
             refuse(paths, f"question {short(item.id)} is not among the official ones")
         item.truth, item.keys = match.truth, (*item.keys, str(match.id))
-    report(paths, len(items) - len(listed) if listed else 0, "official questions are not in LLaVA's list: left out")
+    note(paths, len(items) - len(listed) if listed else 0, "official questions are not in LLaVA's list: left out")
     return listed or items
 
 
@@ -109,9 +109,8 @@ def read_textvqa(paths: list[Path]) -> list[Item]:
         item = Item(row.get("question_id", f"{image}/{len(items)}"), row.need("question"), f"{image}.jpg")
         item.truth, item.keys = human_answers(row), (f"{image}\n{item.text.strip().lower()}",)
         items.append(item)
-    if tokens:
-        lacking = sum(item.image.removesuffix(".jpg") not in tokens for item in items)
-        report(paths, lacking, "questions are about an image without OCR tokens: asked with an empty list of them")
+    lacking = [item for item in items if tokens and item.image.removesuffix(".jpg") not in tokens]
+    note(paths, len(lacking), "questions are about an image without OCR tokens: asked with an empty list of them")
     for item in items if tokens else ():
         words = tokens.get(item.image.removesuffix(".jpg"), [])
         item.text += f"\nReference OCR token: {', '.join(map(str, words))}"
@@ -144,7 +143,7 @@ def read_captions(paths: list[Path]) -> list[Item]:
             items.setdefault(key, Item(key, "", names.get(key) or f"{key}.jpg", [])).truth.append(text)
         if not items:
             items |= {key: Item(key, "", name) for key, name in names.items()}
-        report([file.path], len(names.keys() - items.keys()), "images have no caption: left out")
+        note([file.path], len(names.keys() - items.keys()), "images have no caption: left out")
     return list(items.values())
 
 
@@ -176,7 +175,7 @@ def read_medical(paths: list[Path]) -> list[Item]:
         rows = list(file.rows())
         test_rows = [row for row in rows if str(row.get("phrase_type")).startswith("test_")]
         rows, all_rows = [row for row in test_rows or rows if row.get("q_lang", "en") == "en"], rows
-        report([file.path], len(all_rows) - len(rows), "questions are not of the test set or not English: left out")
+        note([file.path], len(all_rows) - len(rows), "questions are not of the test set or not English: left out")
         for row in rows:
             if turns := row.get("conversations"):
                 if not isinstance(turns, list) or len(turns) < 2:
