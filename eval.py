@@ -24,7 +24,7 @@ from evaluation.answering import Cost, answer_all, answer_batch, sibling_file
 from evaluation.choice_readers import unpack_images
 from evaluation.flags import read_flags
 from evaluation.manifest import save_manifest
-from evaluation.predictions import END_TOKEN, Item, JsonFile, note, read_predictions, short
+from evaluation.predictions import END_TOKEN, Item, JsonFile, check_image_key, note, read_predictions, short
 from evaluation.scores import accuracy_by_category
 from evaluation.submissions import write_submission
 from evaluation.tasks import TASKS, build_prompt, choose_image_mode, read_items
@@ -52,6 +52,7 @@ def read_questions(path: Path) -> list[dict]:
         key = row.need("question_id", int, str)
         row.need("text")
         row.need("image", str, type(None))
+        check_image_key(row)
         for name in row.keys() & {"answer", "category", "metric"}:
             row.need(name)
         if row.get("category") == "overall":

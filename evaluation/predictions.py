@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from inputs.files import reject_duplicate_keys
-from inputs.records import DataError
+from inputs.records import DataError, check_text_only
 
 # Keys under which a row may hold its id (the first that is present counts) and its answer (only one may be present).
 ID_KEYS = ("question_id", "questionId", "image_id", "qid", "index", "id", "image")
@@ -127,6 +127,15 @@ def note(paths: list[Path], count: int, what: str):
         print(f"{', '.join(map(str, paths))}: {count:,} {what}", file=sys.stderr)
 
 
+def check_image_key(row: Row):
+    """Raise DataError if a question without an image seems to have one: under another key, or as a marker."""
+    try:
+        if not row.get("image"):
+            check_text_only(row | {"conversations": [{"value": row["text"]}]})
+    except ValueError as error:
+        raise DataError(f"{row.where}: {error}") from None
+
+
 def load_files(paths: list[Path]) -> tuple[list[Item], list[JsonFile]]:
     """The items of LLaVA's question lists, which hold no true answers; and every other file."""
     listed, others = [], []
@@ -140,6 +149,7 @@ def load_files(paths: list[Path]) -> tuple[list[Item], list[JsonFile]]:
             groups = {"category": row["category"]} if isinstance(row.get("category"), str) else {}
             image = row.need("image", str, type(None))
             listed.append(Item(row.need_id(), row.need("text"), image, groups=groups))
+            check_image_key(row)
     return listed, others
 
 

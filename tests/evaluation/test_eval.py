@@ -316,6 +316,18 @@ def test_blank_lines_at_the_end_are_none_and_no_questions_are_named(tmp_path):
         evaluation.read_questions(tmp_path / "q.json")
 
 
+@pytest.mark.parametrize("row, why", [
+    ({"image_path": "a.png"}, "'image_path' looks like one"), ({"images": ["a.png"]}, "'images' looks like one"),
+    ({"image": None, "img": "a.png"}, "'img' looks like one"),
+    ({"text": "<image>\nRed?"}, "<image> stands in a question"),
+])  # fmt: skip
+def test_an_image_that_would_not_be_shown_is_named(tmp_path, row, why):
+    path = write_lines(tmp_path / "q.jsonl", [{"question_id": 1, "text": "Red?"} | row])
+    for read in (evaluation.read_questions, lambda path: evaluation.read_items("vizwiz", [path])):
+        with pytest.raises(DataError, match=rf"q\.jsonl: line 1 .1.: .*{why}"):
+            read(path)
+
+
 def test_missing_questions_are_named(tiny, command, tmp_path):
     assert "nowhere.jsonl" in refusal(command, "--model", tiny.stage2, "--questions", tmp_path / "nowhere.jsonl")
 
