@@ -25,7 +25,7 @@ from PIL import Image
 from clip import normalize, preprocess
 from formats.configs import read_config
 from inputs import cli
-from inputs.check import print_lengths, report_faults
+from inputs.check import count_cut, print_lengths, report_faults
 from inputs.images import BadImage, open_image, pad_to_square, resolve_inside, size_of
 from inputs.index import read_records
 from inputs.mixture import Source, open_sources
@@ -252,10 +252,11 @@ class Records(Samples):
         return found
 
     def lengths(self) -> np.ndarray:
-        """Tokens of each sample, negative if it has no image: (N,) int32. Images are counted as before their question.
+        """Tokens of each sample, negative if it has no image: (N,) int32. Similar lengths in a batch save padding."""
+        return np.clip(self.whole_lengths(), -self.max_length, self.max_length).astype(np.int32)
 
-        Batches of similar lengths need less padding. The lengths are counted once and kept beside each file's index.
-        """
+    def whole_lengths(self) -> np.ndarray:
+        """The lengths before samples are cut. They are counted once and kept beside each file's index."""
         vision, pinpoints, counts = self.config.vision_config, self.config.image_grid_pinpoints, []
         key = [self.tokenizer.fingerprint(), self.template, self.questions, self.text_only]
         key += [vision and vision.num_patches, pinpoints]
@@ -263,14 +264,27 @@ class Records(Samples):
             folder = pinpoints and str(source.images.resolve())  # only with anyres do tokens depend on the images
             count = partial(parallel_map, self.length, range(end - size, end), f"tokens of {source.file.path.name}")
             counts.append(source.file.cached("lengths", [*key, folder, sorted(source.faults)], count))
-        return np.clip(np.concatenate(counts), -self.max_length, self.max_length).astype(np.int32)
+        return np.concatenate(counts)
 
     def length(self, index: int) -> int:
         """Tokens of a sample, not cut to max_length; negative if it has no image."""
+        ids, _, has_image = self.render_whole(index)
+        return len(ids) if has_image else -len(ids)
+
+    def render_whole(self, index: int) -> tuple[list[int], list[int], bool]:
+        """Ids and labels of a sample, not cut, images before their question; and whether it has an image."""
         record = self.record(index)
         tokens = [count_image_tokens(*name, self.config) for name in self.image_names(index, record)]
-        ids, _ = self.render(record, tokens, image_last=False)
-        return len(ids) if tokens else -len(ids)
+        return *self.render(record, tokens, image_last=False), bool(tokens)
+
+    def long_samples(self) -> list[int]:
+        return np.flatnonzero(np.abs(self.whole_lengths()) > self.max_length).tolist()
+
+    def answer_tokens(self, index: int) -> tuple[int, int]:
+        ids, labels, _ = self.render_whole(index)
+        whole = len(labels) - labels.count(IGNORE)
+        lost = sum(label != IGNORE for label in labels[self.max_length :])
+        return whole, 0 if self.tokenizer.image_id in ids[self.max_length :] else whole - lost
 
 
 class CaptionPairs(Samples):
@@ -278,6 +292,8 @@ class CaptionPairs(Samples):
 
     The text is cut to the length of the text tower and stands between a begin and an end token.
     """
+
+    remedy = "the text tower reads no more, so shorten them"
 
     def __init__(self, sources: list[Source], tokenizer, config, image_mode: str):
         usable = [(source, source.usable()) for source in sources]
@@ -287,15 +303,27 @@ class CaptionPairs(Samples):
             raise DataError(f"{sources[0].file.path}: no record has an image")
         super().__init__(*map(list, zip(*single)))
         self.tokenizer, self.config, self.image_mode = tokenizer, config, image_mode
+        self.max_length = config.text_config.max_position_embeddings - 2  # without the begin and the end token
+        self.left_out = sum(len(part) for _, part in usable) - len(self)
+
+    def text_ids(self, record: dict) -> list[int]:
+        """The ids of a caption; of a dialogue, those of all its turns."""
+        turns = turns_of(record)
+        text = turns[0].answer
+        if len(turns) > 1:
+            text = " ".join(f"{turn.question} {turn.answer}." for turn in turns)
+        return self.tokenizer.encode(text)
+
+    def long_samples(self) -> range:
+        return range(len(self))
+
+    def answer_tokens(self, index: int) -> tuple[int, int]:
+        count = len(self.text_ids(self.record(index)))
+        return count, min(count, self.max_length)
 
     def sample(self, index: int) -> dict:
         record = self.record(index)
-        turns = turns_of(record)
-        text = turns[0].answer  # a caption; for a dialogue, the text of all its turns
-        if len(turns) > 1:
-            text = " ".join(f"{turn.question} {turn.answer}." for turn in turns)
-        room = self.config.text_config.max_position_embeddings - 2
-        ids = [self.tokenizer.bos_id, *self.tokenizer.encode(text)[:room], self.tokenizer.eos_id]
+        ids = [self.tokenizer.bos_id, *self.text_ids(record)[: self.max_length], self.tokenizer.eos_id]
         path = resolve_inside(self.source(index).images, image_paths(record)[0])
         pixels = image_pixels(open_image(path), self.config.vision_config.image_size, self.image_mode)
         labels = [IGNORE] * (len(ids) - 1) + ids[-1:]  # one label: the loss is divided by the number of pairs
@@ -348,16 +376,20 @@ def show(args: argparse.Namespace):
 
 
 def check(args: argparse.Namespace):
-    """Report bad records, and with --model the lengths of the good ones. Exit status 1 if a record is bad."""
+    """Report bad records, and with --model the lengths of the good ones and what is cut. Exit status 1 on a fault."""
     sources = open_sources(args.data, args.images)
     bad, total = report_faults(sources, args.decode), sum(len(source.file) for source in sources)
     print(f"{bad:,} of {total:,} records are bad" if bad else f"all {total:,} records are good")
     if args.model and bad < total:
-        config, uncut = read_config(args.model), np.iinfo(np.int32).max
-        dataset = Records(sources, Tokenizer.load(args.model), config, uncut, template=args.template)
+        config = read_config(args.model)
+        most = args.max_length or config.text_config.max_position_embeddings
+        dataset = Records(sources, Tokenizer.load(args.model), config, most, template=args.template)
         if config.vision_config is None and any(source.file.distinct_images for source in sources):
             print("the model has no vision tower: images are not counted")
-        print_lengths(dataset.lengths())
+        print_lengths(dataset.whole_lengths())
+        counts, text = count_cut(dataset)
+        print(text or f"all fit into {most:,} tokens")
+        bad += counts["unanswered"]
     sys.exit(1 if bad else 0)
 
 
@@ -379,6 +411,7 @@ def main():
     add.add_argument("--images", nargs="+", help="folder that image paths start from, or one for each file")
     add.add_argument("--model", type=Path, help="folder of a model: also count tokens with its tokenizer")
     add.add_argument("--template", choices=TEMPLATES, help="for the tokens; default: the model's")
+    add.add_argument("--max-length", type=int, help="as in train.py; default: the model's context")
     add.add_argument(
         "--decode", action="store_true", help="decode every image, instead of only checking that its file exists"
     )

@@ -48,7 +48,7 @@ from training.machine import check_machine, largest_batch
 from training.meters import Progress, step_costs
 from training.ranks import Distributed, autocast
 from training.signals import StopSignal, ignore_signals, watchdog
-from training.sources import open_data, skip_bad_samples
+from training.sources import open_data, report_cut, skip_bad_samples
 from training.towers import Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
 from world.language import TURNS
 from world.scenes import GROUP_SIZE
@@ -269,6 +269,7 @@ def fit(args, ranks: Distributed, run: runs.Run, model: nn.Module, dataset, toke
     Raises ValueError, naming the last good checkpoint, if training cannot go on; SystemExit after a signal.
     """
     resolve_steps(args, ranks, run, dataset)
+    report_cut(ranks, run, dataset, val)
     pad_id = tokenizer.pad_id
     model.train()
     if not args.no_fast:

@@ -17,6 +17,7 @@ from inputs.images import BadImage, check_file, open_image, resolve_inside
 from inputs.mixture import Source
 from inputs.parallel import parallel_map
 from inputs.records import DataError, Fault, image_paths
+from inputs.samples import Samples
 
 
 def image_faults(source: Source, decode: bool = False) -> dict[int, Fault]:
@@ -89,6 +90,22 @@ def print_lengths(lengths: np.ndarray, bars: int = 16):
     print(f"tokens: {sizes.sum():,} in all, {sizes.mean():.0f} a sample, {sizes.max():,} at most")
     for i, count in enumerate(counts):
         print(f"  {i * width:>7,} - {(i + 1) * width - 1:>7,}  {count:>9,}  {'#' * -(-40 * count // counts.max())}")
+
+
+def count_cut(dataset: Samples) -> tuple[dict[str, int], str]:
+    """What `dataset.max_length` cuts off: counts for run.json, and one line that says it; "" if nothing is cut."""
+    numbers = dataset.long_samples()
+    whole, kept = np.array(parallel_map(dataset.answer_tokens, numbers, "long samples"), int).reshape(-1, 2).T
+    cut, empty = np.flatnonzero(whole > kept), np.flatnonzero(kept == 0)
+    counts = {"max_length": dataset.max_length, "samples": len(dataset), "cut": len(cut)}
+    counts |= {"tokens_lost": int((whole - kept).sum()), "unanswered": len(empty)}
+    if not len(cut):
+        return counts, ""
+    text = f"{len(cut):,} of {len(dataset):,} samples are longer than {dataset.max_length:,} tokens and lose "
+    text += f"{counts['tokens_lost']:,} trained tokens; {dataset.remedy} (first: {dataset.where(numbers[cut[0]])})"
+    if len(empty):
+        text += f"; {len(empty):,} have no room for an answer (first: {dataset.where(numbers[empty[0]])})"
+    return counts, text
 
 
 class Skips:

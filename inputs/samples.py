@@ -1,5 +1,7 @@
 """The records of several sources as one dataset; a subclass turns a record into a sample."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch.utils.data import Dataset
 
@@ -12,8 +14,13 @@ class Samples(Dataset):
     """The records of several sources, numbered consecutively. Subclasses define `sample`.
 
     Args: numbers: for each source, the records to use. questions: the most in a sample, longer dialogues are cut; None
-    keeps them whole. Attribute `skips`: an inputs.check.Skips that replaces bad samples, or None.
+    keeps them whole. Attributes: skips: an inputs.check.Skips that replaces bad samples, or None; max_length: tokens of
+    a sample, set by subclasses; left_out: good records that are no samples.
     """
+
+    max_length: int
+    left_out = 0
+    remedy = "raise --max-length, or cut dialogues with --questions"  # against samples that are too long
 
     def __init__(self, sources: list[Source], numbers: list[np.ndarray], questions: int | None = None):
         self.sources, self.questions, self.skips = sources, questions, None
@@ -40,6 +47,14 @@ class Samples(Dataset):
 
     def sample(self, index: int) -> dict:
         """{"ids", "labels", "pixel_values" or "vision_features"}; raises DataError or BadImage."""
+        raise NotImplementedError
+
+    def long_samples(self) -> Sequence[int]:
+        """Numbers of the samples that may be longer than `max_length`."""
+        raise NotImplementedError
+
+    def answer_tokens(self, index: int) -> tuple[int, int]:
+        """Trained tokens of a sample, and how many of them stay within `max_length`; 0 if it cannot be used."""
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> dict:

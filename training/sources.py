@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from inputs.check import Skips, image_faults, log_skipped, refuse_bad
+from inputs.check import Skips, count_cut, image_faults, log_skipped, refuse_bad
 from inputs.mixture import Source, check_mixing, open_sources
+from inputs.records import DataError
 from inputs.samples import Samples
 from training.ranks import Distributed
 from training.runs import Run
@@ -41,3 +42,22 @@ def skip_bad_samples(args, ranks: Distributed, run: Run, dataset: Samples):
     ranks.on_main(log_skipped, path, faults)  # the file is there before any rank adds to it
     ranks.print0(f"--skip-bad: {len(faults):,} records are left out; {path} names them and those that turn out bad")
     dataset.skips = Skips(args.skip_bad, len(dataset), path)
+
+
+def report_cut(ranks: Distributed, run: Run, dataset: Samples, val: Samples | None):
+    """Print what is cut off or left out of the data, and keep the counts of `dataset` for run.json.
+
+    Raises DataError, without --skip-bad, if a sample has no room for an answer.
+    """
+    for part in filter(None, (dataset, val)):
+        counts, text = ranks.on_main(count_cut, part)
+        if counts["unanswered"] and not part.skips:
+            raise DataError(text)
+        if text:
+            ranks.print0(f"{'validation: ' if part is val else ''}{text}")
+        if part is dataset:
+            run.values["lengths"] = counts
+    if dataset.left_out:
+        ranks.print0(f"{dataset.left_out:,} records do not have exactly one image: they are left out")
+    if dataset.config.vision_config and not any(source.file.distinct_images for source in dataset.sources):
+        ranks.print0("no record has an image: nothing is learned about images")

@@ -10,6 +10,7 @@ from PIL import Image
 from clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from data import CaptionPairs, PreparedImage, Records, collate, prompt_ids, render_dialogue
 from inputs import files
+from inputs.check import count_cut
 from inputs.index import read_records
 from inputs.mixture import Source
 from inputs.records import DataError, Turn, turns_of
@@ -454,6 +455,38 @@ def test_a_dialogue_must_leave_room_for_its_answer(world):
     assert len(supervised(world(content, max_length=prompt + 1)[1]["labels"])) == 1
 
 
+def test_what_is_cut_is_counted(world):
+    content = [record("hi", "yes"), record("<image>\nWhat?", "a cat on a mat", image="a.png"), record("hi", "a" * 90)]
+    whole = [len(ids) for ids in (world(content)[i]["ids"] for i in range(3))]
+    assert count_cut(world(content)) == (
+        {"max_length": 500, "samples": 3, "cut": 0, "tokens_lost": 0, "unanswered": 0},
+        "",
+    )
+    records = world(content, max_length=whole[1] - 1)
+    counts, text = count_cut(records)
+    lost = 1 + whole[2] - whole[1] + 1  # the end token of one answer, and the end of the other
+    assert counts == {"max_length": whole[1] - 1, "samples": 3, "cut": 2, "tokens_lost": lost, "unanswered": 0}
+    assert f"2 of 3 samples are longer than {whole[1] - 1} tokens and lose {lost} trained tokens" in text
+    assert "record 1 (id 'x7')" in text and "--max-length" in text
+    assert lost == sum(len(supervised(world(content)[i]["labels"])) for i in range(3)) - sum(
+        len(supervised(records[i]["labels"])) for i in range(3)
+    )
+    prompt = len(prompt_ids(["What?"], [], 1, TOKENIZER, "vicuna_v1", 4))
+    counts, text = count_cut(world(content, max_length=prompt))
+    assert counts["unanswered"] == 1 and "1 have no room for an answer (first: " in text
+    twice = [record("<image>\nWhat?", "a cat", "<image>\nRed?", "no", image=["a.png", "b.png"])]
+    end = world(twice)[0]["ids"].index(EOS) + 1  # the first answer is whole, the second image is cut
+    assert count_cut(world(twice, max_length=end + 3))[0]["unanswered"] == 1
+
+
+def test_captions_that_are_cut_are_counted(world):
+    seen = record("<image>", "a", image="a.png"), record("<image>", "a cat on a mat. " * 5, image="b.png")
+    pairs = captions(world, record("hi", "x"), *seen)
+    lost = len(TOKENIZER.encode("a cat on a mat. " * 5)) - 4
+    assert count_cut(pairs)[0] == {"max_length": 4, "samples": 2, "cut": 1, "tokens_lost": lost, "unanswered": 0}
+    assert "1 of 2 samples" in count_cut(pairs)[1] and pairs.left_out == 1
+
+
 def test_templates_and_image_order_of_records(world):
     content = [record("<image>\nWhat?", "a cat", image="a.png"), record("Hi", "yes", template="plain")]
     records = world(content, template="llava_hf")
@@ -535,7 +568,7 @@ def test_caption_pairs_of_one_image_in_a_list(world):
 def test_caption_pairs_of_a_dialogue(world):
     """The text of an image is its whole dialogue: a single answer such as "no" would teach CLIP nothing."""
     pairs = captions(world, record("<image>\nWhat?", "a cat", "Is it red?", "no", image="a.png"))
-    pairs.config.text_config.max_position_embeddings = 100
+    pairs.max_length = 100
     assert TOKENIZER.decode(pairs[0]["ids"]) == "What? a cat. Is it red? no."
 
 

@@ -88,6 +88,36 @@ def test_check_prints_lengths_that_include_images(mine, tiny, command, capsys):
     assert f"tokens: {np.abs(dataset.lengths()).sum():,} in all" in "\n".join(lines)
 
 
+def test_cut_answers_are_said_before_the_run_and_by_check(mine, tiny, command, capsys):
+    text = "of 20 samples are longer than 30 tokens and lose"
+    assert status(command, "check", mine.good, "--images", mine.images, "--model", tiny.stage1) == 0
+    assert "all fit into 1,024 tokens" in capsys.readouterr().out
+    flags = ["--images", mine.images, "--max-length", 30]
+    assert status(command, "check", mine.good, *flags, "--model", tiny.stage1) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if text in line]
+    command(train, *tiny.flags["stage2"], "--data", mine.good, *flags, "--val", mine.good, "--out", "run")
+    said = capsys.readouterr().err.splitlines()
+    assert line in said and f"validation: {line}" in said
+    counts = json.loads(Path("run/run.json").read_text())["lengths"]
+    assert counts["max_length"] == 30 and line.startswith(f"{counts['cut']} of 20") and counts["unanswered"] == 0
+    assert f" {counts['tokens_lost']} trained tokens" in line
+
+
+def test_a_sample_without_room_for_an_answer_ends_the_run_before_it_starts(mine, tiny, command, capsys):
+    flags = ["--images", mine.images, "--max-length", 11]
+    assert status(command, "check", mine.good, *flags, "--model", tiny.stage1) == 1
+    assert "8 have no room for an answer" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"^train.py: .*8 have no room for an answer \(first: .*record 0"):
+        command(train, *tiny.flags["stage2"], "--data", mine.good, *flags, "--out", "run")
+    assert not Path("run/log.jsonl").exists()
+
+
+def test_data_without_an_image_is_said(mine, tiny, command, capsys):
+    write_json(mine.folder / "text.json", without_image(8))
+    command(train, *tiny.flags["stage2"], "--data", "text.json", "--out", "run")
+    assert "no record has an image" in capsys.readouterr().err
+
+
 def test_show_prints_a_record(mine, tiny, command, capsys):
     command(data, "show", mine.good, "--model", tiny.stage1, "--record", 1)
     assert "\033[32m" in capsys.readouterr().out
