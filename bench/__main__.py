@@ -6,8 +6,9 @@
     python -m bench --json bench/cpu.json        also write the machine and the rows as JSON
 
 All sides read the same random weights, and a row fails unless they compute the same numbers. Each side runs in a
-process of its own. They take turns, so that a drift of the machine's speed hits all of them: a ratio is the median over
-the rounds, with the smallest and the largest. A row that fails prints one line, and the exit status is then 1.
+process of its own. They take turns, so that a drift of the machine's speed hits all of them: a ratio is that of the two
+columns, the medians of the rounds, with the smallest and the largest ratio of a round. A row that fails prints one
+line, and the exit status is then 1.
 """
 
 import argparse
@@ -144,7 +145,10 @@ def make_row(name: str, unit: str, costs: dict[str, list[float]]) -> dict:
 def format_row(name: str, unit: str, values: dict[str, float], ratios: dict[str, list[float]]) -> str:
     """Return the row as a line of a Markdown table, with a dash for each side that is missing."""
     cells = [format_number(values[side]) if side in values else "-" for side in SIDES]
-    cells += [format_ratio(ratios[f"{a}/{b}"]) if f"{a}/{b}" in ratios else "-" for a, b in RATIOS]
+    power = -1 if unit in ("ms", "MB") else 1  # less of them is better
+    for a, b in RATIOS:
+        rounds = ratios.get(f"{a}/{b}")
+        cells.append(format_ratio((values[a] / values[b]) ** power, rounds) if rounds else "-")
     return f"| {name}, {unit} | {' | '.join(cells)} |"
 
 
@@ -152,9 +156,9 @@ def format_number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def format_ratio(ratios: list[float]) -> str:
-    """Return the median and, of several rounds, the smallest and largest."""
-    return f"{median(ratios):.2f}" + (f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else "")
+def format_ratio(ratio: float, rounds: list[float]) -> str:
+    """Return the ratio and, of several rounds, their smallest and largest."""
+    return f"{ratio:.2f}" + (f" ({min(rounds):.2f} to {max(rounds):.2f})" if len(rounds) > 1 else "")
 
 
 def describe_machine(device: torch.device) -> dict:

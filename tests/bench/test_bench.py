@@ -53,12 +53,16 @@ def test_sides_take_turns():
     assert seconds == {"plain": [1, 2], "fast": [3, 4], "theirs": [5, 6]}
 
 
-def test_a_ratio_is_the_median_of_the_rounds_and_above_one_the_first_side_is_better():
+def test_a_ratio_is_that_of_its_columns_and_above_one_the_first_side_is_better():
     row = make_row("x", "ms", {"plain": [1, 2, 10], "fast": [1, 1, 5], "theirs": [2, 6, 10]})
     assert row["values"] == {"plain": 2000, "fast": 1000, "theirs": 6000}
     assert row["ratios"] == {"plain/theirs": [2, 3, 1], "fast/plain": [1, 2, 2], "fast/theirs": [2, 6, 2]}
     assert format_row(**row) == (
-        "| x, ms | 2,000 | 1,000 | 6,000 | 2.00 (1.00 to 3.00) | 2.00 (1.00 to 2.00) | 2.00 (2.00 to 6.00) |"
+        "| x, ms | 2,000 | 1,000 | 6,000 | 3.00 (1.00 to 3.00) | 2.00 (1.00 to 2.00) | 6.00 (2.00 to 6.00) |"
+    )
+    row = make_row("x", "samples/s", {"plain": [1, 2, 10], "fast": [1, 1, 5], "theirs": [2, 6, 10]})
+    assert format_row(**row) == (
+        "| x, samples/s | 0.5 | 1 | 0.167 | 3.00 (1.00 to 3.00) | 2.00 (1.00 to 2.00) | 6.00 (2.00 to 6.00) |"
     )
 
 
