@@ -17,7 +17,7 @@ from inputs.templates import TEMPLATES
 from llava import Llava
 
 MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "*.model", "tokenizer*.json", "vocab*")
-MODEL_FILES += ("merges.txt", "added_tokens.json", "special_tokens_map.json", "generation_config.json")  # has end tokens
+MODEL_FILES += ("merges.txt", "added_tokens.json", "special_tokens_map.json", "generation_config.json")
 # The code that turns a question into an answer. Rooms are listed whole: a new file in one of them is covered.
 CODE_FILES = ("clip.py", "llava.py", "lora.py", "data.py", "evaluation/answering.py")
 CODE_FILES += ("inputs/*.py", "variants/*.py", "formats/*.py", "fast/*.py")
