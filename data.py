@@ -12,7 +12,7 @@ Two commands inspect data before training:
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, repeat
@@ -55,23 +55,22 @@ def render_dialogue(
     user who types "</s>" or "ASSISTANT:" cannot change it.
 
     Args: image_tokens: placeholders per image (576 for CLIP-L/14-336), or a list with the number for each image.
-    Returns two lists of equal length. Raises ValueError if the tokenizer lacks a special token of the template.
+    Returns two lists of equal length. Raises ValueError if the tokenizer lacks a special token of the template,
+    DataError if the template has no place for the dialogue's system prompt.
     """
     form, transcript = TEMPLATES[template], Transcript(tokenizer)
     counts = repeat(image_tokens) if isinstance(image_tokens, int) else iter(image_tokens)
     for i, turn in enumerate(turns):
-        transcript.add_markup(form.user if i else form.first)
-        question, images = turn.question, islice(counts, turn.images)
-        if form.plain and turn.images and not turn.image_last and len(turns) == 1:
-            question = ""  # as in LLaVA's stage-1 code: the caption follows the image at once
-        if turn.images and turn.image_last:
-            transcript.text += question + "\n"
-            transcript.add_images(images)
+        if i == 0 and turn.system:
+            if not form.system:
+                raise DataError(f"has a system prompt, and the template {template} has no place for one")
+            before, _, after = form.first.partition(form.system)
+            transcript.add_markup(before)
+            transcript.text += turn.system
+            transcript.add_markup(after)
         else:
-            if turn.images:
-                transcript.add_images(images)
-                transcript.text += "" if form.plain else "\n"
-            transcript.text += question + ("\n" if form.plain and question else "")
+            transcript.add_markup(form.user if i else form.first)
+        add_question(turn, transcript, counts, form.plain, alone=len(turns) == 1)
         transcript.add_markup(form.assistant)
         transcript.encode_text()
         if turn.answer is not None:
@@ -79,6 +78,29 @@ def render_dialogue(
             transcript.add_markup(form.end, learn=True)
             transcript.encode_text(learn=True)
     return transcript.ids, transcript.labels
+
+
+def add_question(turn: Turn, transcript: "Transcript", counts: Iterator[int], plain: bool, alone: bool):
+    """Add the question of a turn and the placeholders of its images, whose numbers `counts` yields."""
+    images = islice(counts, turn.images)
+    if plain and alone and turn.images and not turn.image_last:
+        transcript.add_images(images)  # as in LLaVA's stage-1 code: the caption follows the image, without the question
+        return
+    if turn.parts:
+        transcript.text += turn.parts[0]
+        for count, part in zip(images, turn.parts[1:]):
+            transcript.add_images([count])
+            transcript.text += part
+    elif turn.images and not turn.image_last:
+        transcript.add_images(images)
+        transcript.text += turn.question if plain else "\n" + turn.question
+    else:
+        transcript.text += turn.question
+    if turn.image_last:
+        transcript.text += "\n"
+        transcript.add_images(images)
+    elif plain and turn.question:
+        transcript.text += "\n"
 
 
 class Transcript:
@@ -227,7 +249,7 @@ class Records(Samples):
         """Ids and labels, not yet cut to max_length. Args: tokens: placeholders of each image."""
         turns = turns_of(record, image_last)
         if self.text_only:
-            turns = [replace(turn, images=0) for turn in turns]
+            turns = [replace(turn, images=0, parts=()) for turn in turns]
         return render_dialogue(turns, self.tokenizer, record.get("template", self.template), tokens)
 
     def images(self, most: int | None = None) -> dict[tuple[str, str], int]:
@@ -275,7 +297,12 @@ class Records(Samples):
         """Ids and labels of a sample, not cut, images before their question; and whether it has an image."""
         record = self.record(index)
         tokens = [count_image_tokens(*name, self.config) for name in self.image_names(index, record)]
-        return *self.render(record, tokens, image_last=False), bool(tokens)
+        try:
+            return *self.render(record, tokens, image_last=False), bool(tokens)
+        except DataError as error:  # with --skip-bad, loading the sample raises it again
+            if not self.skips:
+                raise DataError(f"{self.where(index)}: {error}") from None
+            return [], [], bool(tokens)
 
     def long_samples(self) -> list[int]:
         return np.flatnonzero(np.abs(self.whole_lengths()) > self.max_length).tolist()

@@ -3,6 +3,7 @@
 {"id": "7", "image": "cat.jpg",                                     a path, a list of paths, or absent
  "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                    {"from": "gpt", "value": "a cat"}]}              human and gpt alternate, human first
+A system prompt stands under "system" or "system_prompt", or in a turn from "system" before the first.
 """
 
 import re
@@ -17,6 +18,7 @@ LOST_MARKER = re.compile(r"<(image|video)>(?!.*</\1>)", re.DOTALL)
 IMAGE_KEY = re.compile(
     r"(image|img|picture|pic|photo|video|frame)s?[_-]?(path|file|name|filename|url)?s?", re.IGNORECASE
 )
+SYSTEM_KEYS = ("system", "system_prompt")
 OTHER_LAYOUTS = {  # by a key that LLaVA's records do not have
     "messages": "LLaMA-Factory and OpenAI: rename messages to conversations, role to from (user to human, assistant to "
     "gpt), content to value, images to image",
@@ -42,12 +44,18 @@ class Fault(NamedTuple):
 
 @dataclass
 class Turn:
-    """A question, with `images` images before or after it, and its answer; None if the model must answer."""
+    """A question, with `images` images before or after it, and its answer; None if the model must answer.
+
+    parts: of the question, with an image between two of them, if the question has several images. system: the system
+    prompt of a dialogue, in its first turn; "" stands for the template's own.
+    """
 
     question: str
     answer: str | None
     images: int = 0
     image_last: bool = False
+    parts: tuple[str, ...] = ()
+    system: str = ""
 
 
 def check_record(record: dict):
@@ -61,32 +69,39 @@ def check_record(record: dict):
     if not isinstance(messages, list) or not messages:
         hints = [f": this is the layout of {hint}" for key, hint in OTHER_LAYOUTS.items() if key in record]
         raise ValueError("no conversations" + "".join(hints[:1]))
+    system = isinstance(messages[0], dict) and messages[0].get("from") == "system"  # may come before the first question
+    if len(messages) == system:
+        raise ValueError("no conversations after the system prompt")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("value"), str):
             hint = ": LLaVA's keys are 'from' and 'value'" if isinstance(message, dict) and "content" in message else ""
             raise ValueError(f"turn {i} has no text value{hint}")
-        role, given = ("human", "gpt")[i % 2], message.get("from")
+        role, given = "system" if system and i == 0 else ("human", "gpt")[(i - system) % 2], message.get("from")
         if given != role:
             raise ValueError(f"turn {i} is from {given!r}, should be {role!r}: turns alternate, human first")
         if SURROGATE.search(message["value"]):
             raise ValueError(f"turn {i} holds half a surrogate pair, which is not text")
-    if len(messages) % 2:
+    if (len(messages) - system) % 2:
         raise ValueError("the last question has no answer")
     if record.get("template", "plain") not in list(TEMPLATES):
         raise ValueError(f"template {record['template']!r} is none of {', '.join(TEMPLATES)}")
-    markers = sum(message["value"].count(MARKER) for message in messages[::2])
+    prompts = [record[key] for key in SYSTEM_KEYS if record.get(key)] + [m["value"] for m in messages[:1] if system]
+    if len(prompts) > 1 or not all(isinstance(text, str) and not SURROGATE.search(text) for text in prompts):
+        raise ValueError(f"its system prompt is not one text: {prompts!r:.80}")
+    questions = [message["value"] for message in messages[system::2]]
+    markers = sum(question.count(MARKER) for question in questions)
     if paths and markers != len(paths):
         raise ValueError(f"{markers} {MARKER} markers for {len(paths)} images")
     if not paths:
-        check_text_only(record)
+        check_text_only(record, questions)
 
 
-def check_text_only(record: dict):
+def check_text_only(record: dict, questions: list[str]):
     """Raise ValueError if a record without images seems to have some: under another key, or as a marker."""
     keys = [key for key, value in record.items() if IMAGE_KEY.fullmatch(key) and names_files(value)]
     if keys:
         raise ValueError(f"no image under the key 'image', which alone is read; {keys[0]!r} looks like one: rename it")
-    if found := next(filter(None, (LOST_MARKER.search(turn["value"]) for turn in record["conversations"][::2])), None):
+    if found := next(filter(None, map(LOST_MARKER.search, questions)), None):
         raise ValueError(f"{found[0]} stands in a question, but the key 'image' names no file")
 
 
@@ -100,15 +115,32 @@ def image_paths(record: dict) -> list[str]:
     return [] if image is None else image if isinstance(image, list) else [image]
 
 
+def split_system(record: dict) -> tuple[str, list[dict]]:
+    """The system prompt of a record, "" if it has none, and its other messages."""
+    first, *rest = messages = record["conversations"]
+    if first["from"] == "system":
+        return first["value"], rest
+    return next(filter(None, map(record.get, SYSTEM_KEYS)), ""), messages
+
+
 def turns_of(record: dict, image_last: bool = False) -> list[Turn]:
-    """The turns of a record. Markers are cut out of the questions; `image_last` puts images after their question."""
-    has_image = bool(image_paths(record))
-    messages, turns = record["conversations"], []
-    for human, gpt in zip(messages[::2], messages[1::2]):
-        count = human["value"].count(MARKER) if has_image else 0
-        question = human["value"].replace(MARKER, "").strip() if count else human["value"]
-        turns.append(Turn(question, gpt["value"], count, image_last and count > 0))
+    """The turns of a record, see marked_turn."""
+    has_image, (system, messages) = bool(image_paths(record)), split_system(record)
+    turns = [
+        marked_turn(human["value"], gpt["value"], image_last) if has_image else Turn(human["value"], gpt["value"])
+        for human, gpt in zip(messages[::2], messages[1::2])
+    ]
+    turns[0].system = system
     return turns
+
+
+def marked_turn(question: str, answer: str | None, image_last: bool = False) -> Turn:
+    """A turn whose question has a marker for each image. A single image goes before its question, or with `image_last`
+    after it, as in LLaVA-1.5; several stay where their markers are, as in LLaVA-NeXT."""
+    parts = tuple(question.split(MARKER))
+    if len(parts) > 2:
+        return Turn("".join(parts), answer, len(parts) - 1, parts=parts)
+    return Turn("".join(parts).strip(), answer, 1, image_last) if len(parts) == 2 else Turn(question, answer)
 
 
 def cut_dialogue(record: dict, questions: int) -> list[dict]:
@@ -116,12 +148,12 @@ def cut_dialogue(record: dict, questions: int) -> list[dict]:
 
     Later answers often follow from earlier ones, so a model may learn them without the image. A cut prevents it.
     """
-    messages, images, pieces, shown = record["conversations"], image_paths(record), [], 0
+    (system, messages), images, pieces, shown = split_system(record), image_paths(record), [], 0
     for start in range(0, len(messages), 2 * questions):
         first, *rest = messages[start : start + 2 * questions]
         repeated = MARKER * shown + "\n" if shown else ""
         if images:
             shown += sum(message["value"].count(MARKER) for message in [first, *rest][::2])
         dialogue = [first | {"value": repeated + first["value"]}, *rest]
-        pieces.append(record | {"image": images[:shown], "conversations": dialogue})
+        pieces.append(record | {"image": images[:shown], "system": system, "conversations": dialogue})
     return pieces

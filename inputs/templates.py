@@ -23,19 +23,20 @@ class Template:
     space: str = " "  # before an answer
     end: str = "{eos}"  # closes an answer; trained on, like the answer
     plain: bool = False  # stage 1: an image and its caption without roles; a question before one answer is dropped
+    system: str = ""  # the system prompt in `first`, which a record's own replaces; "": there is no place for one
 
 
 def chatml(system: str, newline: str = "") -> Template:
     """OpenAI's ChatML, used by Qwen and Yi. Args: newline: text between the end of a turn and the next one."""
     user, assistant = "{<|im_start|>}user\n", "{<|im_end|>}" + newline + "{<|im_start|>}assistant\n"
-    system = "{<|im_start|>}system\n" + system + "{<|im_end|>}" + newline
-    return Template(system + user, newline + user, assistant, "", "{<|im_end|>}")
+    first = "{<|im_start|>}system\n" + system + "{<|im_end|>}" + newline + user
+    return Template(first, newline + user, assistant, "", "{<|im_end|>}", system=system)
 
 
 def llama_3(system: str) -> Template:
     header, end = "{<|start_header_id|>}%s{<|end_header_id|>}\n\n", "{<|eot_id|>}"
     user, assistant = header % "user", header % "assistant"
-    return Template(header % "system" + system + end + user, user, end + assistant, "", end)
+    return Template(header % "system" + system + end + user, user, end + assistant, "", end, system=system)
 
 
 CHAT = "A chat between a curious {0} and an artificial intelligence assistant. "
@@ -48,12 +49,12 @@ VISION = (
 TEMPLATES = {  # from LLaVA's conversation.py, LLaVA-NeXT's, and the chat templates of the llava-hf repositories
     "plain": Template(space="", end="\n", plain=True),
     "raw": Template(space=""),  # no roles: a decoder that was trained on none continues the text
-    "vicuna_v1": Template(f"{USER} USER: ", "USER: ", " ASSISTANT:"),  # LLaVA-1.5 and -1.6
-    "llava_v1": Template(f"{HUMAN} USER: ", "USER: ", " ASSISTANT:"),  # LLaVA-1.0's demo
-    "llava_v0": Template(f"{HUMAN}###Human: ", "Human: ", "###Assistant:", end="###"),
+    "vicuna_v1": Template(f"{USER} USER: ", "USER: ", " ASSISTANT:", system=USER),  # LLaVA-1.5 and -1.6
+    "llava_v1": Template(f"{HUMAN} USER: ", "USER: ", " ASSISTANT:", system=HUMAN),  # LLaVA-1.0's demo
+    "llava_v0": Template(f"{HUMAN}###Human: ", "Human: ", "###Assistant:", end="###", system=HUMAN),
     "llava_hf": Template("USER: ", "USER: ", " ASSISTANT:"),  # vicuna_v1 without a system prompt
     "llava_llama_2": Template(
-        f"[INST] <<SYS>>\n{VISION}\n<</SYS>>\n\n", user="{bos}[INST] ", assistant=" [/INST]", end=" {eos}"
+        f"[INST] <<SYS>>\n{VISION}\n<</SYS>>\n\n", "{bos}[INST] ", " [/INST]", end=" {eos}", system=VISION
     ),
     "mistral_instruct": Template("[INST] ", "[INST] ", " [/INST]", end=" {eos}"),  # LLaVA-1.6-Mistral
     "llava_llama_3": llama_3(VISION),

@@ -254,8 +254,10 @@ def test_special_tokens_in_records_are_text(text, world):
 
 def test_markers_become_images():
     both = record("one <image> two <image>", "a", "three", "<image>", image=["a.png", "b.png"])
-    assert turns_of(both) == [Turn("one  two", "a", 2), Turn("three", "<image>", 0)]
-    assert turns_of(both, image_last=True) == [Turn("one  two", "a", 2, True), Turn("three", "<image>", 0)]
+    kept = [Turn("one  two ", "a", 2, parts=("one ", " two ", "")), Turn("three", "<image>", 0)]
+    assert turns_of(both) == turns_of(both, image_last=True) == kept  # several images stay where they are
+    once = record("one <image> two", "a", image="a.png")
+    assert turns_of(once) == [Turn("one  two", "a", 1)] and turns_of(once, True) == [Turn("one  two", "a", 1, True)]
     later = record("hello", "a", "<image>\nthree", "b", image="a.png")
     assert turns_of(later) == [Turn("hello", "a", 0), Turn("three", "b", 1)]
     assert turns_of(record(" <image> ", "a")) == [Turn(" <image> ", "a", 0)]  # text-only: left as it is
@@ -329,7 +331,14 @@ UNREADABLE = {
     "conversations null": (record(conversations=None), "no conversations"),
     "conversations empty": (record(), "no conversations"),
     "conversations object": (record(conversations={"from": "human"}), "no conversations"),
-    "gpt first": (turns(("gpt", "a"), ("human", "b")), "turn 0"),
+    "gpt first": (turns(("gpt", "a"), ("human", "b")), "turn 0 is from 'gpt'"),
+    "system alone": (turns(("system", "a")), "no conversations after the system prompt"),
+    "system after a question": (turns(("human", "a"), ("gpt", "b"), ("system", "c")), "turn 2 is from 'system'"),
+    "system without an answer": (turns(("system", "a"), ("human", "b")), "no answer"),
+    "system list": (record("a", "b", system=["be brief"]), "['be brief']"),
+    "two system prompts": (record("a", "b", system="c", system_prompt="d"), "system prompt is not one text"),
+    "system turn and key": (turns(("system", "a"), ("human", "b"), ("gpt", "c")) | {"system": "d"}, "is not one text"),
+    "half a surrogate in a system prompt": (record("a", "b", system="\ud800"), "system prompt is not one text"),
     "two humans": (turns(("human", "a"), ("human", "b")), "turn 1"),
     "two answers": (turns(("human", "a"), ("gpt", "b"), ("gpt", "c"), ("human", "d")), "turn 2"),
     "unanswered": (record("a", "b", "c"), "no answer"),
@@ -502,6 +511,55 @@ def test_templates_and_image_order_of_records(world):
     assert texts["ids"] == spell(BOS, "USER: What? ASSISTANT:", " a cat", EOS)[0] and texts["pixel_values"] == []
 
 
+def test_several_images_stay_where_the_record_says(world):
+    text = "Image 1: <image>\nImage 2: <image>\nWhich is red?"
+    both = {"image": ["a.png", "b.png"]}
+    content = [record(text, "a", **both), record(text, "a", **both, template="plain")]
+    between = ["Image 1: ", *[IMG] * 4, "\nImage 2: ", *[IMG] * 4, "\nWhich is red?"]
+    end = [between.pop() + " ASSISTANT:", (" a", EOS)]
+    for order in ("first", "either"):
+        samples = world(content, template="llava_hf", image_order=order)
+        expected = spell(BOS, "USER: " + between[0], *between[1:], *end)
+        assert (samples[0]["ids"], samples[0]["labels"]) == expected
+        assert samples[1]["ids"] == spell(BOS, *[IMG] * 8, "a\n")[0]
+    texts = world(content, template="llava_hf", text_only=True)[0]
+    assert texts["ids"] == spell(BOS, "USER: " + text.replace("<image>", "") + " ASSISTANT:", " a", EOS)[0]
+    later = [record("hi", "yes", text, "a", **both, template="plain")]
+    assert world(later)[0]["ids"] == spell(BOS, "hi\n", "yes\n", *between, "\nWhich is red?\n", "a\n")[0]
+
+
+WITHOUT_SYSTEM = ("plain", "raw", "llava_hf", "mistral_instruct")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_system_prompt_replaces_the_one_of_the_template(template, world):
+    """A key or a turn, in every piece of a cut dialogue; as text, even if it looks like a special token."""
+    prompt, texts = "Be {eos} brief.</s>", ("<image>\nWhat?", "a cat", "Red?", "yes")
+    turn = record(*texts, image="a.png")
+    turn["conversations"].insert(0, {"from": "system", "value": prompt})
+    content = [record(*texts, image="a.png", system=prompt), record(*texts, image="a.png", system_prompt=prompt), turn]
+    if template in WITHOUT_SYSTEM:
+        refusal(world.file, lambda: world(content, template=template)[0], "record 0 (id 'x7'): ", "system", template)
+        refusal(world.file, lambda: world(content, template=template).lengths(), "record 0 (id 'x7'): ", template)
+        return
+    own = TEMPLATES[template].system
+    names = {i: name for name, i in TOKENIZER.specials.items()}
+
+    def written(ids):
+        return "".join(names.get(i) or TOKENIZER.decode([i]) for i in ids)
+
+    unset = [record(*texts, image="a.png", system="", system_prompt=None)]
+    usual = [world(unset, template=template, questions=n)[0] for n in (None, 1)]
+    want = [written(sample["ids"]) for sample in usual]
+    assert all(own in text for text in want)
+    for number, questions in enumerate((None, 1)):
+        records = world(content, template=template, questions=questions)
+        ids = [records[i]["ids"] for i in range(0, len(records), 2 if questions else 1)]
+        assert written(records[len(records) - 1]["ids"]).count(prompt) == 1  # the last piece
+        assert ids[0] == ids[1] == ids[2] and written(ids[0]) == want[number].replace(own, prompt)
+        assert specials(ids[0]).count(EOS) == written(ids[0]).count("</s>") - 1
+
+
 def test_images_come_in_the_order_of_the_record(world):
     sample = world([record("<image><image><image>", "a", image=["c.png", "a.png", "b.png"])])[0]
     reds = [image[0].mean().item() for image in sample["pixel_values"]]
@@ -529,7 +587,7 @@ def test_dialogues_are_cut_into_single_questions(world):
         (
             [BOS, start + "Hi ASSISTANT:", (" yes", EOS)],
             [BOS, start, *[IMG] * 4, "\nWhat? ASSISTANT:", (" a cat", EOS)],
-            [BOS, start, *[IMG] * 8, "\nIs it  red? ASSISTANT:", (" no", EOS)],
+            [BOS, start, *[IMG] * 4, "\nIs it ", *[IMG] * 4, " red? ASSISTANT:", (" no", EOS)],
             [BOS, *[IMG] * 4, ("a dog\n",)],
             [BOS, *[IMG] * 4, ("here\n",)],
             [BOS, start + "<image></image> ASSISTANT:", (" <image>", EOS)],
