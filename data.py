@@ -222,7 +222,7 @@ class Records(Samples):
         self.max_length, self.image_order, self.seed, self.text_only = max_length, image_order, seed, text_only
         self.template = template or config.template
         # Images by (folder, name), with features of a frozen vision tower instead of pixels; filled by train.py.
-        self.features: dict[tuple[str, str], PreparedImage] = {}
+        self.features: dict[tuple[Path, str], PreparedImage] = {}
 
     def sample(self, index: int) -> dict:
         record = self.record(index)
@@ -241,9 +241,9 @@ class Records(Samples):
         sizes = [image.size for image in images] if self.config.image_grid_pinpoints else []
         return {"ids": ids, "labels": labels, kind: tiles, "image_sizes": sizes}
 
-    def image_names(self, index: int, record: dict) -> list[tuple[str, str]]:
+    def image_names(self, index: int, record: dict) -> list[tuple[Path, str]]:
         """Folder and name of each image in a sample."""
-        return [] if self.text_only else [(str(self.source(index).images), name) for name in image_paths(record)]
+        return [] if self.text_only else [(self.source(index).images, name) for name in image_paths(record)]
 
     def render(self, record: dict, tokens: list[int], image_last: bool) -> tuple[list[int], list[int]]:
         """Ids and labels, not yet cut to max_length. Args: tokens: placeholders of each image."""
@@ -252,7 +252,7 @@ class Records(Samples):
             turns = [replace(turn, images=0, parts=()) for turn in turns]
         return render_dialogue(turns, self.tokenizer, record.get("template", self.template), tokens)
 
-    def images(self, most: int | None = None) -> dict[tuple[str, str], int]:
+    def images(self, most: int | None = None) -> dict[tuple[Path, str], int]:
         """All different images, or the first `most` of them: (folder, name) -> the first sample that has it."""
         found = {}
         for index in range(len(self)):
@@ -262,7 +262,7 @@ class Records(Samples):
                 found.setdefault(name, index)
         return found
 
-    def load(self, names: dict[tuple[str, str], int]) -> dict[tuple[str, str], PreparedImage]:
+    def load(self, names: dict[tuple[Path, str], int]) -> dict[tuple[Path, str], PreparedImage]:
         """Load and prepare some of `images()`. A bad image raises DataError; with `skips` it is left out."""
         found = {}
         for name, index in names.items():
@@ -404,7 +404,7 @@ def show(args: argparse.Namespace):
 
 def check(args: argparse.Namespace):
     """Report bad records, and with --model the lengths of the good ones and what is cut. Exit status 1 on a fault."""
-    sources = open_sources(args.data, args.images)
+    sources = open_sources(args.data, args.images, args.follow_links)
     bad, total = report_faults(sources, args.decode), sum(len(source.file) for source in sources)
     print(f"{bad:,} of {total:,} records are bad" if bad else f"all {total:,} records are good")
     if args.model and bad < total:
@@ -438,6 +438,7 @@ def main():
     add.add_argument("--images", nargs="+", help="folder that image paths start from, or one for each file")
     add.add_argument("--model", type=Path, help="folder of a model: also count tokens with its tokenizer")
     add.add_argument("--template", choices=TEMPLATES, help="for the tokens; default: the model's")
+    add.add_argument("--follow-links", action="store_true", help="as in train.py: links may lead out of the folder")
     add.add_argument("--max-length", type=int, help="as in train.py; default: the model's context")
     add.add_argument(
         "--decode", action="store_true", help="decode every image, instead of only checking that its file exists"

@@ -33,6 +33,7 @@ from formats.adapters import base_of_adapter, load_with_adapter
 from formats.weights import choose_dtype
 from inputs import cli
 from inputs.files import write_json
+from inputs.images import LinkedFolder
 from inputs.records import SURROGATE, DataError
 from llava import LlavaConfig
 from training import runs
@@ -144,6 +145,8 @@ def answer(args: argparse.Namespace):
         plan = ranks.on_main(plan_probes, args, folder, model.config)
     else:
         plan = ranks.on_main(plan_benchmark if args.task else plan_own_questions, args, folder)
+    if args.follow_links:
+        plan.images = LinkedFolder(plan.images)
     if args.blank:
         plan.questions = [question | {"blank": True} for question in plan.questions]
     length = args.max_new_tokens or (TASKS[args.task].max_new_tokens if args.task in TASKS else 128)

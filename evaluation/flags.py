@@ -20,6 +20,7 @@ def read_flags(description: str) -> argparse.Namespace:
     add("--task", choices=[*TASKS, "probes"], help="the benchmark; default: your own questions")
     add("--questions", type=Path, nargs="+", help="your jsonl of questions, or the benchmark's files")
     add("--images", type=Path, help="folder of the images; default: the folder of --questions")
+    add("--follow-links", action="store_true", help="read images also where links lead out of their folder")
     add("--out", type=Path, help="jsonl of answers; with --task a folder; default: in the model's folder")
     add("--batch-size", type=int, default=64, help="questions in a batch")
     add("--max-new-tokens", type=int, help="tokens of the longest answer; default: LLaVA's, 128 or 1024 by task")

@@ -26,19 +26,33 @@ class BadImage(ValueError):
         super().__init__(" ".join(message.splitlines()))
 
 
+class LinkedFolder(type(Path())):
+    """An images folder whose links may lead out of it, as the user says with --follow-links."""
+
+
 def resolve_inside(root: str | Path, name: str) -> Path:
     """The path of image `name` in the folder `root`. Raises BadImage if it is outside.
 
-    Absolute names, `..` and symbolic links are resolved before this is checked.
+    Absolute names, `..` and symbolic links are resolved before this is checked. Links may lead out of a LinkedFolder,
+    and from a snapshot of the Hugging Face hub to its own blobs.
     """
     if "://" in name:
         raise BadImage(f"{name!r} is an address; images are read from the images folder only")
     if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in name):
         raise BadImage(f"{name!r} is not a file name: it holds a control character")
-    root = Path(root).resolve()
+    root = root.resolve() if isinstance(root, Path) else Path(root).resolve()
+    if not name.isascii() and not os.path.lexists(root / name):  # macOS writes \u00e9 as e and an accent (NFD)
+        forms = (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+        name = next((form for form in forms if os.path.lexists(root / form)), name)
     path = Path(os.path.realpath(root / name))  # Path.resolve raises if a link points to itself
-    if not path.is_relative_to(root):
+    if path.is_relative_to(root):
+        return path
+    links = [part for part in [*(root / name).parents, root / name] if part.is_relative_to(root) and part.is_symlink()]
+    if not links or ".." in Path(name).parts:
         raise BadImage(f"{name!r} leaves the images folder {root}")
+    blobs = [folder.parent / "blobs" for folder in root.parents if folder.name == "snapshots"]
+    if not isinstance(root, LinkedFolder) and not any(map(path.is_relative_to, blobs)):
+        raise BadImage(f"{name!r} leaves the images folder {root} by the link {links[0]}: --follow-links allows it")
     return path
 
 

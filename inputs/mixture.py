@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from inputs.images import LinkedFolder
 from inputs.index import RecordFile
 from inputs.records import Fault
 
@@ -38,11 +39,11 @@ class Source:
         return np.setdiff1d(np.arange(len(self.file), dtype=np.int32), list(self.faults))
 
 
-def open_sources(texts: list[str], folders: list[str] | None) -> list[Source]:
+def open_sources(texts: list[str], folders: list[str] | None, follow_links: bool = False) -> list[Source]:
     """Open the files of --data, each PATH or PATH:WEIGHT.
 
-    Args: folders: one image folder for all files, or one for each; default: the folder of each file. Raises ValueError,
-    about names and folders before a file is read.
+    Args: folders: one image folder for all files, or one for each; default: the folder of each file; follow_links: also
+    where they lead out of it. Raises ValueError, about names and folders before a file is read.
     """
     named = [split_weight(text) for text in texts]
     folders = [Path(folder) for folder in folders or []]
@@ -52,7 +53,8 @@ def open_sources(texts: list[str], folders: list[str] | None) -> list[Source]:
         if not folder.is_dir():
             raise ValueError(f"--images {folder}: no such folder")
     folders = folders * len(named) if len(folders) == 1 else folders or [path.parent for path, _ in named]
-    return [Source(RecordFile(path), folder, weight) for (path, weight), folder in zip(named, folders)]
+    kind = LinkedFolder if follow_links else Path
+    return [Source(RecordFile(path), kind(folder), weight) for (path, weight), folder in zip(named, folders)]
 
 
 def split_weight(text: str) -> tuple[Path, float]:

@@ -53,6 +53,7 @@ add = new_group("data")
 add("--data", "LLaVA's JSON; several files are mixed", "the embedded world", nargs="+", metavar="PATH[:WEIGHT]")
 text = "folder that image paths start from, or one for each file of --data and then --val"
 add("--images", text, "each file's own folder", nargs="+", metavar="DIR")
+add("--follow-links", "read images also where links lead out of their folder", action="store_true")
 add("--mixing", "share of each file: proportional to its records, equal, or a temperature", default="proportional")
 text = "shares of the files, as 80/20; 80/20:20/80:4 moves from the first to the second in 4 stretches"
 add("--shares", text, "as --mixing says", default="")

@@ -17,7 +17,7 @@ def open_data(args, ranks: Distributed, default: Path | None, group: int) -> tup
     on an impossible mixture, more bad records than --skip-bad allows, or any bad record of the validation data.
     """
     files, val_files = args.data or [], args.val or []
-    opened = open_sources([*files, *val_files], args.images)
+    opened = open_sources([*files, *val_files], args.images, args.follow_links)
     sources, val_sources = opened[: len(files)], opened[len(files) :]
     sources = sources or open_sources([str(default)], None)
     if args.skip_bad:  # rank 0 opens every image, so that all ranks leave out the same records

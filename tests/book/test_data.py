@@ -565,7 +565,7 @@ def test_images_come_in_the_order_of_the_record(world):
     reds = [image[0].mean().item() for image in sample["pixel_values"]]
     assert reds[1] < reds[2] < reds[0] and sample["pixel_values"][0].shape == (3, 4, 4)
     records = world([record("<image>", "a", image="b.png"), record("<image>", "b", image=["a.png"]), record("hi", "a")])
-    folder = str(world.folder)
+    folder = world.folder
     assert records.images() == {(folder, "b.png"): 0, (folder, "a.png"): 1}
     assert records.images(1) == {(folder, "b.png"): 0}
     known = {"b.png": torch.ones(1, 4, 2), "a.png": torch.zeros(1, 4, 2)}  # of a frozen tower

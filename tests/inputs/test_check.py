@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
+import eval as eval_script
 import train
 from data import Records, collate
 from formats.weights import load_model
@@ -116,6 +117,26 @@ def test_data_without_an_image_is_said(mine, tiny, command, capsys):
     write_json(mine.folder / "text.json", without_image(8))
     command(train, *tiny.flags["stage2"], "--data", "text.json", "--out", "run")
     assert "no record has an image" in capsys.readouterr().err
+
+
+def test_linked_folders_in_check_training_and_evaluation(mine, tiny, command, capsys):
+    (mine.folder / "play").mkdir()
+    (mine.folder / "play/coco").symlink_to(mine.images)
+    write_json(mine.folder / "linked.json", with_image("coco/a.png", 8))
+    question = {"question_id": 1, "image": "coco/a.png", "text": "What?"}
+    (mine.folder / "q.jsonl").write_text(json.dumps(question) + "\n")
+    folder = ["--images", "play"]
+    training = [*tiny.flags["stage2"], "--data", "linked.json", *folder]
+    asking = ["--model", tiny.stage2, "--questions", "q.jsonl", *folder, "--device", "cpu", "--max-new-tokens", 2]
+    assert status(command, "check", "linked.json", *folder) == 1
+    assert "by the link" in capsys.readouterr().out
+    for script, flags in ((train, [*training, "--out", "no"]), (eval_script, [*asking, "--out", "no.jsonl"])):
+        with pytest.raises(SystemExit, match="play/coco: --follow-links allows it"):
+            command(script, *flags)
+    assert status(command, "check", "linked.json", *folder, "--follow-links") == 0
+    command(train, *training, "--follow-links", "--out", "run", "--workers", 1, "--cache-gb", 0)
+    command(eval_script, *asking, "--follow-links", "--out", "a.jsonl")
+    assert len(rows(Path("run"))) == 6 and len(Path("a.jsonl").read_text().splitlines()) == 1
 
 
 def test_show_prints_a_record(mine, tiny, command, capsys):

@@ -4,6 +4,7 @@ import os
 import pickle
 import struct
 import time
+import unicodedata
 import warnings
 import zlib
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from inputs.images import PAD_COLOR, BadImage, open_image, pad_to_square, resolve_inside
+from inputs.images import PAD_COLOR, BadImage, LinkedFolder, open_image, pad_to_square, resolve_inside
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -282,6 +283,56 @@ def test_names_that_stay_inside(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "sub")
     for name in ("sub/a.jpg", "sub/../sub/a.jpg", "link/a.jpg", f"{tmp_path}/sub/a.jpg"):
         assert resolve_inside(tmp_path, name) == (tmp_path / "sub" / "a.jpg").resolve()
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """An images folder whose coco/ and one.jpg are links out of it, and a snapshot of the Hugging Face hub."""
+    (tmp_path / "disk/train").mkdir(parents=True)
+    Image.new("RGB", (4, 4), RED).save(tmp_path / "disk/train/a.jpg")
+    (tmp_path / "play").mkdir()
+    (tmp_path / "play/coco").symlink_to(tmp_path / "disk")
+    (tmp_path / "play/one.jpg").symlink_to("../disk/train/a.jpg")
+    snapshot, blobs = tmp_path / "hub/datasets--a--b/snapshots/1234", tmp_path / "hub/datasets--a--b/blobs"
+    (snapshot / "images").mkdir(parents=True)
+    blobs.mkdir()
+    Image.new("RGB", (4, 4), BLUE).save(blobs / "5678", format="PNG")
+    (snapshot / "images/a.jpg").symlink_to("../../../blobs/5678")
+    (snapshot / "b.jpg").symlink_to("../../blobs/5678")
+    (snapshot / "out.jpg").symlink_to(tmp_path / "disk/train/a.jpg")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name, link", [("coco/train/a.jpg", "coco"), ("one.jpg", "one.jpg"), ("coco", "coco")])
+def test_a_link_out_of_the_folder_is_named_or_followed(linked, name, link):
+    with pytest.raises(BadImage) as caught:
+        resolve_inside(linked / "play", name)
+    assert f"by the link {linked}/play/{link}: --follow-links allows it" in str(caught.value)
+    followed = pickle.loads(pickle.dumps(LinkedFolder(linked / "play")))  # as a worker process gets it
+    assert resolve_inside(followed, name) == (linked / "play" / name).resolve()
+
+
+@pytest.mark.parametrize("name", ["../disk/train/a.jpg", "coco/../../disk/train/a.jpg", "coco/../x.jpg", "/etc/passwd"])
+def test_following_links_allows_nothing_else(linked, name):
+    with pytest.raises(BadImage, match="leaves the images folder"):
+        resolve_inside(LinkedFolder(linked / "play"), name)
+
+
+def test_the_links_of_a_hub_snapshot_to_its_blobs(linked):
+    snapshot = linked / "hub/datasets--a--b/snapshots/1234"
+    for folder, name in ((snapshot, "b.jpg"), (snapshot, "images/a.jpg"), (snapshot / "images", "a.jpg")):
+        assert open_image(resolve_inside(folder, name)).getpixel((0, 0)) == BLUE
+    with pytest.raises(BadImage, match=r"out\.jpg: --follow-links"):
+        resolve_inside(snapshot, "out.jpg")
+
+
+@pytest.mark.parametrize("stored, written", [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", "NFC"), ("NFD", "NFD")])
+def test_a_name_is_found_in_either_unicode_form(tmp_path, stored, written):
+    name = "photos/caf\u00e9 \u304c.png"
+    path = tmp_path / unicodedata.normalize(stored, name)
+    path.parent.mkdir()
+    path.touch()
+    assert resolve_inside(tmp_path, unicodedata.normalize(written, name)) == path.resolve()
 
 
 def test_a_link_to_itself(tmp_path):
