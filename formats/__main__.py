@@ -30,10 +30,11 @@ BYTES = {"float32": 4, "bfloat16": 2, "8-bit": 1, "4-bit": 0.5}
 
 
 def inspect(folder: Path):
-    """Print a checkpoint's layout, number of parameters, dtypes and memory per precision.
+    """Print a checkpoint's layout, parameters, dtypes and memory; of a LLaVA or decoder also shapes and template."""
 
-    For a LLaVA or a decoder also print its shapes and its template.
-    """
+    def show(key: str, value: str):
+        print(f"{key:<14}{value}")
+
     llama2c = find_llama2c(folder)
     tensors = open_model(folder)[1] if llama2c else open_tensors(folder)
     layouts = LLAVA_LAYOUTS | CLIP_LAYOUTS
@@ -41,25 +42,22 @@ def inspect(folder: Path):
     known = sum(1 for key in tensors if match(key, layouts[name]) or re.fullmatch(COMPUTED, key))
     count = sum(math.prod(lazy.shape) for lazy in tensors.values())
     dtypes = Counter(lazy.dtype for lazy in tensors.values())
-    rows = {"layout": name, "tensors": f"{len(tensors)}, of which {known} are known to this layout"}
-    rows |= {"parameters": f"{count:,}", "dtype": ", ".join(f"{dtype} ({n})" for dtype, n in dtypes.most_common())}
-    rows["memory"] = ", ".join(f"{size * count / 1e9:.2f} GB as {dtype}" for dtype, size in BYTES.items())
+    show("layout", name)
+    show("tensors", f"{len(tensors)}, of which {known} are known to this layout")
+    show("parameters", f"{count:,}")
+    show("dtype", ", ".join(f"{dtype} ({n})" for dtype, n in dtypes.most_common()))
+    show("memory", ", ".join(f"{size * count / 1e9:.2f} GB as {dtype}" for dtype, size in BYTES.items()))
     if name in LLAVA_LAYOUTS and (llama2c or (folder / "config.json").exists()):
         config = open_model(folder)[0]
         text, vision = config.text_config, config.vision_config
-        rows["decoder"] = (
-            f"{text.model_type}, width {text.hidden_size}, {text.num_hidden_layers} layers, {text.num_attention_heads} "
-            f"heads ({text.num_key_value_heads} of keys and values), vocabulary {text.vocab_size:,}, "
-            f"context {text.max_position_embeddings:,}"
-        )
+        heads = f"{text.num_attention_heads} heads ({text.num_key_value_heads} of keys and values)"
+        shape = f"{text.model_type}, width {text.hidden_size}, {text.num_hidden_layers} layers, {heads}"
+        show("decoder", f"{shape}, vocabulary {text.vocab_size:,}, context {text.max_position_embeddings:,}")
         if vision is not None:
-            rows["vision tower"] = (
-                f"width {vision.hidden_size}, {vision.num_hidden_layers} layers, images of {vision.image_size} pixels "
-                f"in {vision.num_patches} patches; projector {config.projector_type}"
-            )
-        rows["template"] = config.template
-    for key, value in rows.items():
-        print(f"{key:<14}{value}")
+            images = f"images of {vision.image_size} pixels in {vision.num_patches} patches"
+            shape = f"width {vision.hidden_size}, {vision.num_hidden_layers} layers, {images}"
+            show("vision tower", f"{shape}; projector {config.projector_type}")
+        show("template", config.template)
 
 
 def convert_folder(source: Path, target: Path, vision: Path | None, llm: Path | None, template: str | None):

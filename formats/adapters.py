@@ -35,8 +35,14 @@ CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_
 AUTHORS_WEIGHTS = "non_lora_trainables.bin"  # the file in which LLaVA's authors keep the projector
 # Options of peft that change the arithmetic or train additional tensors.
 UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices")
-UNSUPPORTED += ("use_qalora", "alora_invocation_tokens", "use_bdlora", "eva_config", "arrow_config")
-UNSUPPORTED += ("monteclora_config",)
+UNSUPPORTED += (
+    "use_qalora",
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "eva_config",
+    "arrow_config",
+    "monteclora_config",
+)
 SUPPORTED = {"peft_type": ("LORA",), "bias": (None, "none")}
 SUPPORTED["init_lora_weights"] = (None, True, False, "gaussian", "orthogonal")  # PiSSA and others change the base
 
@@ -113,7 +119,7 @@ def read_adapter(folder: Path, vision: Path | None = None) -> Adapter:
     path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if path is None:
         raise ValueError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}")
-    pairs, whole = read_tensors(path, open_tensors(path, PREFIX) | open_authors_weights(folder))
+    pairs, whole = read_tensors(path, [*open_tensors(path, PREFIX).items(), *open_authors_weights(folder).items()])
     names = [*(f"{name}.weight" for name in pairs), *whole]
     layout = LLAVA_LAYOUTS[choose_layout(names, LLAVA_LAYOUTS)]
     if unknown := [name for name in names if not match(name, layout)]:
@@ -155,20 +161,21 @@ def open_authors_weights(folder: Path) -> dict[str, LazyTensor]:
     return open_tensors(path, PREFIX) if path.exists() else {}
 
 
-def read_tensors(path: Path, tensors: dict[str, LazyTensor]) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
+def read_tensors(path: Path, tensors: list[tuple[str, LazyTensor]]) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
     """A and B by the path of their layer, and all other tensors by their name in the base, in float32."""
     pairs, whole = {}, {}
-    for name, lazy in tensors.items():
+    for name, lazy in tensors:
         if lazy.dtype not in FLOATS:
             raise ValueError(f"{path}: {name} is {lazy.dtype}, should be {', '.join(FLOATS)}")
         tensor = lazy.read().float()
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds numbers that are not finite")
         name = re.sub(r"modules_to_save\.(default\.)?", "", name.removeprefix(PREFIX))
-        if found := re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name):
-            pairs.setdefault(found[1], {})[found[2]] = tensor
-        else:
-            whole[name] = tensor
+        found = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
+        store, key = (pairs.setdefault(found[1], {}), found[2]) if found else (whole, name)
+        if key in store:
+            raise ValueError(f"{path}: {name} given twice")
+        store[key] = tensor
     return pairs, whole
 
 
@@ -271,8 +278,7 @@ def load_with_adapter(
     if config.vision_config is None and found.config is not None and found.config.vision_config is not None:
         # An adapter of LLaVA's authors: its base is the decoder alone, and the adapter's folder has the projector.
         found.config.text_config, found.config.image_token_index = config.text_config, config.image_token_index
-        config, projector = found.config, open_authors_weights(adapter)
-        tensors = tensors | {name.removeprefix(PREFIX): lazy for name, lazy in projector.items()}
+        config, tensors = found.config, tensors | open_authors_weights(adapter)
     tokenizer = load_tokenizer(folder, config)
     model = build_model(config, tensors, folder, device, dtype, vision, bits=bits, copy=False)
     attach(model, found)

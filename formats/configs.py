@@ -23,8 +23,10 @@ def read_config(folder: Path, vision: Path | None = None) -> LlavaConfig:
     Args: vision: CLIP's folder, which gives the shape of a tower that config.json only names, by an unknown name.
     """
     with open_config(folder) as values:
-        check_quantization(values)
         for part in (values, values.get("text_config", {})):
+            quantization = part.get("quantization_config") or part.get("compression_config") or {}
+            method = quantization.get("quant_method", "bitsandbytes")  # its kinds are told apart by their tensors
+            require(method == "bitsandbytes", f"the weights are quantized with {method!r:.99}; {ONLY_NF4}")
             if part.get("pad_token_id") == -1:  # LLaMA-1 writes -1 for "none"
                 del part["pad_token_id"]
         if "mm_vision_tower" in values:
@@ -36,7 +38,7 @@ def read_config(folder: Path, vision: Path | None = None) -> LlavaConfig:
             defaults = {"template": guess_template(folder, "raw"), "image_token_index": text.vocab_size}
             config = LlavaConfig(text, **defaults | known_fields(LlavaConfig, values))
         if "eos_token_ids" not in values:
-            config.eos_token_ids = read_eos_ids(folder, values)
+            config.eos_token_ids = read_eos_ids(folder, values, config.text_config.model_type)
         check_config(config)
     return config
 
@@ -98,22 +100,16 @@ def check_supported(values: dict, supported: dict):
         require(values.get(key) in (None, only), f"{key} is {values.get(key)!r:.99}, and only {only!r} is supported")
 
 
-def check_quantization(values: dict):
-    """Raise ValueError if config.json says a quantization other than bitsandbytes', which its tensors tell apart."""
-    for part in (values, values.get("text_config", {})):
-        found = part.get("quantization_config") or part.get("compression_config") or {}
-        method = found.get("quant_method", "bitsandbytes")
-        require(method == "bitsandbytes", f"the weights are quantized with {method!r:.99}; {ONLY_NF4}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the decoder
 
 DEFAULTS = {  # transformers' defaults of missing fields, where they differ from those of our TextConfig
-    "llama": {},
-    "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131_072},
+    "llama": {"eos_token_id": 2},
+    "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
+    | {"eos_token_id": 2},
     "qwen2": {"vocab_size": 151_936, "intermediate_size": 22016, "max_position_embeddings": 32768},
-    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
+    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
+    | {"eos_token_id": 50256},
 }
 DEFAULTS["mistral"]["sliding_window"] = DEFAULTS["qwen2"]["sliding_window"] = 4096
 SUPPORTED = {  # keys that change the arithmetic of a model, and the only value of each that this code implements
@@ -307,13 +303,14 @@ def guess_template(folder: Path, default: str) -> str:
     return next((template for mark, template in MARKS.items() if mark in text), default)
 
 
-def read_eos_ids(folder: Path, values: dict) -> list[int]:
+def read_eos_ids(folder: Path, values: dict, kind: str) -> list[int]:
     """Read the ids that end an answer; generation_config.json takes precedence over config.json."""
     generation = folder / "generation_config.json"
-    for source in (read_json(generation) if generation.exists() else {}, values, values.get("text_config", {})):
+    files = (read_json(generation) if generation.exists() else {}, values, values.get("text_config", {}))
+    for source in (*files, DEFAULTS[kind]):
         if (ids := source.get("eos_token_id")) is not None:
             return ids if isinstance(ids, list) else [ids]
-    return [2]
+    return []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

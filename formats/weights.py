@@ -60,12 +60,9 @@ def load_tensors(
             set_parameter(model, target, NF4Linear.from_weight(part) if quantize else part)
 
 
-QUANTIZED = {  # regular expression of the name and dtype of a tensor that only such a checkpoint has -> its kind
-    r"\.qweight ": "GPTQ or AWQ",
-    r"\.weight_packed ": "compressed-tensors",
-    r"\.SCB | int8$": "int8",
-    r" F8_| float8": "FP8",
-}
+# Regular expression of the name and dtype of a tensor that only a checkpoint of such a quantization has.
+QUANTIZED = {r"\.qweight ": "GPTQ or AWQ", r"\.weight_packed ": "compressed-tensors"}
+QUANTIZED |= {r"\.SCB | int8$": "int8", r" F8_| float8": "FP8"}
 
 
 def reject_quantized(tensors: dict[str, LazyTensor], source: Path | str):

@@ -238,7 +238,8 @@ def test_a_gpt2_adapter_with_fused_q_k_v_loads(peft, tmp_path):
         torch.testing.assert_close(merged, theirs.merge_and_unload()(ids).logits)
 
 
-def test_an_adapter_in_the_llava_authors_format_loads(tmp_path, monkeypatch, tiny, peft):
+@pytest.mark.parametrize("vision", ["someone/tiny-clip", "/data/towers/ours-336"])
+def test_an_adapter_in_the_llava_authors_format_loads(vision, tmp_path, monkeypatch, tiny, peft):
     """The base is a decoder alone, the projector a pickle beside the adapter, the tower another folder."""
     whole = load_model(tiny.stage2)
     tower = dict(vars(whole.config.vision_config))
@@ -269,7 +270,7 @@ def test_an_adapter_in_the_llava_authors_format_loads(tmp_path, monkeypatch, tin
     (folder / "adapter_config.json").write_text(json.dumps(config))
     text = dict(vars(whole.config.text_config))
     text |= {
-        "mm_vision_tower": "someone/tiny-clip",
+        "mm_vision_tower": vision,
         "mm_hidden_size": tower["hidden_size"],
         "mm_vision_select_layer": -2,
     }
@@ -541,6 +542,7 @@ BROKEN = {
     ),
     "not finite": (lambda v, t: t[A].fill_(math.inf), "not finite"),
     "no tensors": (lambda v, t: [t.pop(key) for key in list(t) if "lora" in key], "holds no LoRA"),
+    "twice": (lambda v, t: t.update({A.replace("lora_A", "lora_A.default"): t[A].clone()}), "given twice"),
     "another shape": (lambda v, t: t.update({A: F.pad(t[A], (0, 1))}), "another base"),
 }
 
@@ -552,6 +554,22 @@ def test_a_broken_adapter_is_named(tiny, runs, tmp_path, command, kind):
     assert words in refusal(command, formats_cli, "merge", tiny.stage1, folder, tmp_path / "merged")
     assert words in refusal(command, sample, "--model", tiny.stage1, "--adapter", folder, "--prompt", "a")
     assert not (tmp_path / "merged").exists()
+
+
+def test_only_unusual_prefixes_of_an_adapter_are_said(tiny, runs, batch, tmp_path, capfd):
+    """peft puts base_model.model. before every name; torch.compile adds _orig_mod."""
+    model = load_with_adapter(tiny.stage1, runs["lora"], "cpu", torch.float32)[0]
+    assert not capfd.readouterr().err
+
+    def wrap(values, tensors):
+        for name in list(tensors):
+            tensors[name.replace("base_model.model.", "base_model.model._orig_mod.")] = tensors.pop(name)
+
+    wrapped = broken(runs, tmp_path / "wrapped", wrap)
+    again = load_with_adapter(tiny.stage1, wrapped, "cpu", torch.float32)[0]
+    assert torch.equal(logits_of(again, batch), logits_of(model, batch))
+    printed = capfd.readouterr().err
+    assert printed.endswith(": _orig_mod. is taken off the names of its tensors\n") and printed.count("\n") == 1
 
 
 def test_wrong_kinds_of_folder_are_refused(tiny, runs, tmp_path, command):

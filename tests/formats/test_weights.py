@@ -606,6 +606,14 @@ def test_quantization_in_a_config_is_named_before_anything_else(key, value, tmp_
     assert f"quantized with '{method}'" in caught.value.code and len(caught.value.code.splitlines()) == 1
 
 
+def test_inspect_shows_a_quantized_folder_before_it_names_the_quantization(tmp_path, command, capsys):
+    save_model(make("llama"), tmp_path)
+    change_json(tmp_path / "config.json", quantization_config={"quant_method": "awq"})
+    with pytest.raises(SystemExit, match="quantized with 'awq'"):
+        command(formats_cli, "inspect", tmp_path)
+    assert "tensors" in capsys.readouterr().out
+
+
 def gptq(name, weight):
     """A matrix (out, in) as GPTQ and AWQ store it: eight codes in an int32."""
     shapes = {"qweight": (weight.shape[1] // 8, len(weight)), "qzeros": (1, len(weight) // 8)}
@@ -904,6 +912,16 @@ def test_saved_mistral_has_no_window(blind, tmp_path):
     transformers = pytest.importorskip("transformers")
     save_model(make("mistral", blind), tmp_path)
     assert transformers.AutoConfig.from_pretrained(tmp_path).get_text_config().sliding_window is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gpt2"])
+def test_a_missing_end_token_is_that_of_transformers(kind, tmp_path):
+    """Not LLaMA's 2 for all: it is # in GPT-2 and in Qwen2, and would end their answers there."""
+    values = {"model_type": kind} | ({} if kind == "gpt2" else SHAPE | {"num_key_value_heads": 2})
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path).eos_token_ids == {"gpt2": [50256], "qwen2": []}.get(kind, [2])
+    theirs = pytest.importorskip("transformers").AutoConfig.from_pretrained(tmp_path).eos_token_id
+    assert read_config(tmp_path).eos_token_ids == ([] if theirs is None else [theirs])
 
 
 def test_rope_theta_in_both_places_is_read_as_by_transformers(tmp_path):
