@@ -34,7 +34,8 @@ from formats.weights import choose_dtype
 from inputs import cli
 from inputs.files import write_json
 from inputs.images import LinkedFolder
-from inputs.records import SURROGATE, DataError
+from inputs.records import MARKER, SURROGATE, DataError
+from inputs.templates import is_whole_prompt
 from llava import LlavaConfig
 from training import runs
 from training.ranks import Distributed
@@ -128,6 +129,17 @@ def plan_probes(args: argparse.Namespace, folder: Path, config: LlavaConfig) -> 
 # answering
 
 
+def check_prompts(questions: list[dict]):
+    """Raise DataError if a question has several markers for its image; report questions that are whole prompts."""
+    for question in questions:
+        if question.get("image") and (count := question["text"].count(MARKER)) > 1:
+            raise DataError(f"question {short(question['question_id'])}: {count} {MARKER} markers for one image")
+    whole = [question["question_id"] for question in questions if is_whole_prompt(question["text"])]
+    if whole:
+        reason = f"end like whole prompts, as with ASSISTANT: roles are written twice (first: {short(whole[0])})"
+        print(f"{len(whole):,} of {len(questions):,} questions {reason}", file=sys.stderr)
+
+
 def answer(args: argparse.Namespace):
     """Answer all questions that have no answer yet, on all ranks; then score the answers on the first."""
     base = args.model or (base_of_adapter(args.adapter) if args.adapter else runs.newest_run(1, 2))
@@ -147,6 +159,7 @@ def answer(args: argparse.Namespace):
         plan = ranks.on_main(plan_benchmark if args.task else plan_own_questions, args, folder)
     if args.follow_links:
         plan.images = LinkedFolder(plan.images)
+    ranks.on_main(check_prompts, plan.questions)
     if args.blank:
         plan.questions = [question | {"blank": True} for question in plan.questions]
     length = args.max_new_tokens or (TASKS[args.task].max_new_tokens if args.task in TASKS else 128)

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import PreparedImage, load_image, prompt_ids
+from data import PreparedImage, load_image, render_dialogue
 from inputs.files import read_complete_lines, write_atomic, write_json
 from inputs.images import BadImage
-from inputs.records import DataError
+from inputs.records import DataError, Turn, marked_turn
 from inputs.templates import stop_text
 from inputs.tokenizer import Tokenizer
 from llava import Llava, LlavaConfig, generate
@@ -72,7 +72,9 @@ def answer_batch(
     for question in questions:
         own = [load_question_image(images, question, config)] if question.get("image") else []
         tokens = [image.tokens for image in own]
-        prompts.append(prompt_ids([question["text"]], [], len(own), tokenizer, config.template, tokens))
+        turn = marked_turn(question["text"], None) if own else Turn(question["text"], None)
+        turn.images = len(own)
+        prompts.append(render_dialogue([turn], tokenizer, config.template, tokens)[0])
         if len(prompts[-1]) >= (limit := config.text_config.max_position_embeddings):
             reason = f"{len(prompts[-1]):,} tokens long, image included; the context holds {limit:,}"
             raise DataError(f"question {question['question_id']}: its prompt is {reason}")

@@ -12,7 +12,7 @@ import torch
 from evaluation.answering import part_files, sibling_file
 from inputs.files import fingerprint, read_json, write_json
 from inputs.images import BadImage, check_file, resolve_inside
-from inputs.records import DataError
+from inputs.records import MARKER, DataError
 from inputs.templates import TEMPLATES
 from llava import Llava
 
@@ -60,7 +60,7 @@ def save_manifest(
     Raises DataError if `out` has answers that were made with another manifest.
     """
     config, device, template = model.config, model.device, TEMPLATES[model.config.template]
-    image_marker = "<image>\n" if questions[0].get("image") else ""
+    image_marker = "<image>\n" if questions[0].get("image") and MARKER not in questions[0]["text"] else ""
     model_files = [(folder, sorted({path for name in MODEL_FILES for path in folder.glob(name)})) for folder in folders]
     values = settings | {
         "prompt": f"{template.first}{image_marker}{questions[0]['text']}{template.assistant}",  # the first one

@@ -131,7 +131,7 @@ def check_image_key(row: Row):
     """Raise DataError if a question without an image seems to have one: under another key, or as a marker."""
     try:
         if not row.get("image"):
-            check_text_only(row | {"conversations": [{"value": row["text"]}]})
+            check_text_only(row, [row["text"]])
     except ValueError as error:
         raise DataError(f"{row.where}: {error}") from None
 

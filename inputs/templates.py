@@ -81,6 +81,12 @@ def stop_text(template: str) -> str:
     return "" if MARKUP.search(end) else end
 
 
+def is_whole_prompt(question: str) -> bool:
+    """Whether a question ends as a prompt does, with the text before an answer in some template, such as ASSISTANT:"""
+    ends = {MARKUP.sub(r"\1", form.assistant).strip() for form in TEMPLATES.values()} - {""}
+    return question.rstrip().endswith(tuple(ends))
+
+
 def template_words(template: str) -> list[str]:
     """The text of the roles without special tokens, for training a tokenizer: ["USER: ", " ASSISTANT:"]."""
     form = TEMPLATES[template]

@@ -271,6 +271,34 @@ def test_blank_and_seen_answers_go_to_different_files(tiny, command, monkeypatch
         out.with_name(f"{out.stem}-manifest.json").unlink()
 
 
+@pytest.mark.parametrize("form", ["<image>\n{}", "{}\n<image>", "<image>{}", "{} <image>"])
+def test_a_marker_in_a_question_is_the_one_of_its_image(tiny, llava, questions, monkeypatch, form):
+    prompts = []
+    monkeypatch.setattr(answering, "generate", lambda model, rows, *_, **__: prompts.append(rows) or iter(()))
+    for text in ("{}", form):
+        asked = [question | {"text": text.format(question["text"])} for question in questions[:3]]
+        answer(*llava, asked, tiny.world, 4)
+    assert prompts[0] == prompts[1]
+
+
+def test_two_markers_for_one_image_are_refused(command, tiny, tmp_path):
+    path = write_lines(tmp_path / "q.jsonl", [{"question_id": 7, "text": "<image> and <image>?", "image": "a.png"}])
+    argv = ["--model", tiny.stage2, "--questions", path, "--device", "cpu", "--out", tmp_path / "a.jsonl"]
+    assert "question 7: 2 <image> markers for one image" in refusal(command, *argv)
+
+
+@pytest.mark.parametrize("text, noticed", [
+    ("USER: <image>\nRed? ASSISTANT:", 1), ("<|im_start|>user\nRed?<|im_end|>\n<|im_start|>assistant\n", 1),
+    ("[INST] Red? [/INST]", 1), ("###Human: Red?###Assistant:", 1), ("Who says 'USER:' and 'ASSISTANT:' here?", 0),
+])  # fmt: skip
+def test_a_whole_prompt_as_a_question_is_noticed(command, tiny, tmp_path, capsys, text, noticed):
+    image = evaluation.read_questions(tiny.world / "questions.jsonl")[0]["image"]
+    path = write_lines(tmp_path / "q.jsonl", [{"question_id": 7, "text": text, "image": image}])
+    argv = ["--model", tiny.stage2, "--questions", path, "--images", tiny.world, "--out", tmp_path / "a.jsonl"]
+    command(evaluation, *argv, "--device", "cpu", "--max-new-tokens", 1)
+    assert capsys.readouterr().err.count("1 of 1 questions end like whole prompts") == noticed
+
+
 def test_questions_without_a_image_are_answered(tiny, llava):
     assert len(answer(*llava, [{"question_id": 1, "text": "Red?"}], tiny.world, 4)) == 1
 
