@@ -236,8 +236,8 @@ def dequantize(packed: Tensor, absmax: Tensor, shape: tuple[int, ...], dtype=tor
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Double quantization: codes (N,) uint8, absmax of the absmax (ceil(N / 256),), and the mean, subtracted first.
 
-    Rounds to the nearest value, as bitsandbytes does on a GPU. On a CPU, bitsandbytes rounds through a table of 65,536
-    entries, which moves one or two codes in a thousand to a neighbor. Stored codes are read alike everywhere.
+    Rounds to the nearest value. bitsandbytes on a CPU rounds through a table of 65,536 entries, which moves about two
+    codes in a thousand to a neighbor. Stored codes are read alike everywhere.
     """
     offset = absmax.mean()
     x = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)

@@ -35,14 +35,8 @@ CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_
 AUTHORS_WEIGHTS = "non_lora_trainables.bin"  # the file in which LLaVA's authors keep the projector
 # Options of peft that change the arithmetic or train additional tensors.
 UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices")
-UNSUPPORTED += (
-    "use_qalora",
-    "alora_invocation_tokens",
-    "use_bdlora",
-    "eva_config",
-    "arrow_config",
-    "monteclora_config",
-)
+UNSUPPORTED += ("use_qalora", "alora_invocation_tokens", "use_bdlora", "eva_config", "arrow_config")
+UNSUPPORTED += ("monteclora_config",)
 SUPPORTED = {"peft_type": ("LORA",), "bias": (None, "none")}
 SUPPORTED["init_lora_weights"] = (None, True, False, "gaussian", "orthogonal")  # PiSSA and others change the base
 

@@ -105,12 +105,11 @@ def check_supported(values: dict, supported: dict):
 
 DEFAULTS = {  # transformers' defaults of missing fields, where they differ from those of our TextConfig
     "llama": {"eos_token_id": 2},
-    "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
-    | {"eos_token_id": 2},
+    "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131_072},
     "qwen2": {"vocab_size": 151_936, "intermediate_size": 22016, "max_position_embeddings": 32768},
-    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
-    | {"eos_token_id": 50256},
+    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
 }
+DEFAULTS["mistral"]["eos_token_id"], DEFAULTS["gpt2"]["eos_token_id"] = 2, 50256
 DEFAULTS["mistral"]["sliding_window"] = DEFAULTS["qwen2"]["sliding_window"] = 4096
 SUPPORTED = {  # keys that change the arithmetic of a model, and the only value of each that this code implements
     "llama": {"hidden_act": "silu", "mlp_bias": False},
