@@ -99,7 +99,7 @@ def reject_duplicate_keys(pairs: list) -> dict:
 def read_json(path: Path) -> dict:
     """The JSON object in a file. Raises ValueError that names the file if it cannot be read or is no object."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=reject_duplicate_keys)
+        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=reject_duplicate_keys)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

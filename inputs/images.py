@@ -5,6 +5,7 @@ colors under its alpha, a phone photo is rotated. Sizes are checked in the heade
 """
 
 import os
+import re
 import stat
 import unicodedata
 import warnings
@@ -17,6 +18,16 @@ MAX_PIXELS = 50_000_000  # 150 MB decoded; anything larger is a decompression bo
 MAX_SIDE = 16_384
 MAX_ASPECT = 200  # width : height or height : width; beyond it, the center crop keeps under 0.5 % of the image
 PAD_COLOR = (122, 116, 104)  # int(255 * CLIP's mean): LLaVA-1.5's expand2square background
+
+UNREADABLE = {  # what a file is, with a remedy, and how it begins
+    "HEIC, as phones write it: save it as JPEG or PNG": rb"....ftyp(hei|hev|mif1|msf1)",
+    "AVIF: install a Pillow that reads it, or save it as JPEG or PNG": rb"....ftypavi[fs]",
+    "JPEG XL: save it as JPEG or PNG": rb"\xff\x0a|....JXL ",
+    "a video: extract its frames": rb"....ftyp|\x1aE\xdf\xa3",
+    "SVG: render it as PNG": rb"\s*(<\?xml.*)?<svg",
+    "a web page: download the image again": rb"(?i)\s*<(!doctype )?html",
+    "a pointer of Git LFS: run git lfs pull": rb"version https://git-lfs",
+}
 
 
 class BadImage(ValueError):
@@ -74,9 +85,16 @@ def open_image(path: str | Path) -> Image.Image:
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage(f"{path}: not an image that can be read") from None
+        raise BadImage(f"{path}: not an image that can be read{name_format(path)}") from None
     except Exception as error:  # each of Pillow's plugins raises its own errors
         raise BadImage(f"{path}: cannot be decoded ({error})") from None
+
+
+def name_format(path: Path) -> str:
+    """What a file is that Pillow does not know, in parentheses and with a remedy; "" if it is none of UNREADABLE."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    return next((f" ({name})" for name, pattern in UNREADABLE.items() if re.match(pattern, head, re.DOTALL)), "")
 
 
 def check_file(path: Path):
@@ -95,8 +113,9 @@ def size_of(path: Path) -> tuple[int, int]:
     check_file(path)
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            # Only JPEG photos are rotated in practice, and Pillow would decode a whole PNG to read its EXIF.
-            rotated = image.format == "JPEG" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            # Pillow swaps the sides of a TIFF by itself. It would decode a whole PNG to look for EXIF after the pixels.
+            known = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+            rotated = known and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             return image.size if rotated else image.size[::-1]
     except Exception as error:
         raise BadImage(f"{path}: cannot be decoded ({error})") from None
@@ -116,7 +135,10 @@ def check_size(size: tuple[int, int], path: Path):
 def to_rgb(image: Image.Image, path: Path) -> Image.Image:
     """Convert an image of any Pillow mode to RGB, as viewers show it. Raises BadImage for 32 bits a channel."""
     if image.mode.startswith("I;16"):  # convert("RGB") would clip every value above 255 to white
-        gray = np.asarray(image).astype(np.float64) / 257  # 65535 / 257 = 255
+        tags = getattr(image, "tag_v2", {})  # of a TIFF, which may have 12 bits, or 0 for white
+        white = 2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1
+        gray = np.asarray(image).astype(np.float64) * 255 / white
+        gray = 255 - gray if tags.get(ExifTags.Base.PhotometricInterpretation) == 0 else gray
         return Image.fromarray(np.rint(gray).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise BadImage(f"{path}: {image.mode} pixels (32 bits a channel) have no agreed range; save it with 8 or 16")

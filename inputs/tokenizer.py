@@ -114,7 +114,7 @@ class Tokenizer(PickledByFields):
             added, named = parse_settings(settings)
             path = next((path for name in names for path in sorted(folder.glob(name))), folder / names[0])
             if path.suffix == ".json":
-                codec, specials, bos = parse_json(json.loads(path.read_text(encoding="utf-8")))
+                codec, specials, bos = parse_json(json.loads(path.read_text(encoding="utf-8-sig")))
                 roles = find_roles(specials, named | {"bos": bos})
                 if not bos:  # the file sets no token in front of a text, even if it has one of that name
                     roles.pop("bos", None)

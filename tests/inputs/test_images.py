@@ -10,9 +10,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, features
 
-from inputs.images import PAD_COLOR, BadImage, LinkedFolder, open_image, pad_to_square, resolve_inside
+from inputs.images import PAD_COLOR, BadImage, LinkedFolder, open_image, pad_to_square, resolve_inside, size_of
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -233,6 +233,48 @@ def turned(orientation, path):
 def test_exif_orientation(tmp_path, orientation, upright):
     got = pixels(turned(orientation, tmp_path / "a.png"))
     assert got.tolist() == [[list(color) for color in row] for row in upright]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.mpo", "a.webp", "a.png", "a.avif", "a.tif"])
+def test_the_size_in_the_header_is_that_of_the_upright_image(tmp_path, name, orientation):
+    kind = name[2:].upper().replace("JPG", "JPEG").replace("TIF", "TIFF")
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    frames = {"save_all": True, "append_images": [noise()]} if kind == "MPO" else {}
+    path = save(noise(), tmp_path / name, format=kind, exif=exif, **frames)
+    assert size_of(path) == open_image(path).size[::-1] == ((48, 64) if orientation < 5 else (64, 48))
+
+
+def gray_tiff(path, bits, photometric, data):
+    """Write a TIFF of 2 x 1 gray pixels."""
+    tags = [(256, 2), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 1)]
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in [*tags, (279, len(data))])
+    data = data.ljust(8, b"\0")
+    path.write_bytes(b"II*\0" + struct.pack("<I", 16) + data + struct.pack("<H", 9) + entries + bytes(4))
+    return path
+
+
+@pytest.mark.parametrize("bits, photometric, data", [
+    (16, 1, b"\0\0\xff\xff"), (16, 0, b"\xff\xff\0\0"), (12, 1, b"\0\x0f\xff"), (8, 1, b"\0\xff"), (8, 0, b"\xff\0"),
+])  # fmt: skip
+def test_black_and_white_of_a_gray_tiff(tmp_path, bits, photometric, data):
+    got = pixels(gray_tiff(tmp_path / "a.tif", bits, photometric, data))
+    assert got.tolist() == [[[0, 0, 0], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "(HEIC, as phones write it: save it as JPEG or PNG)"),
+    (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "(HEIC,"), (b"\0\0\0\x18ftypisom\0\0\2\0isom", "(a video:"),
+    (b"<?xml version='1.0'?>\n<svg/>", "(SVG:"), (b"<!DOCTYPE html>\n<html>404", "(a web page:"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "(a pointer of Git LFS:"), (b"\xff\x0a\0\0", "(JPEG XL:"),
+    (b"hello", "not an image that can be read"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content, says):
+    (tmp_path / "a.jpg").write_bytes(content)
+    assert_refused(tmp_path / "a.jpg", says)
 
 
 def test_a_phone_photo_is_upright(tmp_path):

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from inputs.files import read_json
 from inputs.tokenizer import SPECIALS, Tokenizer, train_bpe
 
 SENTENCES = [
@@ -377,3 +378,13 @@ def test_other_broken_files_are_refused_in_one_line(kind, tmp_path):
 def test_a_whole_file_of_ranks(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(ranks_of(range(258)))
     assert Tokenizer.load(tmp_path).encode("abcd.") == [256, 257, 46]
+
+
+def test_a_byte_order_mark_does_not_matter(tmp_path):
+    """Editors on Windows put it in front of a JSON file."""
+    tokenizer = train_bpe(["a cat on a mat"] * 3, 10)
+    tokenizer.save(tmp_path)
+    for path in tmp_path.glob("*.json"):
+        path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+        assert read_json(path)
+    assert Tokenizer.load(tmp_path).encode("a cat") == tokenizer.encode("a cat")
