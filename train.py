@@ -306,7 +306,8 @@ def fit(args, ranks: Distributed, run: runs.Run, model: nn.Module, dataset, toke
                 saver.save(step + 1)
             if signal:
                 progress.bar.close()
-                ranks.print0(f"stopped after step {step + 1}; continue with --out {run.folder} --resume")
+                folder = run.folder.parent if args.stage == 0 else run.folder  # stage 0 has a run for each tower
+                ranks.print0(f"stopped after step {step + 1}; continue with --out {folder} --resume")
                 raise SystemExit(128 + signal)
     saver.finish(save, tokenizer)
 
@@ -374,6 +375,8 @@ def train_llava(args, ranks: Distributed, folder: Path):
     choose_trainable(model, args.train)
     adapter = add_adapters(args, model)
     if args.init_from:
+        if not (args.init_from / "trained.safetensors").exists():
+            raise ValueError(f"--init-from {args.init_from}: no checkpoint of a run, as OUT/latest is one")
         verify_manifest(args.init_from)
         ranks.print0(f"weights of step {restore_checkpoint(args.init_from, model)} of {args.init_from}")
 
@@ -443,8 +446,8 @@ def open_run(args, ranks: Distributed, folder: Path) -> runs.Run:
 def main():
     """Train one stage, on every rank."""
     args = read_flags(__doc__)
+    ranks = Distributed(args.device, args.timeout)
     try:
-        ranks = Distributed(args.device, args.timeout)
         micro_batch_size(args, ranks)  # fails now rather than after the data is read
         if args.weights == "bfloat16" and choose_dtype(args.dtype, ranks.device.type) == torch.float32:
             raise ValueError("--weights bfloat16 needs --dtype bfloat16 on this machine")
@@ -453,8 +456,7 @@ def main():
         (train_stage0 if args.stage == 0 else train_llava)(args, ranks, folder)
         ranks.print0(f"done: {folder}")
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        ranks.leave()
 
 
 if __name__ == "__main__":

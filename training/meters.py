@@ -16,6 +16,7 @@ from training.runs import Run
 from training.sharding import trainable_parameters, unshard
 
 BOARDS = ("tensorboard", "wandb")
+IDLE_STEPS = 20  # steps without a gradient for the projector, after which a run says so
 MAX_SKIPS = 3  # steps in a row that may be skipped; more mean that the weights are broken, not a batch
 
 # Peak dense bfloat16 FLOP per second from NVIDIA's data sheets, by words of the name that torch reports.
@@ -114,6 +115,7 @@ class Progress:
     def __init__(self, args, ranks: Distributed, run: Run, skipped: int, val_losses: list[float]):
         self.args, self.ranks, self.run = args, ranks, run
         self.skipped, self.val_losses = skipped, val_losses
+        self.idle = 0  # steps so far, if no gradient has reached the projector in any of them; None: it learns
         self.boards = open_boards(args.board if ranks.is_main else [], run.folder, run.values)
 
     def steps(self, start: int) -> Iterator[int]:
@@ -134,9 +136,21 @@ class Progress:
                 write(numbers, row["step"])
             self.bar.set_postfix({key: row[key] for key in ("loss", "tokens_per_s", "data_wait")}, refresh=False)
             self.bar.update()
+        self.watch_projector(row)
         if self.skipped > MAX_SKIPS:
             more = f"{self.skipped} steps in a row; {self.run.last_checkpoint_hint()}"
             raise ValueError(f"step {row['step']}: {row['skipped']}, {more}")
+
+    def watch_projector(self, row: dict):
+        """Say once, after IDLE_STEPS or at the end of a shorter run, that the projector's gradient was always zero."""
+        if self.idle is None or "skipped" in row:
+            return
+        learns = row["grad_norms"].get("multi_modal_projector", 0) > 0
+        self.idle = None if learns or "projector" not in self.args.train else self.idle + 1
+        if self.idle and (self.idle == IDLE_STEPS or row["step"] == self.args.steps):
+            text = "the projector learns nothing: its gradient was exactly 0 in"
+            self.ranks.print0(f"{text} {self.idle} steps; check the records' images with `python data.py check`")
+            self.idle = None
 
     def is_best(self, row: dict) -> bool:
         """Whether this step's model has the smallest validation loss so far, and --patience asks to keep it."""

@@ -1,5 +1,6 @@
 """The processes of a training run: which rank this is, its device, and the collectives that the loop needs."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -26,9 +27,14 @@ class Distributed:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.store = self.join(timedelta(seconds=timeout)) if "RANK" in os.environ else None
+        self.mesh = None  # under fsdp, the DeviceMesh of all ranks
 
     def join(self, timeout: timedelta) -> dist.Store:
         """Initialize the process group; returns torchrun's key-value store."""
+        # Imported before there is a group: their functions' default arguments would keep it for good, see leave().
+        import torch.distributed.fsdp
+        import torch.distributed.optim  # noqa: F401
+
         is_master = self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(*address, self.world_size, is_master, timeout)
@@ -37,6 +43,17 @@ class Distributed:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=prefixed, timeout=timeout, rank=self.rank, world_size=self.world_size)
         return store
+
+    def leave(self):
+        """Leave the process group and end its threads: at the interpreter's exit a running thread aborts the process.
+
+        Gloo's threads end when nothing refers to the group any more. Torch's caches keep an fsdp run's mesh for good,
+        and the mesh keeps the group; the model, which does so too, is in reference cycles.
+        """
+        if dist.is_initialized():
+            getattr(self.mesh, "_pg_registry", {}).clear()
+            gc.collect()
+            dist.destroy_process_group()
 
     def print0(self, text: str):
         """Print to stderr, on rank 0 only."""

@@ -45,9 +45,9 @@ def shard_model(model: nn.Module, mode: str, ranks: Distributed, dtype: torch.dt
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    ranks.mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     for part in [*model.language_model.model.layers, model]:
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+        fully_shard(part, mesh=ranks.mesh, mp_policy=policy)
     return model
 
 

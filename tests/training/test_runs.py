@@ -252,9 +252,10 @@ def test_weights_only(tiny, command, tmp_path, monkeypatch):
     assert "trained.safetensors" in caught.value.code
 
 
-def run_with_signals(tiny, folder, *numbers):
+def run_with_signals(tiny, folder, *numbers, name="stage1"):
     """Return exit status and last line of a run that gets these signals after two steps."""
-    argv = [*tiny.flags["stage1"], "--out", folder, "--steps", 100_000, "--save-every", 50_000]
+    argv = [*tiny.flags[name], "--out", folder, "--steps", 100_000, "--save-every", 50_000]
+    folder = folder / "clip" if name == "clip" else folder
     process = subprocess.Popen(
         [sys.executable, REPOSITORY / "train.py", *map(str, argv)], stderr=subprocess.PIPE, text=True
     )
@@ -275,6 +276,18 @@ def test_a_signal_saves_and_ends(tiny, tmp_path, number):
     step = json.loads((tmp_path / "run/latest/state.json").read_text())["step"]
     rows = [json.loads(row) for row in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert step == len(rows) and f"after step {step};" in line
+
+
+def test_a_stopped_stage_0_names_the_folder_that_the_same_command_resumes(tiny, tmp_path):
+    status, line = run_with_signals(tiny, tmp_path / "towers", signal.SIGTERM, name="clip")
+    assert status == 143 and line.endswith(f"; continue with --out {tmp_path / 'towers'} --resume")
+    assert (tmp_path / "towers/clip/latest/state.json").exists()
+
+
+def test_what_init_from_expects_is_said(tiny, command, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        command(train, *tiny.flags["stage2"], "--out", tmp_path / "run", "--init-from", tmp_path)
+    assert f"--init-from {tmp_path}: no checkpoint of a run, as OUT/latest is one" in caught.value.code
 
 
 def test_an_error_after_a_stop_signal_counts_as_interruption(tiny, command, tmp_path, monkeypatch, capsys):

@@ -23,7 +23,7 @@ from inputs.mixture import Source, batches, epochs
 from inputs.records import check_record
 from inputs.tokenizer import Tokenizer
 from llava import IGNORE
-from training import towers
+from training import sharding, towers
 from world.writer import make_records
 
 REPOSITORY = Path(train.__file__).parent
@@ -472,6 +472,27 @@ def ranks(tiny, tmp_path_factory):
     return root
 
 
+THREADS = """
+import json, os, pathlib, sys
+import train
+for attempt, argv in enumerate(json.loads(open(sys.argv[1]).read())):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+    sys.argv = ["train.py", *argv]
+    train.main()
+    names = [(path / "comm").read_text().strip() for path in pathlib.Path("/proc/self/task").iterdir()]
+    print("threads of gloo left:", sum("gloo" in name for name in names))
+"""
+
+
+def test_no_thread_of_gloo_outlives_a_run(tiny, tmp_path):
+    """A thread that still runs when the interpreter exits aborts the process, now and then."""
+    commands = {mode: [*tiny.flags["stage2"], "--steps", 2, "--shard", mode] for mode in sharding.MODES}
+    (tmp_path / "rank.py").write_text(THREADS)
+    run_all(tmp_path, commands, "", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    text = (tmp_path / "output.txt").read_text()
+    assert text.count("threads of gloo left: 0") == 2 * len(commands)
+
+
 SHARED = [
     "stage2",
     "accumulated",
@@ -826,3 +847,19 @@ def test_a_shell_sees_status_one_and_one_line(tiny, tmp_path):
     (line,) = result.stderr.splitlines()
     assert line.startswith("train.py: ") and "mine.json: record 0 (id 7)" in line and "human" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("blind", [True, False])
+def test_a_projector_without_a_gradient_is_named_once(tiny, command, tmp_path, capsys, blind):
+    records = json.loads((tiny.world / "instruct.json").read_text())[:BATCH]
+    mine = write_records(tmp_path / "mine.json", [blinded(record) if blind else record for record in records])
+    argv = [*tiny.flags["stage2"], "--data", mine, "--images", tiny.world, "--out", tmp_path / "run"]
+    command(train, *argv)
+    error = capsys.readouterr().err
+    line = f"the projector learns nothing: its gradient was exactly 0 in {STEPS} steps"
+    assert error.count(line) == error.count("no record has an image") == blind
+
+
+def test_the_names_of_special_tokens_are_not_in_the_vocabulary_of_stage_0(tiny):
+    vocabulary = json.loads((tiny.decoder / "tokenizer.json").read_text())["model"]["vocab"]
+    assert not [token for token in vocabulary if "eos" in token or (len(token) > 1 and "{" in token)]

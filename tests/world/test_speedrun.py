@@ -103,6 +103,27 @@ def test_a_signal_lets_the_step_save_and_end(tmp_path, number):
     assert process.wait(60) == 1 and (tmp_path / "first").read_text() == "x"  # the first step was not repeated
 
 
+def test_a_training_run_inside_saves_and_ends(tiny, tmp_path):
+    run = tmp_path / "run"
+    more = ["--steps", "100000", "--save-every", "50000", "--out", str(run)]
+    argv = ["train.py", *map(str, tiny.flags["stage2"]), *more]
+    program = "from pathlib import Path; from world.speedrun import Runner, Step, run_steps\n"
+    program += f"run_steps([Step('stage2', {argv!r})], Path({str(tmp_path / 'minutes.json')!r}), Runner())"
+    more = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, "-c", program], **more)
+    wait_for(run / "log.jsonl")
+    while not (rows := (run / "log.jsonl").read_text().count("\n")):
+        time.sleep(0.01)
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in error
+    saved, stopped = error.splitlines()[-2:]
+    step = json.loads((run / "latest/state.json").read_text())["step"]
+    assert step == (run / "log.jsonl").read_text().count("\n") >= rows
+    assert saved == f"stopped after step {step}; continue with --out {run} --resume"
+    assert stopped == "speedrun: stopped in stage2; the same command resumes it"
+
+
 def test_ctrl_c_in_a_terminal_reaches_the_step_once(tmp_path):
     pid, terminal = pty.fork()
     if pid == 0:
