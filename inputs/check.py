@@ -96,7 +96,7 @@ def count_cut(dataset: Samples) -> tuple[dict[str, int], str]:
     """What `dataset.max_length` cuts off: counts for run.json, and one line that says it; "" if nothing is cut."""
     numbers = dataset.long_samples()
     whole, kept = np.array(parallel_map(dataset.answer_tokens, numbers, "long samples"), int).reshape(-1, 2).T
-    cut, empty = np.flatnonzero(whole > kept), np.flatnonzero(kept == 0)
+    cut, empty = np.flatnonzero(whole > kept), np.flatnonzero((kept == 0) & (whole > 0))
     counts = {"max_length": dataset.max_length, "samples": len(dataset), "cut": len(cut)}
     counts |= {"tokens_lost": int((whole - kept).sum()), "unanswered": len(empty)}
     if not len(cut):

@@ -494,6 +494,7 @@ def test_captions_that_are_cut_are_counted(world):
     lost = len(TOKENIZER.encode("a cat on a mat. " * 5)) - 4
     assert count_cut(pairs)[0] == {"max_length": 4, "samples": 2, "cut": 1, "tokens_lost": lost, "unanswered": 0}
     assert "1 of 2 samples" in count_cut(pairs)[1] and pairs.left_out == 1
+    assert count_cut(captions(world, record("<image>", "", image="a.png")))[0]["unanswered"] == 0
 
 
 def test_templates_and_image_order_of_records(world):
