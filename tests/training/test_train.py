@@ -717,7 +717,7 @@ def test_data_of_ones_own(tiny, command, tmp_path):
     records = json.loads((tiny.world / "instruct.json").read_text())[:6]
     records[1] = blinded(records[1])
     records[2]["image"] = [records[2]["image"]]
-    said = [{"from": "human", "value": "What is <image> for?"}, {"from": "gpt", "value": "For </s> a picture."}]
+    said = [{"from": "human", "value": "What is <img> for?"}, {"from": "gpt", "value": "For </s> a picture."}]
     records[3] = {"id": "text", "image": None, "conversations": said}
     mine = write_records(tmp_path / "mine.json", records)
     argv = [*tiny.flags["stage2"], "--data", mine, "--images", tiny.world, "--steps", 3, "--batch-size", 4]
