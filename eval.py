@@ -12,8 +12,8 @@ resumes where it was; torchrun spreads a run over GPUs.
 """
 
 import argparse
-import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,14 +27,14 @@ from evaluation.manifest import save_manifest
 from evaluation.predictions import END_TOKEN, Item, JsonFile, check_image_key, note, read_predictions, short
 from evaluation.scores import accuracy_by_category
 from evaluation.submissions import write_submission
-from evaluation.tasks import TASKS, build_prompt, choose_image_mode, read_items
+from evaluation.tasks import TASKS, VAGUE, build_prompt, choose_image_mode, read_items
 from fast.accelerate import accelerate
 from formats.adapters import base_of_adapter, load_with_adapter
 from formats.weights import choose_dtype
 from inputs import cli
 from inputs.files import write_json
 from inputs.images import LinkedFolder
-from inputs.records import MARKER, SURROGATE, DataError
+from inputs.records import MARKER, SURROGATE, DataError, name_keys
 from inputs.templates import is_whole_prompt
 from llava import LlavaConfig
 from training import runs
@@ -43,6 +43,8 @@ from world import probes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # questions
+
+QUESTION_KEYS = {"question_id", "text", "image", "answer", "category", "metric"}
 
 
 def read_questions(path: Path) -> list[dict]:
@@ -70,6 +72,8 @@ def read_questions(path: Path) -> list[dict]:
             raise DataError(f"{row.where}: this question_id comes twice")
         seen.add(key)
     note([path], guessed, "descriptions of a world name no metric: scored by objects_f1")
+    if unread := name_keys(Counter(key for row in questions for key in row.keys() - QUESTION_KEYS).most_common()):
+        print(f"{path}: keys that are not read: {unread}", file=sys.stderr)
     return questions
 
 
@@ -169,11 +173,12 @@ def answer(args: argparse.Namespace):
     cost, name = Cost(), folder.name + ("-blank" if args.blank else "")
     ask = partial(answer_batch, model, tokenizer, images=plan.images, max_new_tokens=length, cost=cost)
     rows = answer_all(plan.questions, plan.out, args.batch_size, name, ask, answer_metadata, ranks)
-    (cut,) = ranks.all_reduce_sum(cost["cut answers"])
+    cut, given = ranks.all_reduce_sum(cost["cut answers"], cost["questions"])
     if ranks.is_main:
         cost.save(sibling_file(plan.out, "cost.json"), device)
         if cut:
-            print(f"{cut:,} answers were cut at --max-new-tokens {length} or at the context's end", file=sys.stderr)
+            reason = f"were cut at --max-new-tokens {length} or at the context's end"
+            print(f"{cut:,} of the {given:,} answers given now {reason}", file=sys.stderr)
         plan.finish(rows)
 
 
@@ -240,9 +245,8 @@ def report_answers(task: str, items: list[Item], answers: list[str | None]):
     report_count("questions have an empty answer", items, [answer == "" for answer in given])
     left = [bool(END_TOKEN.search(answer or "")) for answer in given]
     report_count("answers end with an end token (</s>, ...), which is scored as text: remove it", items, left)
-    vague = [bool(answer) and not re.search(r"\b(yes|no|not)\b", answer.lower()) for answer in given]
-    if task == "pope":
-        report_count("answers say neither yes nor no; LLaVA's rule counts them as yes", items, vague)
+    what, is_vague = VAGUE.get(task, ("", None))
+    report_count(what, items, [bool(what and answer) and is_vague(item, answer) for item, answer in zip(items, given)])
 
 
 def report_count(what: str, items: list[Item], which: list[bool]):

@@ -69,6 +69,8 @@ def read_gqa(paths: list[Path]) -> list[Item]:
             item.truth = row | {"answer": row.need("answer")}
             for name in row.keys() & {"entailed", "types", "groups"}:
                 need_texts(row, name, list if name == "entailed" else dict)
+    lone = [item for item in items.values() if item.truth and not item.truth.get("isBalanced", True)]
+    note(paths, len(lone), "questions are not balanced: they count in the consistency of others only")
     for item in (item for item in items.values() if item.truth):
         item.truth |= choices.get(item.id, {})
     return add_truths(paths, listed, list(items.values()))
@@ -77,13 +79,14 @@ def read_gqa(paths: list[Path]) -> list[Item]:
 def add_truths(paths: list[Path], listed: list[Item], items: list[Item]) -> list[Item]:
     """LLaVA's list with the truths of the official items, found by first key, or by id if they have no key; or either
     of the two alone. Raises DataError if a listed item is not among the official ones."""
-    official = {(*item.keys, str(item.id))[0]: item for item in items}
+    official, found = {(*item.keys, str(item.id))[0]: item for item in items}, set()
     for item in listed if items else ():
         match = official.get((*item.keys, str(item.id))[0])
         if match is None:
             refuse(paths, f"question {short(item.id)} is not among the official ones")
         item.truth, item.keys = match.truth, (*item.keys, str(match.id))
-    note(paths, len(items) - len(listed) if listed else 0, "official questions are not in LLaVA's list: left out")
+        found.add(id(match))
+    note(paths, len(items) - len(found) if listed else 0, "official questions are not in LLaVA's list: left out")
     return listed or items
 
 
@@ -178,9 +181,9 @@ def read_medical(paths: list[Path]) -> list[Item]:
         note([file.path], len(all_rows) - len(rows), "questions are not of the test set or not English: left out")
         for row in rows:
             if turns := row.get("conversations"):
-                if not isinstance(turns, list) or len(turns) < 2:
-                    raise DataError(f"{row.where}: conversations are not a question and an answer")
-                question, answer = (Row(turn, f"{row.where}: conversations").need("value") for turn in turns[:2])
+                if not isinstance(turns, list) or len(turns) != 2:
+                    raise DataError(f"{row.where}: conversations are not one question and one answer")
+                question, answer = (Row(turn, f"{row.where}: conversations").need("value") for turn in turns)
             else:
                 question, answer = row.need("question"), str(row.need("answer", str, int, float))
             kind = row.need("answer_type").strip().lower()

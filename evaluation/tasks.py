@@ -1,6 +1,7 @@
 """The table of benchmarks: the reader of each one's files, the suffix of its questions, and its scorer."""
 
 import operator
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -50,6 +51,18 @@ TASKS = {
     "vqa-rad": Task(readers.read_medical, scores.medical, ""),
     "pathvqa": Task(readers.read_medical, scores.medical, ""),
     "slake": Task(readers.read_medical, scores.medical, ""),
+}
+# What to report of answers that are no choice between the options, and whether an answer of an item is one.
+NO_OPTION = "answers name no option, or several, which counts as wrong"
+VAGUE = {
+    "pope": (
+        "answers say neither yes nor no; LLaVA's rule counts them as yes",
+        lambda item, answer: not re.search(r"\b(yes|no|not)\b", answer.lower()),
+    ),
+    "mme": ("answers begin with neither yes nor no: wrong", lambda _, answer: metrics.yes_no_mme(answer) == "other"),
+    "scienceqa": (NO_OPTION, lambda item, answer: not metrics.science_letter(answer)),
+    "mmbench": (NO_OPTION, lambda item, answer: not metrics.option_letter(answer, item.options)),
+    "seed": (f"{NO_OPTION}: a letter alone is read", lambda item, answer: answer not in tuple("ABCD")),
 }
 
 

@@ -65,6 +65,8 @@ def report_faults(sources: list[Source], decode: bool) -> int:
         counts = source.file.image_counts
         print(f"{source.file.path}: {len(counts):,} records, {int((counts > 0).sum()):,} with images", end="")
         print(f" ({source.file.distinct_images:,} different), weight {source.weight:g}; {len(source.faults):,} bad")
+        if source.file.unread:
+            print(f"  keys that are not read: {source.file.unread}")
         kinds = defaultdict(list)
         for fault in source.faults.values():
             kinds[kind_of(fault.reason)].append(fault)

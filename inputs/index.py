@@ -7,7 +7,7 @@ The index of a large file is kept, and memory-mapped by every process that reads
 
     out/index/<path>-<version>/    two hashes; a new version if the file or the code that builds the index changes
         records.npy      first byte and size, questions and images of each record: (N,) of ROW
-        facts.json       number of different images, and the faults: record number, its name, the reason
+        facts.json       number of different images; faults: record number, its name, the reason; keys that are not read
         lengths-*.npy    tokens of each sample, see data.Records.lengths
 """
 
@@ -17,6 +17,7 @@ import mmap
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -26,11 +27,12 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from inputs import files, records
+from inputs import files
 from inputs.files import publish_folder, reject_duplicate_keys, write_atomic
-from inputs.records import DataError, Fault, check_record, image_paths
+from inputs.records import DataError, Fault, check_record, image_paths, name_keys, unread_keys
 
 MIN_KEPT = 1_000_000  # bytes; the index of a smaller file is not kept but built again, which takes milliseconds
+CODE_FILES = ("data.py", "inputs/*.py", "variants/*.py")  # what an index, and the lengths beside it, depend on
 ROW = np.dtype([("span", np.int64, 2), ("rounds", np.int32), ("images", np.int32)])
 
 
@@ -38,7 +40,7 @@ class RecordFile:
     """The records of one JSON file as a sequence. Raises DataError if the file is not a list of records.
 
     Attributes: spans: first byte and number of bytes of each record, (N, 2); rounds and image_counts: its questions and
-    images, (N,); distinct_images: number of different paths; faults: by record number.
+    images, (N,); distinct_images: number of different paths; faults: by record number; unread: keys that nothing reads.
     Args: version: of the file, if it must not have changed since.
     """
 
@@ -52,7 +54,7 @@ class RecordFile:
                 rows = np.load(self.folder / "records.npy", mmap_mode="r")
                 facts = json.loads((self.folder / "facts.json").read_text())
         self.spans, self.rounds, self.image_counts = (rows[name] for name in ROW.names)
-        self.distinct_images = facts["distinct_images"]
+        self.distinct_images, self.unread = facts["distinct_images"], name_keys(facts["unread"])
         self.faults = {i: Fault(f"{path}: {name}", reason) for i, name, reason in facts["faults"]}
 
     def __reduce__(self):
@@ -76,7 +78,8 @@ class RecordFile:
     def kept_index(self, file: BinaryIO) -> Path:
         """The folder of the index. If it does not exist, one process builds it while the others wait."""
         place = sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
-        code = b"".join(Path(module).read_bytes() for module in (__file__, records.__file__))
+        root = Path(__file__).parents[1]
+        code = b"".join(path.read_bytes() for name in CODE_FILES for path in sorted(root.glob(name)))
         version = sha256(repr(self.version).encode() + code).hexdigest()[:16]
         folder = files.OUTPUT_ROOT.resolve() / "index" / f"{place}-{version}"
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +148,7 @@ def file_lock(path: Path):
 
 def build_index(path: Path, file: BinaryIO) -> tuple[np.ndarray, dict]:
     """The rows of an index, and its facts. A progress bar appears after a second."""
-    images, faults = set(), []  # hashes of the paths; number, name and reason of the bad records
+    images, faults, unread = set(), [], Counter()  # hashes of the paths; number, name, reason of the bad records
     size = os.fstat(file.fileno()).st_size
     content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
 
@@ -162,10 +165,12 @@ def build_index(path: Path, file: BinaryIO) -> tuple[np.ndarray, dict]:
                     yield span, 0, 0
                 else:
                     images.update(map(hash, image_paths(record)))
+                    unread.update(unread_keys(record))
                     yield span, len(record["conversations"]) // 2, len(image_paths(record))
                 bar.update(sum(span) - bar.n)
 
-    return np.fromiter(rows(), ROW), {"distinct_images": len(images), "faults": faults}
+    table = np.fromiter(rows(), ROW)
+    return table, {"distinct_images": len(images), "faults": faults, "unread": unread.most_common()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

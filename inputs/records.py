@@ -24,6 +24,7 @@ OTHER_LAYOUTS = {  # by a key that LLaVA's records do not have
     "gpt), content to value, images to image",
     "instruction": "Alpaca: write instruction and output as conversations",
 }
+RECORD_KEYS, TURN_KEYS = {"id", "image", "conversations", "template", *SYSTEM_KEYS}, {"from", "value"}
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a UTF-16 pair: JSON can write it, UTF-8 cannot
 
 
@@ -103,6 +104,18 @@ def check_text_only(record: dict, questions: list[str]):
         raise ValueError(f"no image under the key 'image', which alone is read; {keys[0]!r} looks like one: rename it")
     if found := next(filter(None, map(LOST_MARKER.search, questions)), None):
         raise ValueError(f"{found[0]} stands in a question, but the key 'image' names no file")
+
+
+def unread_keys(record: dict) -> set[str]:
+    """The keys of a good record, and of its turns, that nothing reads."""
+    turns = {f"{key} of a turn" for message in record["conversations"] for key in message.keys() - TURN_KEYS}
+    return turns | (record.keys() - RECORD_KEYS)
+
+
+def name_keys(counts: list[tuple[str, int]], most: int = 8) -> str:
+    """Keys and how many have them, for messages: "'hint' (7), 'choices' (2)"."""
+    more = [f"{len(counts) - most:,} more"] if len(counts) > most else []
+    return ", ".join([*(f"{key!r:.60} ({count:,})" for key, count in counts[:most]), *more])
 
 
 def names_files(value: object) -> bool:

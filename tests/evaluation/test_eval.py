@@ -390,7 +390,7 @@ def test_answers_that_are_cut_and_questions_that_are_not_scored_are_counted(comm
     path, out = write_lines(tmp_path / "q.jsonl", rows), tmp_path / "a.jsonl"
     command(evaluation, "--model", babbler, "--questions", path, "--out", out, "--device", "cpu", "--max-new-tokens", 2)
     said = capsys.readouterr()
-    assert "2 answers were cut at --max-new-tokens 2" in said.err
+    assert "2 of the 2 answers given now were cut at --max-new-tokens 2" in said.err
     assert said.out.splitlines()[-1] == f"1 scored answers, 1 without a true answer, in {out}"
 
 

@@ -229,3 +229,40 @@ def test_images_without_a_caption_are_counted(tmp_path, capsys):
     content["annotations"] = [{"image_id": 0, "caption": "a cat"}]
     assert len(read_items("coco", [write(tmp_path / "c.json", content)])) == 1
     assert "c.json: 2 images have no caption: left out" in capsys.readouterr().err
+
+
+def test_a_list_without_official_questions_leaves_none_out(tmp_path, capsys):
+    listed = [{"question_id": str(i), "image": "a.jpg", "text": f"Is it {i}?"} for i in range(2)]
+    assert len(read_items("gqa", [write(tmp_path / "list.jsonl", lines(listed))])) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_unbalanced_questions_of_gqa_are_counted(tmp_path, capsys):
+    own = {key: {"question": "q?", "imageId": "a", "answer": "yes", "isBalanced": key == "1"} for key in "123"}
+    read_items("gqa", [write(tmp_path / "own.json", own)])
+    assert "2 questions are not balanced" in capsys.readouterr().err
+
+
+def test_a_medical_dialogue_is_not_cut_to_its_first_question(tmp_path):
+    turns = [{"from": who, "value": who} for who in ("human", "gpt", "human", "gpt")]
+    row = {"id": 1, "image": "a.jpg", "answer_type": "OPEN", "conversations": turns}
+    with pytest.raises(DataError, match="not one question and one answer"):
+        read_items("slake", [write(tmp_path / "m.json", [row])])
+
+
+@pytest.mark.parametrize(
+    "task, read, vague",
+    [("mme", "Yes.", "Maybe"), ("scienceqa", "B", "b"), ("mmbench", "(B)", "A or B"), ("seed", "B", "B. cat")],
+)
+def test_answers_that_name_no_option_are_reported(task, read, vague, capsys):
+    items = [Item(i, "q?", options={"A": "dog", "B": "cat"}) for i in range(3)]
+    evaluation.report_answers(task, items, [read, vague, vague])
+    assert "2 of 3 answers" in (said := capsys.readouterr().err) and "(first: 1)" in said
+    evaluation.report_answers(task, items, [read] * 3)
+    assert capsys.readouterr().err == ""
+
+
+def test_keys_of_own_questions_that_are_not_read_are_named(tmp_path, capsys):
+    rows = [{"question_id": i, "text": "Which?", "choices": ["a", "b"]} for i in range(2)]
+    evaluation.read_questions(write(tmp_path / "q.jsonl", lines(rows)))
+    assert "q.jsonl: keys that are not read: 'choices' (2)" in capsys.readouterr().err

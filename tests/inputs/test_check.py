@@ -119,6 +119,18 @@ def test_data_without_an_image_is_said(mine, tiny, command, capsys):
     assert "no record has an image" in capsys.readouterr().err
 
 
+def test_keys_that_nothing_reads_are_named(mine, tiny, command, capsys):
+    content = without_image(8)
+    content[0]["rejected"] = "no"
+    content[1]["conversations"][1]["weight"] = content[2]["conversations"][1]["weight"] = 0
+    write_json(mine.folder / "keys.json", content)
+    assert status(command, "check", "keys.json") == 0
+    line = "keys that are not read: 'weight of a turn' (2), 'rejected' (1)"
+    assert f"  {line}\n" in capsys.readouterr().out
+    command(train, *tiny.flags["stage2"], "--data", "keys.json", "--out", "run")
+    assert f"keys.json: {line}\n" in capsys.readouterr().err
+
+
 def test_linked_folders_in_check_training_and_evaluation(mine, tiny, command, capsys):
     (mine.folder / "play").mkdir()
     (mine.folder / "play/coco").symlink_to(mine.images)
