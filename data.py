@@ -114,7 +114,7 @@ class Transcript:
         self.tokenizer, self.ids, self.labels, self.text = tokenizer, [], [], ""
         if tokenizer.bos_id is not None:
             self.add_ids([tokenizer.bos_id])
-        self.starts = True  # True if the next chunk starts a text, False if it continues one; SentencePiece differs
+        self.starts = True  # False if the next chunk continues a text: SentencePiece puts no space in front
 
     def add_ids(self, ids: list[int], learn: bool = False):
         self.ids += ids
@@ -143,7 +143,7 @@ class Transcript:
         """Add the placeholders of some images. The model replaces each placeholder by one visual feature."""
         self.encode_text()
         self.add_ids([self.tokenizer.image_id] * sum(counts))
-        self.starts = True  # LLaVA's tokenizer_image_token encodes the text after an image on its own
+        self.starts = self.tokenizer.legacy
 
 
 def prompt_ids(questions: list[str], answers: list[str], images: int, tokenizer, template, image_tokens) -> list[int]:

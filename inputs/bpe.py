@@ -80,7 +80,7 @@ class SentencePiece(PickledByFields):
     scores: dict[str, float]  # piece -> score of merging two parts to it
     byte_ids: list[int]  # the ids of all 256 bytes, or empty
     unknown: int  # id of a character without a piece if byte_ids is empty
-    unless_spaced: bool  # no prefix for a text that starts with a space, as in transformers' newer, "non-legacy" files
+    scheme: str  # which texts get the prefix: a key of vocabularies.PREFIXES
 
     def __post_init__(self):
         self.spelled = {i: bytes([byte]) for byte, i in enumerate(self.byte_ids)}
@@ -94,7 +94,7 @@ class SentencePiece(PickledByFields):
     def encode(self, text: str, prefix: bool = True) -> list[int]:
         """Ids of a text. Args: prefix: False if the text continues another one, so that it gets no space in front."""
         text = text.replace(" ", SPACE)
-        if text and prefix and not (self.unless_spaced and text.startswith(SPACE)):
+        if text and prefix and (self.scheme in ("prepend", "double") or not text.startswith(SPACE)):
             text = SPACE + text
         return [i for word in self.words.findall(text) for i in self.encode_word(word)]
 

@@ -87,7 +87,7 @@ class Tokenizer(PickledByFields):
         if isinstance(self.codec, ByteLevel):
             content |= byte_level_json(self.codec)
         else:
-            content |= sentencepiece_json(self.codec, self.specials, self.legacy)
+            content |= sentencepiece_json(self.codec, self.specials)
         content["post_processor"] = None
         if bos := self.roles.get("bos"):  # set in front of every text
             begin, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
@@ -122,7 +122,7 @@ class Tokenizer(PickledByFields):
                 codec, specials = read_vocabulary(path, legacy=bool(settings.get("legacy", True)))
                 specials |= added if path.suffix == ".model" else {}
                 roles = find_roles(specials, named)
-            return cls(codec, specials, roles, legacy=not getattr(codec, "unless_spaced", False))
+            return cls(codec, specials, roles, legacy=getattr(codec, "scheme", "") != "first")
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror or error}") from None
         except CORRUPT as error:

@@ -31,6 +31,20 @@ LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:4], "<|sta
 LLAMA3_SPECIALS += [RESERVED[4], "<|eot_id|>", *RESERVED[5:]]  # in the order of Meta's code: ids 128,000 to 128,255
 CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 CLIP_MERGES = 48_894  # OpenAI's file lists more merges than CLIP uses
+# The ways to put SentencePiece's dummy prefix in front of text, as normalizer and pre_tokenizer of a tokenizer.json:
+#   prepend  of every text between added tokens; transformers 4, legacy
+#   double   the same, but added tokens are found before; transformers 5, legacy, made from a tokenizer.model
+#   always   of every text between added tokens that does not start with a space; transformers 5, legacy
+#   first    of the whole text if it starts with neither an added token nor a space; not legacy
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+DOUBLE = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}, "content": SPACE * 2}
+METASPACE = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
+PREFIXES = {
+    "prepend": ([{"type": "Prepend", "prepend": SPACE}, SPACES], []),
+    "double": ([SPACES, DOUBLE], [METASPACE | {"prepend_scheme": "always"}]),
+    "always": ([], [METASPACE | {"prepend_scheme": "always"}]),
+    "first": ([], [METASPACE]),
+}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's types of a piece
 
 
@@ -48,7 +62,7 @@ def read_vocabulary(path: Path, legacy: bool) -> tuple[Codec, dict[str, int]]:
     if path.suffix == ".bin":
         return read_llama2c(path)
     if not path.read_bytes()[:64].split(b"\n")[0].endswith(b" 0"):
-        return read_sentencepiece(path, unless_spaced=not legacy)
+        return read_sentencepiece(path, "prepend" if legacy else "first")
     lines = [line.split() for line in path.read_bytes().splitlines()]  # LLaMA-3's: a token in base64, and its rank
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     every_byte = all(bytes([byte]) in ranks for byte in range(256))
@@ -66,7 +80,7 @@ def read_llama2c(path: Path) -> tuple[SentencePiece, dict[str, int]]:
         i, at = len(pieces), at + 8 + length
         kind = UNKNOWN if i == 0 else CONTROL if i < 3 else BYTE if i < 259 else NORMAL
         pieces.append((text.decode().replace(" ", SPACE), score, kind))
-    return from_pieces(pieces, unless_spaced=False), {"<unk>": 0, "<s>": 1, "</s>": 2}
+    return from_pieces(pieces, "prepend"), {"<unk>": 0, "<s>": 1, "</s>": 2}
 
 
 def read_clip(path: Path) -> tuple[ClipBPE, dict[str, int]]:
@@ -87,7 +101,7 @@ def read_clip(path: Path) -> tuple[ClipBPE, dict[str, int]]:
 # tokenizer.model of SentencePiece
 
 
-def read_sentencepiece(path: Path, unless_spaced: bool) -> tuple[SentencePiece, dict[str, int]]:
+def read_sentencepiece(path: Path, scheme: str) -> tuple[SentencePiece, dict[str, int]]:
     """Read a tokenizer.model, and its special tokens by name. Field numbers: sentencepiece_model.proto."""
     fields = list(read_fields(path.read_bytes()))
     pieces = [{1: b"", 2: bytes(4), 3: NORMAL} | dict(read_fields(value)) for number, value in fields if number == 1]
@@ -101,7 +115,7 @@ def read_sentencepiece(path: Path, unless_spaced: bool) -> tuple[SentencePiece, 
     if rewrites or any(kind == USER_DEFINED for _, _, kind in pieces):
         raise ValueError("it rewrites its text before encoding, which is not supported")
     specials = {text: i for i, (text, _, kind) in enumerate(pieces) if kind in (UNKNOWN, CONTROL)}
-    return from_pieces(pieces, unless_spaced), specials
+    return from_pieces(pieces, scheme), specials
 
 
 def read_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -132,7 +146,7 @@ def read_varint(stream: io.BytesIO) -> int:
     raise ValueError(f"no number before byte {stream.tell()}")
 
 
-def from_pieces(pieces: list[tuple[str, float, int]], unless_spaced: bool) -> SentencePiece:
+def from_pieces(pieces: list[tuple[str, float, int]], scheme: str) -> SentencePiece:
     """A codec from (text, score, type) of every id. Raises ValueError if only some bytes have an id."""
     ids = {text: i for i, (text, _, kind) in enumerate(pieces) if kind == NORMAL}
     scores = {text: score for text, score, kind in pieces if kind == NORMAL}
@@ -140,7 +154,7 @@ def from_pieces(pieces: list[tuple[str, float, int]], unless_spaced: bool) -> Se
     unknown = next((i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN), 0)
     if len(by_byte) not in (0, 256):
         raise ValueError(f"{len(by_byte)} of 256 bytes have an id")
-    return SentencePiece(ids, scores, [by_byte[byte] for byte in range(len(by_byte))], unknown, unless_spaced)
+    return SentencePiece(ids, scores, [by_byte[byte] for byte in range(len(by_byte))], unknown, scheme)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,15 +189,14 @@ def parse_sentencepiece(content: dict, specials: dict[str, int], merges: list[li
     ids, scores = {text: i for text, i in vocabulary.items() if i not in others}, {}
     for rank, (left, right) in enumerate(merges):
         scores.setdefault(left + right, -float(rank))  # the first way to a piece decides
-    steps = [list_steps(content["normalizer"], "normalizers"), list_steps(content["pre_tokenizer"], "pretokenizers")]
-    match steps:
-        case [[{"type": "Prepend"}, {"type": "Replace"}], []]:
-            unless_spaced = False
-        case [[], [{"type": "Metaspace", "prepend_scheme": "first"}]]:
-            unless_spaced = True
-        case _:
-            raise ValueError(f"its normalizer and pre_tokenizer are {json.dumps(steps)[:300]}")
-    return SentencePiece(ids, scores, byte_ids, vocabulary.get(unknown, 0), unless_spaced)
+    steps = list_steps(content["normalizer"], "normalizers"), list_steps(content["pre_tokenizer"], "pretokenizers")
+    steps = steps[0], [{key: step[key] for key in step if key != "add_prefix_space"} for step in steps[1]]
+    if steps[0] == [SPACES] and steps[1]:  # Metaspace writes spaces as ▁, too
+        steps = [], steps[1]
+    scheme = next((name for name, known in PREFIXES.items() if steps == known), None)
+    if scheme is None:
+        raise ValueError(f"its normalizer and pre_tokenizer are {json.dumps(steps)[:300]}")
+    return SentencePiece(ids, scores, byte_ids, vocabulary.get(unknown, 0), scheme)
 
 
 def parse_byte_level(content: dict, specials: dict[str, int], merges: list[list[str]]) -> ByteLevel:
@@ -243,14 +256,12 @@ def byte_level_json(codec: ByteLevel) -> dict:
     }
 
 
-def sentencepiece_json(codec: SentencePiece, specials: dict[str, int], legacy: bool) -> dict:
-    """The same sections for SentencePiece; where the dummy prefix is added depends on `legacy`.
+def sentencepiece_json(codec: SentencePiece, specials: dict[str, int]) -> dict:
+    """The same sections for SentencePiece.
 
     The merges are all of two pieces to a third, the best first.
     """
-    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    prefixed = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]}
-    metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
+    normalizers, pretokenizers = PREFIXES[codec.scheme]
     decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}]
     decoders += [{"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     vocabulary = codec.ids | {f"<0x{byte:02X}>": i for byte, i in enumerate(codec.byte_ids)}
@@ -263,8 +274,8 @@ def sentencepiece_json(codec: SentencePiece, specials: dict[str, int], legacy: b
     ]
     model = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "ignore_merges": False}
     return {
-        "normalizer": prefixed if legacy else None,
-        "pre_tokenizer": None if legacy else metaspace,
+        "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pretokenizers} if pretokenizers else None,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": model | {"vocab": vocabulary, "merges": [parts for *_, parts in sorted(merges)]},
     }
