@@ -124,7 +124,7 @@ class Transcript:
         """Encode the text gathered so far; the next chunk continues it."""
         if self.text:
             self.add_ids(self.tokenizer.encode(self.text, self.starts), learn)
-            self.text, self.starts = "", False
+            self.text, self.starts = "", self.tokenizer.legacy and self.ids[-1] in self.tokenizer.word_ids
 
     def add_markup(self, text: str, learn: bool = False):
         """Add text of a template, in which special tokens stand in braces."""

@@ -274,7 +274,7 @@ def load_tokenizer(folder: str | Path, config: LlavaConfig) -> Tokenizer:
     if config.vision_config is not None:
         name_image_token(tokenizer, config.image_token_index, folder)
     unused = [tokenizer.roles.get(role) for role in ("image", "pad")]  # their embeddings are never read
-    used = [i for name, i in tokenizer.specials.items() if name not in unused]
+    used = [i for name, i in tokenizer.specials.items() if name not in unused] + list(tokenizer.word_ids)
     rows = config.text_config.vocab_size
     if max(tokenizer.codec.highest_id, *used) >= rows:
         raise ValueError(f"{folder}: its tokenizer has ids up to {tokenizer.vocab_size - 1}, its embedding {rows} rows")
@@ -284,15 +284,19 @@ def load_tokenizer(folder: str | Path, config: LlavaConfig) -> Tokenizer:
 
 def name_image_token(tokenizer: Tokenizer, index: int, folder: str | Path):
     """Call the token with id `index` <image>. Raises ValueError if that token has another meaning."""
-    name = {i: name for name, i in tokenizer.specials.items()}.get(index)
+    ids = tokenizer.specials | {name: token.id for name, token in tokenizer.words.items()}
+    name = {i: name for name, i in ids.items()}.get(index)
     if name is None and index <= tokenizer.codec.highest_id:
         raise ValueError(f"{folder}: image_token_index of config.json, {index}, is an ordinary token")
     if name in [tokenizer.roles.get(role) for role in ("bos", "eos", "pad")] and name is not None:
         raise ValueError(f"{folder}: image_token_index of config.json, {index}, is the token {name}")
     if tokenizer.specials.get("<image>", index) != index:
         raise ValueError(f"{folder}: <image> is {tokenizer.specials['<image>']}, but config.json says {index}")
-    tokenizer.specials.pop(name, None)
+    if name != "<image>":
+        tokenizer.specials.pop(name, None)
+        tokenizer.added.pop(name, None)
     tokenizer.specials["<image>"], tokenizer.roles["image"] = index, "<image>"
+    tokenizer.__post_init__()
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Three codecs for byte-pair encoding (BPE): byte-level BPE on tiktoken, SentencePiece's, and CLIP's.
 
-A codec turns text into ids and ids into text, without special tokens. tiktoken has neither SentencePiece's BPE
-(LLaMA-1 and 2, Vicuna, Mistral, TinyLlama) nor CLIP's, so this file implements both.
+A codec normalizes text and turns it into ids, and ids into text, without special tokens. tiktoken has neither
+SentencePiece's BPE (LLaMA-1 and 2, Vicuna, Mistral, TinyLlama) nor CLIP's, so this file implements both.
 
 Sources: Sennrich et al. 2016 (arXiv 1508.07909), Kudo & Richardson 2018 (arXiv 1808.06226), OpenAI's CLIP.
 """
@@ -41,17 +41,21 @@ class ByteLevel(PickledByFields):
     def __post_init__(self):
         self.missing_bytes = bytes(byte for byte in range(256) if bytes([byte]) not in self.ranks)
         self.encoding = tiktoken.Encoding("llava", pat_str=self.split, mergeable_ranks=self.ranks, special_tokens={})
-        self.known_ids, self.highest_id = set(self.ranks.values()), max(self.ranks.values())
+        self.spelled, self.highest_id = {i: token for token, i in self.ranks.items()}, max(self.ranks.values())
 
-    def encode(self, text: str, prefix: bool = True) -> list[int]:
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
+    def normalize(self, text: str, prefix: bool = True) -> str:
+        return unicodedata.normalize("NFC", text) if self.nfc else text
+
+    def encode_normalized(self, text: str, prefix: bool = True) -> list[int]:
         if not (self.missing_bytes and set(self.missing_bytes) & set(text.encode())):
             return self.encoding.encode_ordinary(text)
         words = (word.encode().translate(None, self.missing_bytes) for word in regex.findall(self.split, text))
         return [i for word in words if word for i in self.encoding._encode_single_piece(word)]
 
-    def decode(self, ids: list[int]) -> str:
-        return self.encoding.decode([i for i in ids if i in self.known_ids])  # an embedding may have unused rows
+    def decode(self, ids: list[int], words: dict[int, str]) -> str:
+        """Text of `ids`; an embedding may have unused rows. Args: words: added tokens, which stand for themselves."""
+        parts = [words[i].encode() if i in words else self.spelled.get(i, b"") for i in ids]
+        return b"".join(parts).decode(errors="replace")
 
     def merges(self) -> Iterator[list[bytes]]:
         """Yields the two parts of each merged token, found by merging its bytes with the earlier ranks only.
@@ -91,10 +95,16 @@ class SentencePiece(PickledByFields):
         self.words = regex.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+" if cuts_at_spaces else "(?s).+")
         self.encode_word = lru_cache(maxsize=CACHE)(self.encode_uncached)
 
-    def encode(self, text: str, prefix: bool = True) -> list[int]:
-        """Ids of a text. Args: prefix: False if the text continues another one, so that it gets no space in front."""
+    def normalize(self, text: str, prefix: bool = True) -> str:
+        """The text that added tokens are found in. Args: prefix: False if it continues another one."""
+        first = {"prepend": text[:1], "double": " "}.get(self.scheme)
+        text = SPACE + text if prefix and first and text.startswith((first, SPACE)) else text
+        return text.replace(" ", SPACE) if first is not None else text
+
+    def encode_normalized(self, text: str, prefix: bool = True) -> list[int]:
+        """Ids of a part of a normalized text. Args: prefix: as in `normalize`."""
         text = text.replace(" ", SPACE)
-        if text and prefix and (self.scheme in ("prepend", "double") or not text.startswith(SPACE)):
+        if prefix and self.scheme != "prepend" and not text.startswith(SPACE):
             text = SPACE + text
         return [i for word in self.words.findall(text) for i in self.encode_word(word)]
 
@@ -107,10 +117,10 @@ class SentencePiece(PickledByFields):
                 ids += [self.byte_ids[byte] for byte in part.encode()] if self.byte_ids else [self.unknown]
         return ids
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of the ordinary tokens among `ids`, without the dummy prefix."""
-        text = b"".join(self.spelled.get(i, b"") for i in ids).decode(errors="replace")
-        return text.removeprefix(" ")
+    def decode(self, ids: list[int], words: dict[int, str]) -> str:
+        """Text of `ids` without the dummy prefix. Args: words: added tokens, which stand for themselves."""
+        parts = [words[i].replace(SPACE, " ").encode() if i in words else self.spelled.get(i, b"") for i in ids]
+        return b"".join(parts).decode(errors="replace").removeprefix(" ")
 
 
 @dataclass(eq=False)
@@ -124,11 +134,14 @@ class ClipBPE(PickledByFields):
     def __post_init__(self):
         self.scores, self.alphabet = {token: -rank for rank, token in enumerate(self.merged)}, byte_alphabet()
         self.highest_id = max(self.ids.values())
+        self.spelled = {i: token.encode() for token, i in self.ids.items()}
         self.encode_word = lru_cache(maxsize=CACHE)(self.encode_uncached)
 
-    def encode(self, text: str, prefix: bool = True) -> list[int]:
+    def normalize(self, text: str, prefix: bool = True) -> str:
         # Character by character: str.lower() of a whole text would treat a sigma at the end of a word differently.
-        text = "".join(char.lower() for char in unicodedata.normalize("NFC", text))
+        return "".join(char.lower() for char in unicodedata.normalize("NFC", text))
+
+    def encode_normalized(self, text: str, prefix: bool = True) -> list[int]:
         return [i for word in regex.findall(self.SPLIT, text) for i in self.encode_word(word)]
 
     def encode_uncached(self, word: str) -> list[int]:
@@ -136,11 +149,10 @@ class ClipBPE(PickledByFields):
         parts[-1] += "</w>"
         return [self.ids[part] for part in merge_parts(parts, self.scores)]
 
-    def decode(self, ids: list[int]) -> str:
-        names = {i: token for token, i in self.ids.items()}
+    def decode(self, ids: list[int], words: dict[int, str]) -> str:
         to_byte = {char: byte for byte, char in self.alphabet.items()}
-        words = "".join(names[i] for i in ids).split("</w>")
-        return " ".join(bytes(to_byte[char] for char in word).decode(errors="replace") for word in words).strip()
+        parts = b"".join(self.spelled.get(i, b"") for i in ids).decode().split("</w>")
+        return " ".join(bytes(to_byte[char] for char in part).decode(errors="replace") for part in parts).strip()
 
 
 Codec = ByteLevel | SentencePiece | ClipBPE

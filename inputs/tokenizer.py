@@ -1,14 +1,14 @@
 """A tokenizer with special tokens: text to ids and back; and a trainer for new vocabularies.
 
 A tokenizer is saved as Hugging Face's `tokenizer.json`, so that other programs can load it. `encode` recognizes no
-special tokens; they are inserted by id, so a user cannot type one.
+special tokens; they are inserted by id, so a user cannot type one. Added tokens that are not special are found.
 """
 
 import json
 import struct
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from hashlib import sha256
 from itertools import pairwise
@@ -16,7 +16,8 @@ from pathlib import Path
 
 import regex
 
-from inputs.bpe import ByteLevel, Codec, PickledByFields
+from inputs.added_tokens import AddedToken, compile_names, read_added, special_names, split_text
+from inputs.bpe import SPACE, ByteLevel, Codec, PickledByFields
 from inputs.files import read_json, write_json
 from inputs.vocabularies import SPLIT, byte_level_json, check_ids, parse_json, read_vocabulary, sentencepiece_json
 
@@ -27,6 +28,7 @@ ROLES = {  # the usual special tokens of each role, for files that do not name o
     "bos": ("<s>", "<|begin_of_text|>", "<|startoftext|>"),
     "eos": ("</s>", "<|eot_id|>", "<|im_end|>", "<|endoftext|>"),
 }
+MARKERS = {"<|im_start|>", "<|start_header_id|>", "<|end_header_id|>"}  # other names of templates, always special
 CORRUPT = (EOFError, ValueError, LookupError, TypeError, AttributeError, RecursionError)  # errors of malformed files
 CORRUPT += (struct.error, zlib.error, regex.error)
 
@@ -38,13 +40,20 @@ class Tokenizer(PickledByFields):
     codec: Codec  # turns ordinary text into ids
     specials: dict[str, int]  # name -> id
     roles: dict[str, str]  # "bos", "eos", "pad", "image" -> name
-    legacy: bool = True  # SentencePiece: text after a special token gets a space in front, as at the start of a text
+    legacy: bool = True  # SentencePiece: text after an added token gets a space in front, as at the start of a text
+    added: dict[str, AddedToken] = field(default_factory=dict)  # those that a file lists; if not special, words
 
     def __post_init__(self):
         if "eos" not in self.roles:
             raise ValueError("no token that ends a text")
+        self.words = {name: token for name, token in self.added.items() if name and name not in self.specials}
+        normalize = self.codec.normalize
+        spelled = {normalize(name) if token.normalized else name: token for name, token in self.words.items()}
+        raw, other = ({name: t for name, t in spelled.items() if t.normalized is kind} for kind in (False, True))
+        self.finders = [(compile_names(tokens), tokens) for tokens in (raw, other)]
+        self.word_ids = {token.id: name for name, token in spelled.items()}
         # Dialogues repeat their questions: with this cache, a batch of 64 is rendered in a tenth of the time.
-        self._encode = lru_cache(maxsize=1 << 16)(self.codec.encode)
+        self._encode = lru_cache(maxsize=1 << 16)(self.encode_uncached)
 
     def fingerprint(self) -> str:
         """A hash of everything that the ids of a text depend on: the fields of this class and of the codec."""
@@ -60,7 +69,7 @@ class Tokenizer(PickledByFields):
 
     @property
     def vocab_size(self) -> int:
-        return max(self.codec.highest_id, *self.specials.values()) + 1
+        return max(self.codec.highest_id, *self.specials.values(), *self.word_ids) + 1
 
     def encode(self, text: str, prefix: bool = True) -> list[int]:
         """Ids of a text. Special tokens are not recognized in it: "</s>" becomes ordinary pieces.
@@ -69,25 +78,42 @@ class Tokenizer(PickledByFields):
         """
         return self._encode(text, prefix).copy()
 
+    def encode_uncached(self, text: str, prefix: bool) -> list[int]:
+        ids = []
+        for part, word in split_text(text, *self.finders[0]):
+            normalized = self.codec.normalize(part, prefix)
+            for rest, inner in [("", word)] if word else split_text(normalized, *self.finders[1]):
+                ids += [inner.id] if inner else self.codec.encode_normalized(rest, prefix)
+                prefix = self.legacy
+        return ids
+
     def decode(self, ids: list[int]) -> str:
         """Text of the ordinary tokens among `ids`; special ones are dropped, broken UTF-8 becomes U+FFFD."""
         special = set(self.specials.values())
-        return self.codec.decode([i for i in ids if i not in special])
+        return self.codec.decode([i for i in ids if i not in special], self.word_ids)
 
     def add_special(self, name: str) -> int:
         """The id of the special token `name`, which is added at the end if there is none."""
-        return self.specials.setdefault(name, self.vocab_size)
+        i = self.specials.setdefault(name, self.added[name].id if name in self.words else self.vocab_size)
+        self.__post_init__()  # it is no word any longer
+        return i
 
     def save(self, folder: str | Path):
         """Write `tokenizer.json` for Hugging Face's tokenizers, and `tokenizer_config.json` with the roles."""
-        flags = {"special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
-        by_id = sorted(self.specials.items(), key=lambda item: item[1])
-        added = [{"id": i, "content": name} | flags for name, i in by_id]
+        tokens = [self.added.get(name, AddedToken(i)) for name, i in self.specials.items()]
+        tokens = dict(zip(self.specials, tokens)) | self.words
+        by_id = sorted(tokens, key=lambda name: tokens[name].id)
+        added = [{"id": 0, "content": name} | asdict(tokens[name]) for name in by_id]
         content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
         if isinstance(self.codec, ByteLevel):
             content |= byte_level_json(self.codec)
         else:
-            content |= sentencepiece_json(self.codec, self.specials)
+            content |= sentencepiece_json(self.codec)
+        vocabulary = content["model"]["vocab"]
+        vocabulary |= {name: token.id for name, token in tokens.items() if token.id < self.codec.highest_id}
+        after = sorted({token.id for token in tokens.values()} - set(vocabulary.values()))
+        if after != list(range(len(vocabulary), len(vocabulary) + len(after))):  # as tokenizers would number them
+            vocabulary |= {name: token.id for name, token in tokens.items()}
         content["post_processor"] = None
         if bos := self.roles.get("bos"):  # set in front of every text
             begin, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
@@ -111,18 +137,30 @@ class Tokenizer(PickledByFields):
         settings = read_json(path) if path.exists() else {}
         names = ("tokenizer.json", "tokenizer.model", "tok*.bin", "*.txt.gz")
         try:
-            added, named = parse_settings(settings)
+            added, settings = read_added(folder, settings)
+            named = parse_roles(settings)
+            check_ids({name: token.id for name, token in added.items()})
             path = next((path for name in names for path in sorted(folder.glob(name))), folder / names[0])
             if path.suffix == ".json":
-                codec, specials, bos = parse_json(json.loads(path.read_text(encoding="utf-8-sig")))
-                roles = find_roles(specials, named | {"bos": bos})
-                if not bos:  # the file sets no token in front of a text, even if it has one of that name
-                    roles.pop("bos", None)
+                content = json.loads(path.read_text(encoding="utf-8-sig"))
+                tokens = {token["content"]: AddedToken.parse(token["id"], token) for token in content["added_tokens"]}
+                codec, bos = parse_json(content, tokens)
+                named |= {"bos": bos}
             else:
-                codec, specials = read_vocabulary(path, legacy=bool(settings.get("legacy", True)))
-                specials |= added if path.suffix == ".model" else {}
-                roles = find_roles(specials, named)
-            return cls(codec, specials, roles, legacy=getattr(codec, "scheme", "") != "first")
+                codec, ids = read_vocabulary(path, legacy=bool(settings.get("legacy", True)))
+                tokens = {name: AddedToken(i) for name, i in ids.items()}
+                added = added if path.suffix == ".model" else {}
+                bos = settings.get("add_bos_token") is not False
+                if hasattr(codec, "scheme"):  # SentencePiece's are found before the prefix is there
+                    added = {name: replace(token, normalized=False) for name, token in added.items()}
+            tokens = merge_added(codec, tokens, added)
+            special = MARKERS.union(*ROLES.values(), special_names(settings))
+            tokens |= {name: replace(tokens[name], special=True) for name in special & tokens.keys()}
+            specials = {name: token.id for name, token in tokens.items() if token.special}
+            roles = find_roles(specials, named)
+            if not bos:  # no token is set in front of a text, even if there is one of that name
+                roles.pop("bos", None)
+            return cls(codec, specials, roles, getattr(codec, "scheme", "") != "first", tokens)
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror or error}") from None
         except CORRUPT as error:
@@ -130,13 +168,24 @@ class Tokenizer(PickledByFields):
             raise ValueError(f"{path}: not a supported tokenizer ({reason})") from None
 
 
-def parse_settings(settings: dict) -> tuple[dict[str, int], dict[str, str]]:
-    """The ids of added tokens by name, and the names of special tokens by role, from a tokenizer_config.json."""
-    added = {token["content"]: int(i) for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+def parse_roles(settings: dict) -> dict[str, str]:
+    """The names of special tokens by role, from a tokenizer_config.json."""
     named = {role: token for role in ROLES if (token := settings.get(f"{role}_token"))}
     named = {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
-    check_ids(dict.fromkeys(named.values(), 0) | added)
-    return added, named
+    check_ids(dict.fromkeys(named.values(), 0))
+    return named
+
+
+def merge_added(codec: Codec, tokens: dict[str, AddedToken], more: dict[str, AddedToken]) -> dict[str, AddedToken]:
+    """The added tokens of a vocabulary file, and those listed beside it, whose flags hold. Raises ValueError."""
+    taken = {token.id: name for name, token in tokens.items()}
+    for name, token in more.items():
+        piece = codec.spelled.get(token.id, b"").decode(errors="replace")
+        other = taken.get(token.id, piece) if token.special or piece != name.replace(SPACE, " ") else ""
+        if name not in tokens and other:
+            raise ValueError(f"{name!r} has the id {token.id}, which is that of {other!r}")
+        taken[token.id] = name
+    return tokens | {name: replace(token, id=tokens.get(name, token).id) for name, token in more.items()}
 
 
 def find_roles(specials: dict[str, int], named: dict[str, str]) -> dict[str, str]:

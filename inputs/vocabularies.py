@@ -13,6 +13,7 @@ from pathlib import Path
 
 import regex
 
+from inputs.added_tokens import AddedToken
 from inputs.bpe import SPACE, ByteLevel, ClipBPE, Codec, SentencePiece, byte_alphabet
 
 # Ours: words, single digits and runs of punctuation, each with the space before it; then the remaining spaces.
@@ -161,16 +162,19 @@ def from_pieces(pieces: list[tuple[str, float, int]], scheme: str) -> SentencePi
 # tokenizer.json of Hugging Face
 
 
-def parse_json(content: dict) -> tuple[Codec, dict[str, int], str]:
-    """Codec and special tokens of a tokenizer.json, and the token in front of every text ("" if there is none)."""
-    specials, model = {token["content"]: token["id"] for token in content["added_tokens"]}, content["model"]
-    check_ids(model["vocab"] | specials)
+def parse_json(content: dict, added: dict[str, AddedToken]) -> tuple[Codec, str]:
+    """The codec of a tokenizer.json, and the token in front of every text ("" if there is none)."""
+    model = content["model"]
+    check_ids(model["vocab"] | {name: token.id for name, token in added.items()})
     if model.get("type", "BPE") != "BPE" or model.get("dropout") or model.get("continuing_subword_prefix"):
         raise ValueError("its model is not plain BPE")
     steps = list_steps(content.get("post_processor"), "processors")
     first = [step["single"][0] for step in steps if step["type"] == "TemplateProcessing"]
     bos = first[0].get("SpecialToken", {}).get("id", "") if first else ""
     merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
+    pieces = {left + right for left, right in merges} | {text for text in model["vocab"] if len(text) == 1}
+    # A word that is a piece, too, stays one: longer pieces may be made of it.
+    specials = {name: token.id for name, token in added.items() if token.special or name not in pieces}
     if model.get("byte_fallback"):
         codec = parse_sentencepiece(content, specials, merges)
     elif model.get("end_of_word_suffix") == "</w>":
@@ -178,7 +182,7 @@ def parse_json(content: dict) -> tuple[Codec, dict[str, int], str]:
         codec = ClipBPE(ids, [left + right for left, right in merges])
     else:
         codec = parse_byte_level(content, specials, merges)
-    return codec, specials, bos
+    return codec, bos
 
 
 def parse_sentencepiece(content: dict, specials: dict[str, int], merges: list[list[str]]) -> SentencePiece:
@@ -256,7 +260,7 @@ def byte_level_json(codec: ByteLevel) -> dict:
     }
 
 
-def sentencepiece_json(codec: SentencePiece, specials: dict[str, int]) -> dict:
+def sentencepiece_json(codec: SentencePiece) -> dict:
     """The same sections for SentencePiece.
 
     The merges are all of two pieces to a third, the best first.
@@ -265,7 +269,6 @@ def sentencepiece_json(codec: SentencePiece, specials: dict[str, int]) -> dict:
     decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}]
     decoders += [{"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     vocabulary = codec.ids | {f"<0x{byte:02X}>": i for byte, i in enumerate(codec.byte_ids)}
-    vocabulary |= {name: i for name, i in specials.items() if i < len(vocabulary) + 3}
     merges = [
         (-score, codec.ids[piece[:cut]], codec.ids[piece[cut:]], [piece[:cut], piece[cut:]])
         for piece, score in codec.scores.items()
