@@ -29,8 +29,8 @@ from evaluation.scores import accuracy_by_category
 from evaluation.submissions import write_submission
 from evaluation.tasks import TASKS, VAGUE, build_prompt, choose_image_mode, read_items
 from fast.accelerate import accelerate
-from formats.adapters import base_of_adapter, load_with_adapter
-from formats.weights import choose_dtype
+from formats.adapters import load_with_adapter
+from formats.weights import choose_dtype, choose_template
 from inputs import cli
 from inputs.files import write_json
 from inputs.images import LinkedFolder
@@ -146,14 +146,13 @@ def check_prompts(questions: list[dict]):
 
 def answer(args: argparse.Namespace):
     """Answer all questions that have no answer yet, on all ranks; then score the answers on the first."""
-    base = args.model or (base_of_adapter(args.adapter) if args.adapter else runs.newest_run(1, 2))
-    if not args.model:
-        print(f"eval.py: --model {base}, {'named by the adapter' if args.adapter else 'the newest'}", file=sys.stderr)
+    base = runs.choose_base(args.model, args.adapter, "eval.py")
     folders = [base, args.adapter] if args.adapter else [base]
     folder = folders[-1]  # the answers are stored in it and carry its name
     ranks = Distributed(args.device)
     device = str(ranks.device)
     model, tokenizer = load_with_adapter(base, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
+    choose_template(model.config, tokenizer, args.template)
     if not args.no_fast:
         accelerate(model)
     choose_image_mode(args.task, args.image_mode, model.config)

@@ -32,12 +32,12 @@ from fast.accelerate import accelerate
 from fast.compile import compile_layers
 from formats.adapters import is_adapter, sample_weights, save_adapter
 from formats.saving import save_model
-from formats.weights import choose_dtype, load_checkpoint
+from formats.weights import choose_dtype, choose_template, load_checkpoint
 from inputs import cli
 from inputs.files import publish_folder, verify_manifest
 from inputs.mixture import Source, batches, counts_of, make_order
 from inputs.samples import Samples
-from inputs.templates import end_ids, template_words
+from inputs.templates import template_words
 from inputs.tokenizer import Tokenizer, train_bpe
 from llava import IGNORE, Llava
 from lora import NF4Linear, add_lora
@@ -424,9 +424,8 @@ def load_start(args, ranks: Distributed) -> tuple[Llava, Tokenizer]:
         folder = args.model or args.llm
         raise ValueError(f"{folder} is in four bits, which cannot train: --lora llm, or --train projector")
     config.image_mode = args.image_mode or config.image_mode
-    if args.stage == 2 and args.template:
-        config.template = args.template
-        config.eos_token_ids = sorted({*config.eos_token_ids, *end_ids(args.template, tokenizer)})
+    if args.stage == 2:
+        choose_template(config, tokenizer, args.template)
     return model, tokenizer
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from evaluation.submissions import SUBMISSIONS
 from evaluation.tasks import TASKS
 from formats.weights import DTYPES
+from inputs.templates import TEMPLATES
 
 
 def read_flags(description: str) -> argparse.Namespace:
@@ -17,6 +18,7 @@ def read_flags(description: str) -> argparse.Namespace:
     add("--model", type=Path, help="folder of a model; default: the newest finished run below out/")
     add("--adapter", type=Path, help="folder of a LoRA adapter for --model")
     add("--bits", type=int, choices=(4, 16), default=16, help="4: decoder layers in NF4, a quarter of the memory")
+    add("--template", choices=TEMPLATES, help="conversation template; default: the model's")
     add("--task", choices=[*TASKS, "probes"], help="the benchmark; default: your own questions")
     add("--questions", type=Path, nargs="+", help="your jsonl of questions, or the benchmark's files")
     add("--images", type=Path, help="folder of the images; default: the folder of --questions")

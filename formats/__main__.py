@@ -18,7 +18,7 @@ import torch
 from formats.adapters import load_with_adapter, read_adapter
 from formats.layouts import CLIP_LAYOUTS, COMPUTED, LLAVA_LAYOUTS, choose_layout, match
 from formats.llama2c import find_llama2c
-from formats.saving import merged_adapters, publish_model
+from formats.saving import publish_model
 from formats.tensors import open_tensors
 from formats.weights import build_model, grow_vocabulary, load_checkpoint, load_tokenizer, open_model
 from inputs import cli
@@ -57,7 +57,7 @@ def inspect(folder: Path):
             images = f"images of {vision.image_size} pixels in {vision.num_patches} patches"
             shape = f"width {vision.hidden_size}, {vision.num_hidden_layers} layers, {images}"
             show("vision tower", f"{shape}; projector {config.projector_type}")
-        show("template", config.template)
+        show("chat template", config.template)
 
 
 def convert_folder(source: Path, target: Path, vision: Path | None, llm: Path | None, template: str | None):
@@ -68,7 +68,7 @@ def convert_folder(source: Path, target: Path, vision: Path | None, llm: Path | 
     model = build_model(config, tensors, source, "cpu", None, vision, llm)
     if config.vision_config is not None:
         grow_vocabulary(model, tokenizer.vocab_size)
-    publish_model(model, tokenizer, target, merged_adapters(source))
+    publish_model(model, tokenizer, target, source)
 
 
 def quantize_folder(source: Path, target: Path):
@@ -77,7 +77,7 @@ def quantize_folder(source: Path, target: Path):
     if any(lazy.dtype == "NF4" for lazy in tensors.values()):
         raise ValueError(f"{source}: is in four bits already")
     model, tokenizer = load_checkpoint(source, "cpu", None, bits=4)
-    publish_model(model, tokenizer, target, merged_adapters(source))
+    publish_model(model, tokenizer, target, source)
     layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
     size = sum(p.nbytes for layer in layers for p in layer.parameters())
     count = sum(layer.in_features * layer.out_features for layer in layers)
@@ -104,7 +104,7 @@ def merge_folder(base: Path, adapter: Path, out: Path, bits: int = 16, vision: P
         raise ValueError(f"merged, logits of up to {largest:.3g} differ by {difference:.2g}: not the same model")
     if model.config.vision_config is not None:
         grow_vocabulary(model, tokenizer.vocab_size)  # a decoder alone has no room for <image>
-    publish_model(model, tokenizer, out, [*merged_adapters(base), found.sha256])
+    publish_model(model, tokenizer, out, base, found.sha256)
     print(f"{out}: logits of up to {largest:.3g} differ by at most {difference:.1e} from those of base and adapter")
     if was_quantized:
         print(f"the base was in four bits, this is in {dtype}; ", end="")

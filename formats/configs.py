@@ -11,6 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from formats.chat_templates import guess_template
 from formats.processors import IMAGE_PROCESSORS, read_image_mode
 from inputs.files import read_json
 from inputs.templates import TEMPLATES
@@ -46,6 +47,8 @@ def read_config(folder: Path, vision: Path | None = None) -> LlavaConfig:
 @contextmanager
 def open_config(folder: Path) -> Iterator[dict]:
     """The content of config.json; in this context, every error is a ValueError that names the file."""
+    if folder.is_file():
+        raise ValueError(f"{folder}: a file; a model is a folder with config.json, weights and a tokenizer")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder / 'config.json'}: no such file; a model's folder has it, weights and a tokenizer")
     values = read_json(folder / "config.json")
@@ -257,7 +260,8 @@ def read_authors_config(values: dict, folder: Path, vision: Path | None) -> Llav
 def check_config(config: LlavaConfig):
     """Raise ValueError on the first field that is invalid or does not fit the others."""
     text, vision, eos_ids = config.text_config, config.vision_config, config.eos_token_ids
-    require_choice("template", config.template, TEMPLATES)
+    if not str(config.template).startswith("unknown ("):  # from guess_template
+        require_choice("template", config.template, TEMPLATES)
     is_list = type(eos_ids) is list and all(type(i) is int and i >= 0 for i in eos_ids)
     require(is_list, f"eos_token_ids {eos_ids!r:.99} is not a list of ids")
     require(config.pad_token_id < text.vocab_size, f"pad_token_id {config.pad_token_id} is beyond the vocabulary")
@@ -278,28 +282,7 @@ def check_config(config: LlavaConfig):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# template and end tokens
-
-MARKS = {  # text in a folder's chat template -> our template; the first match decides
-    "<|start_header_id|>": "llava_llama_3",
-    "<<SYS>>": "llava_llama_2",
-    "[INST]": "mistral_instruct",
-    "curious user": "vicuna_v1",
-    "curious human": "llava_v1",
-    "ASSISTANT:": "llava_hf",
-}
-
-
-def guess_template(folder: Path, default: str) -> str:
-    """The name of our template that equals the chat template in a folder; `default` if there is none."""
-    text = ""
-    for name in ("tokenizer_config.json", "chat_template.json", "chat_template.jinja"):
-        if (folder / name).exists():
-            content = (folder / name).read_text(encoding="utf-8", errors="replace")
-            text += content if name.endswith("jinja") else str(read_json(folder / name).get("chat_template") or "")
-    if "<|im_start|>" in text:  # qwen_1_5 has a line break after every message, chatml has none
-        return "qwen_1_5" if re.search(r"<\|im_end\|>['\" +]*(\\n|\n)", text) else "chatml"
-    return next((template for mark, template in MARKS.items() if mark in text), default)
+# end tokens
 
 
 def read_eos_ids(folder: Path, values: dict, kind: str) -> list[int]:

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from formats import nf4_files
+from formats.chat_templates import write_chat_template
 from formats.configs import config_to_json
 from formats.layouts import HEAD, gpt2, llama, to_layout
 from formats.processors import write_processor
@@ -37,15 +38,21 @@ def save_model(model: Llava, folder: str | Path, weights: dict[str, torch.Tensor
     write_json(folder / "config.json", config_to_json(config) | quantization)
     ends = {"eos_token_id": config.eos_token_ids, "pad_token_id": config.pad_token_id}
     write_json(folder / "generation_config.json", ends)
+    write_chat_template(config, folder)
     if config.vision_config is not None:
         write_processor(config, folder)
 
 
-def publish_model(model: Llava, tokenizer: Tokenizer, target: Path, merged: list[str]):
-    """Write a model and its tokenizer; the folder appears complete or not at all. Args: merged: see merged_adapters."""
+def publish_model(model: Llava, tokenizer: Tokenizer, target: Path, source: Path, *adapters: str):
+    """Write a model and its tokenizer; the folder appears complete or not at all.
+
+    Args: source: the folder that it was made from, whose chat template is kept; adapters: see merged_adapters.
+    """
+    merged = [*merged_adapters(source), *adapters]
 
     def write(folder: Path):
         save_model(model, folder)
+        write_chat_template(model.config, folder, source)
         tokenizer.save(folder)
         if merged:
             write_json(folder / MERGED, {"adapters": merged})

@@ -21,7 +21,7 @@ from formats.configs import ONLY_NF4, clip_config_from_dict, open_config, read_c
 from formats.layouts import CLIP_LAYOUTS, EMBEDDING, HEAD, LLAVA_LAYOUTS, Layout
 from formats.llama2c import find_llama2c, read_llama2c
 from formats.tensors import FLOATS, LazyTensor, open_tensors
-from inputs.templates import end_ids
+from inputs.templates import TEMPLATES, end_ids
 from inputs.tokenizer import Tokenizer
 from llava import Llava, LlavaConfig
 from lora import NF4Linear
@@ -278,8 +278,15 @@ def load_tokenizer(folder: str | Path, config: LlavaConfig) -> Tokenizer:
     rows = config.text_config.vocab_size
     if max(tokenizer.codec.highest_id, *used) >= rows:
         raise ValueError(f"{folder}: its tokenizer has ids up to {tokenizer.vocab_size - 1}, its embedding {rows} rows")
-    config.eos_token_ids = sorted({*config.eos_token_ids, *end_ids(config.template, tokenizer)})
+    if config.template in TEMPLATES:
+        choose_template(config, tokenizer)
     return tokenizer
+
+
+def choose_template(config: LlavaConfig, tokenizer: Tokenizer, name: str | None = None):
+    """Use the template `name`, by default the model's own, and its end tokens. Raises ValueError if that is unknown."""
+    config.template = name or config.template
+    config.eos_token_ids = sorted({*config.eos_token_ids, *end_ids(config.template, tokenizer)})
 
 
 def name_image_token(tokenizer: Tokenizer, index: int, folder: str | Path):

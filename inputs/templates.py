@@ -46,7 +46,8 @@ VISION = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
-TEMPLATES = {  # from LLaVA's conversation.py, LLaVA-NeXT's, and the chat templates of the llava-hf repositories
+# From LLaVA's conversation.py, LLaVA-NeXT's, and the chat templates of the llava-hf repositories and of decoders.
+TEMPLATES = {
     "plain": Template(space="", end="\n", plain=True),
     "raw": Template(space=""),  # no roles: a decoder that was trained on none continues the text
     "vicuna_v1": Template(f"{USER} USER: ", "USER: ", " ASSISTANT:", system=USER),  # LLaVA-1.5 and -1.6
@@ -59,9 +60,18 @@ TEMPLATES = {  # from LLaVA's conversation.py, LLaVA-NeXT's, and the chat templa
     "mistral_instruct": Template("[INST] ", "[INST] ", " [/INST]", end=" {eos}"),  # LLaVA-1.6-Mistral
     "llava_llama_3": llama_3(VISION),
     "chatml": chatml("Answer the questions."),  # LLaVA-1.6-34B
-    "qwen_1_5": chatml("You are a helpful assistant.", "\n"),  # LLaVA-NeXT with Qwen
+    "qwen_1_5": chatml("You are a helpful assistant.", "\n"),  # LLaVA-NeXT with Qwen; Qwen2
+    "qwen_2_5": chatml("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "\n"),
+    "smollm_2": chatml("You are a helpful AI assistant named SmolLM, trained by Hugging Face", "\n"),
 }
 MARKUP = re.compile(r"\{(.+?)\}")  # split() gives text, name, text, name, ..., text
+
+
+def find_template(name: str) -> Template:
+    """The template of this name. Raises ValueError for a checkpoint's whose chat template is none of ours."""
+    if name not in TEMPLATES:
+        raise ValueError(f"its chat template is {name}, not one of ours: --template takes {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
 
 
 def special_id(name: str, tokenizer: Tokenizer) -> int | None:
@@ -71,7 +81,7 @@ def special_id(name: str, tokenizer: Tokenizer) -> int | None:
 
 def end_ids(template: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of the special tokens that end an answer in this template."""
-    ids = [special_id(name, tokenizer) for name in MARKUP.findall(TEMPLATES[template].end)]
+    ids = [special_id(name, tokenizer) for name in MARKUP.findall(find_template(template).end)]
     return [i for i in ids if i is not None]
 
 

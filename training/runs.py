@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from formats.adapters import base_of_adapter
 from inputs import files
 from inputs.files import OUTPUT_ROOT, publish_folder, verify_manifest, write_json, write_manifest, write_tensors
 from training import plots
@@ -49,6 +50,15 @@ def newest_run(*stages: int, part: str = "") -> Path:
         ways = f"`python train.py --stage {stages[-1]}`, or make all of them with `bash speedrun.sh`"
         raise ValueError(f"no finished run of stage {names} below {OUTPUT_ROOT}/: name a folder, make one with {ways}")
     return finished[max(finished)]
+
+
+def choose_base(model: Path | None, adapter: Path | None, script: str) -> Path:
+    """The folder of --model, else the base of --adapter or the newest finished run, which is named on stderr."""
+    if model:
+        return model
+    base = base_of_adapter(adapter) if adapter else newest_run(1, 2)
+    print(f"{script}: --model {base}, {'named by the adapter' if adapter else 'the newest'}", file=sys.stderr)
+    return base
 
 
 class Run:

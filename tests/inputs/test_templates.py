@@ -39,6 +39,11 @@ WRITTEN = {  # two turns, an image in the first; <s> and </s> stand for each tok
     "qwen_1_5": "<s><|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n<image>\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>",
 }
+for name, system in (
+    ("qwen_2_5", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    ("smollm_2", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+):
+    WRITTEN[name] = WRITTEN["qwen_1_5"].replace("You are a helpful assistant.", system)
 
 
 def written(ids):
