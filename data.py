@@ -32,7 +32,7 @@ from inputs.mixture import Source, open_sources
 from inputs.parallel import parallel_map
 from inputs.records import DataError, Turn, image_paths, turns_of
 from inputs.samples import Samples
-from inputs.templates import MARKUP, TEMPLATES, special_id
+from inputs.templates import MARKUP, TEMPLATES, find_template, special_id
 from inputs.tokenizer import Tokenizer
 from llava import IGNORE
 from variants.anyres import Size, count_tokens, cut_tiles
@@ -58,7 +58,7 @@ def render_dialogue(
     Returns two lists of equal length. Raises ValueError if the tokenizer lacks a special token of the template,
     DataError if the template has no place for the dialogue's system prompt.
     """
-    form, transcript = TEMPLATES[template], Transcript(tokenizer)
+    form, transcript = find_template(template), Transcript(tokenizer)
     counts = repeat(image_tokens) if isinstance(image_tokens, int) else iter(image_tokens)
     for i, turn in enumerate(turns):
         if i == 0 and turn.system:
@@ -144,13 +144,6 @@ class Transcript:
         self.encode_text()
         self.add_ids([self.tokenizer.image_id] * sum(counts))
         self.starts = self.tokenizer.legacy
-
-
-def prompt_ids(questions: list[str], answers: list[str], images: int, tokenizer, template, image_tokens) -> list[int]:
-    """Ids of a dialogue up to the answer to its last question; all images come before the first question."""
-    turns = [Turn(question, answer) for question, answer in zip(questions, [*answers, None], strict=True)]
-    turns[0].images = images
-    return render_dialogue(turns, tokenizer, template, image_tokens)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
     python sample.py --image cat.jpg                          describe it
     python sample.py --image cat.jpg --prompt "What color?"   answer one question
+    python sample.py --image a.jpg b.jpg --prompt "Which is larger, <image> or <image>?"
     python sample.py --prompt "Hello"                         no image; a decoder alone answers too
 
-On a terminal without --prompt, it holds a conversation. Standard output has the answer and nothing else.
+On a terminal without --prompt, it holds a conversation. Standard output has the answer and nothing else. Images stand
+where the first question has a marker <image> for each, or without markers before it.
 """
 
 import argparse
@@ -13,18 +15,20 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from data import prepare_image, prompt_ids
+from data import prepare_image, render_dialogue
 from fast.accelerate import accelerate
 from fast.compile import compile_decoding
-from formats.adapters import base_of_adapter, load_with_adapter
-from formats.weights import DTYPES, choose_dtype
+from formats.adapters import load_with_adapter
+from formats.weights import DTYPES, choose_dtype, choose_template
 from inputs import cli
 from inputs.images import open_image
-from inputs.templates import stop_text
+from inputs.records import question_turn
+from inputs.templates import TEMPLATES, is_whole_prompt, stop_text
 from inputs.tokenizer import Tokenizer
 from llava import KVCache, Llava, generate
 from training import runs
@@ -34,28 +38,28 @@ DESCRIBE = "Describe the image."  # a question of the world's training data
 
 
 class Chat:
-    """A conversation with a model, with or without an image. Each turn reads only the tokens that are new."""
+    """A conversation with a model, about some images or none. Each turn reads only the tokens that are new."""
 
-    def __init__(self, model: Llava, tokenizer: Tokenizer, image: Path | None, **sampling):
+    def __init__(self, model: Llava, tokenizer: Tokenizer, images: list[Path], **sampling):
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self.questions, self.answers = [], []
-        self.features, self.image_sizes, self.image_tokens = None, [], []
+        self.turns, self.features, self.image_sizes, self.image_tokens = [], None, [], []
         self.cache = KVCache(model.config.text_config, 1, 0, like=model.language_model.model.embed_tokens.weight)
         self.read_ids = []  # the tokens in the cache
-        if image is not None:
+        if images:
             if model.config.vision_config is None:
                 raise ValueError("this model is a decoder without a vision tower: ask it without --image")
-            prepared = prepare_image(open_image(image), model.config)
-            self.image_sizes, self.image_tokens = [prepared.size], [prepared.tokens]
+            prepared = [prepare_image(open_image(image), model.config) for image in images]
+            self.image_sizes, self.image_tokens = [one.size for one in prepared], [one.tokens for one in prepared]
             with torch.inference_mode():
-                self.features = model.vision_features(prepared.pixels.to(model.device))
+                self.features = model.vision_features(torch.cat([one.pixels for one in prepared]).to(model.device))
 
     def ask(self, question: str) -> Iterator[str]:
         """Yields the answer in pieces; afterwards `last` holds the fields that --json prints."""
-        template, questions = self.model.config.template, [*self.questions, question]
-        prompt = prompt_ids(
-            questions, self.answers, len(self.image_tokens), self.tokenizer, template, self.image_tokens
+        template, turn = (
+            self.model.config.template,
+            question_turn(question, 0 if self.turns else len(self.image_tokens)),
         )
+        prompt, _ = render_dialogue([*self.turns, turn], self.tokenizer, template, self.image_tokens)
         ids, text, stop, begin = [], "", "length", time.perf_counter()
         end = stop_text(template)  # some templates end an answer with a text, such as ###, instead of a token
         for token in self.next_tokens(prompt):
@@ -72,8 +76,8 @@ class Chat:
                 break
         speed = round(len(ids) / (time.perf_counter() - begin), 1)
         self.last = {"text": text, "ids": ids, "prompt_ids": prompt, "stop": stop, "tokens_per_s": speed}
-        self.questions.append(question)
-        self.answers.append(text)
+        turn.answer = text
+        self.turns.append(turn)
 
     def next_tokens(self, prompt: list[int]) -> Iterator[int]:
         """Generate an answer. Tokens that start both the cache and the prompt are not read again."""
@@ -100,7 +104,8 @@ def read_flags() -> argparse.Namespace:
     add("--model", type=Path, help="folder of a model; default: the newest finished run below out/")
     add("--adapter", type=Path, help="folder of an adapter that LoRA trained for --model")
     add("--bits", type=int, choices=(4, 16), default=16, help="4: the decoder's layers in NF4, a quarter of the memory")
-    add("--image", type=Path, help="the image to ask about")
+    add("--template", choices=TEMPLATES, help="conversation template; default: the model's")
+    add("--image", type=Path, nargs="+", action="extend", default=[], help="the images to ask about")
     add("--prompt", help=f"the question; default: {DESCRIBE!r}, or a conversation on a terminal")
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     add("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
@@ -122,6 +127,8 @@ def read_flags() -> argparse.Namespace:
 
 def answer_once(chat: Chat, question: str, as_json: bool):
     """Print one answer as it is generated, or as one line of JSON."""
+    if is_whole_prompt(question):
+        print("sample.py: the question ends like a whole prompt: its roles are written twice", file=sys.stderr)
     for piece in chat.ask(question):
         if not as_json:
             print(piece, end="", flush=True)
@@ -130,6 +137,8 @@ def answer_once(chat: Chat, question: str, as_json: bool):
 
 def converse(chat: Chat):
     """Ask on the terminal until an empty line; Ctrl-C stops an answer."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  input() then edits lines and recalls earlier ones
     print("An empty line ends the conversation.", file=sys.stderr)
     while True:
         try:
@@ -142,14 +151,17 @@ def converse(chat: Chat):
             answer_once(chat, question, as_json=False)
         except KeyboardInterrupt:
             print()
+        except ValueError as error:
+            print(f"sample.py: {error}", file=sys.stderr)
 
 
 def main():
     """Answer one question, or hold a conversation."""
     args = read_flags()
-    folder = args.model or (base_of_adapter(args.adapter) if args.adapter else runs.newest_run(1, 2))
+    folder = runs.choose_base(args.model, args.adapter, "sample.py")
     device = choose_device(args.device)
     model, tokenizer = load_with_adapter(folder, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
+    choose_template(model.config, tokenizer, args.template)
     if not args.no_fast:
         accelerate(model)
     if args.compile:

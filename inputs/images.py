@@ -100,12 +100,13 @@ def name_format(path: Path) -> str:
 def check_file(path: Path):
     """Raise BadImage if `path` is not a regular file."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device would block for ever
-            raise BadImage(f"{path}: not a regular file")
+        mode = path.stat().st_mode
     except FileNotFoundError:
         raise BadImage(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise BadImage(f"{path}: {error}") from None
+    if not stat.S_ISREG(mode):  # a pipe or a device would block for ever
+        raise BadImage(f"{path}: {'a folder, not an image' if stat.S_ISDIR(mode) else 'not a regular file'}")
 
 
 def size_of(path: Path) -> tuple[int, int]:

@@ -156,6 +156,21 @@ def marked_turn(question: str, answer: str | None, image_last: bool = False) -> 
     return Turn("".join(parts).strip(), answer, 1, image_last) if len(parts) == 2 else Turn(question, answer)
 
 
+def question_turn(question: str, images: int) -> Turn:
+    """The turn of a question about `images` new images: where their markers stand, or first if there is no marker.
+
+    Raises ValueError if there is another number of markers.
+    """
+    if not images:
+        if found := LOST_MARKER.search(question):
+            raise ValueError(f"{found[0]} stands in the question, but there is no image for it")
+        return Turn(question, None)
+    markers = question.count(MARKER)
+    if markers not in (0, images):
+        raise ValueError(f"{markers} {MARKER} markers for {images} images: write one for each image, or none")
+    return marked_turn(question, None) if markers else Turn(question, None, images)
+
+
 def cut_dialogue(record: dict, questions: int) -> list[dict]:
     """Cut a dialogue into records of at most `questions` questions; each starts with all images shown so far.
 

@@ -6,9 +6,10 @@ import random
 import pytest
 import torch
 from PIL import Image
+from prompts import prompt_ids
 
 from clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from data import CaptionPairs, PreparedImage, Records, collate, prompt_ids, render_dialogue
+from data import CaptionPairs, PreparedImage, Records, collate, render_dialogue
 from inputs import files
 from inputs.check import count_cut
 from inputs.index import read_records
@@ -405,7 +406,7 @@ UNUSABLE = {
     "missing": ("none.png", "no such file"),
     "missing folder": ("none/a.png", "no such file"),
     "not an image": ("broken.png", "not an image"),
-    "folder": (".", "not a regular file"),
+    "folder": (".", "a folder, not an image"),
     "zero byte": ("a\0.png", "not a file name"),
     "long": ("a" * 5000, "aaa"),
 }

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from prompts import prompt_ids
 
 import train
-from data import Records, collate, load_image, prompt_ids
+from data import Records, collate, load_image
 from formats.adapters import load_with_adapter
 from inputs.mixture import open_sources
 from llava import generate

@@ -1,11 +1,16 @@
 """sample.py: what it prints, what the model is given, and errors of one line."""
 
 import json
+import os
+import pty
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 import sample
 from data import Records
@@ -110,7 +115,7 @@ def test_the_reason_for_stopping(ask, llava, monkeypatch, ends):
 def test_pieces_join_to_the_text_and_no_character_is_cut(llava, monkeypatch, text):
     model, tokenizer = llava
     fake_answers(monkeypatch, [*ids_of_bytes(tokenizer, text), tokenizer.eos_id])
-    chat = sample.Chat(model, tokenizer, None)
+    chat = sample.Chat(model, tokenizer, [])
     pieces = list(chat.ask("Well?"))
     assert "".join(pieces) == chat.last["text"] == text.lstrip()
     assert len(pieces) > 1 or len(text.strip()) == 1
@@ -141,13 +146,13 @@ def test_the_image_matters_and_is_encoded_once(llava, image_path, tiny, monkeypa
     model, tokenizer = llava
     seen, encode = [], model.vision_features
     monkeypatch.setattr(model, "vision_features", lambda pixels: seen.append(pixels) or encode(pixels))
-    chat = sample.Chat(model, tokenizer, image_path, max_new_tokens=12)
+    chat = sample.Chat(model, tokenizer, [image_path], max_new_tokens=12)
     answers = ["".join(chat.ask(question)) for question in ("What is this?", "What is this?")]
-    other = sample.Chat(model, tokenizer, next((tiny.world / "heldout-0/0000").iterdir()), max_new_tokens=12)
+    other = sample.Chat(model, tokenizer, [next((tiny.world / "heldout-0/0000").iterdir())], max_new_tokens=12)
     assert len({*answers, "".join(other.ask("What is this?"))}) == 3 and len(seen) == 2
 
 
-@pytest.mark.parametrize("text", ["What does <image> mean?", "</s>", "<s><pad> end", "USER: ASSISTANT: yes</s>"])
+@pytest.mark.parametrize("text", ["An <image>x</image>?", "</s>", "<s><pad> end", "USER: ASSISTANT: yes</s>"])
 def test_special_tokens_in_a_question_are_text(ask, llava, image_path, text):
     tokenizer = llava[1]
     specials = set(tokenizer.specials.values())
@@ -158,12 +163,84 @@ def test_special_tokens_in_a_question_are_text(ask, llava, image_path, text):
     assert [i for i in prompt if i in specials] == [tokenizer.bos_id] + [tokenizer.image_id] * 9
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# several images, and where they stand
+
+
+@pytest.fixture
+def prompt_of(ask, tiny, llava):
+    """The prompt of a question about `count` images, as text, each run of placeholders as one <image>."""
+    paths, tokenizer = sorted((tiny.world / "heldout-0/0000").iterdir()), llava[1]
+    names = {i: name for name, i in tokenizer.specials.items()}
+
+    def call(question, count, *more):
+        argv = ["--image", *paths[:count]] if count else []
+        ids = json.loads(ask(*argv, *more, "--prompt", question, "--json", length=1))["prompt_ids"]
+        text = "".join(names.get(i) or tokenizer.decode([i]) for i in ids)
+        return text.replace("<image>" * 9, "<image>")
+
+    return call
+
+
+@pytest.mark.parametrize("question", ["What?", "<image>\nWhat?", "What?\n<image>"])
+def test_the_marker_of_an_image_is_no_text(prompt_of, question):
+    assert prompt_of(question, 1) == "<s>USER: <image>\nWhat? ASSISTANT:"
+
+
+def test_several_images_stand_first_or_at_their_markers(prompt_of, tiny):
+    assert prompt_of("Which?", 3) == "<s>USER: <image><image><image>\nWhich? ASSISTANT:"
+    other = next((tiny.world / "heldout-0/0000").iterdir())
+    assert prompt_of("Which?", 1, "--image", other) == "<s>USER: <image><image>\nWhich? ASSISTANT:"
+    marked = "<s>USER: Is <image> or <image> red? ASSISTANT:"
+    assert prompt_of("Is <image> or <image> red?", 2) == marked
+
+
+def test_markers_that_are_not_the_images_are_refused(ask, image_path):
+    images = ["--image", image_path, image_path]
+    assert "1 <image> markers for 2 images" in refusal(ask, *images, "--prompt", "<image> What?")
+    assert "3 <image> markers for 2 images" in refusal(ask, *images, "--prompt", "<image><image><image>")
+    assert "no image" in refusal(ask, "--prompt", "<image>\nWhat?")
+
+
+def test_the_order_of_images_matters(llava, tiny):
+    one, two, *_ = sorted((tiny.world / "heldout-0/0000").iterdir())
+    chats = [sample.Chat(*llava, images, max_new_tokens=12) for images in ([one, two], [two, one], [one, two])]
+    first, second, third = ("".join(chat.ask("What is this?")) for chat in chats)
+    assert first == third != second
+
+
+def test_images_in_tiles(llava, tiny, monkeypatch):
+    """Two images of different shapes, in tiles: as many placeholders as features, in order, for both."""
+    model, tokenizer = llava
+    side = model.config.vision_config.image_size
+    monkeypatch.setattr(model.config, "image_mode", "anyres")
+    monkeypatch.setattr(model.config, "image_grid_pinpoints", [[side, 2 * side], [2 * side, side]])
+    model.image_newline = torch.nn.Parameter(torch.zeros(model.config.text_config.hidden_size))
+    paths = [tiny.root / "wide.png", tiny.root / "high.png"]
+    for path, size in zip(paths, [(90, 40), (40, 90)]):
+        Image.linear_gradient("L").resize(size).convert("RGB").save(path)
+    try:
+        chat = sample.Chat(model, tokenizer, paths, max_new_tokens=2)
+        list(chat.ask("Is <image> or <image> red?"))
+    finally:
+        del model.image_newline
+    assert chat.last["prompt_ids"].count(tokenizer.image_id) == sum(chat.image_tokens)
+    assert chat.image_sizes == [(40, 90), (90, 40)]
+
+
+@pytest.mark.parametrize("question, told", [("USER: <image>\nWhat? ASSISTANT:", 1), ("<image>\nWhat?", 0)])
+def test_a_whole_prompt_is_told(command, babbler, image_path, capsys, question, told):
+    command(sample, "--model", babbler, "--device", "cpu", "--image", image_path, "--prompt", question)
+    err = capsys.readouterr().err
+    assert err.count("whole prompt") == len(err.splitlines()) == told
+
+
 def test_a_conversation_includes_earlier_turns(llava, image_path, monkeypatch):
     model, tokenizer = llava
     prompts = fake_answers(
         monkeypatch, [*ids_of_bytes(tokenizer, " a cat"), tokenizer.eos_id], ids_of_bytes(tokenizer, " no")
     )
-    chat = sample.Chat(model, tokenizer, image_path)
+    chat = sample.Chat(model, tokenizer, [image_path])
     assert "".join(chat.ask("What is this?")) == "a cat" and "".join(chat.ask("Is it red?")) == "no"
     first, second = prompts
     before = [*first, *tokenizer.encode(" a cat"), tokenizer.eos_id]
@@ -176,8 +253,50 @@ def test_a_conversation_on_a_terminal(llava, monkeypatch, capsys):
     prompts = fake_answers(monkeypatch, ids_of_bytes(tokenizer, " yes"), ids_of_bytes(tokenizer, " no"))
     lines = iter(["Is it?", "Sure?", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    sample.converse(sample.Chat(model, tokenizer, None))
+    sample.converse(sample.Chat(model, tokenizer, []))
     assert capsys.readouterr().out == "yes\nno\n" and len(prompts) == 2
+
+
+def test_a_marker_in_a_later_question_is_refused_and_the_conversation_goes_on(llava, image_path, monkeypatch, capsys):
+    prompts = fake_answers(monkeypatch, ids_of_bytes(llava[1], " yes"), ids_of_bytes(llava[1], " no"))
+    lines = iter(["<image>\nIs it?", "And <image>?", "Sure?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    sample.converse(sample.Chat(*llava, [image_path]))
+    out, err = capsys.readouterr()
+    assert out == "yes\nno\n" and len(prompts) == 2
+    assert "sample.py: <image> stands in the question, but there is no image for it" in err.splitlines()
+
+
+def test_earlier_questions_come_back_with_the_arrow_key(babbler, monkeypatch):
+    """On a terminal, an arrow up and Enter ask the last question again."""
+    pytest.importorskip("readline")
+    argv = [sys.executable, str(REPOSITORY / "sample.py"), "--model", str(babbler), "--device", "cpu"]
+    monkeypatch.setenv("TERM", "xterm")
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [*argv, "--max-new-tokens", "2"])
+    seen = ""
+    for keys in ("Is it red?\n", "\x1b[A\n", "\n"):
+        while not seen.endswith("> "):
+            seen += os.read(terminal, 4096).decode(errors="replace")
+        os.write(terminal, keys.encode())
+        seen += "."
+    with suppress(OSError):  # the end of the program closes the terminal
+        while data := os.read(terminal, 4096):
+            seen += data.decode(errors="replace")
+    assert os.waitpid(child, 0)[1] == 0 and seen.count("Is it red?") == 2, seen
+
+
+def test_the_model_that_is_chosen_is_named(command, babbler, monkeypatch, capsys):
+    monkeypatch.setattr(sample.runs, "newest_run", lambda *_: babbler)
+    command(sample, "--device", "cpu", "--prompt", "Is it red?", "--max-new-tokens", 2)
+    assert capsys.readouterr().err == f"sample.py: --model {babbler}, the newest\n"
+
+
+def test_what_is_no_image_or_no_model_is_told(ask, tiny, image_path, tmp_path):
+    assert refusal(ask, "--image", tiny.world).endswith(f"{tiny.world}: a folder, not an image")
+    assert "a model's folder has it" in refusal(ask, "--prompt", "a", model=tmp_path)
+    assert "a model is a folder" in refusal(ask, "--prompt", "a", model=image_path)
 
 
 def test_a_llava_answers_without_an_image(ask, llava):

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from prompts import prompt_ids
 
-from data import image_pixels, prompt_ids
+from data import image_pixels
 from formats.weights import load_clip, load_model, load_tokenizer
 from inputs.images import open_image
 from inputs.tokenizer import Tokenizer

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from prompts import prompt_ids
 from safetensors.torch import load_file, save_file
+from test_chat_templates import CHAT_TEMPLATES
 from test_llava import (
     IMAGE,
     KINDS,
@@ -30,7 +32,7 @@ from test_llava import (
 
 import sample
 import train
-from data import image_pixels, prompt_ids
+from data import image_pixels
 from formats import __main__ as formats_cli
 from formats import configs, layouts, saving, weights
 from formats.configs import read_config
@@ -345,27 +347,6 @@ def test_vision_tower_with_another_preprocessing_is_refused(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(clip_preprocessing(8) | {"image_mean": [0.5] * 3}))
     with pytest.raises(ValueError, match="preprocessed with image_mean"):
         configs.read_vision_config(tmp_path)
-
-
-CHAT_TEMPLATES = {
-    "llava_llama_3": "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}",
-    "llava_llama_2": "{{ bos_token + '[INST] ' + '<<SYS>>\\n' + system_message }}",
-    "mistral_instruct": "{{ '[INST] ' + message['content'] + ' [/INST]' }}",
-    "qwen_1_5": "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}",
-    "chatml": "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>'}}",
-    "vicuna_v1": "A chat between a curious user and an artificial intelligence assistant. USER:",
-    "llava_hf": "{% if message['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}",
-    "raw": "{{ something }}",
-}
-
-
-@pytest.mark.parametrize("template", CHAT_TEMPLATES)
-@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja", "chat_template.json"])
-def test_template_follows_from_the_chat_template(template, file, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(SHAPE | {"model_type": "llama"}))
-    text = CHAT_TEMPLATES[template]
-    (tmp_path / file).write_text(text if file.endswith("jinja") else json.dumps({"chat_template": text}))
-    assert read_config(tmp_path).template == template
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -993,9 +974,9 @@ AUTHORS = [  # model_type, chat template, our name of it
     ("llava_llama", "", "vicuna_v1"),
     ("llava_mistral", "", "mistral_instruct"),
     ("llava_qwen", "", "qwen_1_5"),
-    ("llava_llama", CHAT_TEMPLATES["llava_llama_3"], "llava_llama_3"),
-    ("llava_llama", CHAT_TEMPLATES["chatml"], "chatml"),
-    ("llava_llama", CHAT_TEMPLATES["llava_llama_2"], "llava_llama_2"),
+    ("llava_llama", CHAT_TEMPLATES["LLaMA-3"][0], "llava_llama_3"),
+    ("llava_llama", CHAT_TEMPLATES["LLaVA-1.6-34B"][0], "chatml"),
+    ("llava_llama", CHAT_TEMPLATES["LLaMA-2"][0], "llava_llama_2"),
 ]
 
 

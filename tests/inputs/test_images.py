@@ -72,7 +72,7 @@ def test_truncated(tmp_path, name, lost):
 
 
 def test_directory(tmp_path):
-    assert_refused(tmp_path, "not a regular file")
+    assert_refused(tmp_path, ": a folder, not an image")
 
 
 def test_pipe_does_not_block(tmp_path):

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from PIL import Image
+from prompts import prompt_ids
 from test_llava import IMAGE, PAD, SHAPE, close, random_ids, randomized
 
 import train
 from clip import CLIPVisionConfig
-from data import Records, collate, prepare_image, prompt_ids
+from data import Records, collate, prepare_image
 from formats import layouts
 from formats.configs import read_config
 from formats.saving import save_model
