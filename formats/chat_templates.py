@@ -13,9 +13,8 @@ FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json", "
 TAG = re.compile(r"(\{#.*?#\}|\{\{.*?\}\}|\{%.*?%\})", re.DOTALL)  # split() gives text, tag, text, tag, ..., text
 STRING = re.compile(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""", re.DOTALL)
 WORD = re.compile(r"<[^<>\s]+>|\[/?\w+\]|\n+|\w+|[^\w\s]+")
-DROPPED = re.compile(
-    r"<image>\n?|</?s>|<\|begin_of_text\|>|\b(user|assistant|system)\b"
-)  # images, ends, names of roles
+# Images, tokens that begin or end a text, and names of roles.
+DROPPED = re.compile(r"<image>\n?|</?s>|<\|begin_of_text\|>|\b(user|assistant|system)\b")
 # What words do not show: a line break after a message, a begin token before every question, a space after it.
 FEATURES = (r"<\|im_end\|>['\" +~]*(\\n|\n)", r"bos(_token)?[^{}%]*\[INST\]", r" \[/INST\]")
 

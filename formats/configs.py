@@ -47,8 +47,6 @@ def read_config(folder: Path, vision: Path | None = None) -> LlavaConfig:
 @contextmanager
 def open_config(folder: Path) -> Iterator[dict]:
     """The content of config.json; in this context, every error is a ValueError that names the file."""
-    if folder.is_file():
-        raise ValueError(f"{folder}: a file; a model is a folder with config.json, weights and a tokenizer")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder / 'config.json'}: no such file; a model's folder has it, weights and a tokenizer")
     values = read_json(folder / "config.json")

@@ -295,8 +295,8 @@ def test_the_model_that_is_chosen_is_named(command, babbler, monkeypatch, capsys
 
 def test_what_is_no_image_or_no_model_is_told(ask, tiny, image_path, tmp_path):
     assert refusal(ask, "--image", tiny.world).endswith(f"{tiny.world}: a folder, not an image")
-    assert "a model's folder has it" in refusal(ask, "--prompt", "a", model=tmp_path)
-    assert "a model is a folder" in refusal(ask, "--prompt", "a", model=image_path)
+    for model in (tmp_path, image_path):
+        assert "config.json: no such file; a model's folder has it" in refusal(ask, "--prompt", "a", model=model)
 
 
 def test_a_llava_answers_without_an_image(ask, llava):
