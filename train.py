@@ -314,10 +314,11 @@ def fit(args, ranks: Distributed, run: runs.Run, model: nn.Module, dataset, toke
 
 def resolve_steps(args, ranks: Distributed, run: runs.Run, dataset: Samples):
     """Turn --epochs into steps, now that the dataset's size is known, and print the whole configuration."""
+    records = sum(counts_of(dataset.sizes, [source.weight for source in dataset.sources]))  # in an epoch
     if args.epochs:
-        records = sum(counts_of(dataset.sizes, [source.weight for source in dataset.sources]))
         args.steps = recipes.count_steps(args.epochs, records, args.batch_size)
-        ranks.print0(f"{args.epochs:g} epochs of {records:,} records: {args.steps:,} steps")
+    epochs = args.steps * args.batch_size / records
+    ranks.print0(f"{args.steps:,} steps of {args.batch_size} records: {epochs:.3g} epochs of {records:,} records")
     if run.old:
         run.check_unchanged("steps", args.steps)
     run.values["steps"] = args.steps
@@ -410,6 +411,7 @@ def train_llava(args, ranks: Distributed, folder: Path):
 def load_start(args, ranks: Distributed) -> tuple[Llava, Tokenizer]:
     """Return model and tokenizer to start from, in float32. Raises ValueError if they contradict flags or recipe."""
     if args.vision:
+        ranks.print0(f"a new LLaVA from {args.vision} and {args.llm}")
         model, tokenizer = assemble(args.vision, args.llm, args.projector or "mlp2x_gelu", args.seed)
     else:
         ranks.print0(f"continuing from {args.model}")

@@ -12,6 +12,9 @@ from training import meters, recipes, sharding
 from training.towers import SIZES
 
 COMPONENTS = ("vision", "projector", "llm")  # what --train may name
+TOWER_FLAGS = ("tower", "size", "patch_size")
+USELESS = {0: ("train", "model", "vision", "llm", "projector", "whiten", "image_order", "lr_projector", "lr_vision")}
+USELESS |= {1: TOWER_FLAGS, 2: TOWER_FLAGS}  # flags that do nothing in a stage
 
 PARSER = argparse.ArgumentParser("train.py", epilog=recipes.listing())
 PARSER.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -165,6 +168,10 @@ def check(args: argparse.Namespace):
     refuse(args.patience and not args.val, "--patience needs --val")
     late = args.val or args.init_from or args.shard == "fsdp"
     refuse(args.stage == 0 and late, "--val, --init-from and --shard fsdp are for stages 1 and 2")
+    for key in args.flags:
+        refuse(key in USELESS[args.stage], f"--{key.replace('_', '-')} does nothing in stage {args.stage}")
+    old = args.model or (args.stage == 2 and not (args.vision or args.llm))
+    refuse(args.whiten and old, "--whiten starts a new projector: give --vision and --llm, or stage 1")
     either = "--model continues from a LLaVA, --vision and --llm build a new one: give one or the other"
     refuse(args.model and (args.vision or args.llm), either)
     refuse(unknown, f"--train {', '.join(sorted(unknown))}: choose from {', '.join(COMPONENTS)}")

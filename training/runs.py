@@ -81,10 +81,11 @@ class Run:
         for key in sorted(fixed, key=lambda key: (key != "recipe", key)):  # the recipe first: it sets the others
             self.check_unchanged(key, values[key])
 
-    def check_unchanged(self, key: str, new):
-        """Raise ValueError if a flag differs from the run's and --allow-changes is not given."""
-        if new != self.old[key] and not self.values.get("allow_changes"):
-            flags = f"--{key.replace('_', '-')} {self.old[key]}, not {new}"
+    def check_unchanged(self, key: str, new, what: str = ""):
+        """Raise ValueError if a flag, or the value that `what` names, differs from the run's, unless --allow-changes is
+        given. A run that has no such value accepts any."""
+        if new != (old := self.old.get(key, new)) and not self.values.get("allow_changes"):
+            flags = f"{what or '--' + key.replace('_', '-')} {old}, not {new}"
             raise ValueError(f"{self.folder} was trained with {flags}: add --allow-changes to continue anyway")
 
     def open(self):
@@ -121,7 +122,8 @@ class Run:
         rows = plots.read_log(self.folder)
         losses = [row["loss"] for row in rows[-max(1, len(rows) // 20) :] if row["loss"] is not None]
         loss, skipped = sum(losses) / max(1, len(losses)), sum("skipped" in row for row in rows)
-        summary = {"loss": round(loss, 4), "skipped": skipped}
+        bad = len(files.read_complete_lines(self.folder / "skipped.jsonl").splitlines())  # of --skip-bad
+        summary = {"loss": round(loss, 4), "skipped": skipped, "bad_records": bad}
         plots.loss_curve(self.folder / "loss.png", {self.folder.name: rows})
         shutil.rmtree(self.folder / "final", ignore_errors=True)  # left by a process that was killed here
         publish_folder(self.folder / "final", save)
@@ -135,6 +137,7 @@ class Run:
             shutil.rmtree(path)
         self.log.close()
         more = f"; {skipped} steps were skipped, see log.jsonl" if skipped else ""
+        more += f"; {bad:,} bad records were left out or replaced, see skipped.jsonl" if bad else ""
         print(f"{self.folder}: loss {loss:.3f} over the last {len(losses)} steps{more}", file=sys.stderr, flush=True)
 
     def checkpoints(self, kind: str = "checkpoint") -> list[Path]:

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from data import Records
 from inputs.check import Skips, count_cut, image_faults, log_skipped, refuse_bad
 from inputs.mixture import Source, check_mixing, open_sources
 from inputs.records import DataError
 from inputs.samples import Samples
+from inputs.templates import TEMPLATES
 from training.ranks import Distributed
 from training.runs import Run
 
@@ -46,6 +48,15 @@ def skip_bad_samples(args, ranks: Distributed, run: Run, dataset: Samples):
     dataset.skips = Skips(args.skip_bad, len(dataset), path)
 
 
+def count_lone_questions(dataset: Records) -> int:
+    """Number of records with a question that a plain template drops; 0 for another template."""
+    if not TEMPLATES[dataset.template].plain or dataset.text_only:
+        return 0
+    parts, most = [(source.file, source.usable()) for source in dataset.sources], dataset.questions or 2**31 - 1
+    alone = (((file.rounds[part] - 1) % most == 0) & (file.image_counts[part] > 0) for file, part in parts)
+    return sum(int(lone.sum()) for lone in alone)
+
+
 def report_cut(ranks: Distributed, run: Run, dataset: Samples, val: Samples | None):
     """Print what is cut off or left out of the data, and keep the counts of `dataset` for run.json.
 
@@ -58,7 +69,12 @@ def report_cut(ranks: Distributed, run: Run, dataset: Samples, val: Samples | No
         if text:
             ranks.print0(f"{'validation: ' if part is val else ''}{text}")
         if part is dataset:
-            run.values["lengths"] = counts
+            sizes = [source.file.version[0] for source in dataset.sources]
+            run.check_unchanged("data_bytes", sizes, "files whose sizes in bytes are")
+            run.values |= {"lengths": counts, "data_bytes": sizes}
+    if isinstance(dataset, Records) and (count := count_lone_questions(dataset)):
+        text = "records of an image and one question are read without their question, as in LLaVA's stage 1"
+        ranks.print0(f"template {dataset.template}: {count:,} {text}")
     if dataset.left_out:
         ranks.print0(f"{dataset.left_out:,} records do not have exactly one image: they are left out")
     if dataset.config.vision_config and not any(source.file.distinct_images for source in dataset.sources):

@@ -131,6 +131,29 @@ def test_keys_that_nothing_reads_are_named(mine, tiny, command, capsys):
     assert f"keys.json: {line}\n" in capsys.readouterr().err
 
 
+def test_what_a_run_reads_is_said(mine, tiny, command, capsys):
+    flags = [*tiny.flags["stage1"], "--data", mine.good, "--images", mine.images]
+    command(train, *flags, "--out", "run")
+    said = capsys.readouterr().err
+    assert f"a new LLaVA from {tiny.clip} and {tiny.decoder}" in said
+    assert "6 steps of 8 records: 2.4 epochs of 20 records" in said
+    assert "template plain: 8 records of an image and one question are read without their question" in said
+    command(train, *tiny.flags["stage2"], "--data", mine.good, "--images", mine.images, "--out", "run2")
+    assert "without their question" not in capsys.readouterr().err
+
+
+def test_data_that_changed_is_not_resumed(mine, tiny, command, monkeypatch):
+    flags = [*tiny.flags["stage2"], "--data", mine.good, "--images", mine.images, "--out", "run", "--save-every", 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            command(train, *flags)
+    mine.good.write_text(mine.good.read_text().replace("a cat", "a dog.", 1))
+    with pytest.raises(SystemExit, match="run was trained with files whose sizes in bytes are"):
+        command(train, *flags, "--resume")
+    command(train, *flags, "--resume", "--allow-changes")
+
+
 def test_linked_folders_in_check_training_and_evaluation(mine, tiny, command, capsys):
     (mine.folder / "play").mkdir()
     (mine.folder / "play/coco").symlink_to(mine.images)
@@ -204,7 +227,8 @@ def test_bad_input_ends_in_one_line_before_any_work(kind, stage, mine, tiny, com
 @pytest.mark.parametrize("argv, says", [
     (["--mixing", "warm"], "--mixing warm"), (["--mixing", "0"], "--mixing 0"), (["--shares", "80"], None),
     (["--shares", "80/20:1"], "--shares 80/20:1"), (["--skip-bad", "many"], "not a percentage"),
-    (["--skip-bad", "101"], "101"),
+    (["--skip-bad", "101"], "101"), (["--size", "tiny"], "--size does nothing in stage 2"),
+    (["--whiten", "--model", "x"], "--whiten starts a new projector"),
 ])  # fmt: skip
 def test_bad_flags_are_refused(argv, says, command, capsys):
     if says is None:
@@ -277,7 +301,8 @@ def rows(folder):
 def test_bad_records_are_left_out_and_logged(mine, tiny, command, capsys, cache):
     argv = [*tiny.flags["stage2"], "--data", mine.bad, mine.good, "--images", mine.images, "--skip-bad", "20%"]
     command(train, *argv, "--cache-gb", cache, "--out", "run")
-    assert "4 records are left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "4 records are left out" in said and "5 bad records were left out or replaced, see skipped.jsonl" in said
     named = [json.loads(line)["record"] for line in Path("run/skipped.jsonl").read_text().splitlines()]
     assert [name.split("record ")[1].split(" ")[0].rstrip(":") for name in named] == ["1", "9", "4", "5", "6"]
     assert len(rows(Path("run"))) == 6
