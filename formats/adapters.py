@@ -52,13 +52,11 @@ def save_adapter(
 
     Args: trained: all trained tensors by our names, A, B and others; config: of the whole model; layers: rank and
     alpha by path, from add_lora; base: folder of the base model; sample: of its weights, from sample_weights.
-    Raises ValueError if peft has no name for some of the tensors.
+    Raises ValueError if peft has no name for some of the tensors, see to_layout.
     """
     # peft sees the modules of transformers 5 in memory, so it expects their names.
     layout = LLAVA_LAYOUTS["LLaVA, transformers 5 in memory"] if config.vision_config else llama("model.", "")
     renamed = to_layout(trained, layout)
-    if len(renamed) != len(trained):
-        raise ValueError(f"{len(trained) - len(renamed)} of the {len(trained)} trained tensors have no name in peft")
     names = {path: next(iter(to_layout({f"{path}.weight": torch.empty(0)}, layout))) for path in layers}
     modules = {names[path].removesuffix(".weight"): values for path, values in layers.items()}
     rank, alpha = next(iter(modules.values()))

@@ -5,6 +5,7 @@ Sources of fields and defaults: transformers' config classes, the published file
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -182,6 +183,7 @@ def clip_config_from_dict(values: dict) -> CLIPConfig:
     """The CLIPConfig of the values in a config.json. Raises ValueError on a value out of range."""
     values = known_fields(CLIPConfig, values)
     values["vision_config"] = CLIPVisionConfig(**known_fields(CLIPVisionConfig, values.get("vision_config", {})))
+    check_supported(values.get("text_config", {}), {"hidden_act": "quick_gelu"})
     values["text_config"] = CLIPTextConfig(**known_fields(CLIPTextConfig, values.get("text_config", {})))
     return CLIPConfig(**values)
 
@@ -214,6 +216,9 @@ def read_llava_config(values: dict, folder: Path) -> LlavaConfig:
     defaults = {"template": guess_template(folder, "llava_hf"), "pad_token_id": text.get("pad_token_id")}
     defaults["image_token_index"] = values.get("image_token_id")
     defaults["image_mode"] = read_image_mode(folder, vision.image_size)
+    described = "image_mode" in values or any(folder.glob("*processor_config.json"))
+    if kind == "llava" and not described:
+        print(f"{folder}: no preprocessor_config.json: images are cut to squares, as llava-hf does", file=sys.stderr)
     if kind == "llava_next":
         defaults |= {"image_mode": "anyres", "image_grid_pinpoints": PINPOINTS}
     given = known_fields(LlavaConfig, defaults) | known_fields(LlavaConfig, values)

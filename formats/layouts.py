@@ -142,12 +142,16 @@ def split(tensor: torch.Tensor, count: int, transposed: bool) -> tuple[torch.Ten
 
 
 def to_layout(state: dict[str, torch.Tensor], layout: Layout) -> dict[str, torch.Tensor]:
-    """Rename tensors from our names to those of a layout; q, k and v are joined if the layout joins them."""
-    renamed = {}
+    """Rename tensors from our names to those of a layout; q, k and v are joined if the layout joins them. Raises
+    ValueError if the layout has no name for a tensor."""
+    renamed, left = {}, set(state)
     for theirs, ours in layout.items():
         targets, transposed = parse_marks(ours)
         for found in filter(None, map(pattern_of(targets[0]).fullmatch, state)):
-            parts = [state[target.format(**found.groupdict())] for target in targets]
+            names = [target.format(**found.groupdict()) for target in targets]
+            parts, left = [state[name] for name in names], left - {*names}
             tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
             renamed[theirs.format(**found.groupdict())] = (tensor.t() if transposed else tensor).contiguous()
+    if left:
+        raise ValueError(f"{len(left)} of {len(state)} tensors have no name in this layout: {sorted(left)[0]}")
     return renamed

@@ -7,6 +7,7 @@ colors under its alpha, a phone photo is rotated. Sizes are checked in the heade
 import os
 import re
 import stat
+import sys
 import unicodedata
 import warnings
 from pathlib import Path
@@ -19,6 +20,8 @@ MAX_SIDE = 16_384
 MAX_ASPECT = 200  # width : height or height : width; beyond it, the center crop keeps under 0.5 % of the image
 PAD_COLOR = (122, 116, 104)  # int(255 * CLIP's mean): LLaVA-1.5's expand2square background
 
+ANIMATED = ("GIF", "WEBP", "AVIF", "PNG", "TIFF")  # not MPO, a photo whose other frames are its previews or depths
+REPORTED: list[Path] = []  # see report_frames
 UNREADABLE = {  # what a file is, with a remedy, and how it begins
     "HEIC, as phones write it: save it as JPEG or PNG": rb"....ftyp(hei|hev|mif1|msf1)",
     "AVIF: install a Pillow that reads it, or save it as JPEG or PNG": rb"....ftypavi[fs]",
@@ -71,7 +74,8 @@ def open_image(path: str | Path) -> Image.Image:
     """Decode an image file to 8-bit RGB. Raises BadImage.
 
     EXIF rotation is applied. Transparent pixels are blended with white, as in viewers and transformers 5. 16-bit gray
-    is scaled to 8 bits; CMYK, gray and palette images are converted. Of an animation, the first frame is returned.
+    is scaled to 8 bits; CMYK, gray and palette images are converted. Of an animation or of several pages, the first is
+    returned; the first such file is named on stderr.
     """
     path = Path(path)
     check_file(path)
@@ -79,6 +83,8 @@ def open_image(path: str | Path) -> Image.Image:
         # Pillow warns of large images, which check_size refuses, and of broken metadata, which does not matter here.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             check_size(image.size, path)
+            if image.format in ANIMATED and getattr(image, "is_animated", False):
+                report_frames(path)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image, path)
@@ -88,6 +94,13 @@ def open_image(path: str | Path) -> Image.Image:
         raise BadImage(f"{path}: not an image that can be read{name_format(path)}") from None
     except Exception as error:  # each of Pillow's plugins raises its own errors
         raise BadImage(f"{path}: cannot be decoded ({error})") from None
+
+
+def report_frames(path: Path):
+    """Name the first file of several frames that this process opens."""
+    if not REPORTED:
+        REPORTED.append(path)
+        print(f"{path}: has several frames or pages: of such files the first one alone is read", file=sys.stderr)
 
 
 def name_format(path: Path) -> str:

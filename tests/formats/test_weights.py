@@ -384,6 +384,30 @@ def openai_names(state):
     return renamed | {"logit_scale": state["logit_scale"], "input_resolution": torch.tensor(8)}
 
 
+def test_a_text_tower_with_another_activation_is_refused(tiny, tmp_path):
+    values = json.loads((tiny.clip / "config.json").read_text())
+    values["text_config"]["hidden_act"] = "gelu"
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="hidden_act is 'gelu', and only 'quick_gelu' is supported"):
+        load_clip(tmp_path)
+
+
+def test_a_tensor_without_a_name_in_the_layout_is_not_dropped():
+    state = {"language_model.lm_head.weight": torch.ones(1), "language_model.extra.weight": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"1 of 2 tensors have no name in this layout: language_model\.extra\.weight"):
+        layouts.to_layout(state, layouts.llama("model.", ""))
+
+
+def test_a_guessed_image_mode_is_said(tiny, tmp_path, capsys):
+    values = json.loads((tiny.stage2 / "config.json").read_text())
+    del values["image_mode"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path).image_mode == "square"
+    assert "no preprocessor_config.json: images are cut to squares" in capsys.readouterr().err
+    shutil.copy(tiny.stage2 / "preprocessor_config.json", tmp_path)
+    assert read_config(tmp_path).image_mode == "pad" and capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("names", ["Hugging Face", "OpenAI", "old"])
 def test_clip_with_every_naming(names, tiny, tmp_path):
     state = load_file(tiny.clip / "model.safetensors")

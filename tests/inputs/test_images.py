@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, features
 
+from inputs import images
 from inputs.images import PAD_COLOR, BadImage, LinkedFolder, open_image, pad_to_square, resolve_inside, size_of
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -296,10 +297,16 @@ def test_the_content_decides_not_the_name(tmp_path):
     assert (pixels(path) == RED).all()
 
 
-def test_first_frame_of_an_animation(tmp_path):
+@pytest.mark.parametrize("name", ["a.gif", "a.tif", "a.png"])
+def test_first_frame_of_an_animation_and_one_line_that_says_so(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(images, "REPORTED", [])
     frames = [Image.new("RGB", (4, 3), color) for color in (RED, BLUE)]
-    path = save(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert (pixels(path) == RED).all()
+    assert (pixels(save(frames[0], tmp_path / f"one-{name}")) == RED).all() and capsys.readouterr().err == ""
+    path = save(frames[0], tmp_path / name, save_all=True, append_images=frames[1:])
+    assert (pixels(path) == RED).all() and (pixels(path) == RED).all()
+    assert (
+        capsys.readouterr().err == f"{path}: has several frames or pages: of such files the first one alone is read\n"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
