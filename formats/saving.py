@@ -16,6 +16,7 @@ from llava import Llava
 from lora import NF4Linear
 
 MERGED = "merged.json"  # lists the adapters that were merged into a model's weights
+GENERATION = "generation_config.json"
 SHARD_BYTES = 5_000_000_000  # larger files are unwieldy to copy
 
 
@@ -37,7 +38,7 @@ def save_model(model: Llava, folder: str | Path, weights: dict[str, torch.Tensor
     write_shards(state, folder)
     write_json(folder / "config.json", config_to_json(config) | quantization)
     ends = {"eos_token_id": config.eos_token_ids, "pad_token_id": config.pad_token_id}
-    write_json(folder / "generation_config.json", ends)
+    write_json(folder / GENERATION, ends)
     write_chat_template(config, folder)
     if config.vision_config is not None:
         write_processor(config, folder)
@@ -46,7 +47,8 @@ def save_model(model: Llava, folder: str | Path, weights: dict[str, torch.Tensor
 def publish_model(model: Llava, tokenizer: Tokenizer, target: Path, source: Path, *adapters: str):
     """Write a model and its tokenizer; the folder appears complete or not at all.
 
-    Args: source: the folder that it was made from, whose chat template is kept; adapters: see merged_adapters.
+    Args: source: the folder that it was made from, whose chat template and generation defaults are kept; adapters: see
+    merged_adapters.
     """
     merged = [*merged_adapters(source), *adapters]
 
@@ -54,6 +56,10 @@ def publish_model(model: Llava, tokenizer: Tokenizer, target: Path, source: Path
         save_model(model, folder)
         write_chat_template(model.config, folder, source)
         tokenizer.save(folder)
+        if (
+            defaults := source / GENERATION
+        ).exists():  # temperature and the like; the end tokens are those of the config
+            write_json(folder / GENERATION, read_json(defaults) | read_json(folder / GENERATION))
         if merged:
             write_json(folder / MERGED, {"adapters": merged})
 

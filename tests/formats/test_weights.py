@@ -398,6 +398,15 @@ def test_a_tensor_without_a_name_in_the_layout_is_not_dropped():
         layouts.to_layout(state, layouts.llama("model.", ""))
 
 
+def test_generation_defaults_are_kept(tiny, tmp_path, command):
+    shutil.copytree(tiny.stage2, tmp_path / "a")
+    ends = json.loads((tmp_path / "a/generation_config.json").read_text())
+    (tmp_path / "a/generation_config.json").write_text(json.dumps(ends | {"temperature": 0.2, "do_sample": True}))
+    command(formats_cli, "convert", tmp_path / "a", tmp_path / "b")
+    found = json.loads((tmp_path / "b/generation_config.json").read_text())
+    assert found == ends | {"temperature": 0.2, "do_sample": True}
+
+
 def test_a_guessed_image_mode_is_said(tiny, tmp_path, capsys):
     values = json.loads((tiny.stage2 / "config.json").read_text())
     del values["image_mode"]
