@@ -21,12 +21,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from formats.configs import config_to_json, read_config
-from formats.layouts import LLAVA_LAYOUTS, Layout, choose_layout, llama, match, split, to_layout
+from formats.layouts import EMBEDDING, HEAD, LLAVA_LAYOUTS, Layout, choose_layout, llama, match, split, to_layout
 from formats.saving import merged_adapters
 from formats.tensors import FLOATS, LazyTensor, open_tensors
-from formats.weights import build_model, load_checkpoint, load_tokenizer, open_model
+from formats.weights import build_model, grow_vocabulary, load_checkpoint, load_tokenizer, open_model
 from inputs.files import fingerprint, read_json, write_json
-from inputs.tokenizer import Tokenizer
+from inputs.tokenizer import Tokenizer, find_vocabulary
+from inputs.vocabularies import MAX_IDS
 from llava import Llava, LlavaConfig
 from lora import LoRALinear, NF4Linear, base_weight, lora_scale
 
@@ -34,9 +35,10 @@ PREFIX = "base_model.model."  # of every tensor's name in peft's files
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 AUTHORS_WEIGHTS = "non_lora_trainables.bin"  # the file in which LLaVA's authors keep the projector
 # Options of peft that change the arithmetic or train additional tensors.
-UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices")
+UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "target_parameters")
 UNSUPPORTED += ("use_qalora", "alora_invocation_tokens", "use_bdlora", "eva_config", "arrow_config")
 UNSUPPORTED += ("monteclora_config",)
+ROWS = ".token_adapter.trainable_tokens_delta"  # ends the name of rows of an embedding, whose ids are in the config
 SUPPORTED = {"peft_type": ("LORA",), "bias": (None, "none")}
 SUPPORTED["init_lora_weights"] = (None, True, False, "gaussian", "orthogonal")  # PiSSA and others change the base
 
@@ -92,7 +94,9 @@ class Adapter:
     folder: Path
     sha256: str  # of the file with A and B
     lora: dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # path of a layer: A (r, in), B (out, r), scale
-    replaced: dict[str, torch.Tensor]  # tensors that replace those of the base
+    replaced: dict[str, torch.Tensor]  # tensors that replace those of the base; they may have more rows
+    rows: dict[str, tuple[list[int], torch.Tensor]]  # ids of a matrix's rows, and their new values
+    tied: bool  # a replaced embedding is the head, too, if it is in the base
     base_sample: dict[str, list[float]]  # from sample_weights; empty in folders of other programs
     config: LlavaConfig | None  # of the whole model, if the folder has it
     has_template: bool  # False: the template and the image mode of `config` are guesses
@@ -112,7 +116,8 @@ def read_adapter(folder: Path, vision: Path | None = None) -> Adapter:
     if path is None:
         raise ValueError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}")
     pairs, whole = read_tensors(path, [*open_tensors(path, PREFIX).items(), *open_authors_weights(folder).items()])
-    names = [*(f"{name}.weight" for name in pairs), *whole]
+    by_matrix = {name.removesuffix(ROWS) + ".weight": whole.pop(name) for name in list(whole) if name.endswith(ROWS)}
+    names = [*(f"{name}.weight" for name in pairs), *whole, *by_matrix]
     layout = LLAVA_LAYOUTS[choose_layout(names, LLAVA_LAYOUTS)]
     if unknown := [name for name in names if not match(name, layout)]:
         raise ValueError(f"{path}: {len(unknown)} tensors belong to no part of a LLaVA: {', '.join(unknown[:3])}")
@@ -124,10 +129,23 @@ def read_adapter(folder: Path, vision: Path | None = None) -> Adapter:
     for name, tensor in whole.items():
         ours, transposed = match(name, layout)
         replaced |= zip(ours, split(tensor, len(ours), transposed))
+    rows = {match(name, layout)[0][0]: read_rows(path, name, rows, values) for name, rows in by_matrix.items()}
     config = read_config(folder, vision) if (folder / "config.json").exists() else None
     has_template = config is not None and "template" in read_json(folder / "config.json")
     sample = read_base_sample(path, lora)
-    return Adapter(folder, fingerprint(path)["sha256"], lora, replaced, sample, config, has_template)
+    tied = values.get("ensure_weight_tying") is True
+    return Adapter(folder, fingerprint(path)["sha256"], lora, replaced, rows, tied, sample, config, has_template)
+
+
+def read_rows(path: Path, name: str, rows: torch.Tensor, values: dict) -> tuple[list[int], torch.Tensor]:
+    """The ids of the trained rows of the matrix `name`, from trainable_token_indices, and the rows."""
+    ids = values.get("trainable_token_indices")
+    if isinstance(ids, dict):
+        ids = next((ids[key] for key in ids if name.removesuffix(".weight").endswith(key)), None)
+    known = isinstance(ids, list) and all(type(i) is int and 0 <= i < MAX_IDS for i in ids)
+    if not known or rows.ndim != 2 or len(ids) != len(rows):
+        raise ValueError(f"{path}: {name} has {list(rows.shape)} trained rows, whose ids {CONFIG} gives as {ids!r:.99}")
+    return ids, rows
 
 
 def read_peft_config(folder: Path) -> dict:
@@ -214,6 +232,11 @@ def read_base_sample(path: Path, layers: Iterable[str]) -> dict[str, list[float]
 def attach(model: Llava, adapter: Adapter):
     """Add an adapter to its base. Raises ValueError if it belongs to another base; the model is then unchanged."""
     check_base(model, adapter)
+    placeholder_has_row = model.config.image_token_index < model.config.text_config.vocab_size
+    grow_vocabulary(model, adapter_vocabulary(adapter), step=1)
+    if not placeholder_has_row:  # its id is still the first that no token has
+        model.config.image_token_index = model.config.text_config.vocab_size
+    untie_head(model, adapter)
     dtype, parameters = model.dtype, dict(model.named_parameters())  # names as they are before layers are wrapped
     for path, (a, b, scale) in adapter.lora.items():
         layer = LoRALinear(model.get_submodule(path), len(a), scale)
@@ -222,10 +245,27 @@ def attach(model: Llava, adapter: Adapter):
             half.to(dtype)
         model.set_submodule(path, layer)
     for name, tensor in adapter.replaced.items():
-        parameters[name].copy_(tensor)
+        parameters.get(name, parameters[EMBEDDING]).copy_(tensor)  # a tied head is the embedding
+    for name, (ids, tensor) in adapter.rows.items():
+        parameters.get(name, parameters[EMBEDDING])[ids] = tensor.to(dtype)
     if adapter.has_template:  # stage 2 may use another template or image mode than the base
         model.config.template, model.config.image_mode = adapter.config.template, adapter.config.image_mode
         model.config.eos_token_ids = sorted({*model.config.eos_token_ids, *adapter.config.eos_token_ids})
+
+
+def adapter_vocabulary(adapter: Adapter) -> int:
+    """The number of embedding rows that an adapter needs: it may have been trained with a vocabulary that grew."""
+    rows = [len(tensor) for name, tensor in adapter.replaced.items() if name in (EMBEDDING, HEAD)]
+    return max(rows + [max(ids) + 1 for ids, _ in adapter.rows.values() if ids], default=0)
+
+
+def untie_head(model: Llava, adapter: Adapter):
+    """Give the head a weight of its own if an adapter replaces it or the embedding alone, as peft does."""
+    embedding, head = adapter.replaced.get(EMBEDDING), adapter.replaced.get(HEAD)
+    same = embedding is not None and head is not None and torch.equal(embedding, head)
+    if model.config.text_config.tie_word_embeddings and not (embedding is head is None or adapter.tied or same):
+        model.config.text_config.tie_word_embeddings = False
+        model.language_model.lm_head.weight = nn.Parameter(model.language_model.lm_head.weight.clone())
 
 
 def check_base(model: Llava, adapter: Adapter):
@@ -235,8 +275,13 @@ def check_base(model: Llava, adapter: Adapter):
         if isinstance(module, nn.Linear | NF4Linear):
             shapes[path] = (module.out_features, module.in_features)
     shapes["language_model.lm_head"] = "unsupported"
+    for name in (EMBEDDING, HEAD):  # which may grow; a tied head is the embedding
+        rows, width = shapes.get(name, shapes[EMBEDDING])
+        shapes[name] = max(rows, adapter_vocabulary(adapter)), width
     wanted = {path: (len(b), a.shape[1]) for path, (a, b, _) in adapter.lora.items()}
     wanted |= {name: tuple(tensor.shape) for name, tensor in adapter.replaced.items()}
+    wanted |= {name: (shapes[name][0], tensor.shape[1]) for name, (_, tensor) in adapter.rows.items() if name in shapes}
+    wanted |= dict.fromkeys(adapter.rows.keys() - {EMBEDDING, HEAD}, "an embedding or a head")
     differ = [name for name in wanted if shapes.get(name) != wanted[name]]
     wrong = [f"{name} is {shapes.get(name, 'missing')}, should be {wanted[name]}" for name in differ]
     if wrong:
@@ -271,10 +316,9 @@ def load_with_adapter(
         # An adapter of LLaVA's authors: its base is the decoder alone, and the adapter's folder has the projector.
         found.config.text_config, found.config.image_token_index = config.text_config, config.image_token_index
         config, tensors = found.config, tensors | open_authors_weights(adapter)
-    tokenizer = load_tokenizer(folder, config)
     model = build_model(config, tensors, folder, device, dtype, vision, bits=bits, copy=False)
     attach(model, found)
-    return model, tokenizer
+    return model, load_tokenizer(adapter if find_vocabulary(adapter) else folder, config)
 
 
 def base_of_adapter(folder: Path) -> Path:

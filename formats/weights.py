@@ -307,7 +307,7 @@ def name_image_token(tokenizer: Tokenizer, index: int, folder: str | Path):
 
 
 @torch.no_grad()
-def grow_vocabulary(model: Llava, size: int):
+def grow_vocabulary(model: Llava, size: int, step: int = 64):
     """Add embedding rows, in steps of 64, until there are `size`. New rows are the mean of the old ones.
 
     A mean row is never the likeliest token, so the model does not generate the new ids.
@@ -315,7 +315,7 @@ def grow_vocabulary(model: Llava, size: int):
     text = model.config.text_config
     if size <= text.vocab_size:
         return
-    new = -(-size // 64) * 64 - text.vocab_size
+    new = -(-size // step) * step - text.vocab_size
     embedding, head = model.language_model.model.embed_tokens, model.language_model.lm_head
     for module in (embedding, head):
         rows = module.weight.float().mean(0, keepdim=True).expand(new, -1).to(module.weight.dtype)

@@ -28,6 +28,7 @@ ROLES = {  # the usual special tokens of each role, for files that do not name o
     "bos": ("<s>", "<|begin_of_text|>", "<|startoftext|>"),
     "eos": ("</s>", "<|eot_id|>", "<|im_end|>", "<|endoftext|>"),
 }
+NAMES = ("tokenizer.json", "tokenizer.model", "tok*.bin", "*.txt.gz")  # of vocabularies; the first found is read
 MARKERS = {"<|im_start|>", "<|start_header_id|>", "<|end_header_id|>"}  # other names of templates, always special
 CORRUPT = (EOFError, ValueError, LookupError, TypeError, AttributeError, RecursionError)  # errors of malformed files
 CORRUPT += (struct.error, zlib.error, regex.error)
@@ -135,12 +136,11 @@ class Tokenizer(PickledByFields):
         folder = Path(folder)
         path = folder / "tokenizer_config.json"
         settings = read_json(path) if path.exists() else {}
-        names = ("tokenizer.json", "tokenizer.model", "tok*.bin", "*.txt.gz")
         try:
             added, settings = read_added(folder, settings)
             named = parse_roles(settings)
             check_ids({name: token.id for name, token in added.items()})
-            path = next((path for name in names for path in sorted(folder.glob(name))), folder / names[0])
+            path = find_vocabulary(folder) or folder / NAMES[0]
             if path.suffix == ".json":
                 content = json.loads(path.read_text(encoding="utf-8-sig"))
                 tokens = {token["content"]: AddedToken.parse(token["id"], token) for token in content["added_tokens"]}
@@ -166,6 +166,10 @@ class Tokenizer(PickledByFields):
         except CORRUPT as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: not a supported tokenizer ({reason})") from None
+
+
+def find_vocabulary(folder: Path) -> Path | None:
+    return next((path for name in NAMES for path in sorted(folder.glob(name))), None)
 
 
 def parse_roles(settings: dict) -> dict[str, str]:

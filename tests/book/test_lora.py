@@ -23,6 +23,8 @@ from formats import configs
 from formats.adapters import attach, load_with_adapter, read_adapter, sample_weights, save_adapter
 from formats.saving import save_model
 from formats.weights import load_model
+from inputs.added_tokens import AddedToken
+from inputs.bpe import ByteLevel
 from inputs.files import read_json
 from inputs.index import read_records
 from inputs.mixture import Source
@@ -218,6 +220,58 @@ def test_an_adapter_written_by_peft_loads(peft, tiny, batch, tmp_path, kind):
         torch.testing.assert_close(logits_of(ours, batch), expected, rtol=1e-4, atol=1e-4)
     ranks = {path.split(".")[-1]: len(layer.lora_A.weight) for path, layer in lora_layers(ours).items()}
     assert ranks["q_proj"] == (8 if kind == "rank_pattern" else 4)
+
+
+GROWN = {  # kinds of adapters whose vocabulary grew by two tokens
+    "modules_to_save": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "embedding only": {"modules_to_save": ["embed_tokens"]},
+    "tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "rows": {"trainable_token_indices": {"embed_tokens": [99, 100], "lm_head": [99, 100]}},
+}
+
+
+def write_tokenizer(folder, words):
+    """Printable ASCII and </s> in 99 ids, then `words`."""
+    letters = {bytes([33 + i]): i for i in range(94)}
+    ours = Tokenizer(ByteLevel(letters, r"\S+|\s+"), {"<s>": 97, "</s>": 98}, {"eos": "</s>"})
+    ours.added = {word: AddedToken(99 + i, special=False) for i, word in enumerate(words)}
+    folder.mkdir(exist_ok=True)
+    Tokenizer(ours.codec, ours.specials, ours.roles, added=ours.added).save(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+@pytest.mark.parametrize("kind", GROWN)
+def test_an_adapter_with_a_grown_vocabulary_brings_its_rows_and_its_tokenizer(peft, tmp_path, command, kind, family):
+    import transformers
+
+    base, adapter = theirs_of(family), tmp_path / "adapter"
+    base.save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base", [])
+    write_tokenizer(adapter, ["<box>", "[SEG]"])
+    base.resize_token_embeddings(101)
+    with torch.no_grad():
+        base.get_output_embeddings().weight[99:] = base.get_output_embeddings().weight[:99].mean(0)  # in no file
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, **GROWN[kind])
+    theirs = peft.get_peft_model(base, config).eval()
+    for name, p in theirs.named_parameters():
+        if "modules_to_save" in name or "trainable_tokens" in name:
+            p.data.add_(torch.randn(p.shape) / 10)
+    theirs.save_pretrained(adapter)
+    command(formats_cli, "merge", tmp_path / "base", adapter, tmp_path / "merged")
+    ids = torch.arange(101)[None]
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    for folder, extra in ((tmp_path / "base", adapter), (tmp_path / "merged", None)):
+        ours, tokenizer = load_with_adapter(folder, extra, "cpu", torch.float32)
+        assert tokenizer.encode("a<box>[SEG]") == [64, 99, 100] and tokenizer.decode([99]) == "<box>"
+        with torch.no_grad():
+            logits = ours.language_model.lm_head(ours.language_model.model(ours.embed(ids)))
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    text = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert text.encode("a<box>[SEG]", add_special_tokens=False) == [64, 99, 100]
 
 
 def test_a_gpt2_adapter_with_fused_q_k_v_loads(peft, tmp_path):
