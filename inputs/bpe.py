@@ -34,23 +34,27 @@ class ByteLevel(PickledByFields):
     Bytes without an id (SmolLM2 has some) are dropped, as in Hugging Face's tokenizers.
     """
 
-    ranks: dict[bytes, int]  # the bytes of each token -> its id, in order of merging
+    ranks: dict[bytes, int]  # the bytes of each token -> its rank in the order of merging, which is its id
     split: str  # pattern that cuts text into words before merging
     nfc: bool = False  # compose letters and accents first (Unicode NFC), as Qwen2 does
+    ids: tuple[int, ...] = ()  # the id of each rank, if they differ, as in RoBERTa
 
     def __post_init__(self):
         self.missing_bytes = bytes(byte for byte in range(256) if bytes([byte]) not in self.ranks)
         self.encoding = tiktoken.Encoding("llava", pat_str=self.split, mergeable_ranks=self.ranks, special_tokens={})
-        self.spelled, self.highest_id = {i: token for token, i in self.ranks.items()}, max(self.ranks.values())
+        self.spelled = {self.ids[rank] if self.ids else rank: token for token, rank in self.ranks.items()}
+        self.highest_id = max(self.spelled)
 
     def normalize(self, text: str, prefix: bool = True) -> str:
         return unicodedata.normalize("NFC", text) if self.nfc else text
 
     def encode_normalized(self, text: str, prefix: bool = True) -> list[int]:
-        if not (self.missing_bytes and set(self.missing_bytes) & set(text.encode())):
-            return self.encoding.encode_ordinary(text)
-        words = (word.encode().translate(None, self.missing_bytes) for word in regex.findall(self.split, text))
-        return [i for word in words if word for i in self.encoding._encode_single_piece(word)]
+        if self.missing_bytes and set(self.missing_bytes) & set(text.encode()):
+            words = (word.encode().translate(None, self.missing_bytes) for word in regex.findall(self.split, text))
+            ranks = [rank for word in words if word for rank in self.encoding._encode_single_piece(word)]
+        else:
+            ranks = self.encoding.encode_ordinary(text)
+        return [self.ids[rank] for rank in ranks] if self.ids else ranks
 
     def decode(self, ids: list[int], words: dict[int, str]) -> str:
         """Text of `ids`; an embedding may have unused rows. Args: words: added tokens, which stand for themselves."""

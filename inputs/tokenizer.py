@@ -19,7 +19,16 @@ import regex
 from inputs.added_tokens import AddedToken, compile_names, read_added, special_names, split_text
 from inputs.bpe import SPACE, ByteLevel, Codec, PickledByFields
 from inputs.files import read_json, write_json
-from inputs.vocabularies import SPLIT, byte_level_json, check_ids, parse_json, read_vocabulary, sentencepiece_json
+from inputs.vocabularies import (
+    MAKE,
+    SPLIT,
+    byte_level_json,
+    check_ids,
+    parse_json,
+    read_merges,
+    read_vocabulary,
+    sentencepiece_json,
+)
 
 SPECIALS = ("<pad>", "<image>", "<s>", "</s>")  # </s> last: CLIP's text tower finds its end token as the highest id
 ROLES = {  # the usual special tokens of each role, for files that do not name one
@@ -28,7 +37,7 @@ ROLES = {  # the usual special tokens of each role, for files that do not name o
     "bos": ("<s>", "<|begin_of_text|>", "<|startoftext|>"),
     "eos": ("</s>", "<|eot_id|>", "<|im_end|>", "<|endoftext|>"),
 }
-NAMES = ("tokenizer.json", "tokenizer.model", "tok*.bin", "*.txt.gz")  # of vocabularies; the first found is read
+NAMES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tok*.bin", "*.txt.gz")  # the first found is read
 MARKERS = {"<|im_start|>", "<|start_header_id|>", "<|end_header_id|>"}  # other names of templates, always special
 CORRUPT = (EOFError, ValueError, LookupError, TypeError, AttributeError, RecursionError)  # errors of malformed files
 CORRUPT += (struct.error, zlib.error, regex.error)
@@ -131,18 +140,24 @@ class Tokenizer(PickledByFields):
         """Read a folder's tokenizer. Raises ValueError.
 
         Formats: tokenizer.json (byte-level BPE, LLaMA's or CLIP's), tokenizer.model (SentencePiece, or LLaMA-3's for
-        tiktoken), llama2.c's tok*.bin, OpenAI's *.txt.gz.
+        tiktoken), vocab.json with merges.txt (byte-level BPE), llama2.c's tok*.bin, OpenAI's *.txt.gz.
         """
         folder = Path(folder)
         path = folder / "tokenizer_config.json"
         settings = read_json(path) if path.exists() else {}
         try:
             added, settings = read_added(folder, settings)
-            named = parse_roles(settings)
             check_ids({name: token.id for name, token in added.items()})
+            named = parse_roles(settings)
             path = find_vocabulary(folder) or folder / NAMES[0]
+            if not path.exists():
+                raise OSError(f"No such file, nor {', '.join(NAMES[1:])}; {MAKE}")
             if path.suffix == ".json":
-                content = json.loads(path.read_text(encoding="utf-8-sig"))
+                if path.name == "vocab.json":
+                    content, settings = read_merges(folder, settings)
+                    named = parse_roles(settings)
+                else:
+                    content = json.loads(path.read_text(encoding="utf-8-sig"))
                 tokens = {token["content"]: AddedToken.parse(token["id"], token) for token in content["added_tokens"]}
                 codec, bos = parse_json(content, tokens)
                 named |= {"bos": bos}

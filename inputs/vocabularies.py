@@ -13,8 +13,9 @@ from pathlib import Path
 
 import regex
 
-from inputs.added_tokens import AddedToken
+from inputs.added_tokens import AddedToken, special_names
 from inputs.bpe import SPACE, ByteLevel, ClipBPE, Codec, SentencePiece, byte_alphabet
+from inputs.files import read_json
 
 # Ours: words, single digits and runs of punctuation, each with the space before it; then the remaining spaces.
 SPLIT = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -159,6 +160,49 @@ def from_pieces(pieces: list[tuple[str, float, int]], scheme: str) -> SentencePi
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# vocab.json and merges.txt of transformers' "slow" tokenizers
+
+SPLIT_QWEN2 = SPLIT_LLAMA3.replace("{1,3}", "")  # every digit on its own
+MAKE = "in transformers, AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes tokenizer.json"
+END = dict.fromkeys(("eos_token", "unk_token"), "<|endoftext|>")
+CLASSES = {  # transformers' class: normalizer, pattern of a Split step, special tokens that the files need not name
+    "GPT2Tokenizer": (None, None, END | {"bos_token": "<|endoftext|>"}),
+    "Qwen2Tokenizer": ({"type": "NFC"}, SPLIT_QWEN2, END | {"pad_token": "<|endoftext|>"}),
+    "RobertaTokenizer": (None, None, {"bos_token": "<s>", "eos_token": "</s>"}),
+}
+CLASSES["RobertaTokenizer"][2].update({f"{role}_token": f"<{role}>" for role in ("unk", "pad", "mask")})
+MODEL_TYPES = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "roberta": "RobertaTokenizer"}
+
+
+def read_merges(folder: Path, settings: dict) -> tuple[dict, dict]:
+    """The tokenizer.json that vocab.json and merges.txt stand for, and the settings with the class's defaults."""
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    config = config.get("text_config") or config
+    name = settings.get("tokenizer_class") or MODEL_TYPES.get(config.get("model_type"), "")
+    if name.removesuffix("Fast") not in CLASSES:
+        raise ValueError(f"with merges.txt, it is read for {', '.join(CLASSES)}, not for {name or 'no class'}; {MAKE}")
+    if not (folder / "merges.txt").exists():
+        raise ValueError(f"there is no merges.txt beside it; {MAKE}")
+    normalizer, pattern, defaults = CLASSES[name.removesuffix("Fast")]
+    settings = defaults | {key: value for key, value in settings.items() if value is not None}
+    step = {"type": "ByteLevel", "add_prefix_space": settings.get("add_prefix_space", False), "use_regex": not pattern}
+    cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+    vocabulary, bos = read_json(folder / "vocab.json"), settings.get("bos_token")
+    added = [{"id": i, "content": token} for token, i in vocabulary.items() if token in special_names(settings)]
+    adds_bos = settings.get("add_bos_token", name.startswith("Roberta")) and bos
+    first = {"SpecialToken": {"id": bos["content"] if isinstance(bos, dict) else bos}}
+    return {
+        "normalizer": normalizer,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, step] if pattern else [step]},
+        "post_processor": {"type": "TemplateProcessing", "single": [first]} if adds_bos else None,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
+        "added_tokens": added,
+    }, settings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # tokenizer.json of Hugging Face
 
 
@@ -211,17 +255,29 @@ def parse_byte_level(content: dict, specials: dict[str, int], merges: list[list[
         raise ValueError(f"its normalizer is {', '.join(normalizer)}")
     split = parse_split(list_steps(content["pre_tokenizer"], "pretokenizers"))
     vocabulary = {text: i for text, i in model["vocab"].items() if text not in specials}
-    ranks = {bytes(to_byte[char] for char in text): i for text, i in vocabulary.items()}
-    codec = ByteLevel(ranks, split, nfc=normalizer == ["NFC"])
     ids = [*vocabulary.values(), *specials.values()]
-    if len(set(ids)) < len(ids) or (codec.missing_bytes and model.get("unk_token")) or model.get("end_of_word_suffix"):
-        raise ValueError("an id is given twice, bytes without an id become <unk>, or words end in a mark")
     merged = [vocabulary[left + right] for left, right in merges]
     unmerged = {i for text, i in vocabulary.items() if len(text) > 1} - set(merged)
-    # tiktoken merges to the lowest id first; with ignore_merges a whole word that is a token needs no merge.
-    if merged != sorted(merged) or (unmerged and not model.get("ignore_merges")):
-        raise ValueError("its merges are not in the order of the ids, or leave tokens out")
+    order = [] if merged == sorted(merged) else order_of_merging(vocabulary, merges)
+    ranks = {bytes(to_byte[char] for char in text): i for text, i in vocabulary.items()}
+    if order:
+        ranks = {bytes(to_byte[char] for char in text): rank for rank, text in enumerate(order)}
+    codec = ByteLevel(ranks, split, normalizer == ["NFC"], tuple(vocabulary[text] for text in order))
+    if len(set(ids)) < len(ids) or (codec.missing_bytes and model.get("unk_token")) or model.get("end_of_word_suffix"):
+        raise ValueError("an id is given twice, bytes without an id become <unk>, or words end in a mark")
+    if unmerged and not model.get("ignore_merges"):  # with it, a whole word that is a token needs no merge
+        raise ValueError("its merges leave tokens out")
     return codec
+
+
+def order_of_merging(vocabulary: dict[str, int], merges: list[list[str]]) -> list[str]:
+    """All tokens: single bytes, merged ones in order, others. Raises ValueError if a part is merged after the whole."""
+    order = dict.fromkeys(sorted((text for text in vocabulary if len(text) == 1), key=vocabulary.get))
+    for left, right in merges:  # tiktoken merges to the lowest rank first
+        if not {left, right} <= order.keys() or left + right in order:
+            raise ValueError("its merges are not in the order in which tokens are merged")
+        order[left + right] = None
+    return [*order, *(text for text in vocabulary if text not in order)]
 
 
 def list_steps(section: dict | None, name: str) -> list[dict]:
@@ -248,7 +304,8 @@ def parse_split(steps: list[dict]) -> str:
 def byte_level_json(codec: ByteLevel) -> dict:
     """The sections of a tokenizer.json for byte-level BPE: how text is cut and merged."""
     to_unicode = byte_alphabet()
-    name = {i: "".join(to_unicode[b] for b in token) for token, i in codec.ranks.items()}
+    name = {rank: "".join(to_unicode[b] for b in token) for token, rank in codec.ranks.items()}
+    vocabulary = {token: codec.ids[rank] if codec.ids else rank for rank, token in name.items()}
     merges = [[name[codec.ranks[part]] for part in parts] for parts in codec.merges()]
     split = {"type": "Split", "pattern": {"Regex": codec.split}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -256,7 +313,7 @@ def byte_level_json(codec: ByteLevel) -> dict:
         "normalizer": {"type": "NFC"} if codec.nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "decoder": byte_level,
-        "model": {"type": "BPE", "ignore_merges": True, "vocab": {v: k for k, v in name.items()}, "merges": merges},
+        "model": {"type": "BPE", "ignore_merges": True, "vocab": vocabulary, "merges": merges},
     }
 
 

@@ -222,3 +222,70 @@ def test_an_id_of_two_tokens_is_refused(tmp_path):
         Tokenizer.load(write(tmp_path / "a", byte_level_file() | {"added_tokens": [
             {"id": 259, "content": "</s>"} | PLAIN, {"id": 260, "content": "<box>"} | PLAIN
         ]}, {"added_tokens_decoder": decoder}))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vocab.json and merges.txt; add_bos_token
+
+
+def slow_files(folder, name, settings=None):
+    """What a slow tokenizer of transformers leaves: vocab.json and merges.txt, <box> in added_tokens.json."""
+    model = byte_level_file()["model"]
+    special = {"GPT2Tokenizer": ["<|endoftext|>"], "Qwen2Tokenizer": []}.get(name, ["<s>", "<pad>", "</s>", "<unk>"])
+    tokens = [*model["vocab"], *special]
+    if name == "RobertaTokenizer":  # ids by frequency, not in the order of merging
+        tokens = [*special, "dog", "Ġa", *list(model["vocab"])[:256][::-1], "do", "<mask>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in model["merges"]), ""]
+    (folder / "merges.txt").write_text("\n".join(lines))
+    more = {"<box>": len(tokens)} | ({"<|endoftext|>": len(tokens) + 1} if name == "Qwen2Tokenizer" else {})
+    (folder / "added_tokens.json").write_text(json.dumps(more))
+    values = {"tokenizer_class": name} | (settings or {})
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "RobertaTokenizer", "Qwen2Tokenizer"])
+def test_vocab_json_and_merges(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    slow_files(tmp_path, name)
+    (tmp_path / "copy").mkdir()
+    ours = Tokenizer.load(tmp_path)
+    ours.save(tmp_path / "copy")
+    theirs = getattr(transformers, name).from_pretrained(tmp_path)
+    copy = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "copy")
+    for text in [*texts(), "it's 123  dogs\n\n a", "E\u0301"]:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text) == ids == copy.encode(text, add_special_tokens=False), text
+        assert Tokenizer.load(tmp_path / "copy").encode(text) == ids and ours.decode(ids) == theirs.decode(ids), text
+    assert ours.eos_id == theirs.eos_token_id and "<box>" in ours.words
+    assert ours.bos_id == (theirs.bos_token_id if name == "RobertaTokenizer" else None)
+    assert not set(ours.encode("<s></s><mask><|endoftext|>")) & set(theirs.all_special_ids)
+
+
+def test_which_slow_files_are_read_is_said(tmp_path):
+    slow_files(tmp_path, "LEDTokenizer")
+    with pytest.raises(ValueError, match=r"vocab\.json: .*GPT2Tokenizer.*not for LEDTokenizer.*save_pretrained"):
+        Tokenizer.load(tmp_path)
+    slow_files(tmp_path, "GPT2Tokenizer")
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(ValueError, match=r"no merges\.txt beside it"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "vocab.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.json: No such file, nor tokenizer\.model, vocab\.json"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("add", [True, False, None])
+def test_add_bos_token_beside_tokenizer_model(add, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(model_file())
+    values = {"bos_token": "<s>"} | ({} if add is None else {"add_bos_token": add})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
+    ours = Tokenizer.load(tmp_path)
+    first = [] if add is False else [1]
+    assert render_dialogue([Turn("a", None)], ours, "raw", 1)[0] == [*first, ours.codec.ids["▁a"]]
+    (tmp_path / "copy").mkdir()
+    ours.save(tmp_path / "copy")
+    assert Tokenizer.load(tmp_path / "copy").bos_id == ours.bos_id
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "copy")
+    assert theirs.encode("a") == [*first, ours.codec.ids["▁a"]]
