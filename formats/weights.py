@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -272,6 +273,12 @@ def load_tokenizer(folder: str | Path, config: LlavaConfig) -> Tokenizer:
     """
     tokenizer = Tokenizer.load(folder)
     if config.vision_config is not None:
+        if config.image_token_index == config.text_config.vocab_size and not tokenizer.legacy:
+            # The placeholder has no row, so LLaVA's authors wrote the files. Their code encodes the text after an image
+            # on its own, with a space in front; tokenizer.json can only say so of all text after an added token.
+            print(f"{folder}: text after an image gets a space in front, as in LLaVA's code: legacy", file=sys.stderr)
+            codec = replace(tokenizer.codec, scheme="prepend")
+            tokenizer = replace(tokenizer, codec=codec, legacy=True)
         name_image_token(tokenizer, config.image_token_index, folder)
     unused = [tokenizer.roles.get(role) for role in ("image", "pad")]  # their embeddings are never read
     used = [i for name, i in tokenizer.specials.items() if name not in unused] + list(tokenizer.word_ids)

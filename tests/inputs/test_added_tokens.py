@@ -6,12 +6,15 @@ import struct
 
 import pytest
 
+from clip import CLIPVisionConfig
 from data import render_dialogue
+from formats.weights import load_tokenizer
 from inputs.added_tokens import AddedToken
 from inputs.bpe import byte_alphabet
 from inputs.records import Turn
 from inputs.tokenizer import Tokenizer
 from inputs.vocabularies import PREFIXES
+from llava import LlavaConfig, TextConfig
 
 PLAIN = {"special": False, "normalized": True, "single_word": False, "lstrip": False, "rstrip": False}
 WORDS = {"<box>": {}, "<w>": {"normalized": False}, "<l>": {"lstrip": True}, "<r>": {"rstrip": True}}
@@ -273,6 +276,24 @@ def test_which_slow_files_are_read_is_said(tmp_path):
     (tmp_path / "vocab.json").unlink()
     with pytest.raises(ValueError, match=r"tokenizer\.json: No such file, nor tokenizer\.model, vocab\.json"):
         Tokenizer.load(tmp_path)
+
+
+def test_text_after_an_image_in_a_folder_of_llavas_authors(tmp_path, capsys):
+    """Their code encodes it on its own, so with a space in front, even if the tokenizer is not legacy."""
+    (tmp_path / "tokenizer.model").write_bytes(model_file())
+    (tmp_path / "tokenizer_config.json").write_text('{"legacy": false}')
+    rows = len(PIECES)
+    config = LlavaConfig(TextConfig(rows, 8, 8, 1, 1), CLIPVisionConfig(), image_token_index=rows)
+    ours, newline = load_tokenizer(tmp_path, config), PIECES.index("\n")
+    ids, _ = render_dialogue([Turn("a", None, 1)], ours, "llava_hf", 1)
+    at = ids.index(rows)
+    assert ids[at + 1 : at + 3] == [PIECES.index("▁"), newline]
+    assert "text after an image gets a space in front" in capsys.readouterr().err
+    (tmp_path / "copy").mkdir()
+    ours.save(tmp_path / "copy")
+    config.text_config.vocab_size += 1  # what convert writes has a row for the placeholder
+    again = load_tokenizer(tmp_path / "copy", config)
+    assert render_dialogue([Turn("a", None, 1)], again, "llava_hf", 1)[0] == ids and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("add", [True, False, None])
