@@ -5,9 +5,13 @@ import random
 import struct
 
 import pytest
+import torch
+from PIL import Image
 
+import sample
 from clip import CLIPVisionConfig
 from data import render_dialogue
+from formats import __main__ as formats_cli
 from formats.weights import load_tokenizer
 from inputs.added_tokens import AddedToken
 from inputs.bpe import byte_alphabet
@@ -310,3 +314,44 @@ def test_add_bos_token_beside_tokenizer_model(add, tmp_path):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "copy")
     assert theirs.encode("a") == [*first, ours.codec.ids["▁a"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a whole LLaVA
+
+
+@pytest.mark.parametrize("kind", ["prepend", "always", "first", "byte level"])
+def test_the_processor_of_a_folder_and_of_its_conversion_gives_the_same_ids(kind, tmp_path, command, capsys):
+    """Prompts and answers with words, of a random LLaVA that transformers wrote."""
+    transformers = pytest.importorskip("transformers")
+    folder, content = tmp_path / "hf", FILES[kind]
+    names = {token["content"]: token["id"] for token in content["added_tokens"]}
+    if kind != "byte level":
+        content = content | {"post_processor": TEMPLATE}
+    write(folder, content, {"bos_token": "<s>"} if "<s>" in names else {})
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(**shape, image_size=28, patch_size=14)
+    text = transformers.LlamaConfig(**shape, vocab_size=max(names.values()) + 1)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=names["<image>"])
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config)
+    model.lm_head.weight.data[: names["<box>"]] = 0  # it answers with words
+    model.save_pretrained(folder)
+    size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    template = {"image_token": "<image>", "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    image_processor = transformers.CLIPImageProcessor(**size)
+    transformers.LlavaProcessor(image_processor, tokenizer, patch_size=14, **template).save_pretrained(folder)
+    command(formats_cli, "convert", folder, tmp_path / "ours")
+    picture = Image.new("RGB", (28, 28))
+    picture.save(tmp_path / "a.png")
+    for source in (folder, tmp_path / "ours"):
+        processor = transformers.AutoProcessor.from_pretrained(source)
+        prompt = "USER: <image>\nWhere is <box> <w>? ASSISTANT:"
+        theirs = processor(images=picture, text=prompt, return_tensors="pt")["input_ids"][0].tolist()
+        capsys.readouterr()
+        flags = ["--image", tmp_path / "a.png", "--prompt", "Where is <box> <w>?", "--max-new-tokens", 8, "--json"]
+        command(sample, "--model", source, *flags, "--template", "llava_hf", "--device", "cpu")
+        told = json.loads(capsys.readouterr().out)
+        assert told["prompt_ids"] == theirs
+        assert told["text"] == processor.decode(told["ids"], skip_special_tokens=True).strip() != ""
