@@ -352,6 +352,8 @@ def test_merged_equals_unmerged(tiny, batch, tmp_path, command, capsys):
     folder = saved(model, layers, tiny.stage2, tmp_path / "adapter")
     command(formats_cli, "merge", tiny.stage2, folder, tmp_path / "merged")
     assert "differ by at most" in capsys.readouterr().out
+    name = "chat_template.jinja"
+    assert (tmp_path / "merged" / name).read_text() == (tiny.stage2 / name).read_text()
     merged = load_model(tmp_path / "merged")
     with torch.no_grad():
         expected = logits_of(model.eval(), batch)
