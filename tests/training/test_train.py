@@ -703,7 +703,7 @@ def test_what_a_run_leaves(tiny, name):
     assert losses(folder)[-1] < losses(folder)[0]
     names = {path.name for path in folder.iterdir()}
     files = {"run.json", "log.jsonl", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    files |= set() if name == "clip" else {"generation_config.json"}
+    files |= set() if name == "clip" else {"generation_config.json", "chat_template.jinja"}
     files |= {"preprocessor_config.json", "processor_config.json"} if name.startswith("stage") else set()
     assert names - {"loss.png"} == files
 
