@@ -21,7 +21,7 @@ def open_data(args, ranks: Distributed, default: Path | None, group: int) -> tup
     files, val_files = args.data or [], args.val or []
     opened = open_sources([*files, *val_files], args.images, args.follow_links)
     sources, val_sources = opened[: len(files)], opened[len(files) :]
-    sources = sources or open_sources([str(default)], None)
+    sources = sources or open_sources([str(default)], None, args.follow_links)
     for source in (source for source in (*sources, *val_sources) if source.file.unread):
         ranks.print0(f"{source.file.path}: keys that are not read: {source.file.unread}")
     if args.skip_bad:  # rank 0 opens every image, so that all ranks leave out the same records
