@@ -82,25 +82,18 @@ def render_dialogue(
 
 def add_question(turn: Turn, transcript: "Transcript", counts: Iterator[int], plain: bool, alone: bool):
     """Add the question of a turn and the placeholders of its images, whose numbers `counts` yields."""
-    images = islice(counts, turn.images)
     if plain and alone and turn.images and not turn.image_last:
-        transcript.add_images(images)  # as in LLaVA's stage-1 code: the caption follows the image, without the question
-        return
-    if turn.parts:
-        transcript.text += turn.parts[0]
-        for count, part in zip(images, turn.parts[1:]):
-            transcript.add_images([count])
-            transcript.text += part
-    elif turn.images and not turn.image_last:
-        transcript.add_images(images)
-        transcript.text += turn.question if plain else "\n" + turn.question
+        parts = [""] * (turn.images + 1)  # as in LLaVA's stage-1 code: the caption follows the image, not the question
+    elif turn.image_last:
+        parts = [turn.question + "\n"] + [""] * turn.images
     else:
-        transcript.text += turn.question
-    if turn.image_last:
-        transcript.text += "\n"
-        transcript.add_images(images)
-    elif plain and turn.question:
-        transcript.text += "\n"
+        before = "\n" if turn.images and not plain else ""
+        parts = [*(turn.parts or [""] * turn.images + [before + turn.question])]
+        parts[-1] += "\n" if turn.question and plain else ""
+    transcript.text += parts[0]
+    for part in parts[1:]:
+        transcript.add_images(islice(counts, 1))
+        transcript.text += part
 
 
 class Transcript:
@@ -415,9 +408,7 @@ def check(args: argparse.Namespace):
 
 def main():
     """Show a record, or check files of records."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = cli.make_parser(__doc__)
     commands = parser.add_subparsers(required=True)
     add = commands.add_parser("show", help="print one record, trained tokens in green")
     add.set_defaults(run=show)
@@ -433,9 +424,7 @@ def main():
     add.add_argument("--template", choices=TEMPLATES, help="for the tokens; default: the model's")
     add.add_argument("--follow-links", action="store_true", help="as in train.py: links may lead out of the folder")
     add.add_argument("--max-length", type=int, help="as in train.py; default: the model's context")
-    add.add_argument(
-        "--decode", action="store_true", help="decode every image, instead of only checking that its file exists"
-    )
+    add.add_argument("--decode", action="store_true", help="decode every image, not only look for its file")
     args = parser.parse_args()
     args.run(args)
 

@@ -55,10 +55,8 @@ class Chat:
 
     def ask(self, question: str) -> Iterator[str]:
         """Yields the answer in pieces; afterwards `last` holds the fields that --json prints."""
-        template, turn = (
-            self.model.config.template,
-            question_turn(question, 0 if self.turns else len(self.image_tokens)),
-        )
+        template = self.model.config.template
+        turn = question_turn(question, images=0 if self.turns else len(self.image_tokens))
         prompt, _ = render_dialogue([*self.turns, turn], self.tokenizer, template, self.image_tokens)
         ids, text, stop, begin = [], "", "length", time.perf_counter()
         end = stop_text(template)  # some templates end an answer with a text, such as ###, instead of a token
@@ -97,9 +95,7 @@ class Chat:
 
 def read_flags() -> argparse.Namespace:
     """The command line; an unknown flag or value ends the program with status 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add("--model", type=Path, help="folder of a model; default: the newest finished run below out/")
     add("--adapter", type=Path, help="folder of an adapter that LoRA trained for --model")

@@ -182,8 +182,7 @@ def describe_machine(device: torch.device) -> dict:
 
 def read_flags() -> argparse.Namespace:
     """Return the flags; an unknown flag or value ends the program with status 2."""
-    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser("python -m bench", description=__doc__, **form)
+    parser = cli.make_parser(__doc__, "python -m bench")
     add = parser.add_argument
     add("--only", nargs="+", default=[], metavar="PATTERN", help="measure rows whose names begin with this, or match")
     add("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="sides to measure; fewer save time and memory")

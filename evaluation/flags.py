@@ -6,14 +6,13 @@ from pathlib import Path
 from evaluation.submissions import SUBMISSIONS
 from evaluation.tasks import TASKS
 from formats.weights import DTYPES
+from inputs.cli import make_parser
 from inputs.templates import TEMPLATES
 
 
 def read_flags(description: str) -> argparse.Namespace:
     """The parsed flags. A wrong flag, value or combination ends the program with status 2."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(description)
     add = parser.add_argument_group("answering").add_argument
     add("--model", type=Path, help="folder of a model; default: the newest finished run below out/")
     add("--adapter", type=Path, help="folder of a LoRA adapter for --model")

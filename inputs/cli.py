@@ -1,8 +1,15 @@
-"""Error handling of all scripts: an error that the user can fix is printed as one line, not as a traceback."""
+"""What all scripts share: the style of their flags, and errors that the user can fix as one line, not a traceback."""
 
+import argparse
 import signal
 import sys
 from collections.abc import Callable
+
+
+def make_parser(description: str, name: str | None = None) -> argparse.ArgumentParser:
+    """A parser without flags. It prints the description as it is written and takes no abbreviated flags."""
+    style = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(name, description=description, formatter_class=style, allow_abbrev=False)
 
 
 def run(main: Callable[[], None], name: str):

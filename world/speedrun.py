@@ -7,7 +7,6 @@ the same minutes and seed give the same results. The same command resumes a stop
 the report then counts that step's minutes from there. The report is out/speedrun/report.md.
 """
 
-import argparse
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from inputs.cli import make_parser
 from inputs.files import OUTPUT_ROOT
 from inputs.tokenizer import Tokenizer, train_bpe
 from llava import LlavaConfig
@@ -170,8 +170,7 @@ def read_minutes(path: Path) -> dict[str, float]:
 
 def main():
     """Run every step that is not done yet, then write the report."""
-    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser("python -m world.speedrun", description=__doc__, **form)
+    parser = make_parser(__doc__, "python -m world.speedrun")
     add = parser.add_argument
     add("--minutes", type=float, default=15, help="about how long it takes on two cores, without the installation")
     add("--seed", type=int, default=0, help="seed of the world and of every training run")
