@@ -1,7 +1,7 @@
-"""Tokens added to a vocabulary: the files that list them, and how text is cut around those that are not special.
+"""Tokens added to a vocabulary: the files that list them, and how text is split at those that are not special.
 
-Special ones control a dialogue; text never becomes one. The others are words of the vocabulary ("<loc_03>", "[SEG]"),
-found whole in text before it is normalized or, if `normalized`, after that. As in Hugging Face's tokenizers.
+Special ones control a dialogue; text never becomes one. The others ("<loc_03>", "[SEG]") are words of the vocabulary,
+found whole in a text, before it is normalized or after. As in Hugging Face's tokenizers.
 """
 
 import re
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import regex
 
-from inputs.files import read_json
+from inputs.files import read_optional_json
 
-FLAGS = ("special", "normalized", "single_word", "lstrip", "rstrip")
+FLAGS = ("normalized", "single_word", "lstrip", "rstrip")
 WORD = regex.compile(r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]")
-BLANKS = "\t\n\v\f\r \x85\u00a0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+BLANKS = "".join(regex.findall(r"\p{White_Space}", "".join(map(chr, range(0x3001)))))
 ROLE_TOKENS = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask", "image"))
 EXTRA = ("additional_special_tokens", "extra_special_tokens")
 
@@ -26,15 +26,16 @@ class AddedToken:
 
     id: int
     special: bool = True
-    normalized: bool = False  # found in normalized text
-    single_word: bool = False  # found only between characters that are no letters and digits
+    normalized: bool = False  # found in normalized text, not before
+    single_word: bool = False  # not found beside a letter or a digit
     lstrip: bool = False  # takes the white space before it
     rstrip: bool = False  # takes the white space after it
 
     @classmethod
     def parse(cls, i: int, values: dict) -> "AddedToken":
         special = bool(values.get("special", True))
-        return cls(i, special, *(bool(values.get(name, name == "normalized" and not special)) for name in FLAGS[1:]))
+        flags = {"normalized": not special} | values
+        return cls(i, special, *(bool(flags.get(name)) for name in FLAGS))
 
 
 def read_added(folder: Path, settings: dict) -> tuple[dict[str, AddedToken], dict]:
@@ -45,12 +46,14 @@ def read_added(folder: Path, settings: dict) -> tuple[dict[str, AddedToken], dic
     decoder = settings.get("added_tokens_decoder")
     if decoder is not None:
         return {token["content"]: AddedToken.parse(int(i), token) for i, token in decoder.items()}, settings
-    path = folder / "special_tokens_map.json"
-    settings = settings | (read_json(path) if path.exists() else {})
-    path = folder / "added_tokens.json"
-    ids, special = read_json(path) if path.exists() else {}, special_names(settings)
-    flags = {name: {"special": name in special, "normalized": name not in special} for name in ids}
-    return {name: AddedToken.parse(i, flags[name]) for name, i in ids.items()}, settings
+    settings = settings | read_optional_json(folder / "special_tokens_map.json")
+    ids, special = read_optional_json(folder / "added_tokens.json"), special_names(settings)
+    return {name: AddedToken.parse(i, {"special": name in special}) for name, i in ids.items()}, settings
+
+
+def content_of(token: str | dict) -> str:
+    """The text of a token in a tokenizer_config.json, which is a text or an object with its flags."""
+    return token["content"] if isinstance(token, dict) else token
 
 
 def special_names(settings: dict) -> set[str]:
@@ -59,7 +62,7 @@ def special_names(settings: dict) -> set[str]:
     for key in EXTRA:
         more = settings.get(key) or []
         tokens += more.values() if isinstance(more, dict) else more
-    return {token["content"] if isinstance(token, dict) else token for token in tokens}
+    return set(map(content_of, tokens))
 
 
 def compile_names(names: Iterable[str]) -> re.Pattern | None:

@@ -101,9 +101,11 @@ class SentencePiece(PickledByFields):
 
     def normalize(self, text: str, prefix: bool = True) -> str:
         """The text that added tokens are found in. Args: prefix: False if it continues another one."""
-        first = {"prepend": text[:1], "double": " "}.get(self.scheme)
-        text = SPACE + text if prefix and first and text.startswith((first, SPACE)) else text
-        return text.replace(" ", SPACE) if first is not None else text
+        if self.scheme not in ("prepend", "double"):
+            return text
+        text = text.replace(" ", SPACE)
+        prefix = prefix and text.startswith(SPACE if self.scheme == "double" else text[:1])
+        return SPACE + text if prefix and text else text
 
     def encode_normalized(self, text: str, prefix: bool = True) -> list[int]:
         """Ids of a part of a normalized text. Args: prefix: as in `normalize`."""

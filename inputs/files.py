@@ -109,6 +109,11 @@ def read_json(path: Path) -> dict:
     return values
 
 
+def read_optional_json(path: Path) -> dict:
+    """The same, or {} if there is no such file."""
+    return read_json(path) if path.exists() else {}
+
+
 CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
 
 

@@ -4,7 +4,6 @@ A tokenizer is saved as Hugging Face's `tokenizer.json`, so that other programs 
 special tokens; they are inserted by id, so a user cannot type one. Added tokens that are not special are found.
 """
 
-import json
 import struct
 import zlib
 from collections import Counter
@@ -16,19 +15,10 @@ from pathlib import Path
 
 import regex
 
-from inputs.added_tokens import AddedToken, compile_names, read_added, special_names, split_text
-from inputs.bpe import SPACE, ByteLevel, Codec, PickledByFields
-from inputs.files import read_json, write_json
-from inputs.vocabularies import (
-    MAKE,
-    SPLIT,
-    byte_level_json,
-    check_ids,
-    parse_json,
-    read_merges,
-    read_vocabulary,
-    sentencepiece_json,
-)
+from inputs.added_tokens import AddedToken, compile_names, content_of, read_added, special_names, split_text
+from inputs.bpe import SPACE, ByteLevel, Codec, PickledByFields, SentencePiece
+from inputs.files import read_optional_json, write_json
+from inputs.vocabularies import MAKE, SPLIT, byte_level_json, check_ids, read_vocabulary, sentencepiece_json
 
 SPECIALS = ("<pad>", "<image>", "<s>", "</s>")  # </s> last: CLIP's text tower finds its end token as the highest id
 ROLES = {  # the usual special tokens of each role, for files that do not name one
@@ -105,6 +95,8 @@ class Tokenizer(PickledByFields):
     def add_special(self, name: str) -> int:
         """The id of the special token `name`, which is added at the end if there is none."""
         i = self.specials.setdefault(name, self.added[name].id if name in self.words else self.vocab_size)
+        if name in self.added:
+            self.added[name] = replace(self.added[name], special=True)
         self.__post_init__()  # it is no word any longer
         return i
 
@@ -144,36 +136,23 @@ class Tokenizer(PickledByFields):
         """
         folder = Path(folder)
         path = folder / "tokenizer_config.json"
-        settings = read_json(path) if path.exists() else {}
+        settings = read_optional_json(path)
         try:
             added, settings = read_added(folder, settings)
             check_ids({name: token.id for name, token in added.items()})
-            named = parse_roles(settings)
+            parse_roles(settings)
             path = find_vocabulary(folder) or folder / NAMES[0]
             if not path.exists():
                 raise OSError(f"No such file, nor {', '.join(NAMES[1:])}; {MAKE}")
-            if path.suffix == ".json":
-                if path.name == "vocab.json":
-                    content, settings = read_merges(folder, settings)
-                    named = parse_roles(settings)
-                else:
-                    content = json.loads(path.read_text(encoding="utf-8-sig"))
-                tokens = {token["content"]: AddedToken.parse(token["id"], token) for token in content["added_tokens"]}
-                codec, bos = parse_json(content, tokens)
-                named |= {"bos": bos}
-            else:
-                codec, ids = read_vocabulary(path, legacy=bool(settings.get("legacy", True)))
-                tokens = {name: AddedToken(i) for name, i in ids.items()}
-                added = added if path.suffix == ".model" else {}
-                bos = settings.get("add_bos_token") is not False
-                if hasattr(codec, "scheme"):  # SentencePiece's are found before the prefix is there
-                    added = {name: replace(token, normalized=False) for name, token in added.items()}
-            tokens = merge_added(codec, tokens, added)
+            codec, tokens, settings, bos = read_vocabulary(path, settings)
+            if path.suffix == ".model" and isinstance(codec, SentencePiece):  # found before the prefix is there
+                added = {name: replace(token, normalized=False) for name, token in added.items()}
+            tokens = merge_added(codec, tokens, added if path.suffix in (".json", ".model") else {})
             special = MARKERS.union(*ROLES.values(), special_names(settings))
             tokens |= {name: replace(tokens[name], special=True) for name in special & tokens.keys()}
             specials = {name: token.id for name, token in tokens.items() if token.special}
-            roles = find_roles(specials, named)
-            if not bos:  # no token is set in front of a text, even if there is one of that name
+            roles = find_roles(specials, parse_roles(settings) | ({"bos": bos} if bos else {}))
+            if bos == "":  # no token is set in front of a text, even if there is one of that name
                 roles.pop("bos", None)
             return cls(codec, specials, roles, getattr(codec, "scheme", "") != "first", tokens)
         except OSError as error:
@@ -189,8 +168,7 @@ def find_vocabulary(folder: Path) -> Path | None:
 
 def parse_roles(settings: dict) -> dict[str, str]:
     """The names of special tokens by role, from a tokenizer_config.json."""
-    named = {role: token for role in ROLES if (token := settings.get(f"{role}_token"))}
-    named = {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
+    named = {role: content_of(token) for role in ROLES if (token := settings.get(f"{role}_token"))}
     check_ids(dict.fromkeys(named.values(), 0))
     return named
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import regex
 
-from inputs.added_tokens import AddedToken, special_names
+from inputs.added_tokens import AddedToken, content_of, special_names
 from inputs.bpe import SPACE, ByteLevel, ClipBPE, Codec, SentencePiece, byte_alphabet
-from inputs.files import read_json
+from inputs.files import read_json, read_optional_json
 
 # Ours: words, single digits and runs of punctuation, each with the space before it; then the remaining spaces.
 SPLIT = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -57,8 +57,27 @@ def check_ids(vocabulary: dict[str, int]):
             raise ValueError(f"the id of {name!r} is {i!r}")
 
 
-def read_vocabulary(path: Path, legacy: bool) -> tuple[Codec, dict[str, int]]:
-    """Read the codec and the special tokens from a file that is not JSON."""
+def read_vocabulary(path: Path, settings: dict) -> tuple[Codec, dict[str, AddedToken], dict, str | None]:
+    """Read a vocabulary file. Args: settings: the content of tokenizer_config.json.
+
+    Returns the codec, its added tokens, the settings with the defaults of the file's class, and the token in front of
+    every text: "" stands for none, None for the usual one.
+    """
+    if path.suffix != ".json":
+        codec, specials = read_binary(path, legacy=bool(settings.get("legacy", True)))
+        added = {name: AddedToken(i) for name, i in specials.items()}
+        return codec, added, settings, "" if settings.get("add_bos_token") is False else None
+    if path.name == "vocab.json":
+        content, settings = read_merges(path.parent, settings)
+    else:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    added = {token["content"]: AddedToken.parse(token["id"], token) for token in content["added_tokens"]}
+    codec, bos = parse_json(content, added)
+    return codec, added, settings, bos
+
+
+def read_binary(path: Path, legacy: bool) -> tuple[Codec, dict[str, int]]:
+    """The codec and the special tokens of a file that is not JSON."""
     if path.suffix == ".gz":
         return read_clip(path)
     if path.suffix == ".bin":
@@ -164,19 +183,19 @@ def from_pieces(pieces: list[tuple[str, float, int]], scheme: str) -> SentencePi
 
 SPLIT_QWEN2 = SPLIT_LLAMA3.replace("{1,3}", "")  # every digit on its own
 MAKE = "in transformers, AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes tokenizer.json"
-END = dict.fromkeys(("eos_token", "unk_token"), "<|endoftext|>")
+END = {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+ROBERTA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"}
 CLASSES = {  # transformers' class: normalizer, pattern of a Split step, special tokens that the files need not name
     "GPT2Tokenizer": (None, None, END | {"bos_token": "<|endoftext|>"}),
     "Qwen2Tokenizer": ({"type": "NFC"}, SPLIT_QWEN2, END | {"pad_token": "<|endoftext|>"}),
-    "RobertaTokenizer": (None, None, {"bos_token": "<s>", "eos_token": "</s>"}),
+    "RobertaTokenizer": (None, None, ROBERTA),
 }
-CLASSES["RobertaTokenizer"][2].update({f"{role}_token": f"<{role}>" for role in ("unk", "pad", "mask")})
 MODEL_TYPES = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "roberta": "RobertaTokenizer"}
 
 
 def read_merges(folder: Path, settings: dict) -> tuple[dict, dict]:
     """The tokenizer.json that vocab.json and merges.txt stand for, and the settings with the class's defaults."""
-    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    config = read_optional_json(folder / "config.json")
     config = config.get("text_config") or config
     name = settings.get("tokenizer_class") or MODEL_TYPES.get(config.get("model_type"), "")
     if name.removesuffix("Fast") not in CLASSES:
@@ -192,7 +211,7 @@ def read_merges(folder: Path, settings: dict) -> tuple[dict, dict]:
     vocabulary, bos = read_json(folder / "vocab.json"), settings.get("bos_token")
     added = [{"id": i, "content": token} for token, i in vocabulary.items() if token in special_names(settings)]
     adds_bos = settings.get("add_bos_token", name.startswith("Roberta")) and bos
-    first = {"SpecialToken": {"id": bos["content"] if isinstance(bos, dict) else bos}}
+    first = {"SpecialToken": {"id": content_of(bos)}}
     return {
         "normalizer": normalizer,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, step] if pattern else [step]},
@@ -237,10 +256,10 @@ def parse_sentencepiece(content: dict, specials: dict[str, int], merges: list[li
     ids, scores = {text: i for text, i in vocabulary.items() if i not in others}, {}
     for rank, (left, right) in enumerate(merges):
         scores.setdefault(left + right, -float(rank))  # the first way to a piece decides
-    steps = list_steps(content["normalizer"], "normalizers"), list_steps(content["pre_tokenizer"], "pretokenizers")
-    steps = steps[0], [{key: step[key] for key in step if key != "add_prefix_space"} for step in steps[1]]
-    if steps[0] == [SPACES] and steps[1]:  # Metaspace writes spaces as ▁, too
-        steps = [], steps[1]
+    normalizers = list_steps(content["normalizer"], "normalizers")
+    pretokenizers = list_steps(content["pre_tokenizer"], "pretokenizers")
+    pretokenizers = [{key: step[key] for key in step if key != "add_prefix_space"} for step in pretokenizers]
+    steps = ([] if pretokenizers and normalizers == [SPACES] else normalizers), pretokenizers  # Metaspace does it, too
     scheme = next((name for name, known in PREFIXES.items() if steps == known), None)
     if scheme is None:
         raise ValueError(f"its normalizer and pre_tokenizer are {json.dumps(steps)[:300]}")
@@ -255,15 +274,18 @@ def parse_byte_level(content: dict, specials: dict[str, int], merges: list[list[
         raise ValueError(f"its normalizer is {', '.join(normalizer)}")
     split = parse_split(list_steps(content["pre_tokenizer"], "pretokenizers"))
     vocabulary = {text: i for text, i in model["vocab"].items() if text not in specials}
-    ids = [*vocabulary.values(), *specials.values()]
     merged = [vocabulary[left + right] for left, right in merges]
     unmerged = {i for text, i in vocabulary.items() if len(text) > 1} - set(merged)
-    order = [] if merged == sorted(merged) else order_of_merging(vocabulary, merges)
-    ranks = {bytes(to_byte[char] for char in text): i for text, i in vocabulary.items()}
-    if order:
-        ranks = {bytes(to_byte[char] for char in text): rank for rank, text in enumerate(order)}
-    codec = ByteLevel(ranks, split, normalizer == ["NFC"], tuple(vocabulary[text] for text in order))
-    if len(set(ids)) < len(ids) or (codec.missing_bytes and model.get("unk_token")) or model.get("end_of_word_suffix"):
+    if merged == sorted(merged):
+        ranks, ids = vocabulary, ()
+    else:
+        order = order_of_merging(vocabulary, merges)
+        ranks, ids = {text: rank for rank, text in enumerate(order)}, tuple(vocabulary[text] for text in order)
+    ranks = {bytes(to_byte[char] for char in text): rank for text, rank in ranks.items()}
+    codec = ByteLevel(ranks, split, normalizer == ["NFC"], ids)
+    all_ids = [*vocabulary.values(), *specials.values()]
+    twice = len(set(all_ids)) < len(all_ids)
+    if twice or (codec.missing_bytes and model.get("unk_token")) or model.get("end_of_word_suffix"):
         raise ValueError("an id is given twice, bytes without an id become <unk>, or words end in a mark")
     if unmerged and not model.get("ignore_merges"):  # with it, a whole word that is a token needs no merge
         raise ValueError("its merges leave tokens out")
@@ -318,10 +340,7 @@ def byte_level_json(codec: ByteLevel) -> dict:
 
 
 def sentencepiece_json(codec: SentencePiece) -> dict:
-    """The same sections for SentencePiece.
-
-    The merges are all of two pieces to a third, the best first.
-    """
+    """The same sections for SentencePiece. The merges are all of two pieces to a third, the best first."""
     normalizers, pretokenizers = PREFIXES[codec.scheme]
     decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}]
     decoders += [{"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]

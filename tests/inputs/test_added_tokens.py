@@ -223,6 +223,16 @@ def test_ids_with_gaps_are_kept_in_transformers(tmp_path):
     assert Tokenizer.load(tmp_path / "copy").specials == ours.specials
 
 
+def test_a_word_that_becomes_special_is_saved_as_special(tmp_path):
+    ours = Tokenizer.load(write(tmp_path / "source", byte_level_file()))
+    i = ours.words["<box>"].id
+    assert ours.add_special("<box>") == i not in ours.encode("a<box>")
+    (tmp_path / "copy").mkdir()
+    ours.save(tmp_path / "copy")
+    again = Tokenizer.load(tmp_path / "copy")
+    assert again.specials["<box>"] == i and again.encode("a<box>") == ours.encode("a<box>")
+
+
 def test_an_id_of_two_tokens_is_refused(tmp_path):
     decoder = {"260": {"content": "<image>", "special": True}}
     with pytest.raises(ValueError, match="'<image>' has the id 260, which is that of"):
