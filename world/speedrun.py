@@ -168,6 +168,15 @@ def read_minutes(path: Path) -> dict[str, float]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def refuse_other_flags(path: Path, flags: dict):
+    """End the program with one line if the folder was begun with other flags: its finished steps would be kept."""
+    begun = json.loads(path.read_text()) if path.exists() else flags
+    if begun != flags:
+        text = " ".join(f"--{name} {value}" for name, value in begun.items())
+        sys.exit(f"speedrun: {path.parent} was begun with {text}; give another --out, or delete the folder")
+    path.write_text(json.dumps(flags) + "\n")
+
+
 def main():
     """Run every step that is not done yet, then write the report."""
     parser = make_parser(__doc__, "python -m world.speedrun")
@@ -181,6 +190,7 @@ def main():
     if args.minutes <= 0:
         parser.error("--minutes must be above 0")
     args.out.mkdir(parents=True, exist_ok=True)
+    refuse_other_flags(args.out / "speedrun.json", {"minutes": args.minutes, "seed": args.seed})
     minutes_file, runner = args.out / "minutes.json", Runner()
     stage2_flags = [] if "stage2" in read_minutes(minutes_file) else choose_compile(args.minutes)
     steps = plan(args.minutes, args.seed, args.out, args.ablation, stage2_flags)

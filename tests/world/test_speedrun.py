@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from world.speedrun import choose_compile, plan
+from world.speedrun import choose_compile, plan, refuse_other_flags
 
 ROOT = Path(__file__).parents[2]
 # A step that notes each signal in a file, as a training run that saves a checkpoint, and ends with the usual status.
@@ -67,6 +67,13 @@ def test_a_compiler_that_does_not_work_is_named(monkeypatch, capsys):
     monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
     assert choose_compile(10) == []
     assert "stage 2 will take a third longer: --compile does not work here: " in capsys.readouterr().err
+
+
+def test_a_folder_begun_with_other_flags_is_refused(tmp_path):
+    refuse_other_flags(tmp_path / "speedrun.json", {"minutes": 15, "seed": 0})
+    refuse_other_flags(tmp_path / "speedrun.json", {"minutes": 15, "seed": 0})
+    with pytest.raises(SystemExit, match="was begun with --minutes 15 --seed 0"):
+        refuse_other_flags(tmp_path / "speedrun.json", {"minutes": 15, "seed": 1})
 
 
 def test_a_training_step_resumes_what_it_had_begun(tmp_path):
