@@ -310,7 +310,7 @@ class CaptionPairs(Samples):
 
     def __init__(self, sources: list[Source], tokenizer, config, image_mode: str):
         usable = [(source, source.usable()) for source in sources]
-        single = [(source, part[source.file.image_counts[part] == 1]) for source, part in usable]
+        single = ((source, part[source.file.image_counts[part] == 1]) for source, part in usable)
         single = [(source, part) for source, part in single if len(part)]
         if not single:
             raise DataError(f"{sources[0].file.path}: no record has an image")
@@ -322,9 +322,7 @@ class CaptionPairs(Samples):
     def text_ids(self, record: dict) -> list[int]:
         """The ids of a caption; of a dialogue, those of all its turns."""
         turns = turns_of(record)
-        text = turns[0].answer
-        if len(turns) > 1:
-            text = " ".join(f"{turn.question} {turn.answer}." for turn in turns)
+        text = turns[0].answer if len(turns) == 1 else " ".join(f"{turn.question} {turn.answer}." for turn in turns)
         return self.tokenizer.encode(text)
 
     def long_samples(self) -> range:

@@ -21,7 +21,7 @@ MAX_ASPECT = 200  # width : height or height : width; beyond it, the center crop
 PAD_COLOR = (122, 116, 104)  # int(255 * CLIP's mean): LLaVA-1.5's expand2square background
 
 ANIMATED = ("GIF", "WEBP", "AVIF", "PNG", "TIFF")  # not MPO, a photo whose other frames are its previews or depths
-REPORTED: list[Path] = []  # see report_frames
+REPORTED: list[Path] = []  # the first file of several frames that this process has opened
 UNREADABLE = {  # what a file is, with a remedy, and how it begins
     "HEIC, as phones write it: save it as JPEG or PNG": rb"....ftyp(hei|hev|mif1|msf1)",
     "AVIF: install a Pillow that reads it, or save it as JPEG or PNG": rb"....ftypavi[fs]",
@@ -54,7 +54,7 @@ def resolve_inside(root: str | Path, name: str) -> Path:
         raise BadImage(f"{name!r} is an address; images are read from the images folder only")
     if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in name):
         raise BadImage(f"{name!r} is not a file name: it holds a control character")
-    root = root.resolve() if isinstance(root, Path) else Path(root).resolve()
+    root = (Path(root) if isinstance(root, str) else root).resolve()
     if not name.isascii() and not os.path.lexists(root / name):  # macOS writes \u00e9 as e and an accent (NFD)
         forms = (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
         name = next((form for form in forms if os.path.lexists(root / form)), name)
@@ -83,8 +83,10 @@ def open_image(path: str | Path) -> Image.Image:
         # Pillow warns of large images, which check_size refuses, and of broken metadata, which does not matter here.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             check_size(image.size, path)
-            if image.format in ANIMATED and getattr(image, "is_animated", False):
-                report_frames(path)
+            if not REPORTED and image.format in ANIMATED and image.is_animated:
+                REPORTED.append(path)
+                text = "has several frames or pages: of such files the first one alone is read"
+                print(f"{path}: {text}", file=sys.stderr)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image, path)
@@ -94,13 +96,6 @@ def open_image(path: str | Path) -> Image.Image:
         raise BadImage(f"{path}: not an image that can be read{name_format(path)}") from None
     except Exception as error:  # each of Pillow's plugins raises its own errors
         raise BadImage(f"{path}: cannot be decoded ({error})") from None
-
-
-def report_frames(path: Path):
-    """Name the first file of several frames that this process opens."""
-    if not REPORTED:
-        REPORTED.append(path)
-        print(f"{path}: has several frames or pages: of such files the first one alone is read", file=sys.stderr)
 
 
 def name_format(path: Path) -> str:

@@ -8,6 +8,7 @@ A system prompt stands under "system" or "system_prompt", or in a turn from "sys
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from inputs.templates import TEMPLATES
@@ -15,9 +16,7 @@ from inputs.templates import TEMPLATES
 MARKER = "<image>"  # an image in the questions of a record that has images; elsewhere it is ordinary text
 # Markers of images that a record without images does not have. "<image> ... </image>" is a text about XML or HTML.
 LOST_MARKER = re.compile(r"<(image|video)>(?!.*</\1>)", re.DOTALL)
-IMAGE_KEY = re.compile(
-    r"(image|img|picture|pic|photo|video|frame)s?[_-]?(path|file|name|filename|url)?s?", re.IGNORECASE
-)
+IMAGE_KEY = re.compile(r"(?i)(image|img|picture|pic|photo|video|frame)s?[_-]?(path|file|name|filename|url)?s?")
 SYSTEM_KEYS = ("system", "system_prompt")
 OTHER_LAYOUTS = {  # by a key that LLaVA's records do not have
     "messages": "LLaMA-Factory and OpenAI: rename messages to conversations, role to from (user to human, assistant to "
@@ -73,13 +72,14 @@ def check_record(record: dict):
     system = isinstance(messages[0], dict) and messages[0].get("from") == "system"  # may come before the first question
     if len(messages) == system:
         raise ValueError("no conversations after the system prompt")
-    for i, message in enumerate(messages):
+    roles = ["system"] * system + ["human", "gpt"] * len(messages)
+    for i, (message, role) in enumerate(zip(messages, roles)):
         if not isinstance(message, dict) or not isinstance(message.get("value"), str):
             hint = ": LLaVA's keys are 'from' and 'value'" if isinstance(message, dict) and "content" in message else ""
             raise ValueError(f"turn {i} has no text value{hint}")
-        role, given = "system" if system and i == 0 else ("human", "gpt")[(i - system) % 2], message.get("from")
-        if given != role:
-            raise ValueError(f"turn {i} is from {given!r}, should be {role!r}: turns alternate, human first")
+        if message.get("from") != role:
+            found = message.get("from")
+            raise ValueError(f"turn {i} is from {found!r}, should be {role!r}: turns alternate, human first")
         if SURROGATE.search(message["value"]):
             raise ValueError(f"turn {i} holds half a surrogate pair, which is not text")
     if (len(messages) - system) % 2:
@@ -114,8 +114,8 @@ def unread_keys(record: dict) -> set[str]:
 
 def name_keys(counts: list[tuple[str, int]], most: int = 8) -> str:
     """Keys and how many have them, for messages: "'hint' (7), 'choices' (2)"."""
-    more = [f"{len(counts) - most:,} more"] if len(counts) > most else []
-    return ", ".join([*(f"{key!r:.60} ({count:,})" for key, count in counts[:most]), *more])
+    names = [f"{key!r:.60} ({count:,})" for key, count in counts]
+    return ", ".join(names[:most] + [f"{len(names) - most:,} more"] * (len(names) > most))
 
 
 def names_files(value: object) -> bool:
@@ -137,19 +137,20 @@ def split_system(record: dict) -> tuple[str, list[dict]]:
 
 
 def turns_of(record: dict, image_last: bool = False) -> list[Turn]:
-    """The turns of a record, see marked_turn."""
-    has_image, (system, messages) = bool(image_paths(record)), split_system(record)
-    turns = [
-        marked_turn(human["value"], gpt["value"], image_last) if has_image else Turn(human["value"], gpt["value"])
-        for human, gpt in zip(messages[::2], messages[1::2])
-    ]
+    """The turns of a record. Args: image_last: as in marked_turn."""
+    make_turn = partial(marked_turn, image_last=image_last) if image_paths(record) else Turn
+    system, messages = split_system(record)
+    turns = [make_turn(human["value"], gpt["value"]) for human, gpt in zip(messages[::2], messages[1::2])]
     turns[0].system = system
     return turns
 
 
 def marked_turn(question: str, answer: str | None, image_last: bool = False) -> Turn:
-    """A turn whose question has a marker for each image. A single image goes before its question, or with `image_last`
-    after it, as in LLaVA-1.5; several stay where their markers are, as in LLaVA-NeXT."""
+    """A turn whose question has a marker for each image.
+
+    A single image goes before its question, as in LLaVA-1.5, or with `image_last` after it; several images stay where
+    their markers are, as in LLaVA-NeXT.
+    """
     parts = tuple(question.split(MARKER))
     if len(parts) > 2:
         return Turn("".join(parts), answer, len(parts) - 1, parts=parts)
@@ -157,10 +158,7 @@ def marked_turn(question: str, answer: str | None, image_last: bool = False) -> 
 
 
 def question_turn(question: str, images: int) -> Turn:
-    """The turn of a question about `images` new images: where their markers stand, or first if there is no marker.
-
-    Raises ValueError if there is another number of markers.
-    """
+    """A question about `images` new images, which stand first if it has no markers. Raises ValueError."""
     if not images:
         if found := LOST_MARKER.search(question):
             raise ValueError(f"{found[0]} stands in the question, but there is no image for it")
