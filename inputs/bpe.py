@@ -139,8 +139,10 @@ class ClipBPE(PickledByFields):
 
     def __post_init__(self):
         self.scores, self.alphabet = {token: -rank for rank, token in enumerate(self.merged)}, byte_alphabet()
-        self.highest_id = max(self.ids.values())
-        self.spelled = {i: token.encode() for token, i in self.ids.items()}
+        to_byte = {char: byte for byte, char in self.alphabet.items()}
+        letters = {i: bytes(map(to_byte.get, token.removesuffix("</w>"))) for token, i in self.ids.items()}
+        self.spelled = {i: letters[i] + b" " * token.endswith("</w>") for token, i in self.ids.items()}
+        self.highest_id = max(self.spelled)
         self.encode_word = lru_cache(maxsize=CACHE)(self.encode_uncached)
 
     def normalize(self, text: str, prefix: bool = True) -> str:
@@ -156,9 +158,9 @@ class ClipBPE(PickledByFields):
         return [self.ids[part] for part in merge_parts(parts, self.scores)]
 
     def decode(self, ids: list[int], words: dict[int, str]) -> str:
-        to_byte = {char: byte for byte, char in self.alphabet.items()}
-        parts = b"".join(self.spelled.get(i, b"") for i in ids).decode().split("</w>")
-        return " ".join(bytes(to_byte[char] for char in part).decode(errors="replace") for part in parts).strip()
+        """Text of `ids`, with a space after every word. Args: words: added tokens, which stand for themselves."""
+        parts = [words[i].encode() + b" " if i in words else self.spelled.get(i, b"") for i in ids]
+        return b"".join(parts).decode(errors="replace").strip()
 
 
 Codec = ByteLevel | SentencePiece | ClipBPE

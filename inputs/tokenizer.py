@@ -49,8 +49,9 @@ class Tokenizer(PickledByFields):
         self.words = {name: token for name, token in self.added.items() if name and name not in self.specials}
         normalize = self.codec.normalize
         spelled = {normalize(name) if token.normalized else name: token for name, token in self.words.items()}
-        raw, other = ({name: t for name, t in spelled.items() if t.normalized is kind} for kind in (False, True))
-        self.finders = [(compile_names(tokens), tokens) for tokens in (raw, other)]
+        raw = {name: token for name, token in spelled.items() if not token.normalized}
+        normalized = {name: token for name, token in spelled.items() if token.normalized}
+        self.finders = [(compile_names(tokens), tokens) for tokens in (raw, normalized)]  # as split_text takes them
         self.word_ids = {token.id: name for name, token in spelled.items()}
         # Dialogues repeat their questions: with this cache, a batch of 64 is rendered in a tenth of the time.
         self._encode = lru_cache(maxsize=1 << 16)(self.encode_uncached)
@@ -102,15 +103,11 @@ class Tokenizer(PickledByFields):
 
     def save(self, folder: str | Path):
         """Write `tokenizer.json` for Hugging Face's tokenizers, and `tokenizer_config.json` with the roles."""
-        tokens = [self.added.get(name, AddedToken(i)) for name, i in self.specials.items()]
-        tokens = dict(zip(self.specials, tokens)) | self.words
-        by_id = sorted(tokens, key=lambda name: tokens[name].id)
-        added = [{"id": 0, "content": name} | asdict(tokens[name]) for name in by_id]
+        tokens = {name: self.added.get(name, AddedToken(i)) for name, i in self.specials.items()} | self.words
+        by_id = sorted(tokens.items(), key=lambda item: item[1].id)
+        added = [{"id": token.id, "content": name} | asdict(token) for name, token in by_id]
         content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
-        if isinstance(self.codec, ByteLevel):
-            content |= byte_level_json(self.codec)
-        else:
-            content |= sentencepiece_json(self.codec)
+        content |= byte_level_json(self.codec) if isinstance(self.codec, ByteLevel) else sentencepiece_json(self.codec)
         vocabulary = content["model"]["vocab"]
         vocabulary |= {name: token.id for name, token in tokens.items() if token.id < self.codec.highest_id}
         after = sorted({token.id for token in tokens.values()} - set(vocabulary.values()))

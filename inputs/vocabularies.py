@@ -60,8 +60,8 @@ def check_ids(vocabulary: dict[str, int]):
 def read_vocabulary(path: Path, settings: dict) -> tuple[Codec, dict[str, AddedToken], dict, str | None]:
     """Read a vocabulary file. Args: settings: the content of tokenizer_config.json.
 
-    Returns the codec, its added tokens, the settings with the defaults of the file's class, and the token in front of
-    every text: "" stands for none, None for the usual one.
+    Returns the codec, its added tokens, the settings with the defaults of a vocab.json, and the token in front of every
+    text: "" stands for none, None for the usual one.
     """
     if path.suffix != ".json":
         codec, specials = read_binary(path, legacy=bool(settings.get("legacy", True)))
@@ -185,10 +185,10 @@ SPLIT_QWEN2 = SPLIT_LLAMA3.replace("{1,3}", "")  # every digit on its own
 MAKE = "in transformers, AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes tokenizer.json"
 END = {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
 ROBERTA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"}
-CLASSES = {  # transformers' class: normalizer, pattern of a Split step, special tokens that the files need not name
-    "GPT2Tokenizer": (None, None, END | {"bos_token": "<|endoftext|>"}),
-    "Qwen2Tokenizer": ({"type": "NFC"}, SPLIT_QWEN2, END | {"pad_token": "<|endoftext|>"}),
-    "RobertaTokenizer": (None, None, ROBERTA),
+CLASSES = {  # transformers' class: pattern that cuts text, normalizer, special tokens that the files need not name
+    "GPT2Tokenizer": (SPLIT_GPT2, None, END | {"bos_token": "<|endoftext|>"}),
+    "Qwen2Tokenizer": (SPLIT_QWEN2, {"type": "NFC"}, END | {"pad_token": "<|endoftext|>"}),
+    "RobertaTokenizer": (SPLIT_GPT2, None, ROBERTA),
 }
 MODEL_TYPES = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "roberta": "RobertaTokenizer"}
 
@@ -202,10 +202,8 @@ def read_merges(folder: Path, settings: dict) -> tuple[dict, dict]:
         raise ValueError(f"with merges.txt, it is read for {', '.join(CLASSES)}, not for {name or 'no class'}; {MAKE}")
     if not (folder / "merges.txt").exists():
         raise ValueError(f"there is no merges.txt beside it; {MAKE}")
-    normalizer, pattern, defaults = CLASSES[name.removesuffix("Fast")]
+    pattern, normalizer, defaults = CLASSES[name.removesuffix("Fast")]
     settings = defaults | {key: value for key, value in settings.items() if value is not None}
-    step = {"type": "ByteLevel", "add_prefix_space": settings.get("add_prefix_space", False), "use_regex": not pattern}
-    cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
     vocabulary, bos = read_json(folder / "vocab.json"), settings.get("bos_token")
@@ -214,7 +212,7 @@ def read_merges(folder: Path, settings: dict) -> tuple[dict, dict]:
     first = {"SpecialToken": {"id": content_of(bos)}}
     return {
         "normalizer": normalizer,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, step] if pattern else [step]},
+        "pre_tokenizer": split_section(pattern, settings.get("add_prefix_space", False)),
         "post_processor": {"type": "TemplateProcessing", "single": [first]} if adds_bos else None,
         "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
         "added_tokens": added,
@@ -323,18 +321,24 @@ def parse_split(steps: list[dict]) -> str:
     raise ValueError(f"text is cut by {json.dumps(steps)[:300]}")
 
 
+def split_section(pattern: str, add_prefix_space: bool = False) -> dict:
+    """The pre_tokenizer section of a tokenizer.json that cuts text by a pattern, for byte-level BPE."""
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [split, byte_level]}
+
+
 def byte_level_json(codec: ByteLevel) -> dict:
     """The sections of a tokenizer.json for byte-level BPE: how text is cut and merged."""
     to_unicode = byte_alphabet()
     name = {rank: "".join(to_unicode[b] for b in token) for token, rank in codec.ranks.items()}
     vocabulary = {token: codec.ids[rank] if codec.ids else rank for rank, token in name.items()}
     merges = [[name[codec.ranks[part]] for part in parts] for parts in codec.merges()]
-    split = {"type": "Split", "pattern": {"Regex": codec.split}, "behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    pre_tokenizer = split_section(codec.split)
     return {
         "normalizer": {"type": "NFC"} if codec.nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "decoder": byte_level,
+        "pre_tokenizer": pre_tokenizer,
+        "decoder": pre_tokenizer["pretokenizers"][-1],
         "model": {"type": "BPE", "ignore_merges": True, "vocab": vocabulary, "merges": merges},
     }
 

@@ -14,7 +14,7 @@ from data import render_dialogue
 from formats import __main__ as formats_cli
 from formats.weights import load_tokenizer
 from inputs.added_tokens import AddedToken
-from inputs.bpe import byte_alphabet
+from inputs.bpe import ClipBPE, byte_alphabet
 from inputs.records import Turn
 from inputs.tokenizer import Tokenizer
 from inputs.vocabularies import PREFIXES
@@ -221,6 +221,17 @@ def test_ids_with_gaps_are_kept_in_transformers(tmp_path):
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "copy")
     assert theirs.encode("<box>a<far>") == [*ours.encode("<box>a"), 400]
     assert Tokenizer.load(tmp_path / "copy").specials == ours.specials
+
+
+def test_clip_decodes_words():
+    letters = byte_alphabet().values()
+    names = [*letters, *(letter + "</w>" for letter in letters), "do", "dog</w>"]
+    codec = ClipBPE({name: i for i, name in enumerate(names)}, names[-2:])
+    added = {"<box>": AddedToken(600, special=False)}
+    ours = Tokenizer(codec, {"<|endoftext|>": 601}, {"eos": "<|endoftext|>"}, added=added)
+    ids = ours.encode("A <box>dog \u00e9!")
+    assert ids[:3] == [names.index("a</w>"), 600, names.index("dog</w>")]
+    assert ours.decode(ids) == "a <box> dog \u00e9 !"
 
 
 def test_a_word_that_becomes_special_is_saved_as_special(tmp_path):
