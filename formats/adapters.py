@@ -35,9 +35,8 @@ PREFIX = "base_model.model."  # of every tensor's name in peft's files
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 AUTHORS_WEIGHTS = "non_lora_trainables.bin"  # the file in which LLaVA's authors keep the projector
 # Options of peft that change the arithmetic or train additional tensors.
-UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "target_parameters")
-UNSUPPORTED += ("use_qalora", "alora_invocation_tokens", "use_bdlora", "eva_config", "arrow_config")
-UNSUPPORTED += ("monteclora_config",)
+UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "use_qalora", "use_bdlora")
+UNSUPPORTED += ("alora_invocation_tokens", "eva_config", "arrow_config", "monteclora_config")
 ROWS = ".token_adapter.trainable_tokens_delta"  # ends the name of rows of an embedding, whose ids are in the config
 SUPPORTED = {"peft_type": ("LORA",), "bias": (None, "none")}
 SUPPORTED["init_lora_weights"] = (None, True, False, "gaussian", "orthogonal")  # PiSSA and others change the base
@@ -132,8 +131,7 @@ def read_adapter(folder: Path, vision: Path | None = None) -> Adapter:
     rows = {match(name, layout)[0][0]: read_rows(path, name, rows, values) for name, rows in by_matrix.items()}
     config = read_config(folder, vision) if (folder / "config.json").exists() else None
     has_template = config is not None and "template" in read_json(folder / "config.json")
-    sample = read_base_sample(path, lora)
-    tied = values.get("ensure_weight_tying") is True
+    tied, sample = values.get("ensure_weight_tying") is True, read_base_sample(path, lora)
     return Adapter(folder, fingerprint(path)["sha256"], lora, replaced, rows, tied, sample, config, has_template)
 
 

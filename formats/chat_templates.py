@@ -13,9 +13,10 @@ FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json", "
 TAG = re.compile(r"(\{#.*?#\}|\{\{.*?\}\}|\{%.*?%\})", re.DOTALL)  # split() gives text, tag, text, tag, ..., text
 STRING = re.compile(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""", re.DOTALL)
 WORD = re.compile(r"<[^<>\s]+>|\[/?\w+\]|\n+|\w+|[^\w\s]+")
-# Images, tokens that begin or end a text, and names of roles.
-DROPPED = re.compile(r"<image>\n?|</?s>|<\|begin_of_text\|>|\b(user|assistant|system)\b")
-# What words do not show: a line break after a message, a begin token before every question, a space after it.
+# Not compared: images, tokens that begin or end a text, and names of roles.
+DROPPED = re.compile(r"<image>\n?|</?s>|<\|begin_of_text\|>|\b(bos|eos|user|assistant|system)\b")
+# Differences between templates of the same words: a line break after a message, a begin token before every question, a
+# space after it.
 FEATURES = (r"<\|im_end\|>['\" +~]*(\\n|\n)", r"bos(_token)?[^{}%]*\[INST\]", r" \[/INST\]")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -33,9 +34,9 @@ def guess_template(folder: Path, default: str) -> str:
     if found := recognize(source):
         return found
     texts = dict.fromkeys(text.strip() for text in written_texts(source) if DROPPED.sub("", text).strip())
-    ours = MARKUP.sub(r"\1", "\0".join(f"{form.first}\0{form.assistant}\0{form.end}" for form in TEMPLATES.values()))
-    strange_first = sorted(texts, key=lambda text: text in ours)
-    return f"unknown ({name}: {', '.join(repr(text[:40]) for text in strange_first[:3])})"
+    ours = "\0".join(part for form in TEMPLATES.values() for part in parts_of(form))
+    unknown_first = sorted(texts, key=lambda text: text in ours)
+    return f"unknown ({name}: {', '.join(repr(text[:40]) for text in unknown_first[:3])})"
 
 
 def read_chat_template(folder: Path) -> tuple[str, str]:
@@ -52,33 +53,33 @@ def read_chat_template(folder: Path) -> tuple[str, str]:
 
 
 def recognize(source: str) -> str | None:
-    """The name of our template that a chat template equals, by all texts that it may write; None if there is none.
+    """The name of our template that writes the same words as a chat template may; None if there is none.
 
-    A system prompt of its own must be ours. If it leaves the system prompt to the caller, ours is added.
+    A system prompt in it must be ours. If it leaves the system prompt to the caller, ours is added.
     """
     texts = list(written_texts(source))
+    certain_texts = [text for text in texts if text.strip("\n")]  # a line break alone may follow an image
 
-    def adds_system(item: tuple[str, Template]) -> bool:
-        return bool(item[1].system) and not any(item[1].system.rstrip(".") in text for text in texts)
+    def adds_system(name: str) -> bool:
+        system = TEMPLATES[name].system
+        return bool(system) and not any(system.rstrip(".") in text for text in texts)
 
-    for name, form in sorted(TEMPLATES.items(), key=adds_system):
-        ours = MARKUP.sub(r"\1", f"{form.first}{form.user}{form.assistant}{form.end}")
-        if form.plain or any(bool(re.search(f, source)) != bool(re.search(f, ours)) for f in FEATURES):
+    for name in sorted(TEMPLATES, key=adds_system):
+        form, parts = TEMPLATES[name], parts_of(TEMPLATES[name])
+        if form.plain or any(bool(re.search(f, source)) != bool(re.search(f, "\0".join(parts))) for f in FEATURES):
             continue
-        parts = [MARKUP.sub(special_text, part) for part in (form.first, form.user, form.assistant, form.end)]
-        want, found = words_of(parts, form), words_of(texts, form)
-        certain = words_of([text for text in texts if text.strip("\n")], form)  # a line break alone may follow an image
-        if certain <= want <= found:
+        if words_of(certain_texts, form) <= words_of(parts, form) <= words_of(texts, form):
             return name
     return None
 
 
-def special_text(match: re.Match) -> str:
-    return "" if match[1] in ("bos", "eos") else match[1]
+def parts_of(form: Template) -> list[str]:
+    """The texts of a template without braces: special tokens by their names, the tokenizer's own as bos and eos."""
+    return [MARKUP.sub(r"\1", part) for part in (form.first, form.user, form.assistant, form.end)]
 
 
 def words_of(texts: list[str], form: Template) -> set[str]:
-    """The words and signs in texts, without the form's system prompt, names of roles, and tokens of begin and end."""
+    """The words and signs in texts, without the system prompt of `form` and without what is not compared."""
     system = f"({re.escape(form.system.rstrip('.'))})\\.?" if form.system else r"\s*<</?SYS>>\s*"  # or a caller's place
     return {word for text in texts for word in WORD.findall(DROPPED.sub("", re.sub(system, " ", text)))}
 
@@ -120,8 +121,8 @@ JINJA = """{%- macro text_of(content) -%}
 {%- endif -%}
 {%- endmacro -%}
 {%- set has_system = messages[0].role == 'system' -%}
-{%- set system = (text_of(messages[0].content) if has_system else '') or SYSTEM -%}
-{{ FIRST }}
+{%- if has_system and not SYSTEM -%}{{ raise_exception('no place for a system prompt') }}{%- endif -%}
+{{ BEFORE ~ ((text_of(messages[0].content) if has_system else '') or SYSTEM) ~ AFTER }}
 {%- for message in messages[1 if has_system else 0:] -%}
 {%- if message.role == 'user' -%}
 {{ ('' if loop.first else USER) ~ text_of(message.content) }}
@@ -132,9 +133,6 @@ JINJA = """{%- macro text_of(content) -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ ASSISTANT }}{%- endif -%}
 """
-NO_SYSTEM = (
-    "{%- if messages[0].role == 'system' -%}{{ raise_exception('no place for a system prompt') }}{%- endif -%}\n"
-)
 
 
 def to_jinja(form: Template, begins: bool) -> str:
@@ -143,11 +141,10 @@ def to_jinja(form: Template, begins: bool) -> str:
     Args: begins: write the begin token, as for a decoder alone; with a processor, the tokenizer adds it.
     """
     before, _, after = form.first.partition(form.system) if form.system else (form.first, "", "")
-    values = {"SYSTEM": form.system, "USER": form.user, "ASSISTANT": form.assistant, "SPACE": form.space}
-    values = {name: expression(text) for name, text in (values | {"END": form.end}).items()}
-    values["FIRST"] = f"{expression(before)} ~ system ~ {expression(after)}"
-    body = re.sub(r"\b(SYSTEM|USER|ASSISTANT|SPACE|END|FIRST)\b", lambda match: values[match[0]], JINJA)
-    return ("" if form.system else NO_SYSTEM) + ("{{ bos_token }}\n" if begins else "") + body
+    texts = {"BEFORE": before, "SYSTEM": form.system, "AFTER": after, "USER": form.user, "ASSISTANT": form.assistant}
+    texts |= {"SPACE": form.space, "END": form.end}
+    constants = "".join(f"{{%- set {name} = {expression(text)} -%}}\n" for name, text in texts.items())
+    return constants + ("{{ bos_token }}\n" if begins else "") + JINJA
 
 
 def expression(text: str) -> str:

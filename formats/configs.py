@@ -107,12 +107,13 @@ def check_supported(values: dict, supported: dict):
 
 DEFAULTS = {  # transformers' defaults of missing fields, where they differ from those of our TextConfig
     "llama": {"eos_token_id": 2},
-    "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131_072},
-    "qwen2": {"vocab_size": 151_936, "intermediate_size": 22016, "max_position_embeddings": 32768},
-    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
+    "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
+    | {"sliding_window": 4096, "eos_token_id": 2},
+    "qwen2": {"vocab_size": 151_936, "intermediate_size": 22016, "max_position_embeddings": 32768}
+    | {"sliding_window": 4096},
+    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
+    | {"eos_token_id": 50256},
 }
-DEFAULTS["mistral"]["eos_token_id"], DEFAULTS["gpt2"]["eos_token_id"] = 2, 50256
-DEFAULTS["mistral"]["sliding_window"] = DEFAULTS["qwen2"]["sliding_window"] = 4096
 SUPPORTED = {  # keys that change the arithmetic of a model, and the only value of each that this code implements
     "llama": {"hidden_act": "silu", "mlp_bias": False},
     "mistral": {"hidden_act": "silu"},
@@ -165,6 +166,14 @@ def read_rope(values: dict) -> dict:
     require(in_order, "low_freq_factor of the RoPE scaling is not below high_freq_factor")
     theta = rope.get("rope_theta", values.get("rope_theta", TextConfig.rope_theta))  # in transformers 5's order
     return {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope | {"rope_type": kind}}
+
+
+def read_eos_ids(folder: Path, values: dict, kind: str) -> list[int]:
+    """Read the ids that end an answer; generation_config.json takes precedence over config.json."""
+    generation = folder / "generation_config.json"
+    files = (read_json(generation) if generation.exists() else {}, values, values.get("text_config", {}))
+    ids = next((v["eos_token_id"] for v in (*files, DEFAULTS[kind]) if v.get("eos_token_id") is not None), [])
+    return ids if isinstance(ids, list) else [ids]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,13 +237,13 @@ def read_llava_config(values: dict, folder: Path) -> LlavaConfig:
 def read_authors_config(values: dict, folder: Path, vision: Path | None) -> LlavaConfig:
     """Read a config.json of the LLaVA authors' code: a decoder's config in which mm_* keys describe the vision part."""
     path = str(values["mm_vision_tower"]).rstrip("/")  # a name, or a path on the machine that trained the model
-    if vision is not None and path.split("/")[-1] not in TOWERS:
-        tower = read_vision_config(vision)
-    else:
-        name = re.sub(r".*models--[^/]+--([^/]+)/snapshots/[^/]+$", r"\1", path).split("/")[-1]  # in the hub's cache
-        known = f"none of {', '.join(TOWERS)}: give its folder to `python -m formats convert` with --vision"
-        require(name in TOWERS, f"the shape of the vision tower {path!r:.199} is not known, it is {known}")
+    name = re.sub(r".*models--[^/]+--([^/]+)/snapshots/[^/]+$", r"\1", path).split("/")[-1]  # in the hub's cache
+    if name in TOWERS:
         tower = CLIPVisionConfig(**TOWERS[name])
+    else:
+        known = f"none of {', '.join(TOWERS)}: give its folder to `python -m formats convert` with --vision"
+        require(vision is not None, f"the shape of the vision tower {path!r:.199} is not known, it is {known}")
+        tower = read_vision_config(vision)
     check_supported(values, SUPPORTED["authors"])
     kind = values.get("model_type", "llava")
     require_choice("model_type", kind, FAMILIES)
@@ -282,20 +291,6 @@ def check_config(config: LlavaConfig):
     for canvas in canvases or []:
         is_tiled = len(canvas) == 2 and all(isinstance(n, int) and n >= 1 and n % side == 0 for n in canvas)
         require(is_tiled, f"image_grid_pinpoints {canvas} is not made of tiles of {side} pixels")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# end tokens
-
-
-def read_eos_ids(folder: Path, values: dict, kind: str) -> list[int]:
-    """Read the ids that end an answer; generation_config.json takes precedence over config.json."""
-    generation = folder / "generation_config.json"
-    files = (read_json(generation) if generation.exists() else {}, values, values.get("text_config", {}))
-    for source in (*files, DEFAULTS[kind]):
-        if (ids := source.get("eos_token_id")) is not None:
-            return ids if isinstance(ids, list) else [ids]
-    return []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,12 +20,15 @@ GENERATION = "generation_config.json"
 SHARD_BYTES = 5_000_000_000  # larger files are unwieldy to copy
 
 
-def save_model(model: Llava, folder: str | Path, weights: dict[str, torch.Tensor] | None = None):
+def save_model(
+    model: Llava, folder: str | Path, weights: dict[str, torch.Tensor] | None = None, source: Path | None = None
+):
     """Write config.json and model.safetensors (in shards, if large) for transformers' own classes.
 
     A LLaVA of the LLaMA family with the mlp2x_gelu projector loads as LlavaForConditionalGeneration, a decoder alone
     as LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or GPT2LMHeadModel.
-    Args: weights: parameters by name; needed if the model itself holds them sharded or in a narrower dtype.
+    Args: weights: parameters by name; needed if the model itself holds them sharded or in a narrower dtype; source: the
+    folder that the model was made from, whose chat template and generation defaults are kept.
     """
     folder, config = Path(folder), model.config
     weights = model.state_dict() if weights is None else weights
@@ -37,29 +40,22 @@ def save_model(model: Llava, folder: str | Path, weights: dict[str, torch.Tensor
         state = to_layout(state, gpt2("transformer.") if config.text_config.gpt2 else llama("model.", ""))
     write_shards(state, folder)
     write_json(folder / "config.json", config_to_json(config) | quantization)
+    defaults = read_json(source / GENERATION) if source and (source / GENERATION).exists() else {}
     ends = {"eos_token_id": config.eos_token_ids, "pad_token_id": config.pad_token_id}
-    write_json(folder / GENERATION, ends)
-    write_chat_template(config, folder)
+    write_json(folder / GENERATION, defaults | ends)
+    write_chat_template(config, folder, source)
     if config.vision_config is not None:
         write_processor(config, folder)
 
 
 def publish_model(model: Llava, tokenizer: Tokenizer, target: Path, source: Path, *adapters: str):
-    """Write a model and its tokenizer; the folder appears complete or not at all.
-
-    Args: source: the folder that it was made from, whose chat template and generation defaults are kept; adapters: see
-    merged_adapters.
-    """
+    """Write a model and its tokenizer; the folder appears complete or not at all. Args: source: see save_model;
+    adapters: further ones in its weights, see merged_adapters."""
     merged = [*merged_adapters(source), *adapters]
 
     def write(folder: Path):
-        save_model(model, folder)
-        write_chat_template(model.config, folder, source)
+        save_model(model, folder, source=source)
         tokenizer.save(folder)
-        if (
-            defaults := source / GENERATION
-        ).exists():  # temperature and the like; the end tokens are those of the config
-            write_json(folder / GENERATION, read_json(defaults) | read_json(folder / GENERATION))
         if merged:
             write_json(folder / MERGED, {"adapters": merged})
 

@@ -26,8 +26,6 @@ HEADER_BYTES = 10_000_000  # the longest header that is read: enough for some hu
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}  # safetensors' names and torch's
 FLOATS = tuple(DTYPES.values())
 DTYPES |= {"U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "BOOL": "bool"}
-
-
 # What others put into the names of a model's tensors: torch.compile, FSDP and activation checkpointing in any place,
 # DDP and peft before all names.
 WRAPPERS = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -60,14 +58,14 @@ def open_tensors(path: Path, usual: str = "") -> dict[str, LazyTensor]:
 
 def unwrap_names(tensors: dict[str, LazyTensor], path: Path, usual: str) -> dict[str, LazyTensor]:
     """Take the prefixes of wrappers off the names, and say so on stderr. Arguments and errors as in open_tensors."""
-    found = {prefix for name in tensors for prefix in re.findall(WRAPPERS, name)}
+    inner = {prefix for name in tensors for prefix in re.findall(WRAPPERS, name)}
     names = [re.sub(WRAPPERS, "", name) for name in tensors]
     outer = min((re.match(OUTER_WRAPPERS, name)[0] for name in names), key=len, default="")
-    if found := sorted(found | {outer} - {"", usual}):
-        print(f"{path}: {' and '.join(found)} is taken off the names of its tensors", file=sys.stderr)
+    if removed := " and ".join(sorted(inner | {outer} - {"", usual})):
+        print(f"{path}: {removed} is taken off the names of its tensors", file=sys.stderr)
     unwrapped = dict(zip((name.removeprefix(outer) for name in names), tensors.values()))
     if len(unwrapped) < len(tensors):
-        raise ValueError(f"{path}: two tensors have one name without {' and '.join(found)}")
+        raise ValueError(f"{path}: two tensors have one name without {removed}")
     return unwrapped
 
 

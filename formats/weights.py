@@ -302,7 +302,7 @@ def name_image_token(tokenizer: Tokenizer, index: int, folder: str | Path):
     name = {i: name for name, i in ids.items()}.get(index)
     if name is None and index <= tokenizer.codec.highest_id:
         raise ValueError(f"{folder}: image_token_index of config.json, {index}, is an ordinary token")
-    if name in [tokenizer.roles.get(role) for role in ("bos", "eos", "pad")] and name is not None:
+    if name is not None and name in [tokenizer.roles.get(role) for role in ("bos", "eos", "pad")]:
         raise ValueError(f"{folder}: image_token_index of config.json, {index}, is the token {name}")
     if tokenizer.specials.get("<image>", index) != index:
         raise ValueError(f"{folder}: <image> is {tokenizer.specials['<image>']}, but config.json says {index}")
@@ -315,7 +315,7 @@ def name_image_token(tokenizer: Tokenizer, index: int, folder: str | Path):
 
 @torch.no_grad()
 def grow_vocabulary(model: Llava, size: int, step: int = 64):
-    """Add embedding rows, in steps of 64, until there are `size`. New rows are the mean of the old ones.
+    """Add embedding rows until there are `size`, rounded up to a multiple of `step`. New rows are the mean of the old.
 
     A mean row is never the likeliest token, so the model does not generate the new ids.
     """
