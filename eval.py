@@ -239,13 +239,14 @@ def score_file(args: argparse.Namespace):
 
 def report_answers(task: str, items: list[Item], answers: list[str | None]):
     """Print how many answers are missing, empty, or not what the scorer of the task expects."""
-    given = [answer if answer is None else answer.strip() for answer in answers]
+    empty = [answer is not None and not answer.strip() for answer in answers]
     report_count("questions have no answer, which counts as wrong", items, [answer is None for answer in answers])
-    report_count("questions have an empty answer", items, [answer == "" for answer in given])
-    left = [bool(END_TOKEN.search(answer or "")) for answer in given]
+    report_count("questions have an empty answer", items, empty)
+    left = [bool(END_TOKEN.search(answer or "")) for answer in answers]
     report_count("answers end with an end token (</s>, ...), which is scored as text: remove it", items, left)
     what, is_vague = VAGUE.get(task, ("", None))
-    report_count(what, items, [bool(what and answer) and is_vague(item, answer) for item, answer in zip(items, given)])
+    vague = [bool(what and text and text.strip()) and is_vague(item, text) for item, text in zip(items, answers)]
+    report_count(what, items, vague)
 
 
 def report_count(what: str, items: list[Item], which: list[bool]):

@@ -69,10 +69,11 @@ def read_gqa(paths: list[Path]) -> list[Item]:
             item.truth = row | {"answer": row.need("answer")}
             for name in row.keys() & {"entailed", "types", "groups"}:
                 need_texts(row, name, list if name == "entailed" else dict)
-    lone = [item for item in items.values() if item.truth and not item.truth.get("isBalanced", True)]
-    note(paths, len(lone), "questions are not balanced: they count in the consistency of others only")
-    for item in (item for item in items.values() if item.truth):
-        item.truth |= choices.get(item.id, {})
+    truths = {item.id: item.truth for item in items.values() if item.truth}
+    unbalanced = sum(not truth.get("isBalanced", True) for truth in truths.values())
+    note(paths, unbalanced, "questions are not balanced: they count in the consistency of others only")
+    for key, truth in truths.items():
+        truth |= choices.get(key, {})
     return add_truths(paths, listed, list(items.values()))
 
 
@@ -112,11 +113,11 @@ def read_textvqa(paths: list[Path]) -> list[Item]:
         item = Item(row.get("question_id", f"{image}/{len(items)}"), row.need("question"), f"{image}.jpg")
         item.truth, item.keys = human_answers(row), (f"{image}\n{item.text.strip().lower()}",)
         items.append(item)
-    lacking = [item for item in items if tokens and item.image.removesuffix(".jpg") not in tokens]
-    note(paths, len(lacking), "questions are about an image without OCR tokens: asked with an empty list of them")
-    for item in items if tokens else ():
-        words = tokens.get(item.image.removesuffix(".jpg"), [])
-        item.text += f"\nReference OCR token: {', '.join(map(str, words))}"
+    images = [item.image.removesuffix(".jpg") for item in items] if tokens else []
+    lacking = sum(image not in tokens for image in images)
+    note(paths, lacking, "questions are about an image without OCR tokens: asked with an empty list of them")
+    for item, image in zip(items, images):
+        item.text += f"\nReference OCR token: {', '.join(map(str, tokens.get(image, [])))}"
     for number, item in enumerate(listed):
         item.id, item.keys = f"{item.id}/{number}", (f"{item.id}\n{bare_question(item.text)}",)
     return add_truths(paths, listed, items)
@@ -176,10 +177,10 @@ def read_medical(paths: list[Path]) -> list[Item]:
     items = []
     for file in map(JsonFile, paths):
         rows = list(file.rows())
-        test_rows = [row for row in rows if str(row.get("phrase_type")).startswith("test_")]
-        rows, all_rows = [row for row in test_rows or rows if row.get("q_lang", "en") == "en"], rows
-        note([file.path], len(all_rows) - len(rows), "questions are not of the test set or not English: left out")
-        for row in rows:
+        test_rows = [row for row in rows if str(row.get("phrase_type")).startswith("test_")] or rows
+        read = [row for row in test_rows if row.get("q_lang", "en") == "en"]
+        note([file.path], len(rows) - len(read), "questions are not of the test set or not English: left out")
+        for row in read:
             if turns := row.get("conversations"):
                 if not isinstance(turns, list) or len(turns) != 2:
                     raise DataError(f"{row.where}: conversations are not one question and one answer")

@@ -74,8 +74,8 @@ def write_xlsx(path: Path, rows: list[list[object]]):
         text = escape(NO_XML.sub("\ufffd", str(value)))
         return f'<c t="inlineStr"><is><t xml:space="preserve">{text}</t></is></c>'
 
-    spoiled = [value for row in rows for value in row if NO_XML.search(str(value))]
-    note([path], len(spoiled), "texts hold characters that XML cannot: replaced by U+FFFD")
+    invalid = sum(bool(NO_XML.search(str(value))) for row in rows for value in row)
+    note([path], invalid, "texts hold characters that XML cannot: replaced by U+FFFD")
     lines = "".join(f"<row>{''.join(map(cell, row))}</row>" for row in rows)
     head = '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n'
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:

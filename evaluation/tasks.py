@@ -52,17 +52,17 @@ TASKS = {
     "pathvqa": Task(readers.read_medical, scores.medical, ""),
     "slake": Task(readers.read_medical, scores.medical, ""),
 }
-# What to report of answers that are no choice between the options, and whether an answer of an item is one.
 NO_OPTION = "answers name no option, or several, which counts as wrong"
+# What to report of answers that the scorer cannot read, and whether one is: (item, answer as it is scored) to bool.
 VAGUE = {
     "pope": (
-        "answers say neither yes nor no; LLaVA's rule counts them as yes",
-        lambda item, answer: not re.search(r"\b(yes|no|not)\b", answer.lower()),
+        "answers do not say yes; LLaVA's rule counts them as yes, as it does NO and no!",
+        lambda _, answer: metrics.yes_no_llava(answer) == "yes" and not re.search(r"\byes\b", answer.lower()),
     ),
     "mme": ("answers begin with neither yes nor no: wrong", lambda _, answer: metrics.yes_no_mme(answer) == "other"),
-    "scienceqa": (NO_OPTION, lambda item, answer: not metrics.science_letter(answer)),
+    "scienceqa": (NO_OPTION, lambda _, answer: not metrics.science_letter(answer)),
     "mmbench": (NO_OPTION, lambda item, answer: not metrics.option_letter(answer, item.options)),
-    "seed": (f"{NO_OPTION}: a letter alone is read", lambda item, answer: answer not in tuple("ABCD")),
+    "seed": (f"{NO_OPTION}: a letter alone is read", lambda _, answer: answer not in tuple("ABCD")),
 }
 
 

@@ -92,12 +92,13 @@ def test_leftover_end_tokens_are_reported(tmp_path, pope, command, capsys, end):
     assert score(command, capsys, "pope", predictions, pope)[1] == ""
 
 
-def test_answers_to_pope_that_are_neither_yes_nor_no_are_reported(tmp_path, pope, command, capsys):
-    predictions = answer_file(tmp_path, text=lambda row: "NO!" if row["question_id"] == 1 else "It is a table.")
-    assert (
-        "1 of 2 answers say neither yes nor no; LLaVA's rule counts them as yes (first: 'random/2')"
-        in (score(command, capsys, "pope", predictions, pope)[1])
-    )
+@pytest.mark.parametrize("wrong", ["It is a table.", "NO", "no!", "no\n", "A table. No."])
+def test_answers_to_pope_that_count_as_yes_without_saying_it_are_reported(tmp_path, pope, command, capsys, wrong):
+    predictions = answer_file(tmp_path, text=lambda row: "No, none." if row["question_id"] == 1 else wrong)
+    expected = "1 of 2 answers do not say yes; LLaVA's rule counts them as yes, as it does NO and no! (first: 'random/2"
+    assert expected in score(command, capsys, "pope", predictions, pope)[1]
+    predictions = answer_file(tmp_path, text=lambda row: "No, none." if row["question_id"] == 1 else "YES!")
+    assert score(command, capsys, "pope", predictions, pope)[1] == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,7 +253,13 @@ def test_a_medical_dialogue_is_not_cut_to_its_first_question(tmp_path):
 
 @pytest.mark.parametrize(
     "task, read, vague",
-    [("mme", "Yes.", "Maybe"), ("scienceqa", "B", "b"), ("mmbench", "(B)", "A or B"), ("seed", "B", "B. cat")],
+    [
+        ("mme", "Yes.", "Maybe"),
+        ("scienceqa", "B", "b"),
+        ("mmbench", "(B)", "A or B"),
+        ("seed", "B", "B. cat"),
+        ("seed", "B", "B\n"),
+    ],
 )
 def test_answers_that_name_no_option_are_reported(task, read, vague, capsys):
     items = [Item(i, "q?", options={"A": "dog", "B": "cat"}) for i in range(3)]
