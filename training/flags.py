@@ -12,9 +12,8 @@ from training import meters, recipes, sharding
 from training.towers import SIZES
 
 COMPONENTS = ("vision", "projector", "llm")  # what --train may name
-TOWER_FLAGS = ("tower", "size", "patch_size")
-USELESS = {0: ("train", "model", "vision", "llm", "projector", "whiten", "image_order", "lr_projector", "lr_vision")}
-USELESS |= {1: TOWER_FLAGS, 2: TOWER_FLAGS}  # flags that do nothing in a stage
+USELESS = dict.fromkeys((1, 2), ("tower", "size", "patch_size"))  # flags that do nothing in a stage
+USELESS[0] = ("train", "model", "vision", "llm", "projector", "whiten", "image_order", "lr_projector", "lr_vision")
 
 PARSER = argparse.ArgumentParser("train.py", epilog=recipes.listing())
 PARSER.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -69,9 +69,9 @@ def report_cut(ranks: Distributed, run: Run, dataset: Samples, val: Samples | No
         if text:
             ranks.print0(f"{'validation: ' if part is val else ''}{text}")
         if part is dataset:
-            sizes = [source.file.version[0] for source in dataset.sources]
-            run.check_unchanged("data_bytes", sizes, "files whose sizes in bytes are")
-            run.values |= {"lengths": counts, "data_bytes": sizes}
+            run.values["lengths"] = counts
+    run.values["data_bytes"] = [source.file.version[0] for source in dataset.sources]
+    run.check_unchanged("data_bytes", run.values["data_bytes"], "files whose sizes in bytes are")
     if isinstance(dataset, Records) and (count := count_lone_questions(dataset)):
         text = "records of an image and one question are read without their question, as in LLaVA's stage 1"
         ranks.print0(f"template {dataset.template}: {count:,} {text}")
