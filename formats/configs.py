@@ -237,13 +237,13 @@ def read_llava_config(values: dict, folder: Path) -> LlavaConfig:
 def read_authors_config(values: dict, folder: Path, vision: Path | None) -> LlavaConfig:
     """Read a config.json of the LLaVA authors' code: a decoder's config in which mm_* keys describe the vision part."""
     path = str(values["mm_vision_tower"]).rstrip("/")  # a name, or a path on the machine that trained the model
-    name = re.sub(r".*models--[^/]+--([^/]+)/snapshots/[^/]+$", r"\1", path).split("/")[-1]  # in the hub's cache
-    if name in TOWERS:
-        tower = CLIPVisionConfig(**TOWERS[name])
-    else:
-        known = f"none of {', '.join(TOWERS)}: give its folder to `python -m formats convert` with --vision"
-        require(vision is not None, f"the shape of the vision tower {path!r:.199} is not known, it is {known}")
+    if vision is not None and path.split("/")[-1] not in TOWERS:
         tower = read_vision_config(vision)
+    else:
+        name = re.sub(r".*models--[^/]+--([^/]+)/snapshots/[^/]+$", r"\1", path).split("/")[-1]  # in the hub's cache
+        known = f"none of {', '.join(TOWERS)}: give its folder to `python -m formats convert` with --vision"
+        require(name in TOWERS, f"the shape of the vision tower {path!r:.199} is not known, it is {known}")
+        tower = CLIPVisionConfig(**TOWERS[name])
     check_supported(values, SUPPORTED["authors"])
     kind = values.get("model_type", "llava")
     require_choice("model_type", kind, FAMILIES)
