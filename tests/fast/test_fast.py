@@ -209,7 +209,7 @@ def test_compiled_nf4_computes_the_same_and_stores_no_weight(dtype):
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("kind", ["plain", "float32", "bfloat16", "gpt2", "four bits", "lora"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "gpt2", "four bits", "lora"])
 def test_compiled_decoding_gives_the_same_answers(kind):
     model = small_llava(model_type="gpt2" if kind == "gpt2" else "llama")
     if kind == "bfloat16":
@@ -226,8 +226,7 @@ def test_compiled_decoding_gives_the_same_answers(kind):
     want = list(generate(model, PROMPTS, features, max_new_tokens=8))
     alone = list(generate(model, PROMPTS[:1], features[:1], max_new_tokens=8))
     single = list(generate(model, [[5]], max_new_tokens=4))
-    if kind != "plain":
-        accelerate(model)
+    accelerate(model)
     compile_decoding(model)
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
@@ -242,19 +241,18 @@ def test_a_program_that_compiles_nothing_does_not_import_the_compiler():
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
 
 
-@pytest.mark.parametrize("cxx, reason", [("none", "No working C++ compiler found"), ("bare", "No such file")])
-def test_compiling_without_a_compiler_is_one_line(tmp_path, cxx, reason):
+def test_compiling_without_a_compiler_is_one_line(tmp_path):
     bare = tmp_path / "bare"  # a compiler without its headers
     bare.write_text('#!/bin/sh\nexec g++ -nostdinc "$@"\n')
     bare.chmod(0o755)
-    if cxx == "bare" and not shutil.which("g++"):
+    if not shutil.which("g++"):
         pytest.skip("no g++ to call")
     code = "import torch; from fast.compile import require_compiler; require_compiler(torch.device('cpu'))"
-    found = {"CXX": str(tmp_path / cxx), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    found = {"CXX": str(bare), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=HERE, env=os.environ | found, capture_output=True, text=True)
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("ValueError: --compile does not work here: ") and reason in last and len(last) < 300
+    assert last.startswith("ValueError: --compile does not work here: ") and "No such file" in last and len(last) < 300
 
 
 @pytest.mark.usefixtures("compiler")
