@@ -95,7 +95,7 @@ def print_lengths(lengths: np.ndarray, bars: int = 16):
 
 
 def count_cut(dataset: Samples) -> tuple[dict[str, int], str]:
-    """What `dataset.max_length` cuts off: counts for run.json, and one line that says it; "" if nothing is cut."""
+    """Count what `dataset.max_length` cuts off: numbers for run.json, and one line; "" if nothing is cut."""
     numbers = dataset.long_samples()
     whole, kept = np.array(parallel_map(dataset.answer_tokens, numbers, "long samples"), int).reshape(-1, 2).T
     cut, empty = np.flatnonzero(whole > kept), np.flatnonzero((kept == 0) & (whole > 0))

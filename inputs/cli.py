@@ -1,4 +1,4 @@
-"""What all scripts share: the style of their flags, and errors that the user can fix as one line, not a traceback."""
+"""Shared by all scripts: the style of their flags, and errors that the user can fix as one line, not a traceback."""
 
 import argparse
 import signal

@@ -99,7 +99,7 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def name_format(path: Path) -> str:
-    """What a file is that Pillow does not know, in parentheses and with a remedy; "" if it is none of UNREADABLE."""
+    """Return the format of a file that Pillow cannot read, in parentheses with a remedy; "" if not in UNREADABLE."""
     with path.open("rb") as file:
         head = file.read(64)
     return next((f" ({name})" for name, pattern in UNREADABLE.items() if re.match(pattern, head, re.DOTALL)), "")

@@ -124,7 +124,7 @@ def test_an_unknown_one_is_named_by_what_is_not_ours(tmp_path):
 
 
 def as_transformers(source, messages):
-    """What transformers renders, with the tokens that begin and end a text as spaces and all spaces as one."""
+    """Return transformers' rendering, with the tokens that begin and end a text as spaces and all spaces as one."""
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
     if ".text" in source:
         messages = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
@@ -295,7 +295,7 @@ def test_a_copy_keeps_the_chat_template_of_its_base(changed, tmp_path, command):
 
 
 def test_an_unknown_chat_template_asks_for_one(changed, tiny, tmp_path, command, capsys):
-    """Whatever renders a dialogue refuses in one line, until --template names one; the rest goes on."""
+    """Commands that render a dialogue refuse in one line, until --template names one; the others go on."""
     folder = changed(CHAT_TEMPLATES["Zephyr"][0])
     command(formats_cli, "inspect", folder)
     assert "chat template unknown (chat_template.json: '<|assistant|>', " in capsys.readouterr().out

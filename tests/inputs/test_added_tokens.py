@@ -257,7 +257,7 @@ def test_an_id_of_two_tokens_is_refused(tmp_path):
 
 
 def slow_files(folder, name, settings=None):
-    """What a slow tokenizer of transformers leaves: vocab.json and merges.txt, <box> in added_tokens.json."""
+    """Write the files of a slow tokenizer of transformers: vocab.json, merges.txt, <box> in added_tokens.json."""
     model = byte_level_file()["model"]
     special = {"GPT2Tokenizer": ["<|endoftext|>"], "Qwen2Tokenizer": []}.get(name, ["<s>", "<pad>", "</s>", "<unk>"])
     tokens = [*model["vocab"], *special]

@@ -1,4 +1,4 @@
-"""What a run says of its machine before it starts: busy cores, memory."""
+"""The lines about the machine that a run prints before it starts: busy cores, memory."""
 
 from types import SimpleNamespace
 

@@ -101,7 +101,7 @@ def test_learning_rate_rises_in_a_line_and_falls_to_zero(steps, warmup):
 
 @pytest.fixture
 def whitened(tiny, monkeypatch):
-    """What comes out of a new projector's first layer were it the identity, for a gain of places: (N, P, C) each."""
+    """Return the whitened features of a new projector's first layer, for some POSITION_GAIN: (N, P, C) each."""
 
     def call(gain):
         monkeypatch.setattr(towers, "POSITION_GAIN", gain)
@@ -210,7 +210,7 @@ def test_a_tower_that_trains_changes_up_to_its_last_used_block(tiny, command, tm
 
 
 def gradients(model, args, micro, ranks=None):
-    """What one step would hand to the optimizer, by name."""
+    """Return the gradients of one step, by name."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     result = {}
     optimizer = SimpleNamespace(
