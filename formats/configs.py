@@ -14,7 +14,7 @@ from pathlib import Path
 from clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from formats.chat_templates import guess_template
 from formats.processors import IMAGE_PROCESSORS, read_image_mode
-from inputs.files import read_json
+from inputs.files import read_json, read_optional_json
 from inputs.templates import TEMPLATES
 from llava import PROJECTORS, LlavaConfig, TextConfig
 
@@ -171,7 +171,7 @@ def read_rope(values: dict) -> dict:
 def read_eos_ids(folder: Path, values: dict, kind: str) -> list[int]:
     """Read the ids that end an answer; generation_config.json takes precedence over config.json."""
     generation = folder / "generation_config.json"
-    files = (read_json(generation) if generation.exists() else {}, values, values.get("text_config", {}))
+    files = (read_optional_json(generation), values, values.get("text_config", {}))
     ids = next((v["eos_token_id"] for v in (*files, DEFAULTS[kind]) if v.get("eos_token_id") is not None), [])
     return ids if isinstance(ids, list) else [ids]
 

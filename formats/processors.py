@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from clip import MEAN, STD
-from inputs.files import read_json, write_json
+from inputs.files import read_optional_json, write_json
 from llava import LlavaConfig
 
 IMAGE_PROCESSORS = {"square": "CLIPImageProcessor", "pad": "LlavaImageProcessor", "anyres": "LlavaNextImageProcessor"}
@@ -33,8 +33,8 @@ def read_image_mode(folder: Path, side: int) -> str:
     transformers 5 keeps the preprocessing in processor_config.json, transformers 4 in preprocessor_config.json.
     """
     nested, separate = folder / "processor_config.json", folder / "preprocessor_config.json"
-    values = (read_json(nested) if nested.exists() else {}).get("image_processor")
-    values = values or (read_json(separate) if separate.exists() else {})
+    values = read_optional_json(nested).get("image_processor")
+    values = values or read_optional_json(separate)
     for key, want in clip_preprocessing(side).items():
         got = values.get(key)
         if isinstance(want, dict) and type(got) is int:  # older files give one number for both sides

@@ -10,7 +10,7 @@ from formats.chat_templates import write_chat_template
 from formats.configs import config_to_json
 from formats.layouts import HEAD, gpt2, llama, to_layout
 from formats.processors import write_processor
-from inputs.files import publish_folder, read_json, write_json
+from inputs.files import publish_folder, read_optional_json, write_json
 from inputs.tokenizer import Tokenizer
 from llava import Llava
 from lora import NF4Linear
@@ -40,7 +40,7 @@ def save_model(
         state = to_layout(state, gpt2("transformer.") if config.text_config.gpt2 else llama("model.", ""))
     write_shards(state, folder)
     write_json(folder / "config.json", config_to_json(config) | quantization)
-    defaults = read_json(source / GENERATION) if source and (source / GENERATION).exists() else {}
+    defaults = read_optional_json(source / GENERATION) if source else {}
     ends = {"eos_token_id": config.eos_token_ids, "pad_token_id": config.pad_token_id}
     write_json(folder / GENERATION, defaults | ends)
     write_chat_template(config, folder, source)
@@ -64,7 +64,7 @@ def publish_model(model: Llava, tokenizer: Tokenizer, target: Path, source: Path
 
 def merged_adapters(folder: Path) -> list[str]:
     """SHA-256 of the weights file of every adapter that was merged into the model in `folder`."""
-    return read_json(folder / MERGED).get("adapters", []) if (folder / MERGED).exists() else []
+    return read_optional_json(folder / MERGED).get("adapters", [])
 
 
 def quantize_state(model: Llava, state: dict[str, torch.Tensor]) -> dict:

@@ -211,7 +211,8 @@ def draw_tokens(config: LlavaConfig, tokenizer: Tokenizer, path: Path):
     names = {i: name for name, i in tokenizer.specials.items()} | {tokenizer.image_id: "img"}
     boxes, x, y = [], 28, 62  # (x, y, width, text) of each token
     for token in ids:
-        text = names.get(token) or tokenizer.codec.decode([token], {}).replace(" ", "·").replace("\n", "↵")
+        text = names.get(token) or tokenizer.codec.decode([token], tokenizer.word_ids)
+        text = text.replace(" ", "·").replace("\n", "↵")
         width = 7.3 * max(len(text), 3) + 12
         if x + width > 1172:
             x, y = 28, y + 84

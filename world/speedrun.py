@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inputs.cli import make_parser
-from inputs.files import OUTPUT_ROOT
+from inputs.files import OUTPUT_ROOT, read_optional_json
 from inputs.tokenizer import Tokenizer, train_bpe
 from llava import LlavaConfig
 from training.towers import new_clip, new_decoder
@@ -149,7 +149,7 @@ def run_steps(steps: list[Step], minutes_file: Path, runner: Runner) -> dict[str
 
     A step that fails, or a signal, ends the program with one line.
     """
-    minutes = read_minutes(minutes_file)
+    minutes = read_optional_json(minutes_file)
     for step in steps:
         if step.name in minutes:
             continue
@@ -164,13 +164,9 @@ def run_steps(steps: list[Step], minutes_file: Path, runner: Runner) -> dict[str
     return minutes
 
 
-def read_minutes(path: Path) -> dict[str, float]:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def refuse_other_flags(path: Path, flags: dict):
     """End the program with one line if the folder was begun with other flags: its finished steps would be kept."""
-    begun = json.loads(path.read_text()) if path.exists() else flags
+    begun = read_optional_json(path) or flags
     if begun != flags:
         text = " ".join(f"--{name} {value}" for name, value in begun.items())
         sys.exit(f"speedrun: {path.parent} was begun with {text}; give another --out, or delete the folder")
@@ -192,7 +188,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     refuse_other_flags(args.out / "speedrun.json", {"minutes": args.minutes, "seed": args.seed})
     minutes_file, runner = args.out / "minutes.json", Runner()
-    stage2_flags = [] if "stage2" in read_minutes(minutes_file) else choose_compile(args.minutes)
+    stage2_flags = [] if "stage2" in read_optional_json(minutes_file) else choose_compile(args.minutes)
     steps = plan(args.minutes, args.seed, args.out, args.ablation, stage2_flags)
     write_report(args.out, run_steps(steps, minutes_file, runner), args.minutes)
 
