@@ -17,7 +17,7 @@ from inputs.templates import TEMPLATES
 from llava import Llava
 
 MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "*.model", "tokenizer*.json", "vocab*")
-MODEL_FILES += ("merges.txt", "added_tokens.json", "special_tokens_map.json", "generation_config.json")
+MODEL_FILES += ("merges.txt", "added_tokens.json", "special_tokens_map.json", "generation_config.json", "*.gguf")
 # The code that turns a question into an answer. Rooms are listed whole: a new file in one of them is covered.
 CODE_FILES = ("clip.py", "llava.py", "lora.py", "data.py", "evaluation/answering.py")
 CODE_FILES += ("inputs/*.py", "variants/*.py", "formats/*.py", "fast/*.py")
@@ -61,7 +61,9 @@ def save_manifest(
     """
     config, device, template = model.config, model.device, TEMPLATES[model.config.template]
     image_marker = "<image>\n" if questions[0].get("image") and MARKER not in questions[0]["text"] else ""
-    model_files = [(folder, sorted({path for name in MODEL_FILES for path in folder.glob(name)})) for folder in folders]
+    found = [{path for name in MODEL_FILES for path in folder.glob(name)} for folder in folders]
+    found = [{folder} if folder.is_file() else paths for folder, paths in zip(folders, found)]
+    model_files = [(folder, sorted(paths)) for folder, paths in zip(folders, found)]
     values = settings | {
         "prompt": f"{template.first}{image_marker}{questions[0]['text']}{template.assistant}",  # the first one
         "pictures_sha256": hash_images(questions, images),

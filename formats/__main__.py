@@ -22,6 +22,7 @@ from formats.saving import publish_model
 from formats.tensors import open_tensors
 from formats.weights import build_model, grow_vocabulary, load_checkpoint, load_tokenizer, open_model
 from inputs import cli
+from inputs.gguf_files import find_gguf
 from inputs.templates import TEMPLATES
 from llava import Llava
 from lora import NF4Linear, frozen_linear, lora_layers, merge
@@ -41,13 +42,13 @@ def inspect(folder: Path):
     name = choose_layout(list(tensors), layouts)
     known = sum(1 for key in tensors if match(key, layouts[name]) or re.fullmatch(COMPUTED, key))
     count = sum(math.prod(lazy.shape) for lazy in tensors.values())
-    dtypes = Counter(lazy.dtype for lazy in tensors.values())
-    show("layout", name)
+    dtypes = Counter(lazy.stored or lazy.dtype for lazy in tensors.values())
+    show("layout", f"{name}, in GGUF" if (gguf := find_gguf(folder)) else name)
     show("tensors", f"{len(tensors)}, of which {known} are known to this layout")
     show("parameters", f"{count:,}")
     show("dtype", ", ".join(f"{dtype} ({n})" for dtype, n in dtypes.most_common()))
     show("memory", ", ".join(f"{size * count / 1e9:.2f} GB as {dtype}" for dtype, size in BYTES.items()))
-    if name in LLAVA_LAYOUTS and (llama2c or (folder / "config.json").exists()):
+    if name in LLAVA_LAYOUTS and (llama2c or gguf or (folder / "config.json").exists()):
         config = open_model(folder)[0]
         text, vision = config.text_config, config.vision_config
         heads = f"{text.num_attention_heads} heads ({text.num_key_value_heads} of keys and values)"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from inputs.files import read_json, write_atomic
+from inputs.gguf_files import find_gguf, read_gguf
 from inputs.templates import MARKUP, TEMPLATES, Template
 from llava import LlavaConfig
 
@@ -41,6 +42,8 @@ def guess_template(folder: Path, default: str) -> str:
 
 def read_chat_template(folder: Path) -> tuple[str, str]:
     """The file with a folder's chat template, in transformers' order, and its text; two empty texts without one."""
+    if gguf := find_gguf(folder):
+        return gguf.name, str(read_gguf(gguf).metadata.get("tokenizer.chat_template", ""))
     for name in FILES:
         if (path := folder / name).exists():
             is_jinja = name.endswith("jinja")

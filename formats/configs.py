@@ -13,8 +13,10 @@ from pathlib import Path
 
 from clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from formats.chat_templates import guess_template
+from formats.gguf import config_values
 from formats.processors import IMAGE_PROCESSORS, read_image_mode
 from inputs.files import read_json, read_optional_json
+from inputs.gguf_files import find_gguf
 from inputs.templates import TEMPLATES
 from llava import PROJECTORS, LlavaConfig, TextConfig
 
@@ -47,16 +49,19 @@ def read_config(folder: Path, vision: Path | None = None) -> LlavaConfig:
 
 @contextmanager
 def open_config(folder: Path) -> Iterator[dict]:
-    """The content of config.json; in this context, every error is a ValueError that names the file."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder / 'config.json'}: no such file; a model's folder has it, weights and a tokenizer")
-    values = read_json(folder / "config.json")
+    """The content of config.json, or what a GGUF file says instead; in this context, every error is a ValueError that
+    names the file."""
+    gguf = find_gguf(folder)
+    source = gguf or folder / "config.json"
+    if not gguf and not source.is_file():
+        raise ValueError(f"{source}: no such file; a model's folder has it, weights and a tokenizer")
+    values = None if gguf else read_json(source)
     try:
-        yield values
+        yield config_values(gguf) if gguf else values
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
-        raise ValueError(f"{folder / 'config.json'}: not the configuration of a model ({error!r})") from None
+        raise ValueError(f"{source}: not the configuration of a model ({error!r})") from None
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        raise ValueError(f"{folder}: {str(error).removeprefix('config.json: ') if gguf else error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

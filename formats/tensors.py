@@ -1,4 +1,4 @@
-"""Open the tensors of safetensors files and PyTorch's pickles, in one file or in shards, without reading them yet.
+"""Open the tensors of safetensors files, PyTorch's pickles and GGUF files without reading them yet.
 
 A pickle is read through torch.load(weights_only=True) only. A weight in NF4 is several tensors in a file and one
 LazyTensor here.
@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from formats import nf4_files
+from formats import gguf, nf4_files
 from inputs.files import read_json, reject_duplicate_keys
+from inputs.gguf_files import find_gguf
 from lora import NF4Linear
 
 PICKLES, INDEX = (".bin", ".pt", ".pth"), ".index.json"
@@ -39,6 +40,7 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: str  # torch's name, NF4, or safetensors' name of another one
     read: Callable[[], torch.Tensor]
+    stored: str = ""  # the format in a GGUF file, which read() undoes
 
 
 def open_tensors(path: Path, usual: str = "") -> dict[str, LazyTensor]:
@@ -77,6 +79,8 @@ def open_files(path: Path) -> dict[str, LazyTensor]:
     """The tensors as the files have them: a weight in NF4 is still in its parts."""
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
+    if found := find_gguf(path):
+        return read_gguf_tensors(found)
     if path.is_file():
         if path.suffix not in (".safetensors", *PICKLES):
             raise ValueError(f"{path}: neither .safetensors nor {', '.join(PICKLES)}")
@@ -144,6 +148,14 @@ def read_pickle(path: Path) -> dict[str, LazyTensor]:
         name: LazyTensor(tuple(value.shape), str(value.dtype).removeprefix("torch."), lambda value=value: value)
         for name, value in state.items()
     }
+
+
+def read_gguf_tensors(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a GGUF file. Raises ValueError."""
+    try:
+        return {name: LazyTensor(*fields) for name, fields in gguf.read_tensors(path).items()}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_shards(index: Path, reader: Callable[[Path], dict[str, LazyTensor]]) -> dict[str, LazyTensor]:

@@ -101,16 +101,16 @@ class SentencePiece(PickledByFields):
 
     def normalize(self, text: str, prefix: bool = True) -> str:
         """The text that added tokens are found in. Args: prefix: False if it continues another one."""
-        if self.scheme not in ("prepend", "double"):
+        if self.scheme not in ("prepend", "double", "never"):
             return text
         text = text.replace(" ", SPACE)
-        prefix = prefix and text.startswith(SPACE if self.scheme == "double" else text[:1])
+        prefix = prefix and self.scheme != "never" and text.startswith(SPACE if self.scheme == "double" else text[:1])
         return SPACE + text if prefix and text else text
 
     def encode_normalized(self, text: str, prefix: bool = True) -> list[int]:
         """Ids of a part of a normalized text. Args: prefix: as in `normalize`."""
         text = text.replace(" ", SPACE)
-        if prefix and self.scheme != "prepend" and not text.startswith(SPACE):
+        if prefix and self.scheme not in ("prepend", "never") and not text.startswith(SPACE):
             text = SPACE + text
         return [i for word in self.words.findall(text) for i in self.encode_word(word)]
 
@@ -126,7 +126,8 @@ class SentencePiece(PickledByFields):
     def decode(self, ids: list[int], words: dict[int, str]) -> str:
         """Text of `ids` without the dummy prefix. Args: words: added tokens, which stand for themselves."""
         parts = [words[i].replace(SPACE, " ").encode() if i in words else self.spelled.get(i, b"") for i in ids]
-        return b"".join(parts).decode(errors="replace").removeprefix(" ")
+        text = b"".join(parts).decode(errors="replace")
+        return text if self.scheme == "never" else text.removeprefix(" ")
 
 
 @dataclass(eq=False)

@@ -18,6 +18,8 @@ import regex
 from inputs.added_tokens import AddedToken, compile_names, content_of, read_added, special_names, split_text
 from inputs.bpe import SPACE, ByteLevel, Codec, PickledByFields, SentencePiece
 from inputs.files import read_optional_json, write_json
+from inputs.gguf_files import find_gguf
+from inputs.gguf_vocabularies import read_gguf_vocabulary
 from inputs.vocabularies import MAKE, SPLIT, byte_level_json, check_ids, read_vocabulary, sentencepiece_json
 
 SPECIALS = ("<pad>", "<image>", "<s>", "</s>")  # </s> last: CLIP's text tower finds its end token as the highest id
@@ -129,7 +131,7 @@ class Tokenizer(PickledByFields):
         """Read a folder's tokenizer. Raises ValueError.
 
         Formats: tokenizer.json (byte-level BPE, LLaMA's or CLIP's), tokenizer.model (SentencePiece, or LLaMA-3's for
-        tiktoken), vocab.json with merges.txt (byte-level BPE), llama2.c's tok*.bin, OpenAI's *.txt.gz.
+        tiktoken), vocab.json with merges.txt (byte-level BPE), llama2.c's tok*.bin, OpenAI's *.txt.gz, a GGUF.
         """
         folder = Path(folder)
         path = folder / "tokenizer_config.json"
@@ -141,7 +143,8 @@ class Tokenizer(PickledByFields):
             path = find_vocabulary(folder) or folder / NAMES[0]
             if not path.exists():
                 raise OSError(f"No such file, nor {', '.join(NAMES[1:])}; {MAKE}")
-            codec, tokens, settings, bos = read_vocabulary(path, settings)
+            is_gguf = path.suffix == ".gguf"
+            codec, tokens, settings, bos = read_gguf_vocabulary(path) if is_gguf else read_vocabulary(path, settings)
             if path.suffix == ".model" and isinstance(codec, SentencePiece):  # found before the prefix is there
                 added = {name: replace(token, normalized=False) for name, token in added.items()}
             tokens = merge_added(codec, tokens, added if path.suffix in (".json", ".model") else {})
@@ -160,7 +163,8 @@ class Tokenizer(PickledByFields):
 
 
 def find_vocabulary(folder: Path) -> Path | None:
-    return next((path for name in NAMES for path in sorted(folder.glob(name))), None)
+    """The file with the vocabulary of a folder, or of a GGUF file, None without one."""
+    return find_gguf(folder) or next((path for name in NAMES for path in sorted(folder.glob(name))), None)
 
 
 def parse_roles(settings: dict) -> dict[str, str]:

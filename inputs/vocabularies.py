@@ -38,6 +38,7 @@ CLIP_MERGES = 48_894  # OpenAI's file lists more merges than CLIP uses
 #   double   the same, but added tokens are found before; transformers 5, legacy, made from a tokenizer.model
 #   always   of every text between added tokens that does not start with a space; transformers 5, legacy
 #   first    of the whole text if it starts with neither an added token nor a space; not legacy
+#   never    of no text; some GGUF files
 SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 DOUBLE = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}, "content": SPACE * 2}
 METASPACE = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
@@ -46,6 +47,7 @@ PREFIXES = {
     "double": ([SPACES, DOUBLE], [METASPACE | {"prepend_scheme": "always"}]),
     "always": ([], [METASPACE | {"prepend_scheme": "always"}]),
     "first": ([], [METASPACE]),
+    "never": ([SPACES], []),
 }
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's types of a piece
 
@@ -347,7 +349,7 @@ def sentencepiece_json(codec: SentencePiece) -> dict:
     """The same sections for SentencePiece. The merges are all of two pieces to a third, the best first."""
     normalizers, pretokenizers = PREFIXES[codec.scheme]
     decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}]
-    decoders += [{"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    decoders += [{"type": "Fuse"}, {"type": "Strip", "content": " ", "start": int(codec.scheme != "never"), "stop": 0}]
     vocabulary = codec.ids | {f"<0x{byte:02X}>": i for byte, i in enumerate(codec.byte_ids)}
     merges = [
         (-score, codec.ids[piece[:cut]], codec.ids[piece[cut:]], [piece[:cut], piece[cut:]])

@@ -478,6 +478,7 @@ def test_a_run_is_not_gone_on_with_other_images_or_code(tiny, babbler, command, 
 def test_every_file_of_a_model_that_changes_answers_is_in_the_manifest(tmp_path):
     names = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"]
     names += ["vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "adapter_config.json"]
+    names.append("model.gguf")
     for name in [*names, "answers.jsonl", "answers-manifest.json", "run.json"]:
         (tmp_path / name).touch()
     assert {path.name for pattern in manifest.MODEL_FILES for path in tmp_path.glob(pattern)} == set(names)
