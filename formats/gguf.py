@@ -1,4 +1,4 @@
-"""Models in GGUF, llama.cpp's format: one file with config, tokenizer, and weights in some forty formats.
+"""Models in GGUF, llama.cpp's format: one file with config, tokenizer, and weights, which may be quantized.
 
 Quantized weights are dequantized by the package `gguf` of llama.cpp's authors, tensor by tensor; weights in float32,
 float16 and bfloat16 need no package. The tokenizer is read in inputs/gguf_vocabularies.py.
@@ -52,7 +52,7 @@ LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 ROPE_FACTORS = "rope_freqs.weight"  # what LLaMA-3.1 and later divide RoPE's frequencies by
-# Numbers of the factor 8 (LLaMA-3.1, 3.3) or 32 (3.2); a GGUF has only what follows from them.
+# The scaling of LLaMA-3.1 and 3.3 (factor 8) and 3.2 (32). A GGUF holds what follows from it, not these numbers.
 LLAMA_3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA_3 |= {"original_max_position_embeddings": 8192}
 PLAIN = {0: "float32", 1: "float16", 28: "float64", 30: "bfloat16"}  # ggml's formats that are torch's dtypes

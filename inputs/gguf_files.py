@@ -18,6 +18,7 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 LENGTH = struct.Struct("<Q")
 ALIGNMENT, MOST_DIMENSIONS = 32, 4
+HEADER_BYTES = 1 << 27  # the longest header that is read: ten times that of a vocabulary of 256,000 tokens
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,16 @@ class Cursor:
     """Takes the values of a mapped file one after another. Raises ValueError at its end."""
 
     def __init__(self, content: mmap.mmap, start: int):
-        self.content, self.at = content, start
+        self.content, self.at, self.end = content, start, min(len(content), HEADER_BYTES)
+
+    def overrun(self) -> ValueError:
+        if self.end < len(self.content):
+            return ValueError(f"its header is longer than {HEADER_BYTES:,} bytes")
+        return ValueError("the file is cut short: it ends within its header")
 
     def take(self, size: int) -> bytes:
-        if size > len(self.content) - self.at:
-            raise ValueError("the file is cut short: it ends within its header")
+        if size > self.end - self.at:
+            raise self.overrun()
         self.at += size
         return self.content[self.at - size : self.at]
 
@@ -98,13 +104,13 @@ class Cursor:
 
     def texts(self, count: int) -> list[str]:
         """`count` texts. Vocabularies have some hundred thousand, so this loop makes no further calls."""
-        content, at, end, found = self.content, self.at, len(self.content), []
+        content, at, end, found = self.content, self.at, self.end, []
         for _ in range(count):
             start = at + LENGTH.size
             if start <= end:
                 at = start + LENGTH.unpack_from(content, at)[0]
             if start > end or at > end:
-                raise ValueError("the file is cut short: it ends within its header")
+                raise self.overrun()
             found.append(content[start:at].decode())
         self.at = at
         return found

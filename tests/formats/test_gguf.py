@@ -14,13 +14,16 @@ import torch
 from gguf_writer import CHATML, small_model, small_tokenizer, their_model, their_tokenizer, write_model
 from test_llava import logits_of
 
+import eval as evaluation
 import sample
 import train
 from data import render_dialogue
 from formats import __main__ as formats_cli
 from formats import gguf as ours_gguf
+from formats.configs import read_config
 from formats.tensors import open_tensors
 from formats.weights import load_checkpoint, load_model
+from inputs.files import read_json
 from inputs.records import Turn
 from inputs.tokenizer import Tokenizer
 from llava import generate
@@ -105,7 +108,7 @@ def test_scaled_rope(tmp_path):
 
 def test_convert_writes_a_folder_that_transformers_loads(tmp_path, command):
     transformers = pytest.importorskip("transformers")
-    path = write_model(tmp_path / "model.gguf", kind="Q8_0", **{"tokenizer.chat_template": CHATML})
+    path = write_model(tmp_path / "model.gguf", kind="Q8_0")
     command(formats_cli, "convert", path, tmp_path / "out")
     ours = load_model(path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -125,6 +128,12 @@ def test_commands_take_a_file_and_a_folder_that_holds_one(tmp_path, command, cap
     command(formats_cli, "inspect", path)
     told = capsys.readouterr().out
     assert "in GGUF" in told and "Q5_1 (16)" in told and "vocabulary" in told
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "Where is the cat?"}\n')
+    command(evaluation, "--model", path, "--questions", tmp_path / "q.jsonl", "--max-new-tokens", 2, "--device", "cpu",
+            "--out", tmp_path / "answers.jsonl")  # fmt: skip
+    hashed = read_json(tmp_path / "manifest.json")["model"][0]["files"]
+    assert [line.split()[1] for line in hashed] == [path.name]
+    capsys.readouterr()
     for model in (path, path.parent):
         flags = ["--model", model, "--prompt", "the cat", "--max-new-tokens", 3, "--device", "cpu", "--json"]
         command(sample, *flags)
@@ -132,7 +141,14 @@ def test_commands_take_a_file_and_a_folder_that_holds_one(tmp_path, command, cap
     flags = ["--stage", 1, "--vision", tiny.clip, "--llm", path, "--world", tiny.world, "--steps", 2, "--batch-size", 2]
     command(train, *flags, "--device", "cpu", "--out", tmp_path / "run")
     model, tokenizer = load_checkpoint(tmp_path / "run", "cpu", torch.float32)
-    assert tokenizer.encode("the cat isn't") == small_tokenizer().encode("the cat isn't")
+    text = "the cat  isn't in 2024"
+    assert tokenizer.encode(text) == small_tokenizer().encode(text) and model.config.template == "smollm_2"
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "run").eval()
+    with torch.no_grad():
+        close_to(logits_of(model, IDS), theirs(input_ids=IDS).logits)
     decoder = load_model(path).language_model.model.layers.state_dict()
     trained = model.language_model.model.layers.state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in decoder.items())
@@ -300,12 +316,12 @@ def test_real_logits_and_answers():
     assert worst < 1e-4 and len(prompts) == 20
 
 
-@real
-def test_real_dialogues():
-    """SmolLM2-Instruct's chat template renders as ours, with its own system prompt if there is none."""
-    model, tokenizer = load_checkpoint(REAL, "cpu", None)
-    assert model.config.template == "smollm_2"
-    theirs = their_tokenizer(REAL)
+@pytest.mark.parametrize("file", ["small", pytest.param(REAL, marks=real, id="real")])
+def test_dialogues_as_the_chat_template_in_the_file_renders_them(file, tmp_path):
+    """SmolLM2-Instruct's chat template is one of ours, with its own system prompt if there is none."""
+    path = write_model(tmp_path / "model.gguf", pre="gpt-2") if file == "small" else file
+    config, tokenizer, theirs = read_config(path), Tokenizer.load(path), their_tokenizer(path)
+    assert config.template == "smollm_2"
     turns = [("What is 12 x 3?", "36."), ("And  why?\n", "Because. "), ("Thanks", None)]
     for system in ("", "Answer in French."):
         for count in (1, 3):
@@ -318,6 +334,25 @@ def test_real_dialogues():
             want = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
             ids, _ = render_dialogue(asked, tokenizer, "smollm_2", 0)
             assert ids == want
+
+
+@real
+def test_real_conversion(tmp_path, command):
+    """The converted folder gives transformers our logits, ids and dialogues."""
+    transformers = pytest.importorskip("transformers")
+    command(formats_cli, "convert", REAL, tmp_path / "out")
+    model, tokenizer = load_checkpoint(REAL, "cpu", torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        close_to(logits_of(model, IDS), theirs(IDS).logits)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (theirs.pad_token_id, theirs.eos_token_id) == (tokenizer.pad_id, tokenizer.eos_id) == (2, 2)
+    for text in ("  in 2024, it isn't\n\n 12", "café 猫 \0 <|im_end|>", "\t a\r\n  7"):
+        ids = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert ids == tokenizer.encode(text), repr(text)
+    messages = [{"role": "user", "content": "Hi"}]
+    want = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert want == render_dialogue([Turn("Hi", None)], tokenizer, "smollm_2", 0)[0]
 
 
 MEASURE = r"""
