@@ -135,8 +135,9 @@ def read_tensors(path: Path) -> dict[str, tuple]:
         if layer and layer[2] in LAYER:
             ours = f"model.layers.{layer[1]}.{LAYER[layer[2]]}.{layer[3]}"
         shape, dtype, read, format_name = describe(path, stored, name)
-        if is_llama and layer and (count := heads.get(layer[2], 0)):
-            if type(count) is not int or shape[0] % (2 * count):
+        if is_llama and layer and layer[2] in heads:
+            count = heads[layer[2]]
+            if type(count) is not int or count < 1 or shape[0] % (2 * count):
                 raise ValueError(f"{name} is {shape}, which are not the rows of {count!r:.99} heads")
             read = partial(read_unpermuted, read, count)
         if ours in found:

@@ -96,6 +96,9 @@ def test_sentencepiece(tmp_path):
     values, encode = sentencepiece_values()
     read = Tokenizer.load(write_tokenizer(tmp_path / "a.gguf", values))
     same_ids(read, encode)
+    theirs = their_tokenizer(tmp_path / "a.gguf")  # puts no prefix in front of a space
+    texts = [text for text in STRINGS if not text.startswith((" ", "▁"))]
+    same_ids(read, lambda text: theirs.encode(text, add_special_tokens=False, split_special_tokens=True), texts)
     assert read.bos_id == 1 and read.roles["eos"] == "</s>" and read.fingerprint()
     folder = Tokenizer.load(FOLDER / "llama2")
     assert (read.specials, read.roles, repr(read.codec)) == (folder.specials, folder.roles, repr(folder.codec))
