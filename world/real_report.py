@@ -1,0 +1,93 @@
+"""The report of a speedrun with a real decoder: what it sees, and what it knew before and knows after."""
+
+import json
+from pathlib import Path
+
+from evaluation.scores import accuracy_by_category
+from inputs.files import read_json
+from training import plots
+from world.language import FAMILIES
+from world.report import draw_sheet, read_rows, round_values
+
+CELL = 70  # characters of an answer in the table
+
+
+def write_report(
+    out: Path, speedrun: Path, accuracy: dict[str, dict], best: str, minutes: dict[str, float], flags: dict
+):
+    """Write report.md, report.json, loss.png and sheet.png.
+
+    Args: speedrun: folder of the world; accuracy: by way of training stage 2, then by family; best: the best way;
+    minutes: that each step took; flags: of the speedrun.
+    """
+    answers, stages = read_rows(out / best / "answers.jsonl"), ("stage1", *accuracy)
+    blind = accuracy_by_category(read_rows(out / "model/answers-blank.jsonl"))
+    knowledge = {"before": read_json(out / "before.json")}
+    knowledge |= {way: read_json(out / way / "knowledge.json") for way in accuracy}
+    result = {
+        "minutes": round(sum(minutes.values()), 2),
+        "flags": flags,
+        "questions": len(answers),
+        "accuracy": {way: round_values(values) for way, values in accuracy.items()},
+        "best": best,
+        "blind": round_values(blind),
+        "knowledge": knowledge,
+        "replayed": len(json.loads((out / "replay.json").read_text())),
+        "stages": {name: read_json(out / name / "run.json")["loss"] for name in stages},
+        "steps": round_values(minutes),
+    }
+    plots.loss_curve(out / "loss.png", {name: read_rows(out / name / "log.jsonl") for name in stages})
+    draw_sheet(speedrun, answers, out / "sheet.png")
+    (out / "report.json").write_text(json.dumps(result, indent=2) + "\n")
+    (out / "report.md").write_text(to_markdown(out, result))
+    print(f"\n{best} is best: {accuracy[best]['overall']:.1f} %, blind {blind['overall']:.1f} %: {out}/report.md")
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table whose first column is text."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return [f"| {' | '.join(line)} |" for line in lines] + [""]
+
+
+def to_markdown(out: Path, result: dict) -> str:
+    """Return report.md from the content of report.json."""
+    ways, flags, best, replayed = list(result["accuracy"]), result["flags"], result["best"], result["replayed"]
+    lines = [f"# A real decoder learns to see, {flags['minutes']:g} minutes", ""]
+    lines += [f"Decoder: {flags['llm']}. World and CLIP: {flags['speedrun']}. Minutes: {result['minutes']:.1f}.", ""]
+    lines += [f"## What it sees: {result['questions']:,} held-out questions", ""]
+    columns, rows = [*(result["accuracy"][way] for way in ways), result["blind"]], []
+    for name in ("overall", *FAMILIES):
+        values = [column.get(name) for column in columns]  # a short run asks too few questions for some families
+        rows.append([name, *("" if value is None else f"{value:.1f} %" for value in values)])
+    lines += table(["family", *ways, f"{best}, blind"], rows)
+    lines += ["* full: projector and all weights of the decoder train"]
+    lines += ["* lora: projector and low-rank updates of rank 16 train"]
+    lines += [f"* lora-replay: the same; a tenth of the samples are {replayed} answers of its own to plain prompts"]
+    lines += ["* blind: every image is replaced by the mean color", "", *knowledge_page(result["knowledge"])]
+    lines += ["![loss](loss.png)", "", "![held-out images](sheet.png)", ""]
+    lines += table(["step", "minutes"], [[name, f"{value:.1f}"] for name, value in result["steps"].items()])
+    lines += [f"The best model, in a folder that transformers loads: {out}/model", ""]
+    return "\n".join([*lines, f"    python sample.py --model {out}/model --image YOUR.jpg", ""])
+
+
+def knowledge_page(knowledge: dict[str, dict]) -> list[str]:
+    """The lines of the page on what the decoder knew before and knows after, from the files of world/knowledge.py."""
+    before, count = knowledge["before"], len(knowledge["before"]["answers"])
+    rows = [["perplexity", *(f"{values['perplexity']:.2f}" for values in knowledge.values())]]
+    rows += [[f"right answers of {count}", *(str(values["right"]) for values in knowledge.values())]]
+    lines = ["## What it knew before and what it knows after", "", *table(["", *knowledge], rows)]
+    lines += [
+        f"Perplexity: on the first {before['tokens']:,} of {before['tokens_of_text']:,} tokens of {before['text']}."
+    ]
+    lines += [f"Answers are cut to {CELL} characters here (...); report.json has them whole.", ""]
+    rows = []
+    for i, first in enumerate(before["answers"]):
+        rows.append([first["question"], *(show_answer(values["answers"][i]) for values in knowledge.values())])
+    return lines + table(["question", *knowledge], rows)
+
+
+def show_answer(row: dict) -> str:
+    """An answer in a cell of a table, bold if it is wrong."""
+    text = " ".join(row["answer"].split()).replace("|", "\\|").replace("*", "\\*") or "(no answer)"
+    text = text if len(text) <= CELL else text[:CELL].rstrip() + " ..."
+    return text if row["right"] else f"**wrong:** {text}"
