@@ -54,7 +54,7 @@ QUESTIONS = {
     "What is the currency of Japan?": ("yen",),
     "Who developed the theory of relativity?": ("Einstein",),
     "Which organ pumps blood through the body?": ("heart",),
-    "Which month comes after January?": ("February",),
+    "What is the currency of the United States?": ("dollar", "dollars"),
     "In which country are the pyramids of Giza?": ("Egypt",),
     "At what temperature in degrees Celsius does water boil?": ("100",),
 }

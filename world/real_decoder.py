@@ -77,7 +77,7 @@ def evaluate(minutes: float, model: Path, world: Path, dtype: str, *flags: str) 
 def plan(minutes: float, seed: int, out: Path, speedrun: Path, llm: Path, text: Path | None, dtype: str) -> list[Step]:
     """Return the steps of about this many minutes on two cores, up to the evaluation of all three ways."""
     world, replay = speedrun / "world", out / "replay.json"
-    ask = [*(["--text", str(text)] if text else []), "--dtype", dtype]
+    text_flags = ["--text", str(text)] if text else []
 
     def train(name: str, stage: int, steps_per_minute: float, *flags: str) -> Step:
         steps = ["--steps", str(max(1, int(steps_per_minute * minutes))), "--batch-size", "16", "--seed", str(seed)]
@@ -85,7 +85,8 @@ def plan(minutes: float, seed: int, out: Path, speedrun: Path, llm: Path, text: 
         return Step(name, [*command, "--world", str(world)], out / name)
 
     def know(name: str, model: Path, file: Path) -> Step:
-        return Step(name, ["-m", "world.knowledge", "ask", "--model", str(model), "--out", str(file), *ask])
+        """In float32: bfloat16 changes an answer or two."""
+        return Step(name, ["-m", "world.knowledge", "ask", "--model", str(model), "--out", str(file), *text_flags])
 
     towers = ("--vision", f"{speedrun}/stage0/clip", "--llm", str(llm), "--whiten")
     prompts = ["--limit", str(max(1, int(5 * minutes))), "--seed", str(seed), "--dtype", dtype]
@@ -130,7 +131,7 @@ def read_flags() -> argparse.Namespace:
     text = "a speedrun's folder, for its world and CLIP; default: out/speedrun if it is as large, else new ones"
     add("--speedrun", type=Path, help=text)
     add("--text", type=Path, help="held-out English for the perplexity, in UTF-8; default: the prose of docs/")
-    dtype = "of all computation; bfloat16 is faster only where the processor has it (AVX-512 BF16, AMX)"
+    dtype = "of training and evaluation; bfloat16 is faster only where the processor has it (AVX-512 BF16, AMX)"
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=dtype)
     args = parser.parse_args()
     if args.minutes <= 0:

@@ -5,6 +5,7 @@
 --minutes sets the number of images and of training steps. Neither depends on the machine's speed, so on one machine
 the same minutes and seed give the same results. The same command resumes a stopped speedrun at the step that it was in;
 the report then counts that step's minutes from there. The report is out/speedrun/report.md.
+`bash speedrun.sh --decoder smollm2` runs world/real_decoder.py instead, whose language model is pretrained.
 """
 
 import json
