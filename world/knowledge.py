@@ -140,7 +140,8 @@ def ask(model: Llava, tokenizer: Tokenizer, args: argparse.Namespace):
 def replay(model: Llava, tokenizer: Tokenizer, args: argparse.Namespace):
     """Write the answers to the prompts, drawn at a temperature of 0.7. Those that did not end are left out, counted."""
     prompts = PROMPTS.read_text("utf-8").splitlines()
-    prompts = prompts[:: max(1, len(prompts) // args.limit)][: args.limit]  # of every kind, as they stand by kind
+    count = min(args.limit, len(prompts))
+    prompts = [prompts[i * len(prompts) // count] for i in range(count)]  # of every kind: they stand by kind
     records, ends, stop = [], set(model.config.eos_token_ids), stop_text(model.config.template)
     sampling = {"temperature": 0.7, "generator": torch.Generator(model.device).manual_seed(args.seed)}
     for first in tqdm(range(0, len(prompts), BATCH), "replay", unit="batch"):

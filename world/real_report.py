@@ -43,9 +43,9 @@ def write_report(
     print(f"\n{best} is best: {accuracy[best]['overall']:.1f} %, blind {blind['overall']:.1f} %: {out}/report.md")
 
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a Markdown table whose first column is text."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def table(head: list[str], rows: list[list[str]], align: str = "---:") -> list[str]:
+    """The lines of a Markdown table. Args: align: of all columns but the first."""
+    lines = [head, ["---", *[align] * (len(head) - 1)], *rows]
     return [f"| {' | '.join(line)} |" for line in lines] + [""]
 
 
@@ -76,14 +76,13 @@ def knowledge_page(knowledge: dict[str, dict]) -> list[str]:
     rows = [["perplexity", *(f"{values['perplexity']:.2f}" for values in knowledge.values())]]
     rows += [[f"right answers of {count}", *(str(values["right"]) for values in knowledge.values())]]
     lines = ["## What it knew before and what it knows after", "", *table(["", *knowledge], rows)]
-    lines += [
-        f"Perplexity: on the first {before['tokens']:,} of {before['tokens_of_text']:,} tokens of {before['text']}."
-    ]
+    part = f"first {before['tokens']:,} of " if before["tokens"] < before["tokens_of_text"] else ""
+    lines += [f"Perplexity: on the {part}{before['tokens_of_text']:,} tokens of {before['text']}."]
     lines += [f"Answers are cut to {CELL} characters here (...); report.json has them whole.", ""]
     rows = []
     for i, first in enumerate(before["answers"]):
         rows.append([first["question"], *(show_answer(values["answers"][i]) for values in knowledge.values())])
-    return lines + table(["question", *knowledge], rows)
+    return lines + table(["question", *knowledge], rows, "---")
 
 
 def show_answer(row: dict) -> str:

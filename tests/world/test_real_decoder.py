@@ -126,6 +126,22 @@ def test_perplexity_is_that_of_transformers(decoder, monkeypatch, window):
     assert perplexity(model, ids, None) == pytest.approx(math.exp(total / (len(ids) - 1)), rel=1e-4)
 
 
+def test_replay_is_the_same_with_the_same_seed(decoder, tmp_path, command, capsys):
+    def replay(name, *flags):
+        command(knowledge, "replay", "--model", decoder, "--out", tmp_path / name, "--limit", 9, *flags)
+        return (tmp_path / name).read_bytes()
+
+    first = replay("a.json")
+    assert first == replay("b.json") != replay("c.json", "--seed", 1)
+    records, prompts = json.loads(first), PROMPTS.read_text().splitlines()
+    assert all(record["conversations"][0]["value"] in prompts for record in records)
+    said = capsys.readouterr().out.splitlines()[0]
+    assert f"{len(records)} answers; {9 - len(records)} that were empty or over 160 tokens are left out" in said
+    with pytest.raises(SystemExit, match="none of 9 answers ended within 1 tokens"):
+        replay("d.json", "--max-new-tokens", 1)
+    assert not (tmp_path / "d.json").exists()
+
+
 def test_prose_has_no_tables_and_commands():
     text = read_prose(ROOT / "docs")
     assert len(text.split()) > 4000 and "\n|" not in text and "\n    " not in text and "\n#" not in text
@@ -175,14 +191,17 @@ def test_a_tiny_decoder_from_end_to_end(tiny, decoder, tmp_path, command, monkey
     assert len(runner.commands) == 14
     with pytest.raises(SystemExit, match=r"was begun with --minutes 0\.5"):
         command(real_decoder, *flags, "--seed", 1)
-    check_export(tiny, out)
+    command(formats_commands, "merge", out / "stage1", out / "lora", out / "merged")
+    assert "differ by at most" in capsys.readouterr().out
+    for name in ("model", "merged"):
+        check_export(out / name)
 
 
-def check_export(tiny, out: Path):
+def check_export(folder: Path):
     """The exported model has our logits in transformers, of an image and a question."""
     transformers = pytest.importorskip("transformers")
-    model, tokenizer = load_checkpoint(out / "model", "cpu", torch.float32)
-    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(out / "model", dtype=torch.float32).eval()
+    model, tokenizer = load_checkpoint(folder, "cpu", torch.float32)
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     side, ids = model.config.vision_config.image_size, tokenizer.encode("Where is the cat?")
     pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[*[model.config.image_token_index] * model.config.vision_config.num_patches, *ids]])
