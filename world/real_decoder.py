@@ -85,7 +85,7 @@ def plan(minutes: float, seed: int, out: Path, speedrun: Path, llm: Path, text: 
         return Step(name, [*command, "--world", str(world)], out / name)
 
     def know(name: str, model: Path, file: Path) -> Step:
-        """In float32: bfloat16 changes an answer or two."""
+        """In float32: rounding to bfloat16 can change an answer."""
         return Step(name, ["-m", "world.knowledge", "ask", "--model", str(model), "--out", str(file), *text_flags])
 
     towers = ("--vision", f"{speedrun}/stage0/clip", "--llm", str(llm), "--whiten")
