@@ -12,7 +12,7 @@ OVERSAMPLING = 4  # scenes are drawn four times as large and averaged down, to s
 
 
 def draw_scene(scene: Scene, side: int, sign_scale: float = 1.0) -> Image.Image:
-    """Return the scene as an RGB image, `side` pixels square, with its sign `sign_scale` times as large as usual."""
+    """Return the scene as an RGB image, `side` pixels square, with its sign `sign_scale` times as large as it says."""
     large = OVERSAMPLING * side
     canvas = draw_background(scene, side).resize((large, large), Image.Resampling.NEAREST)
     pen, line_width = ImageDraw.Draw(canvas), max(1, round(large * 0.012))
@@ -68,15 +68,14 @@ def draw_shape(pen: ImageDraw.ImageDraw, obj: SceneObject, side: int, line_width
 
 
 def draw_sign(pen: ImageDraw.ImageDraw, obj: SceneObject, side: int, line_width: int, scale: float):
-    x1, y1, x2, y2 = (side * v for v in obj.box)
-    x, y, r = (x1 + x2) / 2, (y1 + y2) / 2, scale * (x2 - x1) / 2
-    pen.rounded_rectangle((x - r, y - r, x + r, y + r), scale * side * 0.03, (252, 252, 248), (70, 70, 80), line_width)
-    pen.text((x, y), obj.text, (25, 25, 35), load_font(font_size(obj.text, scale * side)), anchor="mm")
+    (x, y), r = (side * v for v in obj.center), side * scale * obj.radius
+    pen.rounded_rectangle((x - r, y - r, x + r, y + r), 0.18 * r, (252, 252, 248), (70, 70, 80), line_width)
+    pen.text((x, y), obj.text, (25, 25, 35), load_font(font_size(obj.text, r)), anchor="mm")
 
 
-def font_size(text: str, side: float) -> int:
-    """Font size of a sign's text: a word is written smaller than a digit."""
-    return round(side * (0.27 if len(text) == 1 else 0.155))
+def font_size(text: str, radius: float) -> int:
+    """Font size of the text of a sign of this radius: a word is written smaller than a digit."""
+    return round(radius * (1.6 if len(text) == 1 else 0.91))
 
 
 @lru_cache

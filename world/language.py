@@ -92,7 +92,7 @@ def ask_existence(scene: Scene, rng: random.Random):
     else:
         present = {getattr(obj, kind) for obj in scene.shapes}
         absent = [value for value in (COLORS if kind == "color" else SHAPES) if value not in present]
-        truth = rng.random() < 0.5
+        truth = rng.random() < 0.5 or not absent
         phrase = rng.choice(sorted(present) if truth else absent) + (" shape" if kind == "color" else "")
     form = rng.choice(("Is there {}?", "Is there {} in the image?", "Do you see {}?"))
     return form.format(with_article(phrase)), yes_no(truth)
@@ -103,11 +103,12 @@ def choose_pair(scene: Scene, rng: random.Random) -> tuple[bool, str, str]:
     pairs = scene.color_shape_pairs
     if rng.random() < 0.5:
         return True, *rng.choice(sorted(pairs))
-    # mostly a near miss: the scene has the color, or the shape, or both in different objects
-    colors = sorted({color for color, _ in pairs}) if rng.random() < 0.5 else list(COLORS)
-    shapes = sorted({shape for _, shape in pairs}) if rng.random() < 0.5 else list(SHAPES)
-    absent = [pair for pair in product(colors, shapes) if pair not in pairs]
-    return False, *rng.choice(absent or [pair for pair in product(COLORS, SHAPES) if pair not in pairs])
+    # Half are near misses: the scene has the color and the shape, in different objects. Else it has one of them.
+    colors, shapes = ({pair[i] for pair in pairs} for i in (0, 1))
+    known = rng.choice(((True, True), (True, True), (True, False), (False, True)))
+    absent = [pair for pair in product(COLORS, SHAPES) if pair not in pairs]
+    chosen = [(color, shape) for color, shape in absent if (color in colors, shape in shapes) == known]
+    return False, *rng.choice(chosen or absent)
 
 
 def ask_color(scene: Scene, rng: random.Random):
@@ -139,7 +140,7 @@ def ask_counting(scene: Scene, rng: random.Random):
     values = [getattr(obj, kind) for obj in scene.shapes]
     absent = [value for value in (COLORS if kind == "color" else SHAPES) if value not in values]
     repeated = [value for value in values if values.count(value) > 1]
-    value = rng.choice(absent if rng.random() < 0.2 else repeated or values)
+    value = rng.choice(absent if absent and rng.random() < 0.2 else repeated or values)
     plural = f"{value} shapes" if kind == "color" else f"{value}s" if value != "cross" else "crosses"
     return f"How many {plural} are there?", str(values.count(value))
 
@@ -203,7 +204,7 @@ def ask_comparison(scene: Scene, rng: random.Random):
     if not pairs:
         return None
     alike = [pair for pair in pairs if pair[0].color == pair[1].color]
-    if rng.random() < (0.36 if alike else 0.29):  # with these rates, yes and no are equally frequent
+    if rng.random() < 0.29:
         a, b = rng.choice(alike or pairs)
         reason = f"The {a.shape} is {a.color} and the {b.shape} is {b.color}, so"
         return f"Do the {a.shape} and the {b.shape} have the same color?", f"{reason} {yes_no(bool(alike))}."

@@ -20,7 +20,7 @@ from inputs.files import write_json
 from training import plots
 from world.drawing import draw_scene, font_size, load_font
 from world.language import find_directions, with_article
-from world.scenes import COLORS, SHAPES, Scene, make_scene, sample_scene, sample_shapes, sample_until
+from world.scenes import COLORS, SHAPES, SIGN_RADIUS, Scene, make_scene, sample_scene, sample_shapes, sample_until
 from world.writer import make_questions
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,8 +94,8 @@ def probe_existence(count: int, rng: random.Random) -> Iterator[dict]:
 
 
 def probe_counting(count: int, rng: random.Random) -> Iterator[dict]:
-    """Ask how many shapes there are. Condition: the true number, up to five; training scenes hold at most three."""
-    for number in range(1, 6):
+    """Ask how many shapes there are. Condition: the true number, up to seven; training scenes hold at most six."""
+    for number in range(1, 8):
         for _ in range(count):
             scene = sample_until(partial(sample_shapes, number, rng), True)
             yield make_row("counting", str(number), scene, "How many shapes are there?", str(number))
@@ -123,7 +123,7 @@ def count_steps(a: int, b: int) -> int:
     return abs(a // 3 - b // 3) + abs(a % 3 - b % 3)
 
 
-SCALES = (0.4, 0.55, 0.7, 0.85, 1.0, 1.3)  # size of a sign, relative to the signs of the training images
+SCALES = (0.4, 0.55, 0.7, 0.85, 1.0, 1.3)  # size of a sign, relative to the largest of the training images
 
 
 def probe_reading(count: int, rng: random.Random) -> Iterator[dict]:
@@ -132,7 +132,9 @@ def probe_reading(count: int, rng: random.Random) -> Iterator[dict]:
         for _ in range(count):
             while not (scene := sample_until(partial(sample_scene, rng), True)).sign:
                 pass
-            yield make_row("reading", "", scene, "What does the sign say?", scene.sign.text, scale=scale)
+            large = [replace(obj, size="large") if obj.text else obj for obj in scene.objects]
+            shown = replace(scene, objects=tuple(large))
+            yield make_row("reading", "", shown, "What does the sign say?", scene.sign.text, scale=scale)
 
 
 def probe_prior(count: int, rng: random.Random) -> Iterator[dict]:
@@ -177,7 +179,7 @@ def make_probes(folder: Path, side: int, count: int) -> list[dict]:
 
 def text_height(text: str, scale: float, side: int) -> int:
     """Return the height of a digit or capital letter on a sign of this scale, in pixels."""
-    _, top, _, bottom = load_font(font_size(text, 4 * side * scale)).getbbox("8")
+    _, top, _, bottom = load_font(font_size(text, 4 * side * scale * SIGN_RADIUS["large"])).getbbox("8")
     return round((bottom - top) / 4)
 
 

@@ -1,4 +1,4 @@
-"""Scenes: a few colored shapes and at most one sign on a 3 x 3 board, sampled from a seed.
+"""Scenes: one to six colored shapes and at most one sign on a 3 x 3 board, sampled from a seed.
 
 A scene is pure data. drawing.py turns it into an image and language.py into sentences, so every sentence about an
 image is true by construction.
@@ -18,7 +18,10 @@ COLORS = {  # name -> RGB
     "purple": (140, 72, 190),
     "black": (38, 38, 46),
 }
-RADIUS = {"small": 0.1, "large": 0.17}  # fraction of the image's side; large neighbors overlap
+# Fractions of the image's side.
+RADIUS = {"small": 0.1, "large": 0.17}  # of shapes; large neighbors overlap
+SIGN_RADIUS = {"small": 0.12, "medium": 0.145, "large": 0.17}
+COUNTS = {1: 2, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2}  # number of shapes -> how often, relative to the others
 WORDS = ("sun", "cat", "tea", "map", "key", "box")
 SIGN_TEXTS = tuple("0123456789") + WORDS
 BACKGROUNDS = ("plain", "gradient", "stripes", "dots", "tiles")
@@ -30,7 +33,7 @@ class SceneObject:
 
     shape: str
     color: str
-    size: str  # a key of RADIUS
+    size: str  # a key of RADIUS, or of SIGN_RADIUS
     cell: int  # 0..8, row by row
     dx: float = 0.0  # offset of the object's center from the center of its cell
     dy: float = 0.0
@@ -42,9 +45,13 @@ class SceneObject:
         return (column + 0.5) / 3 + self.dx, (row + 0.5) / 3 + self.dy
 
     @property
+    def radius(self) -> float:
+        return (SIGN_RADIUS if self.text else RADIUS)[self.size]
+
+    @property
     def box(self) -> tuple[float, float, float, float]:
         """The bounding box (x1, y1, x2, y2)."""
-        (x, y), r = self.center, RADIUS[self.size]
+        (x, y), r = self.center, self.radius
         return x - r, y - r, x + r, y + r
 
 
@@ -75,27 +82,25 @@ class Scene:
 
 
 def sample_scene(rng: random.Random) -> Scene:
-    """Return a random scene: one to three shapes and, in half of the scenes, a sign; each in a cell of its own."""
-    count, has_sign = rng.choices((1, 2, 3), (2, 4, 4))[0], rng.random() < 0.5
-    cells = rng.sample(range(9), count + has_sign)
-    objects = []
-    for cell in cells[:count]:
-        color = rng.choice(list(COLORS))
-        if objects and rng.random() < 0.25:  # repeated colors make counting and comparing worth asking
-            color = objects[0].color
-        objects.append(jitter(SceneObject(rng.choice(SHAPES), color, rng.choice(list(RADIUS)), cell), rng))
-    if has_sign:
-        objects.append(jitter(SceneObject("sign", "white", "large", cells[-1], text=rng.choice(SIGN_TEXTS)), rng))
-    tint = sample_tint(rng)
-    return Scene(tuple(objects), rng.choice(BACKGROUNDS), tint)
+    """Return a random scene: one to six shapes and, in half of the scenes, a sign; each in a cell of its own."""
+    count, has_sign = rng.choices(list(COUNTS), list(COUNTS.values()))[0], rng.random() < 0.5
+    scene = sample_shapes(count, rng)
+    if not has_sign:
+        return scene
+    cell = rng.choice([cell for cell in range(9) if cell not in {obj.cell for obj in scene.objects}])
+    sign = SceneObject("sign", "white", rng.choice(list(SIGN_RADIUS)), cell, text=rng.choice(SIGN_TEXTS))
+    return replace(scene, objects=(*scene.objects, jitter(sign, rng)))
 
 
 def sample_shapes(count: int, rng: random.Random) -> Scene:
-    """Return a random scene of exactly `count` shapes without a sign, for probes beyond the training distribution."""
-    cells = rng.sample(range(9), count)
-    objects = [SceneObject(rng.choice(SHAPES), rng.choice([*COLORS]), rng.choice([*RADIUS]), cell) for cell in cells]
-    tint = sample_tint(rng)
-    return Scene(tuple(jitter(obj, rng) for obj in objects), rng.choice(BACKGROUNDS), tint)
+    """Return a random scene of exactly `count` shapes, without a sign. Among many shapes, few are large."""
+    share, objects = 0.5 if count <= 3 else 0.25, []
+    for cell in rng.sample(range(9), count):
+        color, size = rng.choice(list(COLORS)), "large" if rng.random() < share else "small"
+        if objects and rng.random() < 0.25:  # repeated colors make counting and comparing worth asking
+            color = objects[0].color
+        objects.append(jitter(SceneObject(rng.choice(SHAPES), color, size, cell), rng))
+    return Scene(tuple(objects), rng.choice(BACKGROUNDS), sample_tint(rng))
 
 
 def sample_tint(rng: random.Random) -> tuple[int, int, int]:
@@ -144,6 +149,7 @@ def change_one_fact(scene: Scene, rng: random.Random) -> Scene:
     edits = [replace(obj, cell=rng.choice(free))]
     if obj.text:
         edits.append(replace(obj, text=rng.choice([text for text in SIGN_TEXTS if text != obj.text])))
+        edits.append(replace(obj, size=rng.choice([size for size in SIGN_RADIUS if size != obj.size])))
     else:
         edits.append(replace(obj, color=rng.choice([color for color in COLORS if color != obj.color])))
         edits.append(replace(obj, shape=rng.choice([shape for shape in SHAPES if shape != obj.shape])))

@@ -31,7 +31,8 @@ from world.language import (
     write_caption,
     write_notes,
 )
-from world.scenes import COLORS, GROUP_SIZE, RADIUS, SHAPES, SIGN_TEXTS, Scene, SceneObject, make_scene
+from world.scenes import COLORS, COUNTS, GROUP_SIZE, RADIUS, SHAPES, SIGN_RADIUS, SIGN_TEXTS
+from world.scenes import Scene, SceneObject, make_scene
 from world.writer import FAMILY_METRICS, make_questions, make_records, write_world
 
 SCENES = 2000
@@ -220,7 +221,7 @@ def test_a_seed_keeps_its_scenes():
             scene, _ = make_scene(5, index, held_out)
             objects = [(o.shape, o.color, o.size, o.cell, o.dx, o.dy, o.text) for o in scene.objects]
             digest.update(repr((objects, scene.background, scene.tint)).encode())
-    assert digest.hexdigest() == "c76bfa478853856e0d71f30eee1735ee69312d9cfba2771b6ccd5f71eb50d22d"
+    assert digest.hexdigest() == "8a29052f16180d68202b12dbd6e9c7fabf61db5fc44488d902ab8dfe1b49fbcc"
 
 
 def test_a_scene_does_not_depend_on_what_was_made_before():
@@ -256,9 +257,16 @@ def test_scenes_are_well_formed(scenes):
             x, y = obj.center
             assert all(abs(3 * v - round(3 * v)) > 0.1 for v in (x, y))
             assert min(obj.box) > -0.05 and max(obj.box) < 1.05  # at most an edge is cut off
-            kinds.update((obj.shape, obj.color, obj.size, obj.cell, obj.text))
-    everything = [*SHAPES, *COLORS, *RADIUS, *range(9), *SIGN_TEXTS]
-    assert all(kinds[kind] > 20 for kind in everything)
+            kinds.update((obj.shape, obj.color, (obj.shape == "sign", obj.size), obj.cell, obj.text))
+    sizes = [*((False, size) for size in RADIUS), *((True, size) for size in SIGN_RADIUS)]
+    assert all(kinds[kind] > 20 for kind in [*SHAPES, *COLORS, *sizes, *range(9), *SIGN_TEXTS])
+
+
+def test_scenes_have_one_to_six_shapes_and_few_large_ones_among_many(scenes):
+    counts = Counter(len(scene.shapes) for scene in scenes)
+    assert set(counts) == set(COUNTS) == {1, 2, 3, 4, 5, 6} and min(counts.values()) > 0.08 * SCENES
+    crowd = [obj.size for scene in scenes if len(scene.shapes) > 3 for obj in scene.shapes]
+    assert 0.2 < crowd.count("large") / len(crowd) < 0.3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,7 +277,7 @@ def test_boxes_lie_around_the_objects():
     side = 120
     kinds = [(shape, color, "") for shape, color in zip(SHAPES, COLORS)] + [("sign", "white", "8")]
     for shape, color, text in kinds:
-        for size in RADIUS:
+        for size in SIGN_RADIUS if text else RADIUS:
             for cell in range(9):
                 obj = SceneObject(shape, color, size, cell, dx=0.02, dy=-0.01, text=text)
                 empty, drawn = (Scene(objects, "plain", (220, 220, 220)) for objects in ((), (obj,)))
@@ -303,9 +311,10 @@ def test_background_is_pale(scenes):
         assert nearest > 60 and pixels.mean() > 190
 
 
-def test_signs_differ_in_their_pixels():
+@pytest.mark.parametrize("size", SIGN_RADIUS)
+def test_signs_differ_in_their_pixels(size):
     def sign(text):
-        obj = SceneObject("sign", "white", "large", 4, text=text)
+        obj = SceneObject("sign", "white", size, 4, text=text)
         return np.array(draw_scene(Scene((obj,), "plain", (220, 220, 220)), 72)).astype(int)
 
     for one, other in combinations(map(sign, SIGN_TEXTS), 2):
@@ -332,6 +341,14 @@ def test_half_of_the_answers_are_yes(family, asked):
     rows = [answer for _, question, answer in asked[family] if not question.startswith("Where")]
     answers = Counter(answer.rstrip(".").split()[-1] for answer in rows)
     assert set(answers) == {"yes", "no"} and 0.45 < answers["yes"] / answers.total() < 0.55
+
+
+def test_a_third_of_the_absent_pairs_are_near_misses(asked):
+    near = []
+    for scene, question, answer in asked["existence"]:
+        if (m := re.search(rf"an? ({COLOR}) ({SHAPE})", question)) and answer == "no":
+            near.append(all(value in {v for o in scene.shapes for v in (o.color, o.shape)} for value in m.groups()))
+    assert sum(near) > len(near) / 3
 
 
 def test_half_of_the_same_colors_are_yes(asked):
