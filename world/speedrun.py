@@ -70,16 +70,16 @@ def plan(minutes: float, seed: int, out: Path, ablation: bool, stage2_flags: lis
     towers = ("--vision", f"{out}/stage0/clip", "--llm", f"{out}/stage0/decoder")
     draw = ["-m", "world", "write", "--out", f"{out}/world", "--n", str(int(1000 * minutes)), "--seed", str(seed)]
     without_stage1 = [  # the same stage 2 on an untrained projector; it runs first, so that stage 2 is the newest run
-        train("no-stage1", 2, "no-stage1", 720, *towers, *stage2_flags),
+        train("no-stage1", 2, "no-stage1", 680, *towers, *stage2_flags),
         evaluate("ablation evaluation", "no-stage1"),
     ]
     return [
         Step("world", draw),
-        train("clip", 0, "stage0", 16, "--tower", "clip", "--batch-size", "128", "--lr", "1e-3"),
-        train("decoder", 0, "stage0", 110, "--tower", "decoder", "--batch-size", "16", "--lr", "4e-4"),
+        train("clip", 0, "stage0", 48, "--tower", "clip", "--batch-size", "128", "--lr", "1e-3"),
+        train("decoder", 0, "stage0", 60, "--tower", "decoder", "--batch-size", "16", "--lr", "4e-4"),
         train("stage1", 1, "stage1", 24, *towers, "--whiten"),
         *(without_stage1 if ablation else []),
-        train("stage2", 2, "stage2", 720, "--model", f"{out}/stage1", *stage2_flags),
+        train("stage2", 2, "stage2", 680, "--model", f"{out}/stage1", *stage2_flags),
         evaluate("evaluation", "stage2"),
         evaluate("blind evaluation", "stage2", "--blank"),
         Step("probes", ["eval.py", "--task", "probes", "--model", f"{out}/stage2", "--out", f"{out}/probes"]),
