@@ -52,8 +52,8 @@ def probe(features: torch.Tensor, target: torch.Tensor) -> float:
     """Percent of the last fifth that ridge regression on the rest gets right."""
     x = torch.cat([(features - features.mean(0)) / features.std(0), torch.ones(len(features), 1).double()], dim=1)
     train = len(x) * 4 // 5
-    wanted = nn.functional.one_hot(target).double()
-    weight = torch.linalg.solve(x[:train].T @ x[:train] + 10 * torch.eye(x.shape[1]).double(), x[:train].T @ wanted[:train])
+    wanted, ridge = nn.functional.one_hot(target).double(), 10 * torch.eye(x.shape[1], dtype=torch.float64)
+    weight = torch.linalg.solve(x[:train].T @ x[:train] + ridge, x[:train].T @ wanted[:train])
     return 100 * ((x[train:] @ weight).argmax(1) == target[train:]).double().mean().item()
 
 

@@ -31,8 +31,18 @@ from world.language import (
     write_caption,
     write_notes,
 )
-from world.scenes import COLORS, COUNTS, GROUP_SIZE, RADIUS, SHAPES, SIGN_RADIUS, SIGN_TEXTS
-from world.scenes import Scene, SceneObject, make_scene
+from world.scenes import (
+    COLORS,
+    COUNTS,
+    GROUP_SIZE,
+    RADIUS,
+    SHAPES,
+    SIGN_RADIUS,
+    SIGN_TEXTS,
+    Scene,
+    SceneObject,
+    make_scene,
+)
 from world.writer import FAMILY_METRICS, make_questions, make_records, write_world
 
 SCENES = 2000
