@@ -84,18 +84,40 @@ def with_article(phrase: str) -> str:
 
 
 def ask_existence(scene: Scene, rng: random.Random):
-    """Ask if there is an object of a color, a shape, or both. Half of the answers are no."""
+    """Ask if there is an object of a color, a shape, or both. About half of the answers are no."""
     kind = rng.choice(("color", "shape", "pair", "pair"))
     if kind == "pair":
         truth, color, shape = choose_pair(scene, rng)
-        phrase = f"{color} {shape}"
+        question, reason = f"{color} {shape}", list_colors(scene, shape)
     else:
         present = {getattr(obj, kind) for obj in scene.shapes}
         absent = [value for value in (COLORS if kind == "color" else SHAPES) if value not in present]
         truth = rng.random() < 0.5 or not absent
-        phrase = rng.choice(sorted(present) if truth else absent) + (" shape" if kind == "color" else "")
+        value = rng.choice(sorted(present) if truth else absent)
+        question = f"{value} shape" if kind == "color" else value
+        reason = list_shapes(scene, value) if kind == "color" else list_colors(scene, value)
     form = rng.choice(("Is there {}?", "Is there {} in the image?", "Do you see {}?"))
-    return form.format(with_article(phrase)), yes_no(truth)
+    return form.format(with_article(question)), f"{reason}, so {yes_no(truth)}."
+
+
+def list_colors(scene: Scene, shape: str) -> str:
+    """Return a clause on the colors of all objects of a shape, in reading order."""
+    colors = [obj.color for obj in sorted(scene.shapes, key=attrgetter("cell")) if obj.shape == shape]
+    if not colors:
+        return f"There is no {shape}"
+    return f"The {plural(shape)} are {join_list(colors)}" if len(colors) > 1 else f"The {shape} is {colors[0]}"
+
+
+def list_shapes(scene: Scene, color: str) -> str:
+    """Return a clause on the shapes of all objects of a color, in reading order."""
+    shapes = [f"a {obj.shape}" for obj in sorted(scene.shapes, key=attrgetter("cell")) if obj.color == color]
+    if not shapes:
+        return f"There is no {color} shape"
+    return f"The {color} {'ones are' if len(shapes) > 1 else 'one is'} {join_list(shapes)}"
+
+
+def plural(shape: str) -> str:
+    return f"{shape}es" if shape == "cross" else f"{shape}s"
 
 
 def choose_pair(scene: Scene, rng: random.Random) -> tuple[bool, str, str]:
@@ -141,8 +163,8 @@ def ask_counting(scene: Scene, rng: random.Random):
     absent = [value for value in (COLORS if kind == "color" else SHAPES) if value not in values]
     repeated = [value for value in values if values.count(value) > 1]
     value = rng.choice(absent if absent and rng.random() < 0.2 else repeated or values)
-    plural = f"{value} shapes" if kind == "color" else f"{value}s" if value != "cross" else "crosses"
-    return f"How many {plural} are there?", str(values.count(value))
+    counted = f"{value} shapes" if kind == "color" else plural(value)
+    return f"How many {counted} are there?", str(values.count(value))
 
 
 def ask_position(scene: Scene, rng: random.Random):

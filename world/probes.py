@@ -188,8 +188,8 @@ def text_height(text: str, scale: float, side: int) -> int:
 
 
 def score_probe(row: dict, answer: str) -> float:
-    """Score an answer: to "relations" only by its conclusion, to "reading" only by its last word."""
-    if row["probe"] == "relations":
+    """Score an answer: by its conclusion only to "existence" and "relations", by its last word to "reading"."""
+    if row["probe"] in ("existence", "relations"):
         return float(plain_form(answer.split(", so ")[-1]) == plain_form(row["answer"]))
     if row["probe"] == "reading":
         return float(plain_form(answer).split(" ")[-1] == row["answer"].lower())

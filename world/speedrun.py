@@ -76,7 +76,7 @@ def plan(minutes: float, seed: int, out: Path, ablation: bool, stage2_flags: lis
     return [
         Step("world", draw),
         train("clip", 0, "stage0", 48, "--tower", "clip", "--batch-size", "128", "--lr", "1e-3"),
-        train("decoder", 0, "stage0", 60, "--tower", "decoder", "--batch-size", "16", "--lr", "4e-4"),
+        train("decoder", 0, "stage0", 110, "--tower", "decoder", "--batch-size", "16", "--lr", "4e-4"),
         train("stage1", 1, "stage1", 24, *towers, "--whiten"),
         *(without_stage1 if ablation else []),
         train("stage2", 2, "stage2", 680, "--model", f"{out}/stage1", *stage2_flags),

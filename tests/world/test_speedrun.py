@@ -45,7 +45,7 @@ def test_the_plan_trains_what_it_always_did():
     assert steps["world"].command == ["-m", "world", "write", "--out", "out/s/world", "--n", "15000", "--seed", "3"]
     trained = {name: options(step.command) for name, step in steps.items() if step.command[0] == "train.py"}
     assert {name: values["--steps"] for name, values in trained.items()} == {
-        "clip": "720", "decoder": "900", "stage1": "360", "stage2": "10200"
+        "clip": "720", "decoder": "1650", "stage1": "360", "stage2": "10200"
     }  # fmt: skip
     assert all(values["--seed"] == "3" and values["--world"] == "out/s/world" for values in trained.values())
     assert [step.run for step in steps.values() if step.run] == [
