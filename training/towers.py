@@ -78,7 +78,7 @@ def whiten_patches(model: CLIPModel, dataset: CaptionPairs):
     filters = (directions * half_whitening(variance)).T  # (width, 3 * patch * patch)
     embeddings.patch_embedding.weight[:width] = filters.view(width, 3, config.patch_size, config.patch_size).float()
     # Position embeddings on the scale of the patches: with the usual 0.02 a linear probe of the features reads an
-    # object's position among nine in 33 % of the cases, with 0.5 in 98 %.
+    # object's position among nine in 33 % of the cases, with 0.5 in 98 %; 1.0 gives CLIP a lower loss.
     nn.init.normal_(embeddings.position_embedding.weight, std=1.0)
     bias = -filters @ patches.mean(0)  # centers the patches; the embedding itself has no bias
     embeddings.position_embedding.weight[1:, :width] += bias.float()
@@ -108,10 +108,10 @@ def assemble(vision: Path, llm: Path, projector: str, seed: int) -> tuple[Llava,
 def whiten_projector(model: Llava, dataset: Records):
     """Put a linear map of the tower's features before the new projector: half whitening, with positions scaled up.
 
-    In a small, young tower, colors hold 56 % of the variance between objects and positions 1 %, so stage 1 hardly
+    In a small, young tower, colors hold 66 % of the variance between objects and positions 1.5 %, so stage 1 hardly
     learns positions. The map turns each direction's standard deviation into its square root. Then it scales the
     directions in which the patches' mean features (over all images) differ by POSITION_GAIN: they tell a patch's
-    position, which then holds 10 %. LLaVA does without. Measured on the first 512 images.
+    position. Colors then hold 32 %, positions 15 %. LLaVA does without. Measured on the first 512 images.
     """
     images, layer = dataset.load(dataset.images(512)), model.multi_modal_projector.linear_1
     pixels = torch.cat([image.pixels for image in images.values()]).to(model.device)

@@ -85,7 +85,7 @@ class Card:
 # ---------------------------------------------------------------------------------------------------------------------
 # architecture
 
-SCENE, IMAGE_TOKEN = 62, ""
+SCENE, IMAGE_TOKEN = 1033, ""
 PROMPT = ["USER:", *[IMAGE_TOKEN] * 9, "What", "color", "is", "the", "star?", "ASSISTANT:"]
 ANSWER = ["The", "star", "is", "blue.", "</s>"]  # true of training scene SCENE of seed 0
 LANE = (  # the way of the image, from left to right: x, width and the text below each station

@@ -594,6 +594,6 @@ def test_probes_are_asked_and_told(tiny, babbler, command, tmp_path, capsys):
     found = json.loads((tmp_path / "p/probes.json").read_text())
     assert list(found) == ["existence", "counting", "relations", "reading", "language prior"]
     assert list(found["existence"]) == ["random", "popular", "adversarial", "near miss"] or len(found["existence"]) == 3
-    assert list(found["counting"]) == list("12345") and list(found["relations"]) == list("1234")
+    assert list(found["counting"]) == list("1234567") and list(found["relations"]) == list("1234")
     assert set(found["language prior"]) == {"own image", "blank", "another image"}
     assert "## Reading" in capsys.readouterr().out and "| 1 | 2 |" in (tmp_path / "p/probes.md").read_text()

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from world.report import write_report
+from world.scenes import make_scene
 
 ROOT = Path(__file__).parents[2]
 ALWAYS = {"architecture.png", "freeze_plan.png", "tokens_and_mask.png"}
@@ -87,3 +88,11 @@ def test_the_report_names_accuracies_and_minutes(run):
     text = (run / "report.md").read_text()
     assert "| overall | 52.5 % | 52.5 % |" in text and "| stage2 | 2.5 |" in text
     check_image(run / "sheet.png")
+
+
+def test_the_answer_in_the_figure_of_the_architecture_is_true():
+    pytest.importorskip("matplotlib")
+    from world.figures import ANSWER, SCENE
+
+    (star,) = (obj for obj in make_scene(0, SCENE, held_out=False)[0].objects if obj.shape == "star")
+    assert ANSWER[:4] == ["The", "star", "is", f"{star.color}."]
