@@ -43,6 +43,11 @@ class Job:
     only: list[str] | None = None  # items of fast/ to use; None: all
 
 
+def model_of_speedrun() -> LlavaConfig:
+    """Return a model of the speedrun's shape."""
+    return new_model()[0]
+
+
 def model_of_222m() -> LlavaConfig:
     """Return a model of 222 million parameters: CLIP-B/16-224 and a decoder with the shape of SmolLM2-135M."""
     text = TextConfig(49152, 576, 1536, 30, 9, 3, rms_norm_eps=1e-5, tie_word_embeddings=True)
@@ -51,7 +56,7 @@ def model_of_222m() -> LlavaConfig:
 
 
 SHAPES = {
-    "speedrun": Shape(lambda: new_model()[0], rows=64, length=116, supervised=16),
+    "speedrun": Shape(model_of_speedrun, rows=64, length=116, supervised=16),
     "222m": Shape(model_of_222m, rows=4, length=260, supervised=40),
 }
 

@@ -1,6 +1,7 @@
 """The benchmark: turns and ratios, both sides' numbers, the table and its JSON. No test asks how fast anything is."""
 
 import json
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -101,6 +102,11 @@ def test_a_batch_has_an_image_in_each_row_and_as_many_labels_as_the_shape_says(f
     model = Llava(config)
     train.choose_trainable(model, ["projector", "llm"])
     assert model(**batch).isfinite()
+
+
+@pytest.mark.parametrize("shape", models.SHAPES.values(), ids=models.SHAPES)
+def test_a_shape_can_be_sent_to_a_worker(shape):
+    assert pickle.loads(pickle.dumps(shape)) == shape
 
 
 def test_a_folder_is_kept_until_its_config_changes(tmp_path, monkeypatch):
