@@ -125,7 +125,7 @@ def choose_pair(scene: Scene, rng: random.Random) -> tuple[bool, str, str]:
     pairs = scene.color_shape_pairs
     if rng.random() < 0.5:
         return True, *rng.choice(sorted(pairs))
-    # Half are near misses: the scene has the color and the shape, in different objects. Else it has one of them.
+    # If the scene allows it, half are near misses: it has the color and the shape, in different objects.
     colors, shapes = ({pair[i] for pair in pairs} for i in (0, 1))
     known = rng.choice(((True, True), (True, True), (True, False), (False, True)))
     absent = [pair for pair in product(COLORS, SHAPES) if pair not in pairs]
