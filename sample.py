@@ -4,6 +4,7 @@
     python sample.py --image cat.jpg --prompt "What color?"   answer one question
     python sample.py --image a.jpg b.jpg --prompt "Which is larger, <image> or <image>?"
     python sample.py --prompt "Hello"                         no image; a decoder alone answers too
+    python sample.py --image cat.jpg --look page.png          and draw where on it each word comes from
 
 On a terminal without --prompt, it holds a conversation. Standard output has the answer and nothing else. Images stand
 where the first question has a marker <image> for each, or without markers before it.
@@ -30,6 +31,7 @@ from inputs.images import open_image
 from inputs.records import question_turn
 from inputs.templates import TEMPLATES, is_whole_prompt, stop_text
 from inputs.tokenizer import Tokenizer
+from insight.look import LOOKS, check_page, look, save_page
 from llava import KVCache, Llava, generate
 from training import runs
 from training.ranks import choose_device
@@ -112,6 +114,12 @@ def read_flags() -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
     add("--no-fast", action="store_true", help="plain PyTorch layers, without those of fast/")
     add("--compile", action="store_true", help="faster answers after some 10 seconds; on a CPU it needs a C++ compiler")
+    add(
+        "--look",
+        type=Path,
+        help="also write a PNG file: where on the images each word of the answer comes from",
+    )
+    add("--look-by", choices=LOOKS, default="occlusion", help="the map that --look draws, see docs/looking.md")
     add("--json", action="store_true", help="print one line of JSON: text, ids, prompt_ids, stop, tokens_per_s")
     args = parser.parse_args()
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_new_tokens < 1:
@@ -154,6 +162,8 @@ def converse(chat: Chat):
 def main():
     """Answer one question, or hold a conversation."""
     args = read_flags()
+    if args.look:
+        check_page(args.look, args.image)
     folder = runs.choose_base(args.model, args.adapter, "sample.py")
     device = choose_device(args.device)
     model, tokenizer = load_with_adapter(folder, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
@@ -165,10 +175,12 @@ def main():
     generator = torch.Generator(device).manual_seed(args.seed)
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
     chat = Chat(model, tokenizer, args.image, max_new_tokens=args.max_new_tokens, **sampling)
-    if args.prompt is None and not args.json and sys.stdin.isatty() and sys.stdout.isatty():
+    if args.prompt is None and not (args.json or args.look) and sys.stdin.isatty() and sys.stdout.isatty():
         converse(chat)
     else:
         answer_once(chat, DESCRIBE if args.prompt is None else args.prompt, args.json)
+    if args.look:
+        save_page(look(chat, args.image, args.look_by), args.look)
 
 
 if __name__ == "__main__":
