@@ -196,7 +196,7 @@ def occlusion_map(model: Llava, answer: Answer) -> Tensor:
     shown = [i for i, number in enumerate(numbers) if number != NEWLINE]
     drops = torch.zeros(len(answer.words), len(numbers))
     whole = log_probabilities(model, answer, [pixels])
-    for start in tqdm(range(0, len(shown), BATCH), "covering patches", unit="batch", leave=False, disable=None):
+    for start in tqdm(range(0, len(shown), BATCH), "covering patches", unit="batch", leave=False, delay=1):
         some = shown[start : start + BATCH]
         covered = log_probabilities(model, answer, [cover(pixels, [numbers[i]], patch) for i in some])
         drops[:, some] = (whole - covered).T

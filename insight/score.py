@@ -26,19 +26,9 @@ from formats.adapters import load_with_adapter
 from inputs import cli
 from inputs.records import Turn
 from inputs.tokenizer import Tokenizer
-from insight.look import Box, token_boxes
-from insight.maps import (
-    Answer,
-    Word,
-    all_patches,
-    cover,
-    find_words,
-    gradient_map,
-    layer_attention,
-    log_probabilities,
-    occlusion_map,
-    read,
-)
+from insight import maps
+from insight.look import token_boxes
+from insight.maps import NEWLINE, Answer, Word
 from llava import IGNORE, Llava
 from training.ranks import choose_device
 from world.language import CELL_NAMES, CELL_PHRASES
@@ -78,7 +68,7 @@ def make_answer(question: dict, world: Path, model: Llava, tokenizer: Tokenizer)
     turn = Turn(question["text"], question["answer"], 1)
     ids, labels = render_dialogue([turn], tokenizer, model.config.template, image.tokens)
     answered = [i for i, label in enumerate(labels) if label != IGNORE]
-    words = find_words(ids[: answered[0]], ids[answered[0] :], question["answer"], tokenizer)
+    words = maps.find_words(ids[: answered[0]], ids[answered[0] :], question["answer"], tokenizer)
     place = CELL_NAMES[question["object"]["cell"]] if question["category"] == "position" else ""
     last = words[-max(1, len(place.split())) :]
     word = Word(" ".join(w.text for w in last), [i for w in last for i in w.positions])
@@ -88,43 +78,33 @@ def make_answer(question: dict, world: Path, model: Llava, tokenizer: Tokenizer)
 @torch.no_grad()
 def is_right(model: Llava, answer: Answer, answered: list[int]) -> bool:
     """True if greedy decoding gives the true answer: each of its tokens is the likeliest after those before it."""
-    states = read(model, answer)[1][[i - 1 for i in answered]]
+    states = maps.read(model, answer)[1][[i - 1 for i in answered]]
     return model.language_model.lm_head(states).argmax(-1).tolist() == [answer.ids[i] for i in answered]
 
 
-def make_maps(model: Llava, answer: Answer, inside: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Each map's values (I,), and those of the maps to compare with."""
-    layers = layer_attention(model, answer)[:, 0]
-    maps = {"attention": layers.mean(0)} | {f"attention, layer {i + 1}": layer for i, layer in enumerate(layers)}
-    maps |= {"gradient": gradient_map(model, answer)[0], "occlusion": occlusion_map(model, answer)[0]}
-    maps = {name: values.clamp(min=0).numpy() for name, values in maps.items()}
-    return maps | {"random": rng.random(len(inside)), "area alone": np.ones(len(inside)), "the box": inside}
+def make_maps(model: Llava, answer: Answer) -> dict[str, np.ndarray]:
+    """The positive values (I,) of each map of the answer's one word."""
+    layers = maps.layer_attention(model, answer)[:, 0]
+    found = {"attention": layers.mean(0)} | {f"attention, layer {i}": layer for i, layer in enumerate(layers, 1)}
+    found |= {"gradient": maps.gradient_map(model, answer)[0], "occlusion": maps.occlusion_map(model, answer)[0]}
+    return {name: values.clamp(min=0).numpy() for name, values in found.items()}
 
 
-def share_inside(box: Box | None, target: Box) -> float:
-    """The share of a box that lies in another one."""
-    if box is None:
-        return 0.0
-    width = min(box[2], target[2]) - max(box[0], target[0])
-    height = min(box[3], target[3]) - max(box[1], target[1])
-    return max(0, width) * max(0, height) / ((box[2] - box[0]) * (box[3] - box[1]))
+def compare_boxes(boxes: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For boxes (I, 4): the share of each that lies in the box `target` (4,), and whether its center does."""
+    low, high = boxes[:, :2], boxes[:, 2:]
+    common = (np.minimum(high, target[2:]) - np.maximum(low, target[:2])).clip(0)
+    center = (low + high) / 2
+    return common.prod(1) / (high - low).prod(1), ((target[:2] <= center) & (center <= target[2:])).all(1)
 
 
-def has_center(box: Box | None, target: Box) -> bool:
-    if box is None:
-        return False
-    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    return target[0] <= x <= target[2] and target[1] <= y <= target[3]
-
-
-def deletion_area(model: Llava, answer: Answer, values: np.ndarray) -> float:
-    """Mean probability of the word over the curve from no covered patch to all, those with the highest values first."""
-    patches, pixels = all_patches(answer, model.config), answer.images[0].pixels
-    order = [patches[i] for i in np.argsort(-values, kind="stable") if patches[i] >= 0]
-    counts = np.unique(np.linspace(0, len(order), min(len(order), STEPS) + 1).round().astype(int))
-    covered = [cover(pixels, order[:n], model.config.vision_config.patch_size) for n in counts]
-    chances = log_probabilities(model, answer, covered)[:, 0].exp().numpy()
-    return float(np.trapezoid(chances, counts) / len(order))
+def deletion_area(model: Llava, answer: Answer, patches: list[int]) -> float:
+    """Mean probability of the word over the curve from no covered patch to all, which are covered in this order."""
+    pixels, side = answer.images[0].pixels, model.config.vision_config.patch_size
+    counts = np.unique(np.linspace(0, len(patches), min(len(patches), STEPS) + 1).round().astype(int))
+    covered = [maps.cover(pixels, patches[:count], side) for count in counts]
+    chances = maps.log_probabilities(model, answer, covered)[:, 0].exp().numpy()
+    return float(np.trapezoid(chances, counts) / len(patches))
 
 
 def score_questions(model: Llava, tokenizer: Tokenizer, world: Path, questions: list[dict]) -> Iterator[dict]:
@@ -132,17 +112,19 @@ def score_questions(model: Llava, tokenizer: Tokenizer, world: Path, questions: 
     rng = np.random.default_rng(0)
     for question in tqdm(questions, "questions", unit="question"):
         answer, answered = make_answer(question, world, model, tokenizer)
-        image, right = answer.images[0], is_right(model, answer, answered)
-        height, width = image.size
-        x1, y1, x2, y2 = question["object"]["box"]
-        target, boxes = (x1 * width, y1 * height, x2 * width, y2 * height), token_boxes(image.size, model.config)
-        inside = np.array([share_inside(box, target) for box in boxes])
-        centers = np.array([has_center(box, target) for box in boxes])
-        for name, values in make_maps(model, answer, inside, rng).items():
-            values = values if values.any() else np.ones(len(values))  # it says nothing
-            row = {"map": name, "family": question["category"], "right": right}
-            row |= {"in the box": values @ inside / values.sum(), "pointing": centers[values == values.max()].mean()}
-            yield row | {"deletion": np.nan if name == "area alone" else deletion_area(model, answer, values)}
+        (height, width), patches = answer.images[0].size, np.array(maps.all_patches(answer, model.config))
+        boxes = np.array([box for box in token_boxes((height, width), model.config) if box])
+        inside, centers = compare_boxes(boxes, np.array(question["object"]["box"]) * [width, height, width, height])
+        shown = patches != NEWLINE
+        found = {name: values[shown] for name, values in make_maps(model, answer).items()}
+        found |= {"random": rng.random(len(boxes)), "area alone": np.ones(len(boxes)), "the box": inside}
+        row = {"family": question["category"], "right": is_right(model, answer, answered)}
+        for name, values in found.items():
+            values = values if values.any() else np.ones(len(values))  # a map of zeros says nothing
+            order = patches[shown][np.argsort(-values, kind="stable")].tolist()
+            row |= {"map": name, "in the box": values @ inside / values.sum()}
+            row |= {"pointing": centers[values == values.max()].mean()}
+            yield row | {"deletion": np.nan if name == "area alone" else deletion_area(model, answer, order)}
 
 
 def mean_and_error(values: list[float]) -> str:

@@ -9,7 +9,7 @@ from formats.weights import load_model
 from inputs.tokenizer import Tokenizer
 from insight import score
 from insight.maps import log_probabilities
-from insight.score import find_object, has_center, make_answer, read_questions, share_inside
+from insight.score import compare_boxes, find_object, make_answer, read_questions
 from llava import generate
 from world.language import FAMILIES
 from world.scenes import make_scene
@@ -39,14 +39,11 @@ def test_no_object_or_several_are_none():
 
 
 def test_shares_and_centers():
-    patch = (10, 10, 20, 20)
-    assert share_inside(patch, (0, 0, 100, 100)) == 1 and share_inside(patch, (15, 12, 30, 17)) == 0.25
-    assert (
-        share_inside(patch, (20, 10, 30, 20)) == share_inside(patch, (40, 40, 50, 50)) == share_inside(None, patch) == 0
-    )
-    assert (
-        has_center(patch, (14, 14, 16, 16)) and not has_center(patch, (16, 0, 30, 30)) and not has_center(None, patch)
-    )
+    targets = {(0, 0, 100, 100): (1, True), (15, 12, 30, 17): (0.25, True), (16, 0, 30, 30): (0.4, False)}
+    targets |= {(20, 10, 30, 20): (0, False), (40, 0, 50, 50): (0, False), (11, 11, 14, 14): (0.09, False)}
+    for target, want in targets.items():
+        inside, centers = compare_boxes(np.array([(10, 10, 20, 20)]), np.array(target))
+        assert (inside.tolist(), centers.tolist()) == ([want[0]], [want[1]])
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +70,13 @@ def test_the_deletion_curve_is_that_of_its_order(models, tiny):
     model, tokenizer = models
     (question,) = read_questions(tiny.world, 1)
     answer, _ = make_answer(question, tiny.world, model, tokenizer)
-    values, pixels = np.array([3, 0, 9, 1, 2, 8, 7, 5, 4.0]), answer.images[0].pixels.clone()
-    chances = []
-    for patch in (None, 2, 5, 6, 7, 8, 0, 4, 3, 1):
+    order, pixels, chances = [2, 5, 6, 7, 8, 0, 4, 3, 1], answer.images[0].pixels.clone(), []
+    for patch in (None, *order):
         if patch is not None:
             pixels[0].unflatten(1, (3, 24)).unflatten(3, (3, 24))[:, patch // 3, :, patch % 3] = 0
         chances.append(log_probabilities(model, answer, [pixels.clone()]).exp().item())
     want = sum((a + b) / 2 for a, b in pairwise(chances)) / 9
-    assert score.deletion_area(model, answer, values) == pytest.approx(want, rel=1e-5)
+    assert score.deletion_area(model, answer, order) == pytest.approx(want, rel=1e-5)
     assert max(chances) > 2 * min(chances)
 
 
