@@ -10,6 +10,7 @@ import stat
 import sys
 import unicodedata
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ MAX_ASPECT = 200  # width : height or height : width; beyond it, the center crop
 PAD_COLOR = (122, 116, 104)  # int(255 * CLIP's mean): LLaVA-1.5's expand2square background
 
 ANIMATED = ("GIF", "WEBP", "AVIF", "PNG", "TIFF")  # not MPO, a photo whose other frames are its previews or depths
+IN_MEMORY = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # from strangers: EPS, say, is a program
 REPORTED: list[Path] = []  # the first file of several frames that this process has opened
 UNREADABLE = {  # what a file is, with a remedy, and how it begins
     "HEIC, as phones write it: save it as JPEG or PNG": rb"....ftyp(hei|hev|mif1|msf1)",
@@ -70,18 +72,19 @@ def resolve_inside(root: str | Path, name: str) -> Path:
     return path
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Decode an image file to 8-bit RGB. Raises BadImage.
+def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
+    """Decode an image file to 8-bit RGB. Raises BadImage. Args: content: of a file in memory, which `path` only names.
 
     EXIF rotation is applied. Transparent pixels are blended with white, as in viewers and transformers 5. 16-bit gray
     is scaled to 8 bits; CMYK, gray and palette images are converted. Of an animation or of several pages, the first is
     returned; the first such file is named on stderr.
     """
     path = Path(path)
-    check_file(path)
+    if content is None:
+        check_file(path)
     try:
         # Pillow warns of large images, which check_size refuses, and of broken metadata, which does not matter here.
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), open_with_pillow(path, content) as image:
             check_size(image.size, path)
             if not REPORTED and image.format in ANIMATED and image.is_animated:
                 REPORTED.append(path)
@@ -93,14 +96,18 @@ def open_image(path: str | Path) -> Image.Image:
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage(f"{path}: not an image that can be read{name_format(path)}") from None
+        raise BadImage(f"{path}: not an image that can be read{name_format(path, content)}") from None
     except Exception as error:  # each of Pillow's plugins raises its own errors
         raise BadImage(f"{path}: cannot be decoded ({error})") from None
 
 
-def name_format(path: Path) -> str:
+def open_with_pillow(path: Path, content: bytes | None) -> Image.Image:
+    return Image.open(path) if content is None else Image.open(BytesIO(content), formats=IN_MEMORY)
+
+
+def name_format(path: Path, content: bytes | None) -> str:
     """Return the format of a file that Pillow cannot read, in parentheses with a remedy; "" if not in UNREADABLE."""
-    with path.open("rb") as file:
+    with path.open("rb") if content is None else BytesIO(content) as file:
         head = file.read(64)
     return next((f" ({name})" for name, pattern in UNREADABLE.items() if re.match(pattern, head, re.DOTALL)), "")
 
