@@ -39,6 +39,7 @@ def llama_3(system: str) -> Template:
     return Template(header % "system" + system + end + user, user, end + assistant, "", end, system=system)
 
 
+CHATML_USER, CHATML_ASSISTANT = "{<|im_start|>}user\n", "{<|im_end|>}\n{<|im_start|>}assistant\n"
 CHAT = "A chat between a curious {0} and an artificial intelligence assistant. "
 CHAT += "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
 USER, HUMAN = CHAT.format("user"), CHAT.format("human")
@@ -62,6 +63,7 @@ TEMPLATES = {
     "chatml": chatml("Answer the questions."),  # LLaVA-1.6-34B
     "qwen_1_5": chatml("You are a helpful assistant.", "\n"),  # LLaVA-NeXT with Qwen; Qwen2
     "qwen_2_5": chatml("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "\n"),
+    "chatml_bare": Template(CHATML_USER, "\n" + CHATML_USER, CHATML_ASSISTANT, "", "{<|im_end|>}"),  # no system prompt
     "smollm_2": chatml("You are a helpful AI assistant named SmolLM, trained by Hugging Face", "\n"),
 }
 MARKUP = re.compile(r"\{(.+?)\}")  # split() gives text, name, text, name, ..., text
