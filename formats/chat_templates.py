@@ -58,7 +58,8 @@ def read_chat_template(folder: Path) -> tuple[str, str]:
 def recognize(source: str) -> str | None:
     """The name of our template that writes the same words as a chat template may; None if there is none.
 
-    A system prompt in it must be ours. If it leaves the system prompt to the caller, ours is added.
+    A system prompt in it must be ours. If it leaves the system prompt to the caller, ours is added. So ChatML is
+    chatml_bare only if it refuses system prompts.
     """
     texts = list(written_texts(source))
     certain_texts = [text for text in texts if text.strip("\n")]  # a line break alone may follow an image
@@ -70,6 +71,8 @@ def recognize(source: str) -> str | None:
     for name in sorted(TEMPLATES, key=adds_system):
         form, parts = TEMPLATES[name], parts_of(TEMPLATES[name])
         if form.plain or any(bool(re.search(f, source)) != bool(re.search(f, "\0".join(parts))) for f in FEATURES):
+            continue
+        if name == "chatml_bare" and "raise_exception" not in source:
             continue
         if words_of(certain_texts, form) <= words_of(parts, form) <= words_of(texts, form):
             return name

@@ -44,6 +44,8 @@ for name, system in (
     ("smollm_2", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
 ):
     WRITTEN[name] = WRITTEN["qwen_1_5"].replace("You are a helpful assistant.", system)
+bare = WRITTEN["qwen_1_5"].split("<|im_end|>\n", 1)[1]
+WRITTEN["chatml_bare"] = f"<s>{bare}"
 
 
 def written(ids):
