@@ -111,10 +111,14 @@ def choose_compile(minutes: float) -> list[str]:
 
 
 class Runner:
-    """Run one command at a time. SIGINT and SIGTERM let the command save and end, and then end the speedrun."""
+    """Run one command at a time. SIGINT and SIGTERM let the command save and end, and then end the speedrun.
+
+    `peak` is the largest resident memory of the last command, in bytes, and at least this process's own: a child begins
+    with its parent's.
+    """
 
     def __init__(self):
-        self.process, self.signal = None, 0
+        self.process, self.signal, self.peak = None, 0, 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
 
@@ -131,9 +135,9 @@ class Runner:
         self.process = subprocess.Popen([sys.executable, *command])
         if self.signal:  # it arrived while the command was being started
             self.process.send_signal(self.signal)
-        status = self.process.wait()
-        self.process = None
-        return status
+        _, status, usage = os.wait4(self.process.pid, 0)
+        self.process, self.peak = None, usage.ru_maxrss * 1024  # Linux counts in KiB
+        return os.waitstatus_to_exitcode(status)
 
 
 def in_foreground() -> bool:
