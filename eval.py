@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from evaluation import grader
-from evaluation.answering import Cost, answer_all, answer_batch, sibling_file
+from evaluation.answering import Cost, answer_all, answer_batch, llava_row, report_cut, sibling_file
 from evaluation.choice_readers import unpack_images
 from evaluation.flags import read_flags
 from evaluation.manifest import save_manifest
@@ -171,13 +171,11 @@ def answer(args: argparse.Namespace):
     ranks.on_main(save_manifest, plan.out, folders, plan.files, plan.questions, plan.images, model, settings)
     cost, name = Cost(), folder.name + ("-blank" if args.blank else "")
     ask = partial(answer_batch, model, tokenizer, images=plan.images, max_new_tokens=length, cost=cost)
-    rows = answer_all(plan.questions, plan.out, args.batch_size, name, ask, answer_metadata, ranks)
-    cut, given = ranks.all_reduce_sum(cost["cut answers"], cost["questions"])
+    make_row = partial(llava_row, name, answer_metadata)
+    rows = answer_all(plan.questions, plan.out, args.batch_size, name, ask, make_row, ranks)
+    report_cut(cost, length, ranks)
     if ranks.is_main:
         cost.save(sibling_file(plan.out, "cost.json"), device)
-        if cut:
-            reason = f"were cut at --max-new-tokens {length} or at the context's end"
-            print(f"{cut:,} of the {given:,} answers given now {reason}", file=sys.stderr)
         plan.finish(rows)
 
 

@@ -5,6 +5,7 @@
     python sample.py --image a.jpg b.jpg --prompt "Which is larger, <image> or <image>?"
     python sample.py --prompt "Hello"                         no image; a decoder alone answers too
     python sample.py --image cat.jpg --look page.png          and draw where on it each word comes from
+    python sample.py --batch photos/ --out answers.jsonl      describe all images in a folder; see evaluation/many.py
 
 On a terminal without --prompt, it holds a conversation. Standard output has the answer and nothing else. Images stand
 where the first question has a marker <image> for each, or without markers before it.
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 
 from data import prepare_image, render_dialogue
+from evaluation import many
 from fast.accelerate import accelerate
 from fast.compile import compile_decoding
 from formats.adapters import load_with_adapter
@@ -34,7 +36,7 @@ from inputs.tokenizer import Tokenizer
 from insight.look import LOOKS, check_page, look, save_page
 from llava import KVCache, Llava, generate
 from training import runs
-from training.ranks import choose_device
+from training.ranks import Distributed
 
 DESCRIBE = "Describe the image."  # a question of the world's training data
 
@@ -121,11 +123,14 @@ def read_flags() -> argparse.Namespace:
     )
     add("--look-by", choices=LOOKS, default="occlusion", help="the map that --look draws, see docs/looking.md")
     add("--json", action="store_true", help="print one line of JSON: text, ids, prompt_ids, stop, tokens_per_s")
+    many.add_flags(parser)
     args = parser.parse_args()
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_new_tokens < 1:
         parser.error("--temperature must be >= 0, --top-p in (0, 1], --top-k >= 0, --max-new-tokens >= 1")
     if not 0 <= args.seed < 2**63:
         parser.error("--seed must be in [0, 2^63)")
+    if reason := many.why_refused(args):
+        parser.error(reason)
     return args
 
 
@@ -160,18 +165,21 @@ def converse(chat: Chat):
 
 
 def main():
-    """Answer one question, or hold a conversation."""
+    """Answer one question or many, or hold a conversation."""
     args = read_flags()
     if args.look:
         check_page(args.look, args.image)
     folder = runs.choose_base(args.model, args.adapter, "sample.py")
-    device = choose_device(args.device)
+    ranks = Distributed(args.device)
+    device = str(ranks.device)
     model, tokenizer = load_with_adapter(folder, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
     choose_template(model.config, tokenizer, args.template)
     if not args.no_fast:
         accelerate(model)
     if args.compile:
         compile_decoding(model)
+    if args.batch:
+        return many.answer_batches(model, tokenizer, folder, args, DESCRIBE, ranks)
     generator = torch.Generator(device).manual_seed(args.seed)
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
     chat = Chat(model, tokenizer, args.image, max_new_tokens=args.max_new_tokens, **sampling)

@@ -5,6 +5,7 @@ import multiprocessing
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from world import probes
 from world.language import FAMILIES
 
 STAR = "a large red star in the top left"
+make_row = partial(answering.llava_row, "model", evaluation.answer_metadata)
 KEYS = {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
 
 
@@ -59,7 +61,7 @@ def evaluate(out, questions, batch_size=4):
     def ask(batch):
         return answering.answer_batch(None, None, batch)
 
-    return answering.answer_all(questions, out, batch_size, "model", ask, evaluation.answer_metadata, Rank(0, 1))
+    return answering.answer_all(questions, out, batch_size, "model", ask, make_row, Rank(0, 1))
 
 
 def answer(model, tokenizer, questions, images, longest):
@@ -518,9 +520,7 @@ def test_ranks_share_the_batches_and_the_file_is_the_same(tmp_path, answers, que
     evaluate(tmp_path / "one/a.jsonl", questions)
     answers.clear()
     for rank in (2, 1, 0):
-        rows = answering.answer_all(
-            questions, tmp_path / "a.jsonl", 4, "model", ask, evaluation.answer_metadata, Rank(rank, 3)
-        )
+        rows = answering.answer_all(questions, tmp_path / "a.jsonl", 4, "model", ask, make_row, Rank(rank, 3))
     assert [row["question_id"] for row in rows] == [question["question_id"] for question in questions]
     assert sum(map(len, answers)) == len(questions)
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "one/a.jsonl").read_bytes()
@@ -540,14 +540,12 @@ def test_stopped_anywhere_on_any_number_of_ranks_the_file_is_the_same(tmp_path, 
         return [f"{question['text']} ☃" for question in batch]
 
     whole, out = tmp_path / "whole/a.jsonl", tmp_path / "a.jsonl"
-    answering.answer_all(
-        questions, whole, 4, "model", lambda b: [f"{q['text']} ☃" for q in b], evaluation.answer_metadata, Rank(0, 1)
-    )
+    answering.answer_all(questions, whole, 4, "model", lambda b: [f"{q['text']} ☃" for q in b], make_row, Rank(0, 1))
     while not out.exists():
         world = rng.randint(1, 3)
         try:
             for rank in reversed(range(world)):
-                answering.answer_all(questions, out, 4, "model", ask, evaluation.answer_metadata, Rank(rank, world))
+                answering.answer_all(questions, out, 4, "model", ask, make_row, Rank(rank, world))
         except (Stop, KeyError):  # KeyError: rank 0 is done, but a rank of a larger world was stopped before
             for part in answering.part_files(out):
                 part.write_bytes(part.read_bytes()[: -rng.randint(1, 9)] if rng.random() < 0.5 else part.read_bytes())

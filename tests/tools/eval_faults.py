@@ -458,11 +458,12 @@ def try_batches(args, count: int) -> list[tuple[str, str]]:
     ask = partial(
         answering.answer_batch, model, tokenizer, images=args.world, max_new_tokens=128, cost=answering.Cost()
     )
+    make_row = partial(answering.llava_row, "model", evaluation.answer_metadata)
     with tempfile.TemporaryDirectory() as folder:
         for size in (64, 1):
             begin = time.perf_counter()
             out, ranks = Path(folder) / f"{size}.jsonl", Distributed("cpu")
-            rows = answering.answer_all(questions, out, size, "model", ask, evaluation.answer_metadata, ranks)
+            rows = answering.answer_all(questions, out, size, "model", ask, make_row, ranks)
             seconds[size], texts[size] = time.perf_counter() - begin, [row["text"] for row in rows]
     same = sum(a == b for a, b in zip(texts[1], texts[64]))
     ratio = (
