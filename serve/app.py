@@ -1,6 +1,10 @@
 """The HTTP side: OpenAI's interface, the chat page, and how much of them each client may use.
 
-GET /  the page    GET /health    GET /v1/models    POST /v1/chat/completions
+GET /                       the page
+GET /health                 whether the server answers, and how much it does
+GET /v1/models              the one model
+POST /v1/chat/completions   an answer
+POST /look                  where on the images a word of an answer comes from
 """
 
 import asyncio
@@ -12,7 +16,7 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -23,12 +27,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from data import prepare_image, render_dialogue
-from inputs.images import open_image
-from inputs.records import DataError
-from inputs.templates import stop_text
 from serve.engine import Engine, Job
-from serve.requests import ChatRequest, Refusal, read_dialogue, read_request
+from serve.prompts import draw_maps, prepare_job
+from serve.requests import ChatRequest, LookRequest, Refusal, read_request
 
 PAGE = Path(__file__).with_name("page.html").read_text()
 MAX_BODY, BODY_SECONDS = 32 * 2**20, 60  # a request's bytes, and the time within which they must arrive
@@ -38,10 +39,10 @@ TYPES = {403: "permission_error", 404: "not_found_error", 429: "rate_limit_error
 def make_app(service: "Service") -> FastAPI:
     """The application. Every route checks the address first; every error is one line in OpenAI's form."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(service.check_address)])
-    app.add_api_route("/", show_page)
-    app.add_api_route("/health", service.health)
-    app.add_api_route("/v1/models", service.models)
+    for path, answer in (("/", show_page), ("/health", service.health), ("/v1/models", service.models)):
+        app.add_api_route(path, answer)
     app.add_api_route("/v1/chat/completions", service.complete, methods=["POST"])
+    app.add_api_route("/look", service.look, methods=["POST"])
     app.add_exception_handler(Refusal, lambda _, error: refuse(error))
     app.add_exception_handler(HTTPException, lambda _, error: refuse(Refusal(error.detail, status=error.status_code)))
     app.add_exception_handler(Exception, lambda *_: refuse(Refusal("a fault of the server: see its log", status=500)))
@@ -95,15 +96,16 @@ async def read_body(request: Request) -> bytes:
 class Service:
     """A model behind HTTP.
 
-    Args: queue: requests that may wait for a row of the engine; per_client: open requests of one address; hosts: names
-    of this server, beside its numbers.
+    Args: name: of the model; queue: requests that may wait for a row of the engine; per_client: open requests of one
+    address; hosts: names of this server, beside its numbers.
     """
 
     def __init__(self, engine: Engine, name: str, queue: int, per_client: int, hosts: set[str]):
         self.engine, self.name, self.hosts, self.created = engine, name, hosts, int(time.time())
         self.most, self.per_client = engine.rows + queue, per_client
         self.open = Counter()  # requests by address
-        self.pool = ThreadPoolExecutor(2)  # decodes two images at a time: each may take 150 MB
+        # Threads that decode images, of which each may take 150 MB, and one that looks.
+        self.pools = {ChatRequest: ThreadPoolExecutor(2), LookRequest: ThreadPoolExecutor(1)}
         self.watchers = set()
 
     async def check_address(self, request: Request):
@@ -120,25 +122,19 @@ class Service:
             raise Refusal("pages of other sites may not use this server", status=403)
 
     async def health(self) -> dict:
-        """Whether the server answers, and how much it does."""
         engine, vision = self.engine, self.engine.model.config.vision_config is not None
         counts = {"rows": engine.rows, "active": len(engine.active), "waiting": len(engine.waiting)}
         return {"status": "ok", "model": self.name, "vision": vision, **counts, "open": self.open.total()}
 
     async def models(self) -> dict:
-        """The one model that is served."""
         model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "llava-from-scratch"}
         return {"object": "list", "data": [model]}
 
     async def complete(self, request: Request) -> Response:
         """Answer a dialogue, at once or as the answer is generated."""
-        client = request.client.host
-        if self.open.total() >= self.most or self.open[client] >= self.per_client:
-            raise Refusal(f"busy: {self.most} requests in all and {self.per_client} of a client are taken", status=429)
-        self.open[client] += 1
+        client = self.enter(request)
         try:
-            body, loop = await read_body(request), asyncio.get_running_loop()
-            asked, job = await loop.run_in_executor(self.pool, self.prepare, body)
+            asked, job = await self.work(request, ChatRequest, prepare_job)
         except BaseException:
             self.leave(client)
             raise
@@ -148,8 +144,8 @@ class Service:
         watcher.add_done_callback(self.watchers.discard)
         answer = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}
         if asked.stream:
-            lines = self.stream(answer, job, pieces, asked.stream_options.include_usage)
-            return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            events = self.stream(answer, job, pieces, asked.stream_options.include_usage)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         text, reason = "", ""
         while not reason:
             piece, reason = await pieces.get()
@@ -160,33 +156,36 @@ class Service:
         answer |= {"object": "chat.completion", "choices": [choice], "usage": count_tokens(job)}
         return JSONResponse(answer)
 
+    async def look(self, request: Request) -> dict:
+        """Where on the images a word of an answer comes from, see serve.prompts.draw_maps."""
+        client = self.enter(request)
+        try:
+            return (await self.work(request, LookRequest, draw_maps))[1]
+        finally:
+            self.leave(client)
+
+    def enter(self, request: Request) -> str:
+        """Count one open request of a client more; returns its address. Raises Refusal if there are too many."""
+        client = request.client.host
+        if self.open.total() >= self.most or self.open[client] >= self.per_client:
+            raise Refusal(f"busy: {self.most} requests in all and {self.per_client} of a client are taken", status=429)
+        self.open[client] += 1
+        return client
+
     def leave(self, client: str):
         """Count one open request of a client less."""
         self.open[client] -= 1
         self.open += Counter()  # drops the zeros
 
-    def prepare(self, body: bytes) -> tuple[ChatRequest, Job]:
-        """A request, and what the engine is to do for it. Raises Refusal."""
-        asked, config = read_request(body), self.engine.model.config
-        if asked.model not in ("", self.name):
-            raise Refusal(f"there is no model {asked.model!r:.60}, only {self.name!r}", "model", 404, "model_not_found")
-        turns, files = read_dialogue(asked.messages)
-        if files and config.vision_config is None:
-            raise Refusal("this model is a decoder without a vision tower: ask it without images", "messages")
-        try:
-            images = [prepare_image(open_image(f"image {i}", file), config) for i, file in enumerate(files, 1)]
-            tokens = [image.tokens for image in images]
-            prompt, _ = render_dialogue(turns, self.engine.tokenizer, config.template, tokens)
-        except ValueError as error:
-            raise Refusal("the dialogue " * isinstance(error, DataError) + str(error), "messages") from None
-        limit = config.text_config.max_position_embeddings
-        if len(prompt) >= limit:
-            reason = f"the prompt is {len(prompt):,} tokens long, images included; the context holds {limit:,}"
-            raise Refusal(reason, "messages", code="context_length_exceeded")
-        seed = secrets.randbits(63) if asked.seed is None else asked.seed
-        most = min(asked.max_tokens, asked.max_completion_tokens, limit - len(prompt))
-        stops = tuple(filter(None, [*asked.stop, stop_text(config.template)]))
-        return asked, Job(prompt, images, most, asked.temperature, asked.top_k, asked.top_p, seed, stops)
+    async def work(self, request: Request, kind: type, function: Callable) -> tuple:
+        """Read a request and call a function of serve.prompts with it, in a thread; returns both."""
+        body, engine = await read_body(request), self.engine
+
+        def call():
+            asked = read_request(body, kind, self.name)
+            return asked, function(asked, engine.model, engine.tokenizer)
+
+        return await asyncio.get_running_loop().run_in_executor(self.pools[kind], call)
 
     def start(self, job: Job, client: str) -> asyncio.Queue:
         """Hand a job to the engine; returns the queue that its pieces and reasons will arrive in."""

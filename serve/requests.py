@@ -102,14 +102,23 @@ class ChatRequest(Fields):
     stream_options: StreamOptions = StreamOptions()
 
 
-def read_request(body: bytes) -> ChatRequest:
-    """The request in a body of JSON. Raises Refusal with its first fault."""
+class LookRequest(ChatRequest):
+    """A dialogue that ends with an answer, and the number of one of its words."""
+
+    word: int = Field(ge=0)
+
+
+def read_request(body: bytes, kind: type[ChatRequest], model: str) -> ChatRequest:
+    """The request of this kind in a body of JSON. Raises Refusal with its first fault. Args: model: the one served."""
     try:
-        return ChatRequest.model_validate_json(body)
+        asked = kind.model_validate_json(body)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         where, reason = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
         raise Refusal(f"{where}: {reason:.300}" if where else f"{reason:.300}", where or None) from None
+    if asked.model not in ("", model):
+        raise Refusal(f"there is no model {asked.model!r:.60}, only {model!r}", "model", 404, "model_not_found")
+    return asked
 
 
 def read_dialogue(messages: list[Message]) -> tuple[list[Turn], list[bytes]]:

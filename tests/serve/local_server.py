@@ -63,6 +63,10 @@ class Server:
         status, text = self.request("POST", "/v1/chat/completions", json.dumps(values).encode())
         return json.loads(text) | {"status code": status}
 
+    def look(self, messages: list[dict], word: int) -> dict:
+        status, text = self.request("POST", "/look", json.dumps({"messages": messages, "word": word}).encode())
+        return json.loads(text) | {"status code": status}
+
     def wait_until_empty(self, seconds: float = 20):
         """Wait until no request is open; returns the counts of /health."""
         end = time.monotonic() + seconds

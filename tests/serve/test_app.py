@@ -6,15 +6,19 @@ import random
 import socket
 import threading
 import time
+from dataclasses import replace
+from io import BytesIO
 
+import numpy as np
 import pytest
 from hostile import NOISE, hostile_files, write
 from local_server import EMPTY, Server, data_url, say, show
 from PIL import Image
 
-from data import render_dialogue
+from data import prepare_image, render_dialogue
 from inputs.images import IN_MEMORY
 from inputs.records import Turn
+from insight.maps import Answer, attention_map, find_words
 from llava import generate
 from serve import __main__ as command
 
@@ -104,7 +108,8 @@ def test_turns_and_images_are_rendered_as_in_training(server, world_images):
 ])  # fmt: skip
 def test_an_image_stands_where_it_is_among_the_texts(order, turn):
     parts = [say("What?") if kind == "t" else show(Image.new("RGB", (4, 4))) for kind in order]
-    asked = limits.read_request(json.dumps({"messages": [{"role": "user", "content": parts}]}).encode())
+    body = json.dumps({"messages": [{"role": "user", "content": parts}]}).encode()
+    asked = limits.read_request(body, limits.ChatRequest, "babbler")
     turns, images = limits.read_dialogue(asked.messages)
     assert turns == [turn] and len(images) == turn.images
 
@@ -247,6 +252,42 @@ def test_own_names_are_accepted(server, host):
 def test_what_is_not_there(server):
     assert_refused(server.get("/nothing"), 404)
     assert_refused(server.get(PATH), 405)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# where it looked
+
+
+def test_look_shows_the_attention_of_a_word(server):
+    """Of a white image, the brightness of each patch is in proportion to its attention, above a floor of 0.2."""
+    images = [Image.new("RGB", (72, 72), "white"), Image.new("RGB", (72, 36), "white")]
+    content = [*map(show, images), say("Which is red?")]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "the left, not the right"}]
+    found = server.look(messages, 1)
+    assert found["word"] == "left" and found["by"] == "attention"
+    maps = [np.asarray(Image.open(BytesIO(limits.decode_url(url)))) for url in found["images"]]
+    assert [one.shape for one in maps] == [(448, 448, 3), (224, 448, 3)]
+    turn = Turn("Which is red?", "the left, not the right", 2)
+    ids = prompt_of(server, turn)
+    first = len(prompt_of(server, replace(turn, answer=None)))
+    words = find_words(ids[:first], ids[first:], turn.answer, server.tokenizer)
+    prepared = [prepare_image(image, server.model.config) for image in images]
+    values = attention_map(server.model, Answer(ids, words, prepared))[1].numpy()  # 9 patches of each image
+    patches = (np.arange(3) * 448 / 3 + 448 / 6).astype(int)  # centers
+    expected = 255 * (0.2 + 0.8 * values / np.maximum(values[:9].max(), values[12:15].max()))
+    assert np.abs(maps[0][np.ix_(patches, patches)][..., 0].flatten() - expected[:9]).max() < 1.5
+    assert np.abs(maps[1][112, patches, 0] - expected[12:15]).max() < 1.5  # the rows above and below are half padding
+
+
+@pytest.mark.parametrize("content, answer, word, role", [
+    ("Hi", "a b", 0, "assistant"), ("i", "a b", 2, "assistant"), ("i", "a b", -1, "assistant"), ("i", "a b", 0, "user"),
+    ("i", "...", 0, "assistant"),
+])  # fmt: skip
+def test_look_refuses_what_it_cannot_show(server, content, answer, word, role):
+    content = [show(Image.new("RGB", (4, 4)))] if content == "i" else content
+    messages = [{"role": "user", "content": content}, {"role": role, "content": answer}]
+    assert_refused(server.look(messages, word), 400)
+    assert server.wait_until_empty() == EMPTY
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The chat page in a real browser: Debian's chromium, driven by playwright; skipped where either is missing."""
 
+import re
 import shutil
 import time
 from io import BytesIO
@@ -101,6 +102,22 @@ def test_images_and_turns(page, server):
     page.fill("#question", "And now?")
     page.click("#send")
     assert wait_for_answers(page, 2)[1].strip() == expected(server, content, first, "And now?")
+
+
+def test_a_click_on_a_word_shows_where_the_model_looked(page, server):
+    set_tokens(page, 12)
+    ask(page, "Hello")
+    wait_for_answers(page, 1)
+    assert page.locator(".word").count() == 0  # there is no image to look at
+    page.set_input_files("#file", [png("white")])
+    page.wait_for_selector("#images img")
+    ask(page, "What is it?")
+    text = wait_for_answers(page, 2)[1]
+    page.locator(".word").nth(1).click()
+    page.wait_for_selector(".turn.assistant img")
+    word = page.locator(".word.chosen").inner_text()
+    assert page.locator(".caption").inner_text() == f"Bright: where “{word}” comes from (attention)."
+    assert re.findall(r"\w+(?:['’-]\w+)*", text)[1] == word
 
 
 def test_drop_and_paste(page):

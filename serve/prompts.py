@@ -1,0 +1,91 @@
+"""What a request means for the model: a job for the engine, or a map of where one word of an answer comes from."""
+
+import base64
+import secrets
+from io import BytesIO
+
+from PIL import Image
+
+from data import PreparedImage, prepare_image, render_dialogue
+from inputs.images import open_image
+from inputs.records import DataError, Turn
+from inputs.templates import stop_text
+from inputs.tokenizer import Tokenizer
+from insight.look import paint_map, shade, token_boxes
+from insight.maps import MAPS, Answer, find_words
+from llava import Llava
+from serve.engine import Job
+from serve.requests import ChatRequest, LookRequest, Refusal, read_dialogue
+
+LOOK_BY, SIDE = "attention", 448  # the map, one that needs a single pass; its longer side in pixels
+
+
+def open_images(files: list[bytes], config) -> tuple[list[Image.Image], list[PreparedImage]]:
+    """The images of a dialogue, as they are and for the vision tower. Raises Refusal."""
+    if files and config.vision_config is None:
+        raise Refusal("this model is a decoder without a vision tower: ask it without images", "messages")
+    try:
+        images = [open_image(f"image {i}", file) for i, file in enumerate(files, 1)]
+    except ValueError as error:
+        raise Refusal(str(error), "messages") from None
+    return images, [prepare_image(image, config) for image in images]
+
+
+def render(turns: list[Turn], tokenizer: Tokenizer, config, images: list[PreparedImage]) -> list[int]:
+    """The ids of a dialogue. Raises Refusal if they leave no room for another token in the context."""
+    try:
+        ids, _ = render_dialogue(turns, tokenizer, config.template, [image.tokens for image in images])
+    except DataError as error:
+        raise Refusal(f"the dialogue {error}", "messages") from None
+    if len(ids) >= (limit := config.text_config.max_position_embeddings):
+        reason = f"the prompt is {len(ids):,} tokens long, images included; the context holds {limit:,}"
+        raise Refusal(reason, "messages", code="context_length_exceeded")
+    return ids
+
+
+def prepare_job(asked: ChatRequest, model: Llava, tokenizer: Tokenizer) -> Job:
+    """The job that answers a request. Raises Refusal."""
+    config = model.config
+    turns, files = read_dialogue(asked.messages)
+    _, images = open_images(files, config)
+    prompt = render(turns, tokenizer, config, images)
+    room = config.text_config.max_position_embeddings - len(prompt)
+    return Job(
+        prompt,
+        images,
+        min(asked.max_tokens, asked.max_completion_tokens, room),
+        asked.temperature,
+        asked.top_k,
+        asked.top_p,
+        secrets.randbits(63) if asked.seed is None else asked.seed,
+        tuple(filter(None, [*asked.stop, stop_text(config.template)])),
+    )
+
+
+def draw_maps(asked: LookRequest, model: Llava, tokenizer: Tokenizer) -> dict:
+    """The images of a dialogue as data URLs, darkened where a word of its last answer does not come from.
+
+    The answer's ids are those that its text has in training. Raises Refusal.
+    """
+    config, text = model.config, "".join(part.text for part in asked.messages[-1].content if part.type == "text")
+    turns, files = read_dialogue(asked.messages[:-1])
+    images, prepared = open_images(files, config)
+    prompt = render(turns, tokenizer, config, prepared)
+    turns[-1].answer = text
+    ids = render(turns, tokenizer, config, prepared)
+    words = find_words(prompt, ids[len(prompt) :], text, tokenizer)
+    if asked.messages[-1].role != "assistant" or not images or asked.word >= len(words):
+        raise Refusal("the last message must be an answer about an image that has this word", "word")
+    word = words[asked.word]
+    values = MAPS[LOOK_BY](model, Answer(ids, [word], prepared))[0].split([image.tokens for image in prepared])
+    scales = [SIDE / max(image.size) for image in images]
+    sizes = [(image.height, image.width) for image in images]
+    heats = [paint_map(v.numpy(), token_boxes(s, config), s, scale) for v, s, scale in zip(values, sizes, scales)]
+    peak = max(heat.max() for heat in heats) or 1
+    return {"word": word.text, "by": LOOK_BY, "images": [to_url(shade(i, h / peak)) for i, h in zip(images, heats)]}
+
+
+def to_url(image: Image.Image) -> str:
+    file = BytesIO()
+    image.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
