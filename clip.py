@@ -1,6 +1,6 @@
 """CLIP, written out: an image and a text become two vectors, which are similar if the two belong together.
 
-LLaVA uses only the vision transformer (ViT): the features of the patches, as they leave the block before the last. The
+LLaVA uses only the vision transformer (ViT): the output of its block before the last, one feature for each patch. The
 text tower and the contrastive loss are here because they train a vision tower (train.py --stage 0).
 
     image (3, 336, 336) --14 x 14 pixels a patch--> 576 patches --ViT, 23 of 24 blocks--> 576 features of width 1024
@@ -30,7 +30,7 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
 @dataclass
 class CLIPVisionConfig:
-    """Shape of the vision tower. Defaults are those of transformers' CLIPVisionConfig, for files that omit a field."""
+    """Shape of the vision tower. Defaults, for files that omit a field, are those of transformers' CLIPVisionConfig."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072

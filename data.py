@@ -7,7 +7,7 @@
 Two commands inspect data before training:
 
     python data.py show a.json --model DIR               print a record as the model reads it, trained tokens in green
-    python data.py check a.json b.json:2 --images DIR    report every bad record; exit status 1 if there is one
+    python data.py check a.json b.json:2 --images DIR    count bad records by kind; exit status 1 if there is one
 """
 
 import argparse
@@ -51,8 +51,8 @@ def render_dialogue(
         ids      <s>  USER :  <image> <image>  \\n What is this ?  ASSISTANT :   a cat  </s>
         labels    .    .   .     .       .      .   .   .   .  .      .      .   a cat  </s>
 
-    The loss covers the answers and their end tokens. Structure is written as ids and never searched for in text, so a
-    user who types "</s>" or "ASSISTANT:" cannot change it.
+    The loss covers the answers and their end tokens. Special tokens and labels follow from the turns and are never
+    searched for in text, so a user who types "</s>" or "ASSISTANT:" cannot change them.
 
     Args: image_tokens: placeholders per image (576 for CLIP-L/14-336), or a list with the number for each image.
     Returns two lists of equal length. Raises ValueError if the tokenizer lacks a special token of the template,
@@ -83,7 +83,7 @@ def render_dialogue(
 def add_question(turn: Turn, transcript: "Transcript", counts: Iterator[int], plain: bool, alone: bool):
     """Add the question of a turn and the placeholders of its images, whose numbers `counts` yields."""
     if plain and alone and turn.images and not turn.image_last:
-        parts = [""] * (turn.images + 1)  # as in LLaVA's stage-1 code: the caption follows the image, not the question
+        parts = [""] * (turn.images + 1)  # without the question, as in LLaVA's code of stage 1
     elif turn.image_last:
         parts = [turn.question + "\n"] + [""] * turn.images
     else:
@@ -99,8 +99,8 @@ def add_question(turn: Turn, transcript: "Transcript", counts: Iterator[int], pl
 class Transcript:
     """Ids and labels of a dialogue, written from left to right.
 
-    Text is gathered in `text` and encoded in chunks that end at an image, a special token or an answer. So a prompt has
-    the same ids whether its answer follows (training) or not (sampling).
+    Text is gathered in `text` and encoded in chunks, which end at an image, a special token, or before and after an
+    answer. So a prompt has the same ids whether its answer follows (training) or not (sampling).
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -120,7 +120,7 @@ class Transcript:
             self.text, self.starts = "", self.tokenizer.legacy and self.ids[-1] in self.tokenizer.word_ids
 
     def add_markup(self, text: str, learn: bool = False):
-        """Add text of a template, in which special tokens stand in braces."""
+        """Add text of a template, where special tokens are in braces."""
         for i, piece in enumerate(MARKUP.split(text)):  # text, name, text, name, ..., text
             if i % 2 == 0:
                 self.text += piece
@@ -175,7 +175,7 @@ def image_pixels(image: Image.Image, size: int, mode: str) -> torch.Tensor:
 
 
 def count_image_tokens(root: str | Path, name: str, config) -> int:
-    """Number of an image's placeholders. With anyres it depends on the size, which is read from the file's header."""
+    """Number of an image's placeholders. With anyres it depends on the image's size, read from the file's header."""
     vision, pinpoints = config.vision_config, config.image_grid_pinpoints
     if not vision or not pinpoints:
         return vision.num_patches if vision else 0
@@ -387,7 +387,7 @@ def show(args: argparse.Namespace):
 
 
 def check(args: argparse.Namespace):
-    """Report bad records, and with --model the lengths of the good ones and what is cut. Exit status 1 on a fault."""
+    """Count bad records; with --model print the lengths of the good ones and what is cut. Exit status 1 on a fault."""
     sources = open_sources(args.data, args.images, args.follow_links)
     bad, total = report_faults(sources, args.decode), sum(len(source.file) for source in sources)
     print(f"{bad:,} of {total:,} records are bad" if bad else f"all {total:,} records are good")
@@ -422,7 +422,7 @@ def main():
     add.add_argument("--template", choices=TEMPLATES, help="for the tokens; default: the model's")
     add.add_argument("--follow-links", action="store_true", help="as in train.py: links may lead out of the folder")
     add.add_argument("--max-length", type=int, help="as in train.py; default: the model's context")
-    add.add_argument("--decode", action="store_true", help="decode every image, not only look for its file")
+    add.add_argument("--decode", action="store_true", help="also decode every image, to find broken files")
     args = parser.parse_args()
     args.run(args)
 

@@ -3,12 +3,12 @@
     python eval.py --questions out/world/questions.jsonl --images out/world         your own questions, by category
     python eval.py --model DIR --task pope --questions coco_pope_*.json --images val2014 --out RUN
     python eval.py --score pope --predictions RUN/answers.jsonl --references coco_pope_*.json
-    python eval.py --task probes                                    the weaknesses of a model of the embedded world
+    python eval.py --task probes                                    where a model of the embedded world fails
 
 Your own questions are one JSON object a line: {"question_id", "text", "image", "answer", "category", "metric"}; all but
 the first two are optional. A metric is "exact" (default), "contains", "relaxed" or "anls" (see evaluation/metrics.py).
-The files of benchmarks are read as published (see evaluation/readers.py). Answers have LLaVA's format. A stopped run
-resumes where it was; torchrun spreads a run over GPUs.
+The files of benchmarks are read as published (see evaluation/readers.py). Answers have LLaVA's format. The same command
+continues a stopped run; torchrun divides a run among GPUs.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def plan_probes(args: argparse.Namespace, folder: Path, config: LlavaConfig) -> 
 
 
 def check_prompts(questions: list[dict]):
-    """Raise DataError if a question has several markers for its image; report questions that are whole prompts."""
+    """Raise DataError if a question has several image markers; report questions that are whole prompts."""
     for question in questions:
         if question.get("image") and (count := question["text"].count(MARKER)) > 1:
             raise DataError(f"question {short(question['question_id'])}: {count} {MARKER} markers for one image")

@@ -1,4 +1,4 @@
-"""LLaVA, written out: a decoder that reads the features of an image as if they were words.
+"""LLaVA, written out: a decoder that reads the features of an image like the embeddings of words.
 
     image ----CLIP----> 576 features --projector--> 576 tokens --+
                                                                  +--> decoder --> answer
@@ -31,7 +31,7 @@ PROJECTORS = {"linear": 1, "mlp2x_gelu": 2}  # number of linear layers; LLaVA-1.
 
 @dataclass
 class TextConfig:
-    """Shape of the decoder. Names and defaults are those of transformers' LlamaConfig, for files that omit a field."""
+    """Shape of the decoder. Names, and defaults for files that omit a field, are those of transformers' LlamaConfig."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -66,7 +66,7 @@ class LlavaConfig:
 
     text_config: TextConfig
     vision_config: CLIPVisionConfig | None = None  # None: a decoder alone, without a vision tower
-    image_token_index: int = 32000  # id of the placeholder: one stands for each image token, its embedding is not read
+    image_token_index: int = 32000  # id of the placeholder, one for each image token; its embedding is not used
     vision_feature_layer: int = -2  # the tower's hidden state that is used: the output of the block before the last
     projector_type: str = "mlp2x_gelu"  # one of PROJECTORS
     template: str = "vicuna_v1"  # the conversation template the decoder was trained with
@@ -308,8 +308,7 @@ class CausalLM(nn.Module):
     def init_weights(self, module: nn.Module):
         """Normal, with std width^-1/2. The last matrix of each residual branch is smaller in deeper models.
 
-        GPT-2's 0.02 fits its width: at a width of 128 it leaves attention uniform for hundreds of steps (loss after 200
-        steps: 0.80 against 0.55).
+        GPT-2's constant 0.02 suits its width: at a width of 128, attention would stay uniform for hundreds of steps.
         """
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
@@ -384,7 +383,7 @@ class Llava(nn.Module):
 
         Args: input_ids (B, T); vision_features (N, P, C) of all images of the batch, row by row, or None; image_sizes
         (height, width) of each image, needed only if images are cut into tiles.
-        Raises ValueError if placeholders and image tokens differ in number: text would get the wrong image.
+        Raises ValueError if placeholders and image tokens differ in number.
         """
         placeholders = input_ids == self.config.image_token_index
         x = self.language_model.model.embed_tokens(input_ids.masked_fill(placeholders, 0))  # 0: any valid id
@@ -427,8 +426,8 @@ class Llava(nn.Module):
 def summed_cross_entropy(head: nn.Module, hidden: Tensor, target: Tensor) -> Tensor:
     """Sum over N tokens of -log p(target), in float32: hidden (N, C), target (N,) ids. Zero, with gradients, if N is 0.
 
-    LLaMA-3's logits of 4,096 tokens take 2 GB in float32. More tokens than LOSS_CHUNK are therefore split into chunks,
-    whose logits are dropped and computed again in backward: the logits of one chunk are held at a time.
+    LLaMA-3's logits of 4,096 tokens take 2 GB in float32. So more than LOSS_CHUNK tokens are split into chunks, whose
+    logits are computed again in backward: the logits of only one chunk are in memory at a time.
     """
 
     def chunk_loss(hidden: Tensor, target: Tensor) -> Tensor:
@@ -479,12 +478,12 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Answer a batch of prompts: each step yields the next id of every row, or None for a row that has ended.
 
-    The end token itself is yielded, so that a caller can tell an ended answer from one cut at max_new_tokens. Each row
-    gets the ids it would get alone.
+    The end token itself is yielded, so that a caller can tell an ended answer from one cut at max_new_tokens. A row
+    gets the same ids as it would without the others.
 
     Args: prompts: ids, with a placeholder for each image token; vision_features (N, P, C) of their images in order;
-    image_sizes as in Llava.embed; cache: from an earlier call, for one prompt that starts with the `cache.used` tokens
-    it holds: they are not read again, and vision_features are of the images after them.
+    image_sizes as in Llava.embed; cache: of an earlier call, for a single prompt that starts with the `cache.used`
+    tokens in it: they are not read again, and vision_features are those of the images after them.
     Raises ValueError if a prompt leaves no room for an answer in the context.
     """
     config, decoder, head = model.config, model.language_model.model, model.language_model.lm_head
@@ -502,7 +501,7 @@ def generate(
     unread = torch.tensor([row[cache.used :] for row in rows], device=model.device)
     hidden = decoder(model.embed(unread, vision_features, image_sizes), padding, cache)  # (B, T, C)
 
-    # Decode: choose the next token of each row, then read it to get the state that chooses the one after it.
+    # Decode: choose the next token of each row, then read it to get the state from which the one after it is chosen.
     running = [True] * len(prompts)
     for step in range(steps):
         logits = head(hidden[:, -1])  # (B, V), for the token after the last column

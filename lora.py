@@ -2,14 +2,14 @@
 
     y = W x + (alpha / r) B A x        W (out, in) is frozen; A (r, in) and B (out, r) train
 
-The rank r is small, so A and B are. A starts at random and B at zero: training begins with exactly the model it was
-given (Hu et al. 2021, arXiv 2106.09685). With W in four bits (NF4, second half of this file) this is QLoRA (Dettmers et
-al. 2023, arXiv 2305.14314). formats/ reads and writes the files.
+The rank r is small, so A and B have few parameters. A starts at random and B at zero, so training starts from the base
+model (Hu et al. 2021, arXiv 2106.09685). With W in four bits (NF4, second half of this file) this is QLoRA (Dettmers et
+al. 2023, arXiv 2305.14314). formats/ reads and writes the files. Leave out --bits 4 for LoRA:
 
     python train.py --stage 2 --model BASE --lora llm --bits 4 --out ADAPTER
-    python sample.py --model BASE --adapter ADAPTER --image cat.jpg
-    python -m formats merge BASE ADAPTER OUT      add the update to the weights: an ordinary model again
-    python -m formats quantize BASE OUT           store the decoder's layers in four bits
+    python sample.py --model BASE --adapter ADAPTER --bits 4 --image cat.jpg
+    python -m formats merge BASE ADAPTER OUT --bits 4    add the update to the weights: an ordinary model again
+    python -m formats quantize BASE OUT                  store the decoder's layers in four bits
 """
 
 import math
@@ -62,7 +62,7 @@ def frozen_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
 
 
 def base_weight(layer: nn.Module) -> Tensor:
-    """A copy of the frozen weight (out, in) of a LoRALinear, an NF4Linear or an nn.Linear, dequantized if need be."""
+    """A copy of the frozen weight (out, in) of a LoRALinear, an NF4Linear or an nn.Linear, dequantized if needed."""
     base = layer.base if isinstance(layer, LoRALinear) else layer
     return base.dequantize() if isinstance(base, NF4Linear) else base.weight.detach().clone()
 
@@ -116,7 +116,7 @@ def add_lora(
 
     Args: ranks: for "llm", "vision" or both; alpha: default twice the rank; names: last part of the layers' paths, such
     as ["q_proj", "v_proj"], default all.
-    Raises ValueError on a rank that is too small or large and on an unknown name, before the model is changed.
+    Raises ValueError, before the model is changed, on an unknown name or a rank that is too small or too large.
     """
     chosen = choose_layers(model, ranks, names)
     layers = {path: (rank, 2 * rank if alpha is None else alpha) for path, rank in chosen.items()}
@@ -152,7 +152,7 @@ def merge(model: nn.Module):
 
 BLOCK = 64  # numbers that share an absmax
 NESTED_BLOCK = 256  # absmax that share an absmax of their own
-CHUNK = 1 << 18  # numbers processed at a time: they stay in the CPU's cache, and no matrix is whole in float32
+CHUNK = 1 << 18  # numbers processed at a time: few enough for the CPU's cache, and no whole matrix is in float32
 TINY = 1e-38  # divides a block of zeros, whose absmax is 0
 
 # The value of each code: the quantiles of the paper's appendix E, in float32, as bitsandbytes has them.
@@ -186,7 +186,7 @@ def nested_code_book(device: torch.device) -> Tensor:
 
 @cache
 def byte_values(device: torch.device) -> Tensor:
-    """The values of the two codes in each byte, two float32 viewed as one int64, (256,): one look-up for both."""
+    """The two values of each byte, (256,): two float32 viewed as one int64, so that one look-up gives both."""
     byte, values = torch.arange(256, device=device), code_book(device)
     return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int64).flatten()
 
@@ -236,8 +236,8 @@ def dequantize(packed: Tensor, absmax: Tensor, shape: tuple[int, ...], dtype=tor
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Double quantization: codes (N,) uint8, absmax of the absmax (ceil(N / 256),), and the mean, subtracted first.
 
-    Rounds to the nearest value. bitsandbytes on a CPU rounds through a table of 65,536 entries, which moves about two
-    codes in a thousand to a neighbor. Stored codes are read alike everywhere.
+    Rounds to the nearest value. bitsandbytes on a CPU rounds through a table of 65,536 entries, so about two codes in a
+    thousand differ by one. Both dequantize stored codes to the same numbers.
     """
     offset = absmax.mean()
     x = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)

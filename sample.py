@@ -7,8 +7,8 @@
     python sample.py --image cat.jpg --look page.png          and draw where on it each word comes from
     python sample.py --batch photos/ --out answers.jsonl      describe all images in a folder; see evaluation/many.py
 
-On a terminal without --prompt, it holds a conversation. Standard output has the answer and nothing else. Images stand
-where the first question has a marker <image> for each, or without markers before it.
+On a terminal without --prompt, it holds a conversation. Standard output has the answer and nothing else. Images go to
+the <image> markers of the first question, one for each, or before it if it has none.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from llava import KVCache, Llava, generate
 from training import runs
 from training.ranks import Distributed
 
-DESCRIBE = "Describe the image."  # a question of the world's training data
+DESCRIBE = "Describe the image."  # as in the training data of the embedded world
 
 
 class Chat:
@@ -58,7 +58,7 @@ class Chat:
                 self.features = model.vision_features(torch.cat([one.pixels for one in prepared]).to(model.device))
 
     def ask(self, question: str) -> Iterator[str]:
-        """Yields the answer in pieces; afterwards `last` holds the fields that --json prints."""
+        """Yield the answer in pieces; afterwards `last` holds the fields that --json prints."""
         template = self.model.config.template
         turn = question_turn(question, images=0 if self.turns else len(self.image_tokens))
         prompt, _ = render_dialogue([*self.turns, turn], self.tokenizer, template, self.image_tokens)

@@ -8,8 +8,8 @@
     torchrun --nproc_per_node=8 train.py --stage 2     the same on eight GPUs
 
 Each stage continues from the newest finished run of the stage before. Without --data it trains on the embedded world
-(world/). The batch size counts all ranks and micro-batches, so the result does not depend on how a batch is divided;
-only CLIP's does, whose negatives come from one micro-batch of all ranks.
+(world/). The batch size counts all ranks and micro-batches, so the result does not depend on how a batch is divided.
+CLIP is the exception: its negatives come from one micro-batch of all ranks.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def make_loader(dataset: Samples, args, ranks: Distributed, pad_id: int, start: 
     size, total = micro_batch_size(args, ranks), args.steps * args.batch_size
     weights = [source.weight for source in dataset.sources]
     order = make_order(dataset.sizes, weights, args.seed, total, args.mixing, args.shares, group)
-    lengths = dataset.lengths() if isinstance(dataset, Records) else None  # samples of like length share a batch
+    lengths = dataset.lengths() if isinstance(dataset, Records) else None  # samples of similar length share a batch
     ranges = (args.batch_size, args.seed, start, args.steps, ranks.rank, ranks.world_size)
     steps = batches(order, *ranges, group, lengths)
     return DataLoader(
@@ -107,7 +107,7 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 def count_supervised(batch: dict) -> int:
-    """Return the number of labels that the loss counts; nothing predicts the first."""
+    """Return the number of supervised labels. The first label of a row does not count: nothing predicts it."""
     return int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
@@ -208,7 +208,7 @@ def train_step(args, ranks: Distributed, network: nn.Module, optimizer, micro_ba
     """Run one optimizer step on this rank's micro-batches; returns the step's row of the log.
 
     The loss is the sum over the supervised tokens of all micro-batches and ranks, divided by their number. With
-    --loss-mean micro-batch it is a mean of means, in which a token counts for more if its micro-batch has fewer.
+    --loss-mean micro-batch it is the mean of the micro-batches' means.
     """
     rate = learning_rate(step, args.steps, 1.0, args.warmup)
     for group in optimizer.param_groups:
@@ -334,7 +334,7 @@ def train_stage0(args, ranks: Distributed, folder: Path):
     sources, _ = open_sources(args, ranks, "text")
     records = (source.file[i] for source in sources for i in source.usable()[: 20_000 // len(sources)])
     texts = [message["value"] for record in records for message in record["conversations"]]
-    words = template_words(args.template or "llava_hf")  # in every dialogue, so each should become one token
+    words = template_words(args.template or "llava_hf")  # they are in every dialogue: each should become one token
     tokenizer = train_bpe(texts + words * 2000, merges=600)
     for part, train in (("clip", train_clip), ("decoder", train_decoder)):
         if args.tower in ("both", part):
@@ -345,7 +345,7 @@ def train_stage0(args, ranks: Distributed, folder: Path):
 
 
 def train_clip(args, ranks: Distributed, tokenizer: Tokenizer, run: runs.Run):
-    """Train CLIP on images and captions. Scenes that differ in one fact share a batch, as hard negatives."""
+    """Train CLIP on images and captions. The world's scenes that differ in one fact share a batch: hard negatives."""
     model = new_clip(args.size, args.patch_size, tokenizer.vocab_size)
     sources, _ = open_sources(args, ranks, "captions")
     dataset = CaptionPairs(sources, tokenizer, model.config, args.image_mode or "pad")
@@ -390,7 +390,7 @@ def train_llava(args, ranks: Distributed, folder: Path):
 
     if args.whiten and args.vision and dataset.images(1):
         whiten_projector(model, dataset)
-    # Frozen weights need no float32 copy: they are used in the compute dtype, and saved as they were loaded.
+    # Frozen weights are used in the compute dtype; they are saved as they were loaded.
     named = model.named_parameters() if ranks.is_main and not adapter else []
     frozen = {name: p.data for name, p in named if not p.requires_grad}
     sharding.cast_weights(model, args.shard, getattr(torch, args.weights), choose_dtype(args.dtype, ranks.device.type))

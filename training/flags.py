@@ -43,7 +43,7 @@ def percent(text: str) -> float:
 
 add = new_group("what to train")
 add("--stage", "0: the towers; 1: the projector; 2: projector and decoder", type=int, choices=(0, 1, 2), required=True)
-add("--recipe", "sets every knob that no flag sets, see below", choices=recipes.RECIPES, default="world")
+add("--recipe", "sets the hyperparameters that no flag sets, see below", choices=recipes.RECIPES, default="world")
 add("--train", "stages 1 and 2: components that train, a comma-separated choice of vision, projector, llm")
 add("--tower", "stage 0: which tower", choices=("both", "clip", "decoder"), default="both")
 add("--model", "LLaVA to continue from", "the newest finished run of the stage before", type=Path)
@@ -57,7 +57,7 @@ text = "folder that image paths start from, or one for each file of --data and t
 add("--images", text, "each file's own folder", nargs="+", metavar="DIR")
 add("--follow-links", "read images also where links lead out of their folder", action="store_true")
 add("--mixing", "share of each file: proportional to its records, equal, or a temperature", default="proportional")
-text = "shares of the files, as 80/20; 80/20:20/80:4 moves from the first to the second in 4 stretches"
+text = "shares of the files, as 80/20; 80/20:20/80:4 goes from the first to the second in 4 steps"
 add("--shares", text, "as --mixing says", default="")
 add("--skip-bad", "leave out bad records, up to this share of all", type=percent, default=0.0, metavar="PERCENT")
 add("--world", "folder of the embedded world", "out/world, drawn if it is missing", type=Path)
@@ -85,7 +85,7 @@ add("--seed", "seed of new weights, dropout and the order of the data", type=int
 
 add = new_group("parts of a new model")
 add("--projector", "LLaVA-1.5's MLP or LLaVA-1.0's single layer", choices=PROJECTORS)
-add("--whiten", "start the projector from whitened features; small, young towers need it", action="store_true")
+add("--whiten", "start the projector from whitened features; towers of stage 0 need it", action="store_true")
 add("--template", "conversation template", "plain in stage 1, then the decoder's", choices=TEMPLATES)
 text = "how images become square; only a model with tiles can have anyres"
 add("--image-mode", text, "the recipe's or the model's", choices=("square", "pad", "anyres"))
@@ -109,7 +109,7 @@ add("--val", "validation data, as --data, whose loss is logged", nargs="+", meta
 add("--val-every", "steps between validations", type=int, default=200)
 add("--patience", "stop after so many validations without a better loss and keep the best model", type=int)
 add("--save-every", "steps between checkpoints", type=int, default=200)
-add("--keep", "checkpoints to keep; the older ones replace a damaged one", type=int, default=2)
+add("--keep", "checkpoints to keep; an older one is used if the newest is damaged", type=int, default=2)
 add("--board", "also log to these", nargs="+", choices=meters.BOARDS, default=[])
 add("--timeout", "seconds after which a step counts as hung and the process ends", type=float, default=1800)
 
@@ -121,7 +121,7 @@ text = "dtype of trained weights and AdamW's states; bfloat16 halves them and lo
 add("--weights", text, choices=("float32", "bfloat16"), default="float32")
 add("--shard", "what ranks divide: nothing, AdamW's states, or all", choices=sharding.MODES, default="ddp")
 add("--recompute", "recompute activations in the backward pass: less memory, more time", action="store_true")
-add("--compile", "torch.compile the layers; takes half a minute and a C++ compiler", action="store_true")
+add("--compile", "torch.compile the layers: half a minute, and a C++ compiler on a CPU", action="store_true")
 add("--no-fast", "plain PyTorch layers, without fast/", action="store_true")
 
 

@@ -3,15 +3,15 @@
     python train.py --recipe llava-1.5 --stage 2 --model out/stage1 --data llava_v1_5_mix665k.json --images DIR
     python train.py --help                             lists all recipes, with hardware, time and published results
 
-A knob that a stage does not set is None. train.py then uses the model's own value (template, image mode), the decoder's
-context (max_length) or --lr (the learning rate of one component).
+A value that a stage does not set is None. train.py then uses the model's own value (template, image mode), the
+decoder's context (max_length) or --lr (the learning rate of one component).
 """
 
 import math
 from argparse import Namespace
 from dataclasses import dataclass
 
-# Every knob that a recipe may set; each is a flag of train.py too.
+# The hyperparameters that a recipe may set; each is a flag of train.py too.
 KNOBS = ("train", "projector", "image_mode", "template", "max_length", "epochs", "steps", "batch_size")
 KNOBS += ("lr", "lr_projector", "lr_vision", "warmup", "weight_decay", "beta2", "clip_grad", "loss_mean")
 KNOBS += ("lora", "lora_rank", "lora_alpha", "lora_dropout")
@@ -54,7 +54,7 @@ RECIPES = {
         },
         source="this project, for the embedded world and other small data",
         cost="2 CPU cores, minutes",
-        expect="with the sizes of speedrun.sh: 76 % of the held-out questions (docs/training.md)",
+        expect="with the steps of speedrun.sh: 76 % of the held-out questions (docs/training.md)",
     ),
     "llava-1.0": Recipe(
         stages={
@@ -114,7 +114,7 @@ def listing() -> str:
 
 
 def apply_recipe(args: Namespace):
-    """Set every knob that no flag has set; args.differs gets each knob whose value differs from the recipe's.
+    """Set the hyperparameters that no flag has set; args.differs gets those that differ from the recipe's.
     Raises ValueError if the recipe has no such stage."""
     recipe = RECIPES[args.recipe]
     if args.stage not in recipe.stages:
@@ -136,7 +136,7 @@ def count_steps(epochs: float, records: int, batch_size: int) -> int:
 
 
 def configuration_table(args: Namespace) -> str:
-    """Return a table of each knob's value and what set it; a star marks a difference from the recipe."""
+    """Return a table of the hyperparameters and what set them; a star marks a difference from the recipe."""
     lines = [f"  {f'recipe {args.recipe}, stage {args.stage}':<28}{'value':<24}from"]
     values = vars(args) | {key: pair["here"] for key, pair in args.differs.items()}
     for key in dict.fromkeys([*KNOBS, "image_size", *args.flags]):

@@ -1,4 +1,4 @@
-"""What the documents claim about training a LLaVA, tried on a real language model: a table of claims and measurements.
+"""Claims about training a LLaVA (docs/claims.md), tested on a real language model: a table of measurements.
 
     python -m world.claims --decoder smollm2 --speedrun out/speedrun --minutes 15     all of it takes hours
     python -m world.claims --decoder smollm2 --speedrun out/speedrun --only lora qlora
@@ -27,7 +27,7 @@ STEPS = 14  # of training for each of --minutes
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train stage 2. start: the stage 1 that it continues, or None; share: of the records that it sees."""
+    """One way to train stage 2. start: its stage 1, or None; share: of the records; fewer are repeated more often."""
 
     flags: tuple[str, ...] = LORA
     start: str | None = "stage1"
@@ -144,7 +144,7 @@ class PeakRunner(Runner):
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """Return what one trained variant reached."""
+    """Return the accuracy, perplexity and memory of one trained variant."""
     return {
         "accuracy": accuracy_by_category(read_rows(folder / "answers.jsonl"))["overall"],
         "perplexity": read_json(folder / "knowledge.json")["perplexity"],
@@ -159,7 +159,7 @@ def mean_and_error(values: list[float]) -> str:
 
 
 def judge(claim: Claim, differences: list[float]) -> str:
-    """Say if paired differences (better - worse) bear a claim out: "no" or "yes" need two standard errors from 0."""
+    """Say if paired differences (better - worse) confirm a claim. "yes" and "no" need two standard errors from 0."""
     if len(differences) < 2:
         return "one seed: open"
     mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))

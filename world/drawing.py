@@ -86,7 +86,7 @@ def load_font(size: int) -> ImageFont.FreeTypeFont:
 # ---------------------------------------------------------------------------------------------------------------------
 # shifts: the same scenes with other pixels
 #
-# The text stays true, but a model has to adapt its vision. The comparison of LoRA targets fine-tunes on these images.
+# The text stays true, but a model has to adapt its vision. docs/lora.md compares which parts to fine-tune on these.
 
 
 def shift_palette(image: Image.Image, seed: int) -> Image.Image:

@@ -56,7 +56,7 @@ class Card:
         self.text(x + width / 2, y + height / 2, text, WHITE if opacity == 1 else color, size, family=font)
 
     def component(self, x, y, width, height, color, title, title_y, size=12.0):
-        """Draw the box of a part of the model, with its bold title `title_y` below the box's top."""
+        """Draw the box of a part of the model, with a bold title `title_y` below its top."""
         self.box(x, y, width, height, color, radius=7)
         self.text(x + width / 2, y + title_y, title, color, size, weight="bold")
 
@@ -88,7 +88,7 @@ class Card:
 SCENE, IMAGE_TOKEN = 1033, ""
 PROMPT = ["USER:", *[IMAGE_TOKEN] * 9, "What", "color", "is", "the", "star?", "ASSISTANT:"]
 ANSWER = ["The", "star", "is", "blue.", "</s>"]  # true of training scene SCENE of seed 0
-LANE = (  # the way of the image, from left to right: x, width and the text below each station
+LANE = (  # the steps of the image, from left to right: x, width and the text below each
     (28, 110, "3 × {v.image_size} × {v.image_size}"),
     (196, 116, "{v.num_patches} patches of {v.patch_size} × {v.patch_size}"),
     (362, 170, "{v.num_hidden_layers} layers, width {v.hidden_size:,}"),  # the vision tower
@@ -100,7 +100,7 @@ LANE_TOP, SEQUENCE_TOP, SEQUENCE_LEFT, SEQUENCE_WIDTH = 66, 300, 222, 954
 
 
 def draw_architecture(config: LlavaConfig, path: Path):
-    """Draw the way from an image and a question to logits, with shapes of our model and of LLaVA-1.5-7B."""
+    """Draw how an image and a question become logits, with the shapes of our model and of LLaVA-1.5-7B."""
     card = Card(1200, 548, "From an image and a question to an answer")
     card.text(1176, 24, "black: the speedrun's model", ha="right")
     card.text(1176, 42, "gray: LLaVA-1.5-7B", GRAY, ha="right")
@@ -123,7 +123,7 @@ def draw_architecture(config: LlavaConfig, path: Path):
 
 
 def draw_image_lane(card: Card, config: LlavaConfig):
-    """Draw the stations of LANE, the shapes below them, and arrows between them."""
+    """Draw the steps of LANE, the shapes below them, and arrows between them."""
     vision, y = config.vision_config, LANE_TOP
     image_x, patches_x, tower_x, features_x, projector_x, projected_x = (x for x, *_ in LANE)
     image = np.asarray(draw_scene(make_scene(0, SCENE, False)[0], 4 * vision.image_size))
@@ -260,7 +260,7 @@ def draw_losses(run: Path, path: Path):
 
 
 def draw_figures(run: Path, out: Path):
-    """Draw every figure that `run` has the data for into `out`; print a line for each, drawn or not."""
+    """Draw into `out` every figure for which `run` has the data; print a line for each, drawn or not."""
     plots.new_figure(1, 1)  # raises ValueError if matplotlib is missing, before anything is written
     out.mkdir(parents=True, exist_ok=True)
     trained = (run / "stage2/config.json").exists()

@@ -35,7 +35,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 WINDOW = 1024  # tokens that the perplexity reads at a time
 MOST_TOKENS = 16_384  # of the text; the rest is not read
 BATCH = 64  # prompts that are answered at a time
-# Question -> accepted answers. Chosen among 60 because the untouched SmolLM2-135M-Instruct answers these rightly.
+# Question -> accepted answers. Chosen from 60: SmolLM2-135M-Instruct answers all of these correctly.
 QUESTIONS = {
     "What is the capital of France?": ("Paris",),
     "What is the capital of Japan?": ("Tokyo",),
@@ -81,8 +81,8 @@ def ask_questions(model: Llava, tokenizer: Tokenizer) -> list[dict]:
 def perplexity(model: Llava, ids: list[int], bos_id: int | None) -> float:
     """exp of the mean loss, in nats, of every token but the first, read WINDOW tokens at a time.
 
-    Each window begins with the token that the one before it predicted last, and before that with the begin token of a
-    model that has one; it sees nothing else of the windows before it.
+    A window starts with the begin token, if the model has one, and the last token of the window before it. It sees
+    nothing else of that window.
     """
     model.eval()
     start = [] if bos_id is None else [bos_id]
@@ -91,7 +91,7 @@ def perplexity(model: Llava, ids: list[int], bos_id: int | None) -> float:
     for first in tqdm(range(0, count, window), "perplexity", unit="window"):
         row = torch.tensor([start + ids[first : first + window + 1]], device=model.device)
         labels = row.clone()
-        labels[:, : len(start) + 1] = -100  # known, not predicted
+        labels[:, : len(start) + 1] = -100  # the loss leaves out the tokens that start the window
         total += float(model(row, labels))
     return math.exp(total / count)
 
@@ -138,10 +138,10 @@ def ask(model: Llava, tokenizer: Tokenizer, args: argparse.Namespace):
 
 
 def replay(model: Llava, tokenizer: Tokenizer, args: argparse.Namespace):
-    """Write the answers to the prompts, drawn at a temperature of 0.7. Those that did not end are left out, counted."""
+    """Write answers to the prompts, drawn at a temperature of 0.7. Those that do not end are counted and left out."""
     prompts = PROMPTS.read_text("utf-8").splitlines()
     count = min(args.limit, len(prompts))
-    prompts = [prompts[i * len(prompts) // count] for i in range(count)]  # of every kind: they stand by kind
+    prompts = [prompts[i * len(prompts) // count] for i in range(count)]  # evenly spaced: the file is sorted by kind
     records, ends, stop = [], set(model.config.eos_token_ids), stop_text(model.config.template)
     sampling = {"temperature": 0.7, "generator": torch.Generator(model.device).manual_seed(args.seed)}
     for first in tqdm(range(0, len(prompts), BATCH), "replay", unit="batch"):

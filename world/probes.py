@@ -44,8 +44,8 @@ METRICS = metrics.METRICS | {"objects_f1": objects_f1}
 
 
 def default_metric(category: str, path: Path) -> str:
-    """Return the metric of a question that names none: exact match, except in the questions.jsonl of worlds that were
-    written before questions named their metric, which a scenes.jsonl beside the file tells."""
+    """Return the metric of a question that names none: exact match, but objects_f1 for the descriptions of an older
+    world, whose questions.jsonl (with a scenes.jsonl beside it) names no metrics."""
     is_world = path.name == "questions.jsonl" and (path.parent / "scenes.jsonl").exists()
     return "objects_f1" if category == "description" and is_world else "exact"
 
@@ -64,7 +64,7 @@ def make_row(probe: str, condition: str, scene: Scene, text: str, truth: str, **
 
 
 def probe_existence(count: int, rng: random.Random) -> Iterator[dict]:
-    """Ask if there is a red star. Condition: how absent objects are chosen; equally many present ones are asked about.
+    """Ask if there is an object, as many present as absent ones. Condition: how the absent objects are chosen.
 
     As in POPE (Li et al. 2023, section 4): random; popular, the most frequent in training scenes; adversarial, those
     that training scenes most often show together with the scene's objects. Near miss: one object has the color and
@@ -138,7 +138,7 @@ def probe_reading(count: int, rng: random.Random) -> Iterator[dict]:
 
 
 def probe_prior(count: int, rng: random.Random) -> Iterator[dict]:
-    """Ask the world's own questions. Conditions: with their image, a blank one, or the image of another question.
+    """Ask the world's held-out questions. Condition: their own image, a blank one, or the image of another question.
 
     An answer that is right without the image was guessed from the question alone.
     """
@@ -188,7 +188,7 @@ def text_height(text: str, scale: float, side: int) -> int:
 
 
 def score_probe(row: dict, answer: str) -> float:
-    """Score an answer: by its conclusion only to "existence" and "relations", by its last word to "reading"."""
+    """Score an answer. In "existence" and "relations" only the conclusion counts, in "reading" the last word."""
     if row["probe"] in ("existence", "relations"):
         return float(plain_form(answer.split(", so ")[-1]) == plain_form(row["answer"]))
     if row["probe"] == "reading":

@@ -4,10 +4,10 @@
     bash speedrun.sh --llm FILE_OR_FOLDER        any other decoder that train.py --llm takes; nothing is fetched
 
 World and vision tower are those of a finished speedrun, or are made as the speedrun makes them. Stage 1 trains the
-projector; from it stage 2 trains low-rank updates, with a tenth of the model's own answers to plain prompts mixed in
-(lora-replay). --ways adds stage 2 without these answers (lora) and with all weights (full), for comparison. The best
-model is written to OUT/model-WAY, which transformers loads. --minutes sets the number of steps, so the result does not
-depend on the machine's speed; the same command resumes, and --ways may name more ways later.
+projector. Stage 2 trains LoRA; a tenth of its samples are the decoder's own answers to plain prompts (lora-replay).
+--ways adds stage 2 without these answers (lora) and with all weights (full), for comparison. The best model is written
+to OUT/model-WAY, which transformers loads. --minutes sets the number of steps, so the result does not depend on the
+machine's speed. The same command resumes; a later one may add --ways.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def packaged_decoder(name: str) -> Path:
 
 
 def choose_world(given: Path | None, minutes: float, seed: int, out: Path) -> Path:
-    """The speedrun's folder whose world and CLIP are used: `given`, the one that `out` was begun with, out/speedrun if
+    """The folder whose world and CLIP are used: `given`, else the one that `out` was begun with, else out/speedrun if
     it fits, else `out` itself. Raises ValueError if `given` has no finished CLIP."""
     begun = read_optional_json(out / "speedrun.json").get("speedrun")
     if begun and not given:
@@ -139,7 +139,7 @@ def read_flags() -> tuple[argparse.Namespace, list[str]]:
     text = "a speedrun's folder, for its world and CLIP; default: out/speedrun if it is as large, else new ones"
     add("--speedrun", type=Path, help=text)
     add("--text", type=Path, help="held-out English for the perplexity, in UTF-8; default: the prose of docs/")
-    dtype = "of training and evaluation; bfloat16 is faster where the processor has it (AVX-512 BF16, AMX), else slower"
+    dtype = "dtype of training and evaluation; bfloat16 is faster only on processors with AVX-512 BF16 or AMX"
     add("--dtype", choices=("bfloat16", "float32"), default="float32", help=dtype)
     ways = "how stage 2 trains; every further way takes about half of --minutes more"
     add("--ways", nargs="+", choices=WAYS, default=["lora-replay"], help=ways)

@@ -17,7 +17,7 @@ EXTRA_STEPS = ("no-stage1", "ablation evaluation")  # of --ablation; not counted
 def write_report(out: Path, minutes: dict[str, float], dial: float):
     """Write report.md, report.json, loss.png and sheet.png from what the steps left in `out`.
 
-    Args: minutes: minutes that each step took; dial: the speedrun's --minutes.
+    Args: minutes: minutes that each step took; dial: the value of --minutes.
     """
     answers = read_rows(out / "stage2/answers.jsonl")
     plots.loss_curve(out / "loss.png", {name: read_rows(out / name / "log.jsonl") for name in STAGES})

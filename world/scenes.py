@@ -108,15 +108,15 @@ def sample_tint(rng: random.Random) -> tuple[int, int, int]:
 
 
 def jitter(obj: SceneObject, rng: random.Random) -> SceneObject:
-    """Move an object off its cell's center, but not so far that its cell becomes doubtful."""
+    """Move an object off its cell's center, but never into another cell."""
     return replace(obj, dx=rng.uniform(-0.02, 0.02), dy=rng.uniform(-0.02, 0.02))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the scenes of a seed
 #
-# Scenes come in groups of four: one base scene and three siblings that differ from it in a single fact. To match each
-# of the four images to its own caption, the CLIP of stage 0 has to see that fact.
+# Scenes come in groups of four: a base scene and three siblings, each of which differs from it in one fact. To match
+# the four images to their captions, the CLIP of stage 0 has to see that fact.
 
 GROUP_SIZE = 4
 

@@ -3,8 +3,8 @@
     python -m world.speedrun --minutes 15        (bash speedrun.sh installs first)
 
 --minutes sets the number of images and of training steps. Neither depends on the machine's speed, so on one machine
-the same minutes and seed give the same results. The same command resumes a stopped speedrun at the step that it was in;
-the report then counts that step's minutes from there. The report is out/speedrun/report.md.
+the same minutes and seed give the same results. The same command resumes a stopped speedrun; the report,
+out/speedrun/report.md, then counts the minutes of the stopped step from there.
 `bash speedrun.sh --decoder smollm2` runs world/real_decoder.py instead, whose language model is pretrained.
 """
 
@@ -28,7 +28,7 @@ from world.writer import make_records
 
 
 def new_model() -> tuple[LlavaConfig, Tokenizer]:
-    """Return config and tokenizer of a model of the speedrun's shape, for the figures and for bench/."""
+    """Return config and tokenizer of an untrained model of the speedrun's shape, for the figures and for bench/."""
     records = [record for i in range(300) for record in make_records(0, i, TURNS)[1]]
     texts = [message["value"] for record in records for message in record["conversations"]]
     tokenizer = train_bpe([*texts, *["USER: ", " ASSISTANT:"] * 300], merges=600)
@@ -69,7 +69,7 @@ def plan(minutes: float, seed: int, out: Path, ablation: bool, stage2_flags: lis
 
     towers = ("--vision", f"{out}/stage0/clip", "--llm", f"{out}/stage0/decoder")
     draw = ["-m", "world", "write", "--out", f"{out}/world", "--n", str(int(1000 * minutes)), "--seed", str(seed)]
-    without_stage1 = [  # the same stage 2 on an untrained projector; it runs first, so that stage 2 is the newest run
+    without_stage1 = [  # stage 2 on an untrained projector; it runs first, so that the usual stage 2 is the newest
         train("no-stage1", 2, "no-stage1", 680, *towers, *stage2_flags),
         evaluate("ablation evaluation", "no-stage1"),
     ]
@@ -93,16 +93,16 @@ COMPILER_TEST = (
 
 
 def choose_compile(minutes: float) -> list[str]:
-    """Return ["--compile"] if the compiler works and saves more than the half minute that it takes."""
+    """Return ["--compile"] if the compiler works and the run is long enough for the half minute that it takes."""
     if minutes < 10:
         return []
     print("testing torch's compiler ...", flush=True)
-    # In a process of its own, so that the memory that compiling takes is free again.
+    # In its own process, which frees the memory that compiling takes.
     test = subprocess.run([sys.executable, "-c", COMPILER_TEST], capture_output=True, text=True)
     if test.returncode == 0:
         return ["--compile"]
     reason = (test.stderr.splitlines() or ["it was stopped"])[-1].removeprefix("ValueError: ")
-    print(f"stage 2 will take a third longer: {reason}", file=sys.stderr)
+    print(f"stage 2 trains without --compile: {reason}", file=sys.stderr)
     return []
 
 
@@ -185,7 +185,7 @@ def main():
     add("--minutes", type=float, default=15, help="about how long it takes on two cores, without the installation")
     add("--seed", type=int, default=0, help="seed of the world and of every training run")
     add("--out", type=Path, default=OUTPUT_ROOT / "speedrun", help="folder to write everything to")
-    ablation = "also train stage 2 without stage 1, in extra time; if added later, that is then the newest run"
+    ablation = "also train stage 2 without stage 1, in extra time; added to a finished speedrun, it is the newest run"
     add("--ablation", action="store_true", help=ablation)
     args = parser.parse_args()
     if args.minutes <= 0:

@@ -2,7 +2,7 @@
 
     captions.json     one caption per image, for stage 1 and for CLIP
     instruct.json     dialogues about the images, for stage 2
-    text.json         dialogues about notes instead of images, for the decoder of stage 0
+    text.json         dialogues about written notes instead of images, for the decoder of stage 0
     questions.jsonl   questions about held-out images, for eval.py
     scenes.jsonl      the objects of every image with their boxes
 
@@ -107,7 +107,7 @@ def make_records(seed: int, index: int, turns: int) -> tuple[dict, list[dict], l
 
 
 def make_questions(seed: int, count: int, first: int = 0) -> list[dict]:
-    """Return `count` held-out questions, equally many of each family, about a scene each, from `first` on."""
+    """Return `count` held-out questions, equally many of each family, each about another scene, from `first` on."""
     rows = []
     for index in itertools.count(first):
         if len(rows) == count:
