@@ -456,11 +456,13 @@ def sample_token(
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    probabilities, ids = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-    likelier = probabilities.cumsum(dim=-1) - probabilities  # (B, V), total probability of all likelier tokens
-    likelier[:, 0] = -1  # the likeliest token always stays
-    probabilities[likelier >= top_p] = 0  # multinomial divides by the sum of the rest
-    return ids.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
+    probabilities = logits.softmax(dim=-1)
+    if top_p < 1:
+        ordered, ids = probabilities.sort(dim=-1, descending=True)
+        likelier = ordered.cumsum(dim=-1) - ordered  # (B, V), total probability of all likelier tokens
+        likelier[:, 0] = -1  # the likeliest token always stays
+        probabilities = torch.zeros_like(ordered).scatter(1, ids, ordered.masked_fill(likelier >= top_p, 0))
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]  # divides by the sum of what is left
 
 
 @torch.inference_mode()

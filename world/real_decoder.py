@@ -95,7 +95,7 @@ def plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> list[
         return Step(name, ["-m", "world.knowledge", "ask", "--model", str(model), "--out", str(file), *text_flags])
 
     towers = ("--vision", f"{speedrun}/stage0/clip", "--llm", str(llm), "--whiten")
-    prompts = ["--limit", str(max(1, int(5 * minutes))), "--seed", str(seed), "--dtype", dtype]
+    prompts = ["--limit", str(max(1, int(2 * minutes))), "--seed", str(seed), "--dtype", dtype]
     steps = plan_speedrun(tower_minutes(minutes), seed, out, False, []) if speedrun == out else []
     steps = [step for step in steps if step.name in ("world", "clip")]
     steps += [
