@@ -50,16 +50,10 @@ def prepare_job(asked: ChatRequest, model: Llava, tokenizer: Tokenizer) -> Job:
     _, images = open_images(files, config)
     prompt = render(turns, tokenizer, config, images)
     room = config.text_config.max_position_embeddings - len(prompt)
-    return Job(
-        prompt,
-        images,
-        min(asked.max_tokens, asked.max_completion_tokens, room),
-        asked.temperature,
-        asked.top_k,
-        asked.top_p,
-        secrets.randbits(63) if asked.seed is None else asked.seed,
-        tuple(filter(None, [*asked.stop, stop_text(config.template)])),
-    )
+    most = min(asked.max_completion_tokens or asked.max_tokens, room)
+    seed = secrets.randbits(63) if asked.seed is None else asked.seed
+    stops = tuple(filter(None, [*asked.stop, stop_text(config.template)]))
+    return Job(prompt, images, most, asked.temperature, asked.top_k, asked.top_p, seed, stops)
 
 
 def draw_maps(asked: LookRequest, model: Llava, tokenizer: Tokenizer) -> dict:
@@ -67,14 +61,15 @@ def draw_maps(asked: LookRequest, model: Llava, tokenizer: Tokenizer) -> dict:
 
     The answer's ids are those that its text has in training. Raises Refusal.
     """
-    config, text = model.config, "".join(part.text for part in asked.messages[-1].content if part.type == "text")
+    config, last = model.config, asked.messages[-1]
+    text = "".join(part.text for part in last.content if part.type == "text").strip()
     turns, files = read_dialogue(asked.messages[:-1])
     images, prepared = open_images(files, config)
     prompt = render(turns, tokenizer, config, prepared)
     turns[-1].answer = text
     ids = render(turns, tokenizer, config, prepared)
     words = find_words(prompt, ids[len(prompt) :], text, tokenizer)
-    if asked.messages[-1].role != "assistant" or not images or asked.word >= len(words):
+    if last.role != "assistant" or not images or asked.word >= len(words):
         raise Refusal("the last message must be an answer about an image that has this word", "word")
     word = words[asked.word]
     values = MAPS[LOOK_BY](model, Answer(ids, [word], prepared))[0].split([image.tokens for image in prepared])

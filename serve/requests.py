@@ -90,7 +90,7 @@ class ChatRequest(Fields):
     top_p: float = Field(1, ge=0, le=1)
     top_k: int = Field(0, ge=0)  # 0: draw from all tokens; not one of OpenAI's fields
     max_tokens: int = Field(256, ge=1, le=MAX_TOKENS)
-    max_completion_tokens: int = Field(MAX_TOKENS, ge=1, le=MAX_TOKENS)  # the smaller of the two holds
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)  # OpenAI's newer name, which wins
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=200)]],

@@ -23,6 +23,7 @@ from llava import generate
 from serve import __main__ as command
 
 limits = pytest.importorskip("serve.requests", exc_type=ImportError)
+prepare_job = pytest.importorskip("serve.prompts", exc_type=ImportError).prepare_job
 
 PATH = "/v1/chat/completions"
 
@@ -126,6 +127,16 @@ def test_stop_texts_end_an_answer_and_are_never_shown(server):
     choice = server.ask("Hello", max_tokens=40, stop=["never found", stop])["choices"][0]
     assert choice["finish_reason"] == "stop" and choice["message"]["content"] == whole[: whole.index(stop)]
     assert server.ask("Hello", max_tokens=40, stop=stop)["choices"] == [choice]
+
+
+@pytest.mark.parametrize("options, most", [
+    ({}, 256), ({"max_tokens": 3}, 3), ({"max_completion_tokens": 300}, 300), ({"max_tokens": 4096}, 1024 - 7),
+    ({"max_tokens": 3, "max_completion_tokens": 5}, 5),
+])  # fmt: skip
+def test_both_names_of_the_largest_number_of_tokens(server, options, most):
+    body = json.dumps({"messages": [{"role": "user", "content": "hi"}]} | options).encode()
+    job = prepare_job(limits.read_request(body, limits.ChatRequest, ""), server.model, server.tokenizer)
+    assert len(job.prompt) == 7 and job.max_tokens == most
 
 
 def test_a_seed_repeats_an_answer(server):

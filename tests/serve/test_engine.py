@@ -94,6 +94,7 @@ def test_jobs_that_come_and_go_change_no_answer(llava, tiny, engine):
         time.sleep(draw.random() * 0.01)
         if i % 3 == 2:
             engine.cancel(jobs[draw.randint(max(0, i - 8), i)])
+    engine.cancel(jobs[-1])
     reasons = [wait(job)[1] for job in jobs]
     assert max(rows) >= 6 and len(set(rows)) > 4 and 1 <= reasons.count("cancelled") <= 8
     for job, reason, ids in zip(jobs, reasons, alone):

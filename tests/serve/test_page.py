@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 import time
 from io import BytesIO
 
@@ -17,8 +18,8 @@ CHROMIUM = shutil.which("chromium")
 def tab():
     """One tab for all tests: to open another takes seconds."""
     playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium on this machine")
+    if CHROMIUM is None or subprocess.run([CHROMIUM, "--version"], capture_output=True).returncode:
+        pytest.skip("there is no chromium that runs on this machine")
     with playwright.sync_playwright() as driver:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
