@@ -78,7 +78,8 @@ def serve(args: argparse.Namespace):
     service = Service(engine, (args.adapter or folder).resolve().name, args.queue, args.per_client, hosts)
     host, port = listener.getsockname()[:2]
     print(f"serve: http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
-    config = uvicorn.Config(make_app(service), log_level="warning", timeout_graceful_shutdown=2)
+    limits = {"timeout_graceful_shutdown": 2, "limit_concurrency": 512}  # seconds; connections, idle ones too
+    config = uvicorn.Config(make_app(service), log_level="warning", **limits)
     uvicorn.Server(config).run([listener])
     engine.close()
 
