@@ -162,7 +162,7 @@ def prepare_image(image: Image.Image, config) -> PreparedImage:
     vision, size, pinpoints = config.vision_config, (image.height, image.width), config.image_grid_pinpoints
     if not pinpoints:
         pixels = image_pixels(image, vision.image_size, config.image_mode)
-        return PreparedImage(pixels[None], size, vision.num_patches)
+        return PreparedImage(pixels[None], size, config.visual_tokens or vision.num_patches)
     pixels = torch.stack([normalize(tile) for tile in cut_tiles(image, pinpoints, vision.image_size)])
     return PreparedImage(pixels, size, count_tokens(size, pinpoints, vision.image_size, vision.patch_size))
 

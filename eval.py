@@ -39,6 +39,7 @@ from inputs.templates import is_whole_prompt
 from llava import LlavaConfig
 from training import runs
 from training.ranks import Distributed
+from variants.token_budget import limit_visual_tokens
 from world import probes
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,6 +154,7 @@ def answer(args: argparse.Namespace):
     device = str(ranks.device)
     model, tokenizer = load_with_adapter(base, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
     choose_template(model.config, tokenizer, args.template)
+    limit_visual_tokens(model, args.visual_tokens)
     if not args.no_fast:
         accelerate(model)
     choose_image_mode(args.task, args.image_mode, model.config)
@@ -168,6 +170,7 @@ def answer(args: argparse.Namespace):
     length = args.max_new_tokens or (TASKS[args.task].max_new_tokens if args.task in TASKS else 128)
     settings = {"task": args.task, "suffix": plan.suffix, "limit": args.limit, "blank": args.blank}
     settings |= {"batch_size": args.batch_size, "max_new_tokens": length, "bits": args.bits, "fast": not args.no_fast}
+    settings |= {"visual_tokens": str(args.visual_tokens)} if args.visual_tokens else {}
     ranks.on_main(save_manifest, plan.out, folders, plan.files, plan.questions, plan.images, model, settings)
     cost, name = Cost(), folder.name + ("-blank" if args.blank else "")
     ask = partial(answer_batch, model, tokenizer, images=plan.images, max_new_tokens=length, cost=cost)

@@ -74,6 +74,7 @@ class LlavaConfig:
     image_grid_pinpoints: list[list[int]] | None = None  # canvas sizes (height, width) that anyres cuts into tiles
     eos_token_ids: list[int] = field(default_factory=lambda: [2])
     pad_token_id: int = 0
+    visual_tokens = None  # tokens of an image, if fewer than patches: variants/token_budget.py sets it; not stored
 
 
 # ---------------------------------------------------------------------------------------------------------------------

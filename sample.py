@@ -37,6 +37,7 @@ from insight.look import LOOKS, check_page, look, save_page
 from llava import KVCache, Llava, generate
 from training import runs
 from training.ranks import Distributed
+from variants.token_budget import limit_visual_tokens, read_budget
 
 DESCRIBE = "Describe the image."  # as in the training data of the embedded world
 
@@ -114,6 +115,7 @@ def read_flags() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="seed of the draws")
     add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
+    add("--visual-tokens", type=read_budget, metavar="N[:METHOD]", help="tokens of an image: docs/token-budget.md")
     add("--no-fast", action="store_true", help="plain PyTorch layers, without those of fast/")
     add("--compile", action="store_true", help="faster answers after some 10 seconds; on a CPU it needs a C++ compiler")
     add(
@@ -129,6 +131,8 @@ def read_flags() -> argparse.Namespace:
         parser.error("--temperature must be >= 0, --top-p in (0, 1], --top-k >= 0, --max-new-tokens >= 1")
     if not 0 <= args.seed < 2**63:
         parser.error("--seed must be in [0, 2^63)")
+    if args.look and args.visual_tokens:
+        parser.error("--look draws all patches of an image: no --visual-tokens")
     if reason := many.why_refused(args):
         parser.error(reason)
     return args
@@ -174,6 +178,7 @@ def main():
     device = str(ranks.device)
     model, tokenizer = load_with_adapter(folder, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
     choose_template(model.config, tokenizer, args.template)
+    limit_visual_tokens(model, args.visual_tokens)
     if not args.no_fast:
         accelerate(model)
     if args.compile:

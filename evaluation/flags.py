@@ -8,6 +8,7 @@ from evaluation.tasks import TASKS
 from formats.weights import DTYPES
 from inputs.cli import make_parser
 from inputs.templates import TEMPLATES
+from variants.token_budget import read_budget
 
 
 def read_flags(description: str) -> argparse.Namespace:
@@ -28,6 +29,7 @@ def read_flags(description: str) -> argparse.Namespace:
     add("--limit", type=int, help="answer only so many questions; for probes: scenes per condition (default 100)")
     add("--suffix", help="text after each question; default: LLaVA-1.5's for the task")
     add("--image-mode", choices=("pad", "square"), help="how images are made square; default: pad for benchmarks")
+    add("--visual-tokens", type=read_budget, metavar="N[:METHOD]", help="tokens of an image: docs/token-budget.md")
     add("--blank", action="store_true", help="replace images by their mean color: what language alone can answer")
     add("--device", help="cpu, cuda or cuda:N; default: cuda if there is a GPU")
     add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")

@@ -149,6 +149,7 @@ def answer_batches(
         raise DataError("this model is a decoder without a vision tower: it answers questions without images only")
     settings = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens, "bits": args.bits}
     settings |= {"fast": not args.no_fast, "compile": args.compile, "default_prompt": args.prompt}
+    settings |= {"visual_tokens": str(args.visual_tokens)} if args.visual_tokens else {}
     folders, files = [folder, args.adapter] if args.adapter else [folder], [] if is_folder else [args.batch]
     ranks.on_main(save_manifest, args.out, folders, files, questions, images, model, settings, args.skip_bad)
     cost = Cost()
