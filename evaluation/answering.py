@@ -119,7 +119,8 @@ def answer_prompts(
             if token is not None:
                 row.append(token)
     end = time.perf_counter()
-    cost.update({"batches": 1, "questions": len(questions), "visual tokens": sum(image.tokens for image in prepared)})
+    visual = sum(image.tokens for image in prepared) * getattr(model, "visual_token_share", 1)  # fastv: mean of layers
+    cost.update({"batches": 1, "questions": len(questions), "visual tokens": visual})
     cost.update({"prompt tokens": sum(map(len, prompts)), "new tokens": sum(map(len, ids))})
     cost.update({"seconds": end - start, "seconds to first token": (first or end) - start})
     texts, stop = [tokenizer.decode(row).lstrip() for row in ids], stop_text(config.template)

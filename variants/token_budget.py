@@ -4,13 +4,15 @@
     uniform         N patches, evenly spread over the image (default)
     cls             the N patches that the vision tower's class token attends to most
     pool            the tokens of all patches, averaged over a grid of m x m areas; N = m * m
+    fastv[:K]       all patches in the decoder's first K layers (default 2), then the N that the question looks at most
 
-All of them shorten the prompt itself. An image's tokens depend on this image only, not on the others of the batch.
+All but fastv shorten the prompt itself. An image's tokens depend on this image only, not on the others of the batch.
 Kept patches stay in their order. Every N that is all patches changes nothing.
 
 Sources: cls as in FasterVLM (Zhang et al. 2024, arXiv 2412.01818) and VisionZip (Yang et al. 2024, 2412.04467), without
-the latter's merging; pool as in M3 (Cai et al. 2024, 2405.17430), whose model was trained for it.
-Shapes: N images, P patches, n of them kept, C width, H heads, D width of a head, S pixels a side.
+the latter's merging; pool as in M3 (Cai et al. 2024, 2405.17430), whose model was trained for it; fastv: Chen et al.
+2024 (2403.06764). Shapes: N images, P patches, n of them kept, C width, H heads, D width of a head, S pixels a side;
+in the decoder B rows, T tokens, t of them kept, KV key heads, L slots of the cache.
 """
 
 import argparse
@@ -22,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-METHODS = ("random", "uniform", "cls", "pool")
-NUMBERED = ("random",)  # methods that take a number of their own
+METHODS = ("random", "uniform", "cls", "pool", "fastv")
+NUMBERED = {"random": 0, "fastv": 2}  # methods that take a number of their own, and its default
 PER_PATCH = ("linear", "mlp2x_gelu")  # projectors that give one token for each patch
 
 
@@ -31,7 +33,7 @@ PER_PATCH = ("linear", "mlp2x_gelu")  # projectors that give one token for each 
 class Budget:
     tokens: int  # of an image
     method: str = "uniform"
-    number: int = 0  # random: the seed
+    number: int = 0  # random: the seed; fastv: the number of layers that read all patches
 
     def __str__(self) -> str:
         return f"{self.tokens}:{self.method}" + (f":{self.number}" if self.method in NUMBERED else "")
@@ -47,7 +49,7 @@ def read_budget(text: str) -> Budget:
         raise argparse.ArgumentTypeError(f"{tokens!r:.50} is not a number of tokens from 1")
     if number and not (method in NUMBERED and number.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r:.50}: only {' and '.join(NUMBERED)} take a number, as in 4:random:1")
-    return Budget(int(tokens), method, int(number or 0))
+    return Budget(int(tokens), method, int(number or NUMBERED.get(method, 0)))
 
 
 def limit_visual_tokens(model: nn.Module, budget: Budget | None):
@@ -61,6 +63,9 @@ def limit_visual_tokens(model: nn.Module, budget: Budget | None):
     config, tokens = model.config, budget.tokens
     check_budget(budget, config)
     if tokens == config.vision_config.num_patches:
+        return
+    if budget.method == "fastv":
+        FastV(model, budget)
         return
     config.visual_tokens = tokens
     if budget.method == "pool":
@@ -95,6 +100,9 @@ def check_budget(budget: Budget, config):
         lower, most = math.isqrt(tokens), math.isqrt(vision.num_patches)
         near = f"{lower**2} or {(lower + 1) ** 2}" if lower < most else lower**2
         raise ValueError(f"--visual-tokens {budget}: pool needs a square number of tokens, such as {near}")
+    layers = config.text_config.num_hidden_layers
+    if budget.method == "fastv" and not 0 < budget.number < layers:
+        raise ValueError(f"--visual-tokens {budget}: the decoder has {layers} layers, so K is from 1 to {layers - 1}")
     if budget.method == "cls" and config.vision_feature_layer in (0, -1 - vision.num_hidden_layers):
         raise ValueError("--visual-tokens: cls needs features of a block, and this model takes those before the first")
 
@@ -175,3 +183,108 @@ def pool_tokens(tokens: Tensor, count: int) -> Tensor:
     side, m = math.isqrt(tokens.shape[1]), math.isqrt(count)
     grid = tokens.transpose(1, 2).unflatten(2, (side, side))  # (N, C, side, side)
     return F.adaptive_avg_pool2d(grid, m).flatten(2).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FastV: image tokens are dropped inside the decoder
+
+
+class FastV:
+    """Drops image tokens before layer K of the decoder, counted from 0, and keeps n for each image of a row.
+
+    They are ranked, row by row, by the attention of the row's last token in layer K - 1, mean over heads. Later layers
+    and their part of the KV cache have the other tokens only, at their original positions. A row with an image and one
+    without lose different numbers of tokens; both are moved to the right, so that all end in the last column again:
+
+        layers before K    w w i i i i w w          i image token, w word, . padding
+                           . . . . w w w w
+        later, n = 2       w w i i w w              the longest row has 8 - 2 tokens left
+                           . . w w w w
+
+    It answers only, with a KV cache, which must begin with all images of the prompt.
+    """
+
+    def __init__(self, model: nn.Module, budget: Budget):
+        """Add hooks to a Llava."""
+        self.decoder, self.layer, self.kept = model.language_model.model, budget.number, budget.tokens
+        self.patches, self.images, embed = model.config.vision_config.num_patches, None, model.embed
+        model.visual_token_share = self.mean_share()
+
+        def embed_and_mark(input_ids, *images):
+            self.images = input_ids == model.config.image_token_index  # (B, T)
+            return embed(input_ids, *images)
+
+        model.embed = embed_and_mark
+        self.decoder.register_forward_pre_hook(self.start)
+        self.decoder.layers[self.layer - 1].register_forward_pre_hook(self.remember)
+        for layer in self.decoder.layers[self.layer :]:
+            layer.register_forward_pre_hook(self.shorten)
+
+    def mean_share(self) -> float:
+        """Share of the image tokens that a layer reads, mean over layers."""
+        layers = len(self.decoder.layers)
+        return (self.layer + (layers - self.layer) * self.kept / self.patches) / layers
+
+    def start(self, decoder: nn.Module, arguments: tuple):
+        """Before the decoder reads tokens: count what is dropped, and give later layers a shorter cache and mask."""
+        x, padding, cache = (*arguments, None, None)[:3]
+        if cache is None:
+            raise ValueError("--visual-tokens: fastv needs a KV cache")
+        batch, new = x.shape[:2]
+        images, self.images = self.images, None
+        if cache.used == 0:
+            padding = torch.zeros(batch, dtype=torch.long, device=x.device) if padding is None else padding
+            images = x.new_zeros(batch, new, dtype=torch.bool) if images is None else images
+            self.real = torch.arange(new, device=x.device) >= padding[:, None]  # (B, T)
+            self.marked, self.budgets = images, images.sum(1) // self.patches * self.kept  # (B,) tokens to keep
+            lengths = self.real.sum(1) - images.sum(1) + self.budgets  # (B,) of the rows in later layers
+            cache.dropped = new - int(lengths.max())  # columns
+            cache.padding = new - cache.dropped - lengths
+            for stored in (cache.keys, cache.values):
+                for i in range(self.layer, len(stored)):
+                    shape = *stored[i].shape[:2], cache.length - cache.dropped, stored[i].shape[3]
+                    stored[i] = stored[i].new_zeros(shape)
+        elif images is not None and images.any():
+            raise ValueError("--visual-tokens: fastv reads all images with the first tokens of a prompt")
+        self.dropped, self.prefill = cache.dropped, cache.used == 0
+        first = 0 if self.prefill else cache.used - cache.dropped
+        self.slots = torch.arange(first, cache.used + new - cache.dropped, device=x.device)
+        keys, queries = torch.arange(cache.length - cache.dropped, device=x.device), self.slots[:, None]
+        real = keys >= cache.padding[:, None, None]
+        self.mask = ((keys <= queries) & real | (keys == queries))[:, None]  # as llava.attention_mask
+
+    def remember(self, layer: nn.Module, arguments: tuple):
+        """Keep the input of layer K - 1 until layer K has used it."""
+        if self.prefill:
+            self.before = arguments
+
+    def shorten(self, layer: nn.Module, arguments: tuple) -> tuple:
+        """The arguments of a layer from K on: layer K drops tokens of a prompt, all use the shorter cache and mask."""
+        x, rope, _, stored, _, *rest = arguments
+        if layer is self.decoder.layers[self.layer] and self.prefill:
+            index, self.before = self.choose(), None  # (B, t)
+            x = x.take_along_dim(index[..., None], dim=1)
+            self.rope = rope and tuple(angles.take_along_dim(index[:, None, :, None], dim=2) for angles in rope)
+        rope = self.rope if self.prefill else rope
+        return x, rope, self.mask, stored, self.slots, *rest
+
+    def choose(self) -> Tensor:
+        """Columns (B, t) of the tokens that stay, in their order; in shorter rows, others stand in as padding."""
+        scores = self.last_attention().masked_fill(~self.marked, -1)
+        ranks = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        kept = self.real & (~self.marked | (ranks < self.budgets[:, None]))
+        return kept.int().argsort(dim=1, stable=True)[:, self.dropped :]
+
+    def last_attention(self) -> Tensor:
+        """Attention (B, T) of the last token to all tokens in layer K - 1, mean over heads, float32."""
+        x, rope, mask, (keys, _), *_ = self.before
+        layer = self.decoder.layers[self.layer - 1]
+        attention, new = layer.self_attn, x.shape[1]
+        q = attention.q_proj(layer.input_layernorm(x[:, -1:])).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        if rope is not None:
+            cos, sin = (angles[:, :, -1:] for angles in rope)
+            first, second = q.float().chunk(2, dim=-1)
+            q = q * cos + torch.cat([-second, first], dim=-1) * sin  # as llava.apply_rope
+        k = keys[:, :, :new].repeat_interleave(q.shape[1] // keys.shape[1], dim=1)  # grouped-query attention
+        scores = q.float() @ k.float().transpose(-1, -2) / math.sqrt(attention.head_dim)  # (B, H, 1, T)
+        return scores.masked_fill(~mask[:, :, -1:, :new], -torch.inf).softmax(dim=-1).mean(dim=1)[:, 0]

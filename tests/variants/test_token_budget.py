@@ -12,7 +12,8 @@ import sample
 from clip import CLIPVisionConfig
 from data import prepare_image
 from formats.configs import config_to_json
-from llava import KVCache, Llava, LlavaConfig, TextConfig, generate
+from insight.maps import RecordAttention
+from llava import KVCache, Llava, LlavaConfig, TextConfig, generate, rope_angles
 from variants.token_budget import (
     Budget,
     class_attention,
@@ -24,7 +25,8 @@ from variants.token_budget import (
 )
 
 SIDE, PATCHES = 16, 16  # 4 x 4 patches of 4 pixels
-METHODS = ["random", "uniform", "cls", "pool"]
+SHORTER = ["random", "uniform", "cls", "pool"]  # methods that shorten the prompt
+METHODS = [*SHORTER, "fastv", "fastv:3"]
 
 
 def make(budget=None, kind="llama_gqa", scale=0.2, **values):
@@ -77,7 +79,7 @@ def test_each_method_by_itself_keeps_all_patches_in_order():
     assert torch.equal(pool_tokens(tokens, PATCHES), tokens)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SHORTER)
 @torch.no_grad()
 def test_rows_do_not_depend_on_their_batch(method):
     """Features of chosen patches and answers are those of the image alone; the prompts have different lengths."""
@@ -90,7 +92,7 @@ def test_rows_do_not_depend_on_their_batch(method):
     assert len({tuple(row) for row in got}) == 3
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SHORTER)
 @torch.no_grad()
 def test_prompt_and_cache_are_as_short_as_the_budget_says(method):
     model = make(f"4:{method}")
@@ -162,6 +164,101 @@ def test_random_patches_are_even_and_follow_seed_and_image():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# FastV
+
+
+def full_states(model, ids, features, first_full=0, dropped=()):
+    """States (1, T, C) of all tokens in one pass without a cache; layers from `first_full` on cannot see `dropped`.
+
+    Returns them and the attention weights (1, H, T, T) of each layer below `first_full`.
+    """
+    decoder, weights = model.language_model.model, []
+    x = model.embed(torch.tensor([ids]), features)
+    positions = torch.arange(len(ids))[None]
+    rope = None if decoder.config.gpt2 else rope_angles(positions, decoder.config)
+    x = x + decoder.embed_positions(positions) if decoder.config.gpt2 else x
+    seen = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    seen[:, list(dropped)] = False
+    seen |= torch.eye(len(ids), dtype=torch.bool)  # only a dropped token itself; nobody reads its state
+    for i, layer in enumerate(decoder.layers):
+        if i < first_full:
+            with RecordAttention() as record:
+                x = layer(x, rope, None, None, None)
+            weights += record.weights
+        else:
+            x = layer(x, rope, seen[None, None], None, None)
+    return decoder.norm(x), weights
+
+
+def slow_fastv(model, prompt, later, features, layer, kept):
+    """Logits (1 + later, V) after a prompt and after each further token, computed anew; and what was dropped."""
+    weights = full_states(model, prompt, features, layer)[1][layer - 1][0].mean(0)[-1]  # of the last token, (T,)
+    image = [i for i, token in enumerate(prompt) if token == IMAGE]
+    dropped = sorted(image, key=lambda i: -weights[i])[kept * len(image) // PATCHES :]
+    states, _ = full_states(model, prompt + later, features, layer, dropped)
+    return model.language_model.lm_head(states[0, len(prompt) - 1 :]), dropped
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["llama", "llama_gqa", "gpt2"])
+@torch.no_grad()
+def test_fastv_equals_full_attention_that_cannot_see_the_dropped_tokens(kind, layer):
+    """Rows with no image, one and two, padded; then two tokens, one at a time, and three more in one pass."""
+    plain, model = make(kind=kind), make(f"5:fastv:{layer}", kind)
+    features = plain.vision_features(images(3))
+    text = [random_ids(length, seed=length).tolist() for length in (17, 9, 4)]
+    prompts = [text[0], text[1][:3] + [IMAGE] * PATCHES + text[1][3:], [IMAGE] * PATCHES + text[2] + [IMAGE] * PATCHES]
+    prompts[2] += [5, 6]
+    own, later = [None, features[:1], features[1:]], random_ids(3, 5, seed=8)
+    decoder, head, longest = model.language_model.model, model.language_model.lm_head, max(map(len, prompts))
+    padding = torch.tensor([longest - len(ids) for ids in prompts])
+    rows = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
+    cache = KVCache(model.config.text_config, 3, longest + 5, like=decoder.embed_tokens.weight)
+    states = [decoder(model.embed(rows, features), padding, cache)[:, -1:]]
+    for ids in (later[:, :1], later[:, 1:2], later[:, 2:]):
+        states.append(decoder(model.embed(ids), padding, cache))
+    got = head(torch.cat(states, dim=1))
+    removed = set()
+    for row, (ids, seen) in enumerate(zip(prompts, own)):
+        want, dropped = slow_fastv(plain, ids, later[row].tolist(), seen, layer, 5)
+        torch.testing.assert_close(got[row], want, rtol=1e-5, atol=1e-5)
+        removed.add(len(dropped))
+    assert removed == {0, 11, 22}
+    assert not torch.allclose(got[1], slow_fastv(plain, prompts[1], later[1].tolist(), own[1], layer, 16)[0], atol=1e-3)
+    # The longest row in later layers has 6 words and 2 x 5 image tokens, or 17 words: 17 of 38 columns are left.
+    assert [keys.shape[2] for keys in cache.keys] == [longest + 5] * layer + [17 + 5] * (4 - layer)
+    assert [values.shape[2] for values in cache.values] == [longest + 5] * layer + [17 + 5] * (4 - layer)
+
+
+@torch.no_grad()
+def test_fastv_rows_do_not_depend_on_their_batch():
+    model = make("3:fastv", scale=0.6)
+    pixels, prompts = images(3), [prompt(length, PATCHES, length) for length in (5, 9, 14)]
+    got = answers(model, prompts, pixels)
+    assert got == [answers(model, [ids], one[None])[0] for ids, one in zip(prompts, pixels)]
+    assert got != answers(make(scale=0.6), prompts, pixels)
+
+
+@torch.no_grad()
+def test_fastv_goes_on_with_a_cache_and_reads_images_first():
+    """A second question about the image reads only its own tokens, as sample.Chat asks it."""
+    plain, model = make(), make("5:fastv:2")
+    model.config.eos_token_ids, features, first = [], plain.vision_features(images(1)), prompt(9, PATCHES, 1)
+    cache = KVCache(model.config.text_config, 1, 0, like=model.language_model.lm_head.weight)
+    answer = [i for (i,) in generate(model, [first], features, max_new_tokens=3, cache=cache)]
+    second = first + answer + [7, 8, 9]
+    again = [i for (i,) in generate(model, [second], None, max_new_tokens=4, cache=cache)]
+    want = slow_fastv(plain, first, [*answer, 7, 8, 9, *again], features, 2, 5)[0]
+    want[:, IMAGE] = -torch.inf
+    assert want.argmax(1)[:3].tolist() == answer and want.argmax(1)[6:-1].tolist() == again
+    cache.used = len(second)
+    with pytest.raises(ValueError, match="reads all images with the first tokens"):
+        list(generate(model, [second + [IMAGE] * PATCHES + [4]], features, cache=cache))
+    with pytest.raises(ValueError, match="needs a KV cache"):
+        model(torch.tensor([first]), torch.tensor([first]), vision_features=features)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # refusals and scripts
 
 
@@ -170,6 +267,8 @@ def test_random_patches_are_even_and_follow_seed_and_image():
     [
         ("17", "an image has only 16 patches"),
         ("5:pool", "pool needs a square number of tokens, such as 4 or 9"),
+        ("4:fastv:0", "the decoder has 4 layers, so K is from 1 to 3"),
+        ("4:fastv:4", "the decoder has 4 layers, so K is from 1 to 3"),
     ],
 )
 def test_budgets_that_a_model_cannot_have(budget, reason):
@@ -193,8 +292,8 @@ def test_models_that_cannot_have_a_budget():
         ("0", "'0' is not a number of tokens from 1"),
         ("-3", "'-3' is not a number of tokens from 1"),
         ("many:pool", "'many' is not a number"),
-        ("4:best", "method 'best' is none of random, uniform, cls, pool"),
-        ("4:pool:2", "'4:pool:2': only random"),
+        ("4:best", "method 'best' is none of random, uniform, cls, pool, fastv"),
+        ("4:pool:2", "'4:pool:2': only random and fastv take a number"),
         ("4:random:x", "only random"),
     ],
 )
@@ -212,6 +311,8 @@ def test_eval_prints_the_number_and_keeps_runs_apart(tiny, tmp_path, command, ca
     assert "visual tokens 4 " in capsys.readouterr().err
     assert json.loads((tmp_path / "cost.json").read_text())["visual tokens"] == 4
     assert json.loads((tmp_path / "manifest.json").read_text())["visual_tokens"] == "4:random:3"
+    command(evaluation, *flags[:-1], tmp_path / "fastv.jsonl", "--visual-tokens", "3:fastv:1")
+    assert "visual tokens 6 " in capsys.readouterr().err  # 9 in the first of two layers, 3 in the second
     for other in (["--visual-tokens", "4:pool"], []):
         with pytest.raises(SystemExit, match="another visual_tokens"):
             command(evaluation, *flags, *other)
