@@ -162,7 +162,7 @@ def prepare_image(image: Image.Image, config) -> PreparedImage:
     vision, size, pinpoints = config.vision_config, (image.height, image.width), config.image_grid_pinpoints
     if not pinpoints:
         pixels = image_pixels(image, vision.image_size, config.image_mode)
-        return PreparedImage(pixels[None], size, config.visual_tokens or vision.num_patches)
+        return PreparedImage(pixels[None], size, config.tokens_per_image)
     pixels = torch.stack([normalize(tile) for tile in cut_tiles(image, pinpoints, vision.image_size)])
     return PreparedImage(pixels, size, count_tokens(size, pinpoints, vision.image_size, vision.patch_size))
 
@@ -178,7 +178,7 @@ def count_image_tokens(root: str | Path, name: str, config) -> int:
     """Number of an image's placeholders. With anyres it depends on the image's size, read from the file's header."""
     vision, pinpoints = config.vision_config, config.image_grid_pinpoints
     if not vision or not pinpoints:
-        return vision.num_patches if vision else 0
+        return config.tokens_per_image
     try:
         sizes = [size_of(resolve_inside(root, name))]
     except BadImage:  # count the largest; the error is raised when the sample is loaded
@@ -265,9 +265,9 @@ class Records(Samples):
 
     def whole_lengths(self) -> np.ndarray:
         """The lengths before samples are cut. They are counted once and kept beside each file's index."""
-        vision, pinpoints, counts = self.config.vision_config, self.config.image_grid_pinpoints, []
+        pinpoints, counts = self.config.image_grid_pinpoints, []
         key = [self.tokenizer.fingerprint(), self.template, self.questions, self.text_only]
-        key += [vision and vision.num_patches, pinpoints]
+        key += [self.config.vision_config and self.config.tokens_per_image, pinpoints]
         for source, size, end in zip(self.sources, self.sizes, self.ends.tolist()):
             folder = pinpoints and str(source.images.resolve())  # only with anyres do tokens depend on the images
             count = partial(parallel_map, self.length, range(end - size, end), f"tokens of {source.file.path.name}")

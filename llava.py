@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clip import CLIPVisionConfig, CLIPVisionModel
 from variants.anyres import Size, pack_tiles, tile_grid
+from variants.connectors import CONNECTORS, check_tokens
 
 IGNORE = -100  # label of a token that is not trained on; F.cross_entropy's ignore_index
 LOSS_CHUNK = 4096  # the loss computes the logits of at most this many tokens at a time
@@ -68,13 +69,18 @@ class LlavaConfig:
     vision_config: CLIPVisionConfig | None = None  # None: a decoder alone, without a vision tower
     image_token_index: int = 32000  # id of the placeholder, one for each image token; its embedding is not used
     vision_feature_layer: int = -2  # the tower's hidden state that is used: the output of the block before the last
-    projector_type: str = "mlp2x_gelu"  # one of PROJECTORS
+    projector_type: str = "mlp2x_gelu"  # one of PROJECTORS, or of CONNECTORS, which change the number of tokens
+    visual_tokens: int | None = None  # of an image, if not one for each patch: CONNECTORS, variants/token_budget.py
     template: str = "vicuna_v1"  # the conversation template the decoder was trained with
     image_mode: str = "pad"  # how an image is made square: "pad", "square" (center crop) or "anyres" (tiles)
     image_grid_pinpoints: list[list[int]] | None = None  # canvas sizes (height, width) that anyres cuts into tiles
     eos_token_ids: list[int] = field(default_factory=lambda: [2])
     pad_token_id: int = 0
-    visual_tokens = None  # tokens of an image, if fewer than patches: variants/token_budget.py sets it; not stored
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Tokens, and placeholders, of an image or tile; 0 without a vision tower."""
+        return 0 if self.vision_config is None else self.visual_tokens or self.vision_config.num_patches
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,7 +337,9 @@ class Projector(nn.Module):
     def __init__(self, config: LlavaConfig):
         super().__init__()
         if config.projector_type not in PROJECTORS:
-            raise ValueError(f"projector_type {config.projector_type!r} is none of {', '.join(PROJECTORS)}")
+            choices = ", ".join([*PROJECTORS, *CONNECTORS])
+            raise ValueError(f"projector_type {config.projector_type!r} is none of {choices}")
+        check_tokens(config.projector_type, config.visual_tokens, config.vision_config.num_patches)
         width = config.text_config.hidden_size
         self.linear_1 = nn.Linear(config.vision_config.hidden_size, width)
         self.linear_2 = nn.Linear(width, width) if PROJECTORS[config.projector_type] == 2 else None
@@ -350,7 +358,7 @@ class Llava(nn.Module):
         self.language_model = CausalLM(config.text_config)
         if config.vision_config is not None:
             self.vision_tower = CLIPVisionModel(config.vision_config)
-            self.multi_modal_projector = Projector(config)
+            self.multi_modal_projector = CONNECTORS.get(config.projector_type, Projector)(config)
         if config.image_grid_pinpoints:  # LLaVA-1.6: a learned token at the end of each row of an image's features
             width = config.text_config.hidden_size
             self.image_newline = nn.Parameter(nn.init.normal_(torch.empty(width), std=width**-0.5))

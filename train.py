@@ -412,7 +412,8 @@ def load_start(args, ranks: Distributed) -> tuple[Llava, Tokenizer]:
     """Return model and tokenizer to start from, in float32. Raises ValueError if they contradict flags or recipe."""
     if args.vision:
         ranks.print0(f"a new LLaVA from {args.vision} and {args.llm}")
-        model, tokenizer = assemble(args.vision, args.llm, args.projector or "mlp2x_gelu", args.seed)
+        projector = args.projector or "mlp2x_gelu"
+        model, tokenizer = assemble(args.vision, args.llm, projector, args.seed, args.visual_tokens)
     else:
         ranks.print0(f"continuing from {args.model}")
         if is_adapter(args.model):

@@ -57,7 +57,7 @@ def inspect(folder: Path):
         if vision is not None:
             images = f"images of {vision.image_size} pixels in {vision.num_patches} patches"
             shape = f"width {vision.hidden_size}, {vision.num_hidden_layers} layers, {images}"
-            show("vision tower", f"{shape}; projector {config.projector_type}")
+            show("vision tower", f"{shape}; projector {config.projector_type}: {config.tokens_per_image} tokens")
         show("chat template", config.template)
 
 
@@ -114,13 +114,13 @@ def merge_folder(base: Path, adapter: Path, out: Path, bits: int = 16, vision: P
 
 @torch.no_grad()
 def probe_logits(model: Llava) -> torch.Tensor:
-    """Logits (1, T, V) float32 of a fixed input: 24 tokens, after 8 features of a noise image for a LLaVA."""
+    """Logits (1, T, V) float32 of a fixed input: 24 tokens, after 8 tokens of a noise image for a LLaVA."""
     generator, text = torch.Generator().manual_seed(0), model.config.text_config
     ids = torch.randint(0, min(text.vocab_size, model.config.image_token_index), (1, 24), generator=generator)
     x = model.language_model.model.embed_tokens(ids)
     if (vision := model.config.vision_config) is not None:
         noise = torch.randn(1, 3, vision.image_size, vision.image_size, generator=generator)
-        x = torch.cat([model.multi_modal_projector(model.vision_features(noise)[:, :8]), x], dim=1)
+        x = torch.cat([model.multi_modal_projector(model.vision_features(noise))[:, :8], x], dim=1)
     return model.language_model.lm_head(model.language_model.model(x)).float()
 
 

@@ -19,6 +19,7 @@ from inputs.files import read_json, read_optional_json
 from inputs.gguf_files import find_gguf
 from inputs.templates import TEMPLATES
 from llava import PROJECTORS, LlavaConfig, TextConfig
+from variants.connectors import CONNECTORS, check_tokens
 
 
 def read_config(folder: Path, vision: Path | None = None) -> LlavaConfig:
@@ -72,6 +73,7 @@ LIMITS = {  # type, smallest and largest value of fields
     (int, 1, 1000): ["num_hidden_layers"],  # every layer is a Python object
     (int, 1, 1 << 14): ["num_attention_heads", "num_key_value_heads", "head_dim", "image_size", "patch_size"],
     (int, 1, 1 << 24): ["vocab_size", "hidden_size", "intermediate_size", "projection_dim", "max_position_embeddings"],
+    (int, 1, 1 << 23): ["visual_tokens"],
     (int, 0, 1 << 24): ["image_token_index", "pad_token_id"],
     (int, -1001, 1000): ["vision_feature_layer"],
     (float, 0, 1): ["rms_norm_eps", "layer_norm_eps"],
@@ -188,6 +190,7 @@ CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2
 CLIP_L |= {"patch_size": 14, "image_size": 336, "projection_dim": 768}
 TOWERS = {"clip-vit-large-patch14-336": CLIP_L, "clip-vit-large-patch14": CLIP_L | {"image_size": 224}}
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of LLaVA-1.6, (height, width)
+WITH_CONNECTOR = "llava_with_connector"  # our model_type, so that transformers refuses what it cannot compute
 # model_type of LLaVA's authors -> the decoder's, and the template of such models
 FAMILIES = {"llava": ("llama", "vicuna_v1"), "llava_llama": ("llama", "vicuna_v1")}
 FAMILIES |= {"llava_mistral": ("mistral", "mistral_instruct"), "llava_qwen": ("qwen2", "qwen_1_5")}
@@ -219,7 +222,7 @@ def read_llava_config(values: dict, folder: Path) -> LlavaConfig:
     """
     require("text_config" in values, "a vision_config without a text_config")
     kind = values.get("model_type", "llava")
-    require_choice("model_type", kind, ("llava", "llava_next"))
+    require_choice("model_type", kind, ("llava", "llava_next", WITH_CONNECTOR))
     check_supported(values, SUPPORTED["llava"])
     image_ids = {values[key] for key in ("image_token_index", "image_token_id") if values.get(key) is not None}
     require(len(image_ids) < 2, "image_token_index and image_token_id differ")
@@ -289,9 +292,14 @@ def check_config(config: LlavaConfig):
     require(-layers - 1 <= layer <= layers, f"vision_feature_layer is {layer}, but the tower has {layers} layers")
     # An index equal to vocab_size is a token that is yet to be added.
     require(index <= text.vocab_size, f"image_token_index {index} is beyond the vocabulary")
-    require_choice("projector_type", config.projector_type, PROJECTORS)
+    require_choice("projector_type", config.projector_type, [*PROJECTORS, *CONNECTORS])
+    try:
+        check_tokens(config.projector_type, config.visual_tokens, vision.num_patches)
+    except ValueError as error:
+        require(False, str(error))
     require_choice("image_mode", mode, IMAGE_PROCESSORS)
     tiled = canvases is not None
+    require(not tiled or config.projector_type in PROJECTORS, f"{config.projector_type} does not go with anyres")
     require(tiled == (mode == "anyres"), f"image_mode is {mode}, but image_grid_pinpoints is {canvases!r:.99}")
     for canvas in canvases or []:
         is_tiled = len(canvas) == 2 and all(isinstance(n, int) and n >= 1 and n % side == 0 for n in canvas)
@@ -317,12 +325,13 @@ def config_to_json(config: LlavaConfig) -> dict:
         ours = {key: values[key] for key in ("template", "image_token_index", "eos_token_ids", "pad_token_id")}
         return {"architectures": [ARCHITECTURES[config.text_config.model_type]]} | text | ours
     tiled = config.image_grid_pinpoints is not None
+    kind = "llava_next" if tiled else WITH_CONNECTOR if config.projector_type in CONNECTORS else "llava"
     return values | {
         "architectures": [f"Llava{'Next' if tiled else ''}ForConditionalGeneration"],
-        "model_type": "llava_next" if tiled else "llava",
+        "model_type": kind,
         "text_config": text,
         "projector_hidden_act": "gelu",
         "vision_feature_select_strategy": "default",
-        "image_seq_length": config.vision_config.num_patches,
+        "image_seq_length": config.tokens_per_image,
         "tie_word_embeddings": config.text_config.tie_word_embeddings,
     }

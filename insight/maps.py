@@ -23,6 +23,7 @@ from data import PreparedImage
 from inputs.tokenizer import Tokenizer
 from llava import Llava, LlavaConfig
 from variants.anyres import Size, pack_tiles, tile_grid
+from variants.connectors import CONNECTORS
 
 BATCH = 16  # covered images in one pass
 NEWLINE = -1  # in place of a patch: an image token that shows none
@@ -63,7 +64,12 @@ def find_words(prompt: list[int], ids: list[int], text: str, tokenizer: Tokenize
 
 
 def patch_numbers(size: Size, config: LlavaConfig) -> list[int]:
-    """For each token of an image of this size: tile x patches of a tile + patch, or NEWLINE."""
+    """For each token of an image of this size: tile x patches of a tile + patch, or NEWLINE.
+
+    Raises ValueError behind a connector, whose tokens are mixtures of patches.
+    """
+    if config.projector_type in CONNECTORS:
+        raise ValueError(f"maps need a token for each patch, and {config.projector_type} mixes patches into tokens")
     side, patches = config.vision_config.image_size, config.vision_config.num_patches
     if not config.image_grid_pinpoints:
         return list(range(patches))

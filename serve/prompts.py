@@ -16,6 +16,7 @@ from insight.maps import MAPS, Answer, find_words
 from llava import Llava
 from serve.engine import Job
 from serve.requests import ChatRequest, LookRequest, Refusal, read_dialogue
+from variants.connectors import CONNECTORS
 
 LOOK_BY, SIDE = "attention", 448  # the map, one that needs a single pass; its longer side in pixels
 
@@ -62,6 +63,8 @@ def draw_maps(asked: LookRequest, model: Llava, tokenizer: Tokenizer) -> dict:
     The answer's ids are those that its text has in training. Raises Refusal.
     """
     config, last = model.config, asked.messages[-1]
+    if config.projector_type in CONNECTORS:
+        raise Refusal(f"this model's {config.projector_type} mixes the patches of an image: there is no map", "word")
     text = "".join(part.text for part in last.content if part.type == "text").strip()
     turns, files = read_dialogue(asked.messages[:-1])
     images, prepared = open_images(files, config)

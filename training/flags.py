@@ -10,10 +10,12 @@ from llava import PROJECTORS
 from lora import DROPOUT, RANKS
 from training import meters, recipes, sharding
 from training.towers import SIZES
+from variants.connectors import CONNECTORS
 
 COMPONENTS = ("vision", "projector", "llm")  # what --train may name
 USELESS = dict.fromkeys((1, 2), ("tower", "size", "patch_size"))  # flags that do nothing in a stage
 USELESS[0] = ("train", "model", "vision", "llm", "projector", "whiten", "image_order", "lr_projector", "lr_vision")
+USELESS[0] += ("visual_tokens",)
 
 PARSER = argparse.ArgumentParser("train.py", epilog=recipes.listing())
 PARSER.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -84,7 +86,9 @@ add("--loss-mean", text, choices=("token", "micro-batch"))
 add("--seed", "seed of new weights, dropout and the order of the data", type=int, default=0)
 
 add = new_group("parts of a new model")
-add("--projector", "LLaVA-1.5's MLP or LLaVA-1.0's single layer", choices=PROJECTORS)
+text = "LLaVA-1.5's MLP, LLaVA-1.0's single layer, or a connector with --visual-tokens"
+add("--projector", text, choices=[*PROJECTORS, *CONNECTORS])
+add("--visual-tokens", "tokens of an image behind a new connector", type=int)
 add("--whiten", "start the projector from whitened features; towers of stage 0 need it", action="store_true")
 add("--template", "conversation template", "plain in stage 1, then the decoder's", choices=TEMPLATES)
 text = "how images become square; only a model with tiles can have anyres"
@@ -152,7 +156,8 @@ def refuse(wrong, reason: str):
 
 def check(args: argparse.Namespace):
     """Raise ValueError on the first value, or pair of values, that makes no sense."""
-    for key in ("steps", "batch_size", "accumulate", "save_every", "keep", "questions", "val_every", "patience"):
+    counts = ("steps", "batch_size", "accumulate", "save_every", "keep", "questions", "val_every", "patience")
+    for key in (*counts, "visual_tokens"):
         value = getattr(args, key)
         refuse(value is not None and value < 1, f"--{key.replace('_', '-')} must be at least 1")
     for key in ("timeout", "epochs", "lora_alpha"):
@@ -171,6 +176,8 @@ def check(args: argparse.Namespace):
         refuse(key in USELESS[args.stage], f"--{key.replace('_', '-')} does nothing in stage {args.stage}")
     old = args.model or (args.stage == 2 and not (args.vision or args.llm))
     refuse(args.whiten and old, "--whiten starts a new projector: give --vision and --llm, or stage 1")
+    folds = args.projector in (None, *PROJECTORS, "avg_pool")  # whitening goes into the first matrix after the patches
+    refuse(args.whiten and not folds, f"--whiten starts a projector or avg_pool, not {args.projector}")
     either = "--model continues from a LLaVA, --vision and --llm build a new one: give one or the other"
     refuse(args.model and (args.vision or args.llm), either)
     refuse(unknown, f"--train {', '.join(sorted(unknown))}: choose from {', '.join(COMPONENTS)}")

@@ -160,6 +160,8 @@ def check_model(args: Namespace, config):
         if fixed and wanted not in (None, own):
             flag, origin = f"--{key.replace('_', '-')}", "" if key in args.flags else f" (recipe {args.recipe})"
             raise ValueError(f"{flag} {wanted}{origin}, but the model has {own}: {flag} {own} trains it as it is")
+    if args.visual_tokens and args.visual_tokens != config.visual_tokens:
+        raise ValueError(f"--visual-tokens {args.visual_tokens}, but the model's is {config.visual_tokens}")
     context = config.text_config.max_position_embeddings
     if args.max_length and args.max_length > context:
         raise ValueError(f"--max-length {args.max_length} is more than the decoder's context, {context}")

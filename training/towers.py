@@ -84,15 +84,17 @@ def whiten_patches(model: CLIPModel, dataset: CaptionPairs):
     embeddings.position_embedding.weight[1:, :width] += bias.float()
 
 
-def assemble(vision: Path, llm: Path, projector: str, seed: int) -> tuple[Llava, Tokenizer]:
+def assemble(vision: Path, llm: Path, projector: str, seed: int, tokens: int | None = None) -> tuple[Llava, Tokenizer]:
     """Return a new LLaVA from the folders of a CLIP and a decoder, and its tokenizer. Only its projector is untrained.
 
     The template is the decoder's own, or LLaVA-1.5's for a decoder without one. The vocabulary gets an image token if
     it has none, and is padded to a multiple of 64 as in transformers' converter.
+    Args: projector, tokens: projector_type and visual_tokens of the LlavaConfig.
     """
     decoder, tokenizer = load_checkpoint(llm, "cpu", torch.float32)
     config = decoder.config
-    config.vision_config, config.projector_type = read_vision_config(vision), projector
+    config.vision_config = read_vision_config(vision)
+    config.projector_type, config.visual_tokens = projector, tokens
     config.template = "vicuna_v1" if config.template == "raw" else config.template
     tokenizer.roles["image"], config.image_token_index = "<image>", tokenizer.add_special("<image>")
     config.pad_token_id = tokenizer.pad_id

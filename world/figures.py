@@ -207,7 +207,7 @@ def draw_freeze_plan(path: Path):
 def draw_tokens(config: LlavaConfig, tokenizer: Tokenizer, path: Path):
     """Draw a training record of two questions as tokens, with id and label below each."""
     record = next(r for i in range(100) for r in make_records(0, i, TURNS)[1] if len(r["conversations"]) == 4)
-    ids, labels = render_dialogue(turns_of(record), tokenizer, config.template, config.vision_config.num_patches)
+    ids, labels = render_dialogue(turns_of(record), tokenizer, config.template, config.tokens_per_image)
     names = {i: name for name, i in tokenizer.specials.items()} | {tokenizer.image_id: "img"}
     boxes, x, y = [], 28, 62  # (x, y, width, text) of each token
     for token in ids:
