@@ -326,12 +326,14 @@ def config_to_json(config: LlavaConfig) -> dict:
         return {"architectures": [ARCHITECTURES[config.text_config.model_type]]} | text | ours
     tiled = config.image_grid_pinpoints is not None
     kind = "llava_next" if tiled else WITH_CONNECTOR if config.projector_type in CONNECTORS else "llava"
+    if config.projector_type in PROJECTORS:
+        del values["visual_tokens"]  # a budget of this run only, see variants/token_budget.py
     return values | {
         "architectures": [f"Llava{'Next' if tiled else ''}ForConditionalGeneration"],
         "model_type": kind,
         "text_config": text,
         "projector_hidden_act": "gelu",
         "vision_feature_select_strategy": "default",
-        "image_seq_length": config.tokens_per_image,
+        "image_seq_length": values.get("visual_tokens") or config.vision_config.num_patches,
         "tie_word_embeddings": config.text_config.tie_word_embeddings,
     }
