@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import train
 from fast.compile import require_compiler
@@ -73,3 +74,18 @@ def babbler(tiny):
     save_model(model, folder)
     Tokenizer.load(tiny.stage2).save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def server(babbler):
+    """A running server of `babbler`. Its module is found because a test beside it asks for it."""
+    from local_server import Server
+
+    server = Server(babbler)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def world_images(tiny) -> list[Image.Image]:
+    return [Image.open(path).convert("RGB") for path in sorted(tiny.world.glob("train-0/**/*.png"))[:6]]
