@@ -530,7 +530,7 @@ def test_several_images_stay_where_the_record_says(world):
     assert world(later)[0]["ids"] == spell(BOS, "hi\n", "yes\n", *between, "\nWhich is red?\n", "a\n")[0]
 
 
-WITHOUT_SYSTEM = ("plain", "raw", "llava_hf", "mistral_instruct")
+WITHOUT_SYSTEM = ("plain", "raw", "llava_hf", "mistral_instruct", "chatml_bare")
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

@@ -283,14 +283,14 @@ def test_top_k():
 
 
 @pytest.mark.parametrize("top_p, want", [
-    (0.3, [0.0, 1.0, 0.0, 0.0]),  # .5 alone reaches .3
-    (0.6, [0.0, 0.6, 0.0, 0.4]),  # .5 does not reach .6, .5 + .3 does; shares 5/8 and 3/8
-    (0.9, [0.1, 0.5, 0.0, 0.3]),  # .5 + .3 + .15; shares .16 .53 .32
+    (0.3, [0.0, 1.0, 0.0, 0.0]),  # .49 alone reaches .3
+    (0.6, [0.0, 0.6, 0.0, 0.4]),  # .49 does not reach .6, .49 + .3 does; shares .62 and .38
+    (0.9, [0.1, 0.5, 0.0, 0.3]),  # .49 + .3 + .14; shares .15 .53 .32
     (1.0, [0.1, 0.5, 0.1, 0.3]),
     (0.0, [0.0, 1.0, 0.0, 0.0]),  # the likeliest always stays
 ])  # fmt: skip
 def test_top_p_keeps_the_smallest_set(top_p, want):
-    got = draws([0.15, 0.5, 0.05, 0.3], top_p=top_p)
+    got = draws([0.14, 0.49, 0.07, 0.3], top_p=top_p)
     assert [n > 0 for n in got] == [n > 0 for n in want]
     assert got == pytest.approx(want, abs=0.11)
     assert sum(n > 0 for n in draws([0.25] * 4, top_p=0.5)) == 2  # two reach it exactly; a third is not needed
