@@ -118,11 +118,7 @@ def read_flags() -> argparse.Namespace:
     add("--visual-tokens", type=read_budget, metavar="N[:METHOD]", help="tokens of an image: docs/token-budget.md")
     add("--no-fast", action="store_true", help="plain PyTorch layers, without those of fast/")
     add("--compile", action="store_true", help="faster answers after some 10 seconds; on a CPU it needs a C++ compiler")
-    add(
-        "--look",
-        type=Path,
-        help="also write a PNG file: where on the images each word of the answer comes from",
-    )
+    add("--look", type=Path, help="also write a PNG file: where on the images each word of the answer comes from")
     add("--look-by", choices=LOOKS, default="occlusion", help="the map that --look draws, see docs/looking.md")
     add("--json", action="store_true", help="print one line of JSON: text, ids, prompt_ids, stop, tokens_per_s")
     many.add_flags(parser)
