@@ -13,14 +13,13 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from data import prepare_image
 from inputs.files import write_atomic
 from inputs.images import open_image
 from inputs.tokenizer import Tokenizer
-from insight.maps import MAPS, NEWLINE, Answer, find_words, log_probabilities, logit_lens, patch_numbers
+from insight.maps import MAPS, NEWLINE, Answer, find_words, image_features, log_probabilities, logit_lens, patch_numbers
 from llava import Llava, LlavaConfig
 from variants.anyres import Size, best_canvas, fit_to_canvas
 
@@ -115,7 +114,7 @@ def look(chat, paths: list[Path], by: str) -> Image.Image:
         header.append("lens: the token that each image token's state is closest to; gray: below 50 %")
         return draw_page(header, draw_lens(model, tokenizer, answer, images))
     maps = MAPS[by](model, answer).split([image.tokens for image in answer.images], dim=1)  # (W, its tokens) each
-    chances = log_probabilities(model, answer, [torch.cat([image.pixels for image in answer.images])])[0].exp().tolist()
+    chances = log_probabilities(model, answer, [image_features(model, answer)])[0].exp().tolist()
     rows, heats = [], []
     for image, values in zip(images, maps):
         size, scale = (image.height, image.width), PANEL / max(image.size)

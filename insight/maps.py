@@ -2,7 +2,7 @@
 
     attention   weights of the positions that predict the word, on the image tokens; mean over heads and layers
     gradient    attention times its gradient, where positive; followed back from layer to layer
-    occlusion   drop in the word's log-probability when one patch of the image is covered with the mean color
+    occlusion   drop in the word's log-probability when a patch's feature is replaced by the mean feature
 
 A fourth view, logit_lens, names the word that each image token is closest to, layer by layer. All of them read prompt
 and answer together, in one pass without a KV cache. The model must be in eval mode, as load_model returns it.
@@ -25,7 +25,7 @@ from llava import Llava, LlavaConfig
 from variants.anyres import Size, pack_tiles, tile_grid
 from variants.connectors import CONNECTORS
 
-BATCH = 16  # covered images in one pass
+BATCH = 16  # variants of the features in one pass
 NEWLINE = -1  # in place of a patch: an image token that shows none
 
 
@@ -103,12 +103,17 @@ class RecordAttention(TorchFunctionMode):
         return self.weights[-1] @ v
 
 
+@torch.no_grad()
+def image_features(model: Llava, answer: Answer) -> Tensor:
+    """The vision tower's features (N, P, C) of all tiles of all images."""
+    return model.vision_features(torch.cat([image.pixels for image in answer.images]).to(model.device))
+
+
 def read(model: Llava, answer: Answer) -> tuple[list[Tensor], Tensor]:
     """The attention weights (1, H, T, T) of each layer, and the states (T, C) that predict the next tokens."""
     with torch.no_grad():
-        pixels = torch.cat([image.pixels for image in answer.images]).to(model.device)
         ids = torch.tensor([answer.ids[:-1]], device=model.device)
-        x = model.embed(ids, model.vision_features(pixels), [image.size for image in answer.images])
+        x = model.embed(ids, image_features(model, answer), [image.size for image in answer.images])
     with RecordAttention() as record:
         states = model.language_model.model(x.requires_grad_(torch.is_grad_enabled()))
     return record.weights, states[0]
@@ -160,21 +165,18 @@ def gradient_map(model: Llava, answer: Answer) -> Tensor:
 # occlusion
 
 
-def cover(pixels: Tensor, numbers: list[int], patch: int) -> Tensor:
-    """A copy of tiles (N, 3, S, S) in which these patches are zero, the mean color of CLIP's training images."""
-    covered, per_row = pixels.clone(), pixels.shape[-1] // patch
-    for number in numbers:
-        tile, (row, column) = number // per_row**2, divmod(number % per_row**2, per_row)
-        covered[tile, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = 0
-    return covered
+def remove_patches(features: Tensor, numbers: list[int]) -> Tensor:
+    """A copy of features (N, P, C) in which these patches, counted over all tiles, have the mean of all features."""
+    removed = features.clone()
+    removed.view(-1, features.shape[-1])[numbers] = features.mean((0, 1))
+    return removed
 
 
 @torch.no_grad()
 def log_probabilities(model: Llava, answer: Answer, variants: list[Tensor]) -> Tensor:
-    """Log-probability (B, W) of each word after B variants of the pixels (N, 3, S, S) of all images."""
+    """Log-probability (B, W) of each word, with B variants of the features (N, P, C) of all images."""
     ids = torch.tensor([answer.ids[:-1]], device=model.device).expand(len(variants), -1)
-    features = model.vision_features(torch.cat(variants).to(model.device))
-    x = model.embed(ids, features, [image.size for image in answer.images] * len(variants))
+    x = model.embed(ids, torch.cat(variants), [image.size for image in answer.images] * len(variants))
     states, columns = model.language_model.model(x), []
     for word in answer.words:
         logits = model.language_model.lm_head(states[:, rows_of(word)]).float()  # (B, tokens of the word, V)
@@ -193,19 +195,19 @@ def all_patches(answer: Answer, config: LlavaConfig) -> list[int]:
 
 
 def occlusion_map(model: Llava, answer: Answer) -> Tensor:
-    """Drop (W, I) of each word's log-probability when one patch is covered; negative where covering it helps.
+    """Drop (W, I) of each word's log-probability when a patch has the mean feature; negative where that helps the word.
 
-    Patches are covered in the pixels, so features of other patches that saw it change too. A newline token gets 0.
+    Occlusion is Zeiler & Fergus 2013 (arXiv 1311.2901), who cover pixels. Here a gray patch would be one more object.
+    A newline token gets 0.
     """
-    pixels, patch = torch.cat([image.pixels for image in answer.images]), model.config.vision_config.patch_size
-    numbers = all_patches(answer, model.config)
+    features, numbers = image_features(model, answer), all_patches(answer, model.config)
     shown = [i for i, number in enumerate(numbers) if number != NEWLINE]
     drops = torch.zeros(len(answer.words), len(numbers))
-    whole = log_probabilities(model, answer, [pixels])
-    for start in tqdm(range(0, len(shown), BATCH), "covering patches", unit="batch", leave=False, delay=1):
+    whole = log_probabilities(model, answer, [features])
+    for start in tqdm(range(0, len(shown), BATCH), "removing patches", unit="batch", leave=False, delay=1):
         some = shown[start : start + BATCH]
-        covered = log_probabilities(model, answer, [cover(pixels, [numbers[i]], patch) for i in some])
-        drops[:, some] = (whole - covered).T
+        removed = log_probabilities(model, answer, [remove_patches(features, [numbers[i]]) for i in some])
+        drops[:, some] = (whole - removed).T
     return drops
 
 

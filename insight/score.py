@@ -7,7 +7,8 @@ word that answers it, in the true answer. Three measures, for each map:
 
     in the box   share of the map's positive values that lies in the object's box
     pointing     share of questions in which the center of the map's highest patch lies in the box
-    deletion     mean probability of the word while patches are covered in the map's order, highest first
+    deletion     mean probability of the word while patches are removed in the map's order, highest first: by the mean
+                 feature, as in the map of occlusion, or by covering pixels with the mean color
 
 Beside them: a random map, the same value everywhere ("area alone"), and the box itself as a map.
 """
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from data import load_image, render_dialogue
@@ -98,13 +101,24 @@ def compare_boxes(boxes: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np
     return common.prod(1) / (high - low).prod(1), ((target[:2] <= center) & (center <= target[2:])).all(1)
 
 
-def deletion_area(model: Llava, answer: Answer, patches: list[int]) -> float:
-    """Mean probability of the word over the curve from no covered patch to all, which are covered in this order."""
-    pixels, side = answer.images[0].pixels, model.config.vision_config.patch_size
-    counts = np.unique(np.linspace(0, len(patches), min(len(patches), STEPS) + 1).round().astype(int))
-    covered = [maps.cover(pixels, patches[:count], side) for count in counts]
-    chances = maps.log_probabilities(model, answer, covered)[:, 0].exp().numpy()
-    return float(np.trapezoid(chances, counts) / len(patches))
+def cover(pixels: Tensor, numbers: list[int], side: int) -> Tensor:
+    """A copy of tiles (N, 3, S, S) in which these patches are zero, the mean color of CLIP's training images."""
+    patches = F.unfold(pixels, side, stride=side).transpose(1, 2).contiguous()  # (N, P, 3 * side * side)
+    patches.view(-1, patches.shape[-1])[numbers] = 0
+    return F.fold(patches.transpose(1, 2), pixels.shape[-2:], side, stride=side)
+
+
+@torch.no_grad()
+def deletion_areas(model: Llava, answer: Answer, order: list[int]) -> dict[str, float]:
+    """Mean probability of the word over the curve from no removed patch to all, which are removed in this order."""
+    pixels, side = answer.images[0].pixels.to(model.device), model.config.vision_config.patch_size
+    counts = sorted({round(n) for n in np.linspace(0, len(order), STEPS + 1)})
+    features = model.vision_features(pixels)
+    removed = {"deletion": [maps.remove_patches(features, order[:n]) for n in counts]}
+    covered = torch.cat([cover(pixels, order[:n], side) for n in counts])
+    removed["deletion, pixels"] = model.vision_features(covered).split(len(pixels))
+    curves = {name: maps.log_probabilities(model, answer, some)[:, 0].exp().numpy() for name, some in removed.items()}
+    return {name: float(np.trapezoid(curve, counts) / len(order)) for name, curve in curves.items()}
 
 
 def score_questions(model: Llava, tokenizer: Tokenizer, world: Path, questions: list[dict]) -> Iterator[dict]:
@@ -124,7 +138,8 @@ def score_questions(model: Llava, tokenizer: Tokenizer, world: Path, questions: 
             order = patches[shown][np.argsort(-values, kind="stable")].tolist()
             row |= {"map": name, "in the box": values @ inside / values.sum()}
             row |= {"pointing": centers[values == values.max()].mean()}
-            yield row | {"deletion": np.nan if name == "area alone" else deletion_area(model, answer, order)}
+            areas = deletion_areas(model, answer, order)
+            yield row | (dict.fromkeys(areas, np.nan) if name == "area alone" else areas)
 
 
 def mean_and_error(values: list[float]) -> str:
@@ -135,7 +150,7 @@ def mean_and_error(values: list[float]) -> str:
 
 def make_table(rows: list[dict]) -> str:
     """The measures of each map in Markdown, and pointing by family."""
-    measures = ("in the box", "pointing", "deletion")
+    measures = ("in the box", "pointing", "deletion", "deletion, pixels")
     columns = [(name, name, None) for name in measures] + [(f"pointing: {name}", "pointing", name) for name in FAMILIES]
     lines = ["| map | " + " | ".join(title for title, *_ in columns) + " |", "|---|" + "---:|" * len(columns)]
     for name in dict.fromkeys(row["map"] for row in rows):

@@ -13,6 +13,7 @@ from insight.maps import (
     all_patches,
     attention_map,
     gradient_map,
+    image_features,
     layer_attention,
     log_probabilities,
     logit_lens,
@@ -113,42 +114,34 @@ def test_lens_equals_transformers_hidden_states(pair):
 
 def test_the_model_is_left_as_it_was(pair):
     model, answer, _ = pair
-    pixels = torch.cat([image.pixels for image in answer.images])
-    before = log_probabilities(model, answer, [pixels])
+    features = image_features(model, answer)
+    before = log_probabilities(model, answer, [features])
     gradient_map(model, answer)
     logit_lens(model, answer)
     assert (
         all(p.grad is None for p in model.parameters()) and not model.language_model.model.layers[0]._forward_pre_hooks
     )
-    assert torch.equal(before, log_probabilities(model, answer, [torch.cat([image.pixels for image in answer.images])]))
+    assert torch.equal(before, log_probabilities(model, answer, [features]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # occlusion
 
 
-def minus_loss(model, answer, word):
-    """A word's log-probability as a function of the pixels (N, 3, S, S): minus the training loss on its tokens."""
-    labels = [token if at in word.positions else IGNORE for at, token in enumerate(answer.ids)]
-    sizes = [image.size for image in answer.images]
-
-    def call(pixels):
-        loss = model(torch.tensor([answer.ids]), torch.tensor([labels]), pixels, image_sizes=sizes)
-        return -loss.detach()[None]
-
-    return call
-
-
 def ablate(model, answer, word, numbers):
-    """captum's drop for each image token, whose patches it numbers itself."""
+    """captum's drop for each image token. What is ablated: minus the training loss on the word's tokens."""
     captum = pytest.importorskip("captum.attr")
-    pixels, patch = torch.cat([image.pixels for image in answer.images]), model.config.vision_config.patch_size
-    per_side = pixels.shape[-1] // patch
-    mask = torch.arange(len(pixels) * per_side**2).view(len(pixels), 1, per_side, per_side)
-    mask = mask.repeat_interleave(patch, 2).repeat_interleave(patch, 3).expand_as(pixels)
-    ablation = captum.FeatureAblation(lambda flat: minus_loss(model, answer, word)(flat.view_as(pixels)))
-    drops = ablation.attribute(pixels[None], baselines=0, feature_mask=mask[None])[0, :, 0, ::patch, ::patch].flatten()
-    return torch.tensor([0.0 if number == NEWLINE else drops[number] for number in numbers])
+    ids, sizes = torch.tensor([answer.ids]), [image.size for image in answer.images]
+    labels = torch.tensor([[i if at in word.positions else IGNORE for at, i in enumerate(answer.ids)]])
+    features = model.vision_features(torch.cat([image.pixels for image in answer.images])).detach()
+
+    def log_probability(flat):
+        return -model(ids, labels, vision_features=flat.view_as(features), image_sizes=sizes).detach()[None]
+
+    mask = torch.arange(features[..., 0].numel()).view(1, *features.shape[:2], 1).expand(1, *features.shape)
+    baseline = features.flatten(0, 1).mean(0).expand(1, *features.shape)
+    drops = captum.FeatureAblation(log_probability).attribute(features[None], baseline, feature_mask=mask)
+    return torch.tensor([0.0 if n == NEWLINE else drops[..., 0].flatten()[n] for n in numbers])
 
 
 @pytest.mark.parametrize("kind", ["llama_gqa", "gpt2"])
