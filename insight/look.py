@@ -109,6 +109,8 @@ def look(chat, paths: list[Path], by: str) -> Image.Image:
     answer = Answer(last["prompt_ids"] + last["ids"], words, [prepare_image(image, model.config) for image in images])
     if not words:
         raise ValueError(f"--look: the answer {last['text']!r:.50} has no word")
+    if any(image.tokens != len(patch_numbers(image.size, model.config)) for image in answer.images):
+        raise ValueError("--look: this model does not have one token for each patch of an image")
     header = [f"{question}  {last['text']}"]
     if by == "lens":
         header.append("lens: the token that each image token's state is closest to; gray: below 50 %")
@@ -120,10 +122,10 @@ def look(chat, paths: list[Path], by: str) -> Image.Image:
         size, scale = (image.height, image.width), PANEL / max(image.size)
         heats.append([paint_map(v.numpy(), token_boxes(size, model.config), size, scale) for v in values])
     peak = max(heat.max() for one in heats for heat in one) or 1
-    for image, one in zip(images, heats):
+    for path, image, one in zip(paths, images, heats):
         titles = [(word.text, f"{chance:.0%}") for word, chance in zip(words, chances)]
         panels = [(shade(image, heat / peak), *title) for heat, title in zip(one, titles)]
-        rows.append([(image.resize(panels[0][0].size, Image.Resampling.LANCZOS), "", ""), *panels])
+        rows.append([(image.resize(panels[0][0].size, Image.Resampling.LANCZOS), path.name[-20:], ""), *panels])
     header.append(f"{by}: the brightest patch stands for {SCALES[by].format(peak)}; %: probability of the word")
     return draw_page(header, rows)
 

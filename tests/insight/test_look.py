@@ -154,7 +154,8 @@ def test_each_image_has_its_row(ask, image_paths, tmp_path, monkeypatch):
     Image.linear_gradient("L").resize((300, 100)).convert("RGB").save(wide)
     ask("--image", image_paths[0], wide, "--prompt", "Which?", "--look", tmp_path / "a.png", "--look-by", "attention")
     first, second = pages[0]
-    assert len(first) == len(second) > 1 and [title for _, title, _ in first] == [title for _, title, _ in second]
+    assert len(first) == len(second) > 1 and [row[0][1] for row in (first, second)] == [image_paths[0].name, "wide.png"]
+    assert [title for _, title, _ in first[1:]] == [title for _, title, _ in second[1:]]
     assert {panel.size for panel, *_ in first} == {(220, 220)} and {panel.size for panel, *_ in second} == {(220, 73)}
 
 
@@ -184,3 +185,12 @@ def test_an_answer_without_words_is_refused(ask, image_paths, tmp_path, monkeypa
     with pytest.raises(SystemExit, match="has no word"):
         ask("--image", image_paths[0], "--prompt", "What?", "--look", tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
+
+
+def test_fewer_tokens_than_patches_are_refused(babbler, image_paths, monkeypatch):
+    """Other connectors, or --visual-tokens, give tokens that stand for no single patch."""
+    chat = sample.Chat(*sample.load_with_adapter(babbler, None, "cpu", None), image_paths[:1], max_new_tokens=6)
+    list(chat.ask("What is this?"))
+    monkeypatch.setattr(chat.model.config, "visual_tokens", 4)
+    with pytest.raises(ValueError, match="one token for each patch"):
+        page.look(chat, image_paths[:1], "attention")
