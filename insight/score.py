@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
 from data import load_image, render_dialogue
@@ -53,10 +52,10 @@ def find_object(question: str, objects: list[dict]) -> dict | None:
 
 def read_questions(world: Path, count: int) -> list[dict]:
     """The first `count` questions about one object, each with that object. Raises ValueError if there are fewer."""
-    rows = [row for row in read_rows(world / "questions.jsonl") if row["category"] in FAMILIES]
     objects = {row["image"]: row["things"] for row in read_rows(world / "scenes.jsonl")}
-    found = [row | {"object": find_object(row["text"], objects.get(row["image"], []))} for row in rows]
-    found = [row for row in found if row["object"]]
+    rows = [row for row in read_rows(world / "questions.jsonl") if row["category"] in FAMILIES]
+    rows = [row | {"object": find_object(row["text"], objects.get(row["image"], []))} for row in rows]
+    found = [row for row in rows if row["object"]]
     if len(found) < count:
         raise ValueError(f"{world}: {len(found)} questions about one object with its box, not {count}")
     return found[:count]
@@ -78,7 +77,6 @@ def make_answer(question: dict, world: Path, model: Llava, tokenizer: Tokenizer)
     return Answer(ids, [word], [image]), answered
 
 
-@torch.no_grad()
 def is_right(model: Llava, answer: Answer, answered: list[int]) -> bool:
     """True if greedy decoding gives the true answer: each of its tokens is the likeliest after those before it."""
     states = maps.read(model, answer)[1][[i - 1 for i in answered]]
@@ -101,7 +99,7 @@ def compare_boxes(boxes: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np
     return common.prod(1) / (high - low).prod(1), ((target[:2] <= center) & (center <= target[2:])).all(1)
 
 
-def cover(pixels: Tensor, numbers: list[int], side: int) -> Tensor:
+def cover(pixels: torch.Tensor, numbers: list[int], side: int) -> torch.Tensor:
     """A copy of tiles (N, 3, S, S) in which these patches are zero, the mean color of CLIP's training images."""
     patches = F.unfold(pixels, side, stride=side).transpose(1, 2).contiguous()  # (N, P, 3 * side * side)
     patches.view(-1, patches.shape[-1])[numbers] = 0
@@ -114,7 +112,7 @@ def deletion_areas(model: Llava, answer: Answer, order: list[int]) -> dict[str, 
     pixels, side = answer.images[0].pixels.to(model.device), model.config.vision_config.patch_size
     counts = sorted({round(n) for n in np.linspace(0, len(order), STEPS + 1)})
     features = model.vision_features(pixels)
-    removed = {"deletion": [maps.remove_patches(features, order[:n]) for n in counts]}
+    removed = {"deletion, features": [maps.remove_patches(features, order[:n]) for n in counts]}
     covered = torch.cat([cover(pixels, order[:n], side) for n in counts])
     removed["deletion, pixels"] = model.vision_features(covered).split(len(pixels))
     curves = {name: maps.log_probabilities(model, answer, some)[:, 0].exp().numpy() for name, some in removed.items()}
@@ -150,7 +148,7 @@ def mean_and_error(values: list[float]) -> str:
 
 def make_table(rows: list[dict]) -> str:
     """The measures of each map in Markdown, and pointing by family."""
-    measures = ("in the box", "pointing", "deletion", "deletion, pixels")
+    measures = ("in the box", "pointing", "deletion, features", "deletion, pixels")
     columns = [(name, name, None) for name in measures] + [(f"pointing: {name}", "pointing", name) for name in FAMILIES]
     lines = ["| map | " + " | ".join(title for title, *_ in columns) + " |", "|---|" + "---:|" * len(columns)]
     for name in dict.fromkeys(row["map"] for row in rows):
