@@ -347,7 +347,7 @@ def test_the_docs_name_every_weight():
 MOST = {"pixel_shuffle": 1}  # tokens for the 3 x 3 patches of the tiny tower; default 4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["pixel_shuffle", "qformer"])  # the others differ in the connector's class only
 def test_stages_1_and_2_then_an_answer_and_a_score(kind, tiny, command, tmp_path, capsys):
     tokens, short = MOST.get(kind, 4), ["--steps", 2, "--batch-size", 2]
     first, second = tmp_path / "stage1", tmp_path / "stage2"
