@@ -39,6 +39,7 @@ from inputs.mixture import Source, batches, counts_of, make_order
 from inputs.samples import Samples
 from inputs.templates import template_words
 from inputs.tokenizer import Tokenizer, train_bpe
+from insight.measures import LiveCheck
 from llava import IGNORE, Llava
 from lora import NF4Linear, add_lora
 from training import meters, recipes, runs, sharding
@@ -285,6 +286,7 @@ def fit(args, ranks: Distributed, run: runs.Run, model: nn.Module, dataset, toke
     start, skipped, val_losses = saver.resume()
     loader = iter(make_loader(dataset, args, ranks, pad_id, start, group))
     progress = Progress(args, ranks, run, skipped, val_losses)
+    check = LiveCheck(args, ranks, model) if args.diagnose else None
     with StopSignal() as stop, watchdog(args.timeout) as reset_watchdog:
         for step in progress.steps(start):
             reset_watchdog()
@@ -296,6 +298,8 @@ def fit(args, ranks: Distributed, run: runs.Run, model: nn.Module, dataset, toke
             if val and (step + 1) % args.val_every == 0:
                 row["val_loss"] = validation_loss(args, ranks, model, val, pad_id)
             progress.log(row)
+            if check and (step + 1) % args.diagnose == 0:
+                check(micro_batches, step + 1)
             if best := progress.is_best(row):
                 saver.save(step + 1, "best")
             if step + 1 == args.steps or ("val_loss" in row and progress.out_of_patience()):

@@ -31,6 +31,7 @@ class Saver:
     def resume(self) -> tuple[int, int, list[float]]:
         """Lock the run's folder and restore its newest checkpoint. Returns its step (0 without one), the number of
         skipped steps just before, and all validation losses so far."""
+        self.run.values |= {"ranks": self.ranks.world_size, "ran_on": self.ranks.device.type}
         self.ranks.on_main(self.run.open)
         checkpoint = self.ranks.on_main(self.run.newest_valid_checkpoint)
         step = restore_checkpoint(checkpoint, self.model, self.optimizer) if checkpoint else 0

@@ -114,6 +114,7 @@ add("--val-every", "steps between validations", type=int, default=200)
 add("--patience", "stop after so many validations without a better loss and keep the best model", type=int)
 add("--save-every", "steps between checkpoints", type=int, default=200)
 add("--keep", "checkpoints to keep; an older one is used if the newest is damaged", type=int, default=2)
+add("--diagnose", "steps between checks of the live model, which print what is wrong", "off", type=int)
 add("--board", "also log to these", nargs="+", choices=meters.BOARDS, default=[])
 add("--timeout", "seconds after which a step counts as hung and the process ends", type=float, default=1800)
 
@@ -157,7 +158,7 @@ def refuse(wrong, reason: str):
 def check(args: argparse.Namespace):
     """Raise ValueError on the first value, or pair of values, that makes no sense."""
     counts = ("steps", "batch_size", "accumulate", "save_every", "keep", "questions", "val_every", "patience")
-    for key in (*counts, "visual_tokens"):
+    for key in (*counts, "visual_tokens", "diagnose"):
         value = getattr(args, key)
         refuse(value is not None and value < 1, f"--{key.replace('_', '-')} must be at least 1")
     for key in ("timeout", "epochs", "lora_alpha"):
@@ -172,6 +173,7 @@ def check(args: argparse.Namespace):
     refuse(args.patience and not args.val, "--patience needs --val")
     late = args.val or args.init_from or args.shard == "fsdp"
     refuse(args.stage == 0 and late, "--val, --init-from and --shard fsdp are for stages 1 and 2")
+    refuse(args.diagnose and args.shard == "fsdp", "--diagnose reads whole gradients, which --shard fsdp divides")
     for key in args.flags:
         refuse(key in USELESS[args.stage], f"--{key.replace('_', '-')} does nothing in stage {args.stage}")
     old = args.model or (args.stage == 2 and not (args.vision or args.llm))

@@ -34,7 +34,7 @@ WEIGHTS = ("model", "vision", "llm")  # flags that name folders of weights
 # Flags that may differ when a run is resumed: they change at most the order of summation. Those of the last line are
 # compared elsewhere (WEIGHTS, steps) or repeat other flags (flags, differs).
 MAY_CHANGE = ("out", "resume", "allow_changes", "device", "workers", "save_every", "keep", "cache_gb", "timeout")
-MAY_CHANGE += ("accumulate", "compile", "no_fast", "shard", "recompute", "board")
+MAY_CHANGE += ("accumulate", "compile", "no_fast", "shard", "recompute", "board", "diagnose")
 MAY_CHANGE += (*WEIGHTS, "steps", "flags", "differs")
 
 
