@@ -91,7 +91,8 @@ def build_tower(args: Namespace, folder: Path, part: str) -> tuple[nn.Module, To
 def build_llava(args: Namespace) -> tuple[nn.Module, Tokenizer, Samples]:
     """Return the LLaVA of stage 1 or 2, its tokenizer and its dataset."""
     if args.vision:
-        model, tokenizer = assemble(Path(args.vision), Path(args.llm), args.projector or "mlp2x_gelu", args.seed)
+        kind = args.projector or "mlp2x_gelu", args.seed, args.visual_tokens
+        model, tokenizer = assemble(Path(args.vision), Path(args.llm), *kind)
     else:
         model, tokenizer = load_checkpoint(Path(args.model), "cpu", torch.float32, bits=args.bits)
     config = model.config

@@ -93,6 +93,7 @@ HEALTHY = {
     "stage 1": Run("stage1", ("--seed", 3)),
     "stage 1, whitened": Run("stage1", ("--whiten",)),
     "stage 1, linear projector, 6 steps": Run("stage1", ("--projector", "linear", "--steps", 6)),
+    "stage 1, resampler with 4 tokens": Run("stage1", ("--projector", "resampler", "--visual-tokens", 4)),
     "stage 2": Run(),
     "stage 2, 6 steps": Run(more=("--steps", 6, "--seed", 4)),
     "stage 2, 400 steps": Run(more=("--steps", 400, "--seed", 5)),
