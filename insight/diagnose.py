@@ -194,7 +194,7 @@ def check_loss_function(run: TrainedRun) -> Findings:
 
 
 def check_training(run: TrainedRun) -> Findings:
-    """What should train has changed since the start, and nothing else has."""
+    """The parts that should train have changed since the start, and no others."""
     largest, found = {}, []
     for name, p in run.model.named_parameters():
         if p.is_floating_point():

@@ -18,7 +18,8 @@ from insight.rebuild import layer_of, part_of, should_train
 from llava import IGNORE
 from training.ranks import Distributed, autocast
 
-DEAD_SHARE = 0.75  # of a layer's units, above which it is reported; of a resampler's ReLUs, 40 % may be off
+DEAD_SHARE = 0.2  # of a layer's units, above which it is reported
+DEAD_RELUS = 0.75  # the same behind a ReLU, of which many may be off: in a healthy resampler 29 to 39 %
 SPREAD = 1e5  # largest ratio of gradient norms among the layers of one part
 UNITS = ("down_proj", "fc2", "linear_2")  # these layers read the outputs of an activation function
 BLIND = "images: the loss is the same with those of other samples. Likely cause: no image reaches the decoder"
@@ -76,17 +77,21 @@ def find_gradients(norms: dict[str, dict[str, float]], has_images: bool) -> list
 
 @torch.no_grad()
 def find_dead(model: nn.Module, batch: dict) -> list[str]:
-    """Units behind an activation function that are zero for every token of a batch."""
-    largest, found = {}, []
+    """Units behind an activation function that are zero for every token of a batch.
+
+    A layer without a negative number is taken to be behind a ReLU: GELU and SiLU have some.
+    """
+    largest, limits, found = {}, {}, []
 
     def record(path: str, x: torch.Tensor):
         largest[path] = x.abs().flatten(0, -2).amax(0).float()
+        limits[path] = DEAD_SHARE if (x < 0).any() else DEAD_RELUS
 
     with watch(model, UNITS, (), record):
         model(**batch)
     for path, values in largest.items():
         dead = float((values <= 1e-6 * values.max()).float().mean())
-        if dead > DEAD_SHARE:
+        if dead > limits[path]:
             found.append(f"{dead:.0%} of {len(values):,} in {layer_of(path)}")
     cause = "an activation function that stays off, after a large negative bias or too high a rate"
     return [f"dead units: {', '.join(found)} are zero for every token. Likely cause: {cause}"] if found else []
@@ -105,7 +110,7 @@ def find_frozen(args: Namespace, model: nn.Module) -> list[str]:
 
 
 def find_labels(batch: dict) -> list[str]:
-    """What the labels tell without the records."""
+    """Faults of the labels that show without the records."""
     ids, labels = batch["input_ids"], batch["labels"]
     trained = labels != IGNORE
     if not trained.any():

@@ -113,9 +113,21 @@ def test_gradient_norms_are_those_of_backward(started):
 def test_dead_units_are_counted(started):
     layer = started.model.language_model.model.layers[0].mlp
     with torch.no_grad():
-        layer.up_proj.weight[:144] = 0
+        layer.up_proj.weight[:40] = 0
     (text,) = measures.find_dead(started.model, started.batch(started.probe[:4]))
-    assert text.startswith(f"dead units: 90% of {layer.up_proj.out_features} in decoder layer 0 ")
+    assert text.startswith(f"dead units: 25% of {layer.up_proj.out_features} in decoder layer 0 ")
+
+
+@pytest.mark.parametrize(("off", "negative", "found"), [(4, False, 0), (8, False, 1), (4, True, 1), (1, True, 0)])
+def test_more_units_may_be_off_behind_a_relu(off, negative, found):
+    """Of ten units; other activation functions have negative outputs."""
+    model = torch.nn.Module()
+    model.multi_modal_projector = torch.nn.ModuleDict({"linear_2": torch.nn.Linear(10, 1)})
+    model.forward = lambda x: model.multi_modal_projector["linear_2"](x)
+    x = torch.rand(3, 10) + 0.1
+    x[0] *= -1 if negative else 1
+    x[:, :off] = 0
+    assert len(measures.find_dead(model, {"x": x})) == found
 
 
 def test_a_blind_model_is_told_from_a_young_one(tiny, started, monkeypatch):
