@@ -18,7 +18,8 @@ from pathlib import Path
 from evaluation.scores import accuracy_by_category
 from inputs import cli
 from inputs.files import OUTPUT_ROOT, read_json, write_atomic, write_json
-from world.real_decoder import BATCH, DECODERS, LORA, choose_world, evaluate, packaged_decoder
+from world.knowledge import read_text
+from world.real_decoder import BATCH, DECODERS, LORA, choose_world, evaluate, packaged_decoder, template_flags
 from world.report import read_rows
 from world.speedrun import Runner, Step, refuse_other_flags, run_steps
 
@@ -86,8 +87,11 @@ class Plan:
     folders: dict[tuple[str, int], Path] = field(default_factory=dict)
 
 
-def make_plan(args: argparse.Namespace, speedrun: Path) -> Plan:
-    """Return the steps: for each seed the stages 1 that the variants need, then each variant and its measurements."""
+def make_plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> Plan:
+    """Return the steps: for each seed the stages 1 that the variants need, then each variant and its measurements.
+
+    Args: speedrun: folder of world and CLIP; template: flags that set stage 2's template.
+    """
     plan, world = Plan(), speedrun / "world"
     towers = ("--vision", f"{speedrun}/stage0/clip", "--llm", str(args.llm), "--whiten")
     count = str(max(1, int(STEPS * args.minutes)))
@@ -112,7 +116,7 @@ def make_plan(args: argparse.Namespace, speedrun: Path) -> Plan:
             plan.folders[name, seed] = folder
             ask = ["-m", "world.knowledge", "ask", "--model", str(folder), "--out", f"{folder}/knowledge.json"]
             plan.steps += [
-                train(folder, seed, 2, *flags, *variant.flags),
+                train(folder, seed, 2, *flags, *template, *variant.flags),
                 Step(f"seed {seed}, {name} evaluation", evaluate(args.minutes, folder, world, "float32")),
                 Step(f"seed {seed}, {name} knowledge", ask + (["--text", str(args.text)] if args.text else [])),
             ]
@@ -189,8 +193,8 @@ def write_table(out: Path, args: argparse.Namespace, measured: dict[tuple[str, i
     print("\n".join(lines))
 
 
-def read_flags() -> argparse.Namespace:
-    """The command line. Raises ValueError if the decoder is not there."""
+def read_flags() -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and flags that set stage 2's template. Raises ValueError if decoder or text cannot be read."""
     parser = cli.make_parser(__doc__, "python -m world.claims")
     decoder = parser.add_mutually_exclusive_group(required=True).add_argument
     decoder("--decoder", choices=DECODERS, help="a language model that speedrun.sh --decoder has fetched")
@@ -206,17 +210,18 @@ def read_flags() -> argparse.Namespace:
     if args.minutes <= 0:
         parser.error("--minutes must be above 0")
     args.llm = args.llm or packaged_decoder(args.decoder)
-    return args
+    read_text(args.text)
+    return args, template_flags(args.llm)
 
 
 def main():
     """Train and measure every variant that is not done yet, then write the table."""
-    args = read_flags()
+    args, template = read_flags()
     speedrun = choose_world(args.speedrun, args.minutes, 0, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     flags = {"minutes": args.minutes, "llm": str(args.llm), "speedrun": str(speedrun), "text": str(args.text)}
     refuse_other_flags(args.out / "claims-flags.json", flags)
-    plan = make_plan(args, speedrun)
+    plan = make_plan(args, speedrun, template)
     run_steps(plan.steps, args.out / "minutes.json", PeakRunner())
     write_table(args.out, args, {key: measure(folder) for key, folder in plan.folders.items()})
 

@@ -1,4 +1,4 @@
-"""What a language model knows without images: perplexity on English, twenty plain questions, its own answers as data.
+"""Measure a language model without images: perplexity on English, twenty plain questions; write its answers as data.
 
     python -m world.knowledge ask --model DIR --out FILE.json --text BOOK.txt
     python -m world.knowledge replay --model DIR --out FILE.json

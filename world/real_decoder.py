@@ -65,6 +65,16 @@ def tower_minutes(minutes: float) -> float:
     return min(TOWER_MINUTES, minutes / 4)
 
 
+def template_flags(llm: Path) -> list[str]:
+    """Flags that set stage 2's template. Raises ValueError if `llm` is no decoder, or cannot be read."""
+    config, _ = open_model(llm)
+    if config.vision_config is not None:
+        raise ValueError(f"--llm {llm}: is a LLaVA; name a decoder without a vision tower")
+    load_tokenizer(llm, config)
+    # SmolLM2's system prompt would be a quarter of the tokens of every sample.
+    return ["--template", "chatml_bare"] if config.template == "smollm_2" else []
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the steps
 
@@ -147,14 +157,9 @@ def read_flags() -> tuple[argparse.Namespace, list[str]]:
     if args.minutes <= 0:
         parser.error("--minutes must be above 0")
     args.llm = args.llm or packaged_decoder(args.decoder)
-    config, _ = open_model(args.llm)
-    if config.vision_config is not None:
-        raise ValueError(f"--llm {args.llm}: is a LLaVA; name a decoder without a vision tower")
-    load_tokenizer(args.llm, config)
-    read_text(args.text)
     args.ways = [way for way in WAYS if way in args.ways]
-    # SmolLM2's system prompt would be a quarter of the tokens of every sample.
-    return args, ["--template", "chatml_bare"] if config.template == "smollm_2" else []
+    read_text(args.text)
+    return args, template_flags(args.llm)
 
 
 def main():

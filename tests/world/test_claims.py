@@ -34,10 +34,12 @@ def test_every_claim_compares_two_variants():
 
 def test_variants_differ_in_what_they_claim_only(tiny, tmp_path):
     args = argparse.Namespace(seeds=[0, 1], only=list(VARIANTS), minutes=1, out=tmp_path, llm="llm.gguf", text=None)
-    plan = make_plan(args, tiny.root)
+    plan = make_plan(args, tiny.root, ["--template", "chatml_bare"])
     commands = {step.name: " ".join(step.command).replace(str(tmp_path), "OUT") for step in plan.steps}
     assert len(commands) == len(plan.steps) == 2 * (2 + 3 * len(VARIANTS))
     base = commands["seed 1, lora"]
+    stage2 = [command for name, command in commands.items() if "--stage 2" in command]
+    assert len(stage2) == 2 * len(VARIANTS) and all("--template chatml_bare" in command for command in stage2)
     assert commands["seed 1, qlora"] == base.replace("seed1/lora", "seed1/qlora") + " --bits 4"
     assert commands["seed 1, linear"].replace("stage1-linear", "stage1") == base.replace("seed1/lora", "seed1/linear")
     assert "--whiten" in commands["seed 1, no-stage1"] and "stage1" not in commands["seed 1, no-stage1"].split()
