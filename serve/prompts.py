@@ -1,4 +1,4 @@
-"""What a request means for the model: a job for the engine, or a map of where one word of an answer comes from."""
+"""Turn a request into a job for the engine, or into a map of where one word of an answer comes from."""
 
 import base64
 import secrets
