@@ -18,8 +18,7 @@ from pathlib import Path
 from evaluation.scores import accuracy_by_category
 from inputs import cli
 from inputs.files import OUTPUT_ROOT, read_json, write_atomic, write_json
-from world.knowledge import read_text
-from world.real_decoder import BATCH, DECODERS, LORA, choose_world, evaluate, packaged_decoder, template_flags
+from world.real_decoder import BATCH, LORA, add_decoder_flags, choose_world, evaluate, find_decoder
 from world.report import read_rows
 from world.speedrun import Runner, Step, refuse_other_flags, run_steps
 
@@ -98,7 +97,7 @@ def make_plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> 
 
     def train(folder: Path, seed: int, stage: int, *flags: str) -> Step:
         command = ["train.py", "--stage", str(stage), "--out", str(folder), "--world", str(world), "--steps", count]
-        command += [*BATCH, "--seed", str(seed), "--dtype", "float32", *flags]
+        command += [*BATCH, "--seed", str(seed), "--dtype", args.dtype, *flags]
         return Step(f"seed {seed}, {folder.name}", command, folder)
 
     for seed in args.seeds:
@@ -117,7 +116,7 @@ def make_plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> 
             ask = ["-m", "world.knowledge", "ask", "--model", str(folder), "--out", f"{folder}/knowledge.json"]
             plan.steps += [
                 train(folder, seed, 2, *flags, *template, *variant.flags),
-                Step(f"seed {seed}, {name} evaluation", evaluate(args.minutes, folder, world, "float32")),
+                Step(f"seed {seed}, {name} evaluation", evaluate(args.minutes, folder, world, args.dtype)),
                 Step(f"seed {seed}, {name} knowledge", ask + (["--text", str(args.text)] if args.text else [])),
             ]
     return plan
@@ -196,22 +195,17 @@ def write_table(out: Path, args: argparse.Namespace, measured: dict[tuple[str, i
 def read_flags() -> tuple[argparse.Namespace, list[str]]:
     """The command line, and flags that set stage 2's template. Raises ValueError if decoder or text cannot be read."""
     parser = cli.make_parser(__doc__, "python -m world.claims")
-    decoder = parser.add_mutually_exclusive_group(required=True).add_argument
-    decoder("--decoder", choices=DECODERS, help="a language model that speedrun.sh --decoder has fetched")
-    decoder("--llm", type=Path, help="folder or .gguf file of a language model")
+    add_decoder_flags(parser)
     add = parser.add_argument
     add("--speedrun", type=Path, default=OUTPUT_ROOT / "speedrun", help="a speedrun's folder, for its world and CLIP")
     add("--minutes", type=float, default=15, help="about how long one training takes on two cores")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the trainings")
     add("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants to train")
-    add("--text", type=Path, help="held-out English for the perplexity; default: the prose of docs/")
     add("--out", type=Path, default=OUTPUT_ROOT / "claims", help="folder to write everything to")
     args = parser.parse_args()
     if args.minutes <= 0:
         parser.error("--minutes must be above 0")
-    args.llm = args.llm or packaged_decoder(args.decoder)
-    read_text(args.text)
-    return args, template_flags(args.llm)
+    return args, find_decoder(args)
 
 
 def main():
@@ -220,6 +214,7 @@ def main():
     speedrun = choose_world(args.speedrun, args.minutes, 0, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     flags = {"minutes": args.minutes, "llm": str(args.llm), "speedrun": str(speedrun), "text": str(args.text)}
+    flags["dtype"] = args.dtype
     refuse_other_flags(args.out / "claims-flags.json", flags)
     plan = make_plan(args, speedrun, template)
     run_steps(plan.steps, args.out / "minutes.json", PeakRunner())

