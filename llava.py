@@ -74,6 +74,7 @@ class LlavaConfig:
     template: str = "vicuna_v1"  # the conversation template the decoder was trained with
     image_mode: str = "pad"  # how an image is made square: "pad", "square" (center crop) or "anyres" (tiles)
     image_grid_pinpoints: list[list[int]] | None = None  # canvas sizes (height, width) that anyres cuts into tiles
+    lora_images_only: bool = False  # an adapter's updates apply to rows with an image only: variants/image_lora.py
     eos_token_ids: list[int] = field(default_factory=lambda: [2])
     pad_token_id: int = 0
 

@@ -51,6 +51,7 @@ from training.ranks import Distributed, autocast
 from training.signals import StopSignal, ignore_signals, watchdog
 from training.sources import open_data, report_cut, skip_bad_samples
 from training.towers import Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
+from variants.image_lora import ImageRows
 from world.language import TURNS
 from world.scenes import GROUP_SIZE
 from world.writer import write_world
@@ -141,6 +142,9 @@ def add_adapters(args, model: Llava) -> dict:
     lora_ranks = {"llm": args.lora_rank, "vision": args.lora_rank_vision}
     lora_ranks = {tower: rank for tower, rank in lora_ranks.items() if args.lora in (tower, "both")}
     layers = add_lora(model, lora_ranks, args.lora_alpha, args.lora_dropout, args.lora_layers)
+    if args.lora_images_only:
+        model.config.lora_images_only = True
+        ImageRows(model)
     sample = sample_weights(model, layers)
     return {"layers": layers, "dropout": args.lora_dropout, "base": args.model.resolve(), "sample": sample}
 

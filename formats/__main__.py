@@ -97,6 +97,9 @@ def merge_folder(base: Path, adapter: Path, out: Path, bits: int = 16, vision: P
         layer.lora_A.weight.data, layer.lora_B.weight.data = found.lora[path][:2]
     was_quantized = any(isinstance(module, NF4Linear) for module in model.modules())
     merge(model)
+    if model.config.lora_images_only:
+        model.config.lora_images_only = False
+        print("the update now applies to text without an image, too")
     for path, module in list(model.named_modules()):
         if isinstance(module, NF4Linear):
             model.set_submodule(path, frozen_linear(module.dequantize(), module.bias))

@@ -30,6 +30,7 @@ from inputs.tokenizer import Tokenizer, find_vocabulary
 from inputs.vocabularies import MAX_IDS
 from llava import Llava, LlavaConfig
 from lora import LoRALinear, NF4Linear, base_weight, lora_scale
+from variants.image_lora import ImageRows
 
 PREFIX = "base_model.model."  # of every tensor's name in peft's files
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
@@ -249,6 +250,9 @@ def attach(model: Llava, adapter: Adapter):
     if adapter.has_template:  # stage 2 may use another template or image mode than the base
         model.config.template, model.config.image_mode = adapter.config.template, adapter.config.image_mode
         model.config.eos_token_ids = sorted({*model.config.eos_token_ids, *adapter.config.eos_token_ids})
+    if adapter.config and adapter.config.lora_images_only:
+        model.config.lora_images_only = True
+        ImageRows(model)
 
 
 def adapter_vocabulary(adapter: Adapter) -> int:

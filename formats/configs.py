@@ -78,7 +78,7 @@ LIMITS = {  # type, smallest and largest value of fields
     (int, -1001, 1000): ["vision_feature_layer"],
     (float, 0, 1): ["rms_norm_eps", "layer_norm_eps"],
     (float, 1, 1e15): ["rope_theta"],
-    (bool, False, True): ["tie_word_embeddings", "attention_bias"],
+    (bool, False, True): ["tie_word_embeddings", "attention_bias", "lora_images_only"],
 }
 
 
@@ -326,6 +326,8 @@ def config_to_json(config: LlavaConfig) -> dict:
         return {"architectures": [ARCHITECTURES[config.text_config.model_type]]} | text | ours
     tiled = config.image_grid_pinpoints is not None
     kind = "llava_next" if tiled else WITH_CONNECTOR if config.projector_type in CONNECTORS else "llava"
+    if not config.lora_images_only:
+        del values["lora_images_only"]
     if config.projector_type in PROJECTORS:
         del values["visual_tokens"]  # a budget of this run only, see variants/token_budget.py
     return values | {

@@ -176,6 +176,8 @@ class Engine:
         for i in range(self.model.config.text_config.num_hidden_layers if parts else 0):
             packed.keys[i] = torch.cat([align(cache.keys[i], rows, end, used) for cache, rows, end in parts])
             packed.values[i] = torch.cat([align(cache.values[i], rows, end, used) for cache, rows, end in parts])
+        if packed and hasattr(packed, "image_rows"):  # see variants/image_lora.py
+            packed.image_rows = torch.cat([cache.image_rows[rows] for cache, rows, _ in parts])
         if packed:
             packed.used, packed.length = used, used + ROOM
         self.cache = packed

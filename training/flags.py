@@ -103,6 +103,7 @@ add("--lora-rank", "rank of the updates", text, type=int)
 add("--lora-alpha", "an update is scaled by alpha / rank", "the recipe's, else twice the rank", type=float)
 add("--lora-dropout", "dropout on the input of an update", f"the recipe's, else {DROPOUT}", type=float)
 add("--lora-layers", "layers to adapt, as q_proj,v_proj", "all linear layers", type=lambda text: text.split(","))
+add("--lora-images-only", "the decoder's updates leave text without an image as it is", action="store_true")
 add("--bits", "4: the frozen decoder in NF4, as in QLoRA", type=int, choices=(4, 16), default=16)
 
 add = new_group("the run: its folder, validation, checkpoints")
