@@ -18,11 +18,9 @@ from pathlib import Path
 from evaluation.scores import accuracy_by_category
 from inputs import cli
 from inputs.files import OUTPUT_ROOT, read_json, write_atomic, write_json
-from world.real_decoder import BATCH, LORA, add_decoder_flags, choose_world, evaluate, find_decoder
+from world.real_decoder import BATCH, LORA, STEPS, add_decoder_flags, choose_world, evaluate, find_decoder
 from world.report import read_rows
 from world.speedrun import Runner, Step, refuse_other_flags, run_steps
-
-STEPS = 14  # of training for each of --minutes
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def make_plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> 
     """
     plan, world = Plan(), speedrun / "world"
     towers = ("--vision", f"{speedrun}/stage0/clip", "--llm", str(args.llm), "--whiten")
-    count = str(max(1, int(STEPS * args.minutes)))
+    count = str(max(1, int(STEPS[args.dtype][1] * args.minutes)))
 
     def train(folder: Path, seed: int, stage: int, *flags: str) -> Step:
         command = ["train.py", "--stage", str(stage), "--out", str(folder), "--world", str(world), "--steps", count]

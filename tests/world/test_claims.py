@@ -49,7 +49,7 @@ def test_variants_differ_in_what_they_claim_only(tiny, tmp_path):
         "2e-5", "1e-3"
     )
     for share, name in ((0.5, "half"), (0.25, "quarter")):
-        count = int(share * claims.STEPS * 8)
+        count = int(share * 14 * 8)
         records = json.loads((tmp_path / f"instruct-{count}.json").read_text())
         assert (
             len({record["id"] for record in records}) == count

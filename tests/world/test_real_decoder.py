@@ -50,25 +50,27 @@ def arguments(minutes: float, out: Path, **more) -> argparse.Namespace:
     return argparse.Namespace(minutes=minutes, out=out, **(flags | more))
 
 
-def test_the_plan_trains_three_ways_from_one_stage_1():
+def test_the_plan_trains_every_way_from_one_stage_1():
     out, template = Path("out/s"), ["--template", "chatml_bare"]
     args = arguments(60, out, seed=3, text=Path("book.txt"), dtype="bfloat16")
     steps = {step.name: step for step in plan(args, out, template)}
-    ways = ["full", "lora", "lora-replay"]
+    ways = ["full", "lora", "lora-replay", "lora-images"]
     after = [name for way in ways for name in (way, f"{way} evaluation", f"{way} knowledge")]
-    assert list(steps) == ["world", "clip", "knowledge before", "replay", "stage1", *after]
+    after.insert(after.index("lora-replay"), "replay")
+    assert list(steps) == ["world", "clip", "knowledge before", "stage1", *after]
     trained = {name: options(steps[name].command) for name in ("stage1", *ways)}
     assert {name: flags["--steps"] for name, flags in trained.items()} == {
-        "stage1": "300", "full": "840", "lora": "840", "lora-replay": "840"
+        "stage1": "600", "full": "2400", "lora": "2400", "lora-replay": "2400", "lora-images": "2400"
     }  # fmt: skip
     assert trained["stage1"]["--llm"] == "llm.gguf" and "--whiten" in steps["stage1"].command
     assert all(trained[way]["--model"] == "out/s/stage1" for way in ways)
     assert all(trained[way]["--template"] == "chatml_bare" for way in ways) and "--template" not in trained["stage1"]
-    assert [trained[way].get("--lora") for way in ways] == [None, "llm", "llm"]
+    assert [trained[way].get("--lora") for way in ways] == [None, "llm", "llm", "llm"]
+    assert [way for way in ways if "--lora-images-only" in steps[way].command] == ["lora-images"]
     assert "--shares" not in trained["lora"] and trained["lora-replay"]["--shares"] == "90/10"
     assert all(flags["--seed"] == "3" and flags["--dtype"] == "bfloat16" for flags in trained.values())
     asked = [options(steps[name].command) for name in steps if "knowledge" in name]
-    assert all(flags["--text"] == "book.txt" for flags in asked) and len({flags["--out"] for flags in asked}) == 4
+    assert all(flags["--text"] == "book.txt" for flags in asked) and len({flags["--out"] for flags in asked}) == 5
     assert options(steps["full evaluation"].command)["--limit"] == "600"
 
 
@@ -187,13 +189,15 @@ def test_a_tiny_decoder_from_end_to_end(tiny, decoder, tmp_path, command, monkey
     monkeypatch.setattr(real_decoder, "Runner", lambda: runner)
     book.write_text("It's 12:30, and the cat isn't on the mat. " * 20)
     flags = ["--llm", decoder, "--minutes", 0.5, "--out", out, "--speedrun", tiny.root, "--text", book]
-    command(real_decoder, *flags)  # only lora-replay
-    assert len(runner.commands) == 8 and set(read_json(out / "report.json")["accuracy"]) == {"lora-replay"}
-    command(real_decoder, *flags, "--ways", "lora", "full")
+    command(real_decoder, *flags)  # only lora-images
+    assert len(runner.commands) == 7 and set(read_json(out / "report.json")["accuracy"]) == {"lora-images"}
+    command(real_decoder, *flags, "--ways", "lora", "full", "lora-replay")
     assert len(runner.commands) >= 14
     result, report = read_json(out / "report.json"), (out / "report.md").read_text()
-    assert set(result["accuracy"]) == {"full", "lora", "lora-replay"} and result["questions"] == 10
-    assert list(result["knowledge"]) == ["before", "full", "lora", "lora-replay"]
+    assert set(result["accuracy"]) == set(WAYS) and result["questions"] == 10
+    assert list(result["knowledge"]) == ["before", *WAYS]
+    kept, before = result["knowledge"]["lora-images"], result["knowledge"]["before"]
+    assert kept["perplexity"] == before["perplexity"]  # the answers differ, since stage 2 has another template
     assert all(len(values["answers"]) == 20 and values["perplexity"] > 1 for values in result["knowledge"].values())
     assert result["knowledge"]["before"]["perplexity"] != result["knowledge"]["full"]["perplexity"]
     assert all(f"| {question} |" in report for question in QUESTIONS) and "| perplexity |" in report
