@@ -225,7 +225,8 @@ class Records(Samples):
         kind = "vision_features" if self.features else "pixel_values"
         tiles = [tile for image in images for tile in image.pixels]
         sizes = [image.size for image in images] if self.config.image_grid_pinpoints else []
-        return {"ids": ids, "labels": labels, kind: tiles, "image_sizes": sizes}
+        task = record.get("task", self.source(index).file.path.stem)  # for --task-weights
+        return {"ids": ids, "labels": labels, kind: tiles, "image_sizes": sizes, "task": task}
 
     def image_names(self, index: int, record: dict) -> list[tuple[Path, str]]:
         """Folder and name of each image in a sample."""

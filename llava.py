@@ -424,13 +424,20 @@ class Llava(nn.Module):
         Args: input_ids, labels (B, T), with labels IGNORE where nothing is trained; images as pixel_values
         (N, 3, S, S), or as vision_features (N, P, C) if they were computed before; image_sizes as in embed.
         """
+        batch = (input_ids, labels, pixel_values, vision_features, image_sizes)
+        return summed_cross_entropy(self.language_model.lm_head, *self.supervised_states(*batch))
+
+    def supervised_states(
+        self, input_ids: Tensor, labels: Tensor, pixel_values=None, vision_features=None, image_sizes=None
+    ) -> tuple[Tensor, Tensor]:
+        """The states (N, C) that predict a supervised token, row by row, and the ids (N,) of these tokens."""
         if pixel_values is not None:
             vision_features = self.vision_features(pixel_values)
         target = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # the state of token t predicts token t + 1
         supervised = target != IGNORE
         x = self.embed(input_ids, vision_features, image_sizes)
         hidden = self.language_model.model(x, keep=supervised)  # (N, C): the other tokens need no logits
-        return summed_cross_entropy(self.language_model.lm_head, hidden, target[supervised])
+        return hidden, target[supervised]
 
 
 def summed_cross_entropy(head: nn.Module, hidden: Tensor, target: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ from inputs.tokenizer import Tokenizer, train_bpe
 from insight.measures import LiveCheck
 from llava import IGNORE, Llava
 from lora import NF4Linear, add_lora
-from training import meters, recipes, runs, sharding
+from training import meters, objectives, recipes, runs, sharding
 from training.checkpoint import Saver, restore_checkpoint
 from training.flags import read_flags
 from training.machine import check_machine, largest_batch
@@ -97,7 +97,7 @@ def make_loader(dataset: Samples, args, ranks: Distributed, pad_id: int, start: 
     return DataLoader(
         dataset,
         batch_sampler=(step[i * size : (i + 1) * size] for step in steps for i in range(args.accumulate)),
-        collate_fn=partial(collate, pad_id=pad_id),
+        collate_fn=partial(objectives.collate_with_tasks if args.task_weights else collate, pad_id=pad_id),
         num_workers=args.workers,
         pin_memory=ranks.device.type == "cuda",
         worker_init_fn=ignore_signals,
@@ -189,6 +189,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 def make_optimizer(model: nn.Module, args: argparse.Namespace, ranks: Distributed) -> torch.optim.Optimizer:
     """AdamW over what trains: each component has its own peak learning rate, and only matrices decay."""
     peaks = {"vision_tower": args.lr_vision, "multi_modal_projector": args.lr_projector}
+    peaks[objectives.LOG_VARIANCES] = objectives.LOG_VARIANCE_RATE
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -281,10 +282,11 @@ def fit(args, ranks: Distributed, run: runs.Run, model: nn.Module, dataset, toke
         accelerate(model)
     dtype = choose_dtype(args.dtype, ranks.device.type)
     check_machine(ranks, model, args.shard, dtype, largest_batch(dataset, micro_batch_size(args, ranks), pad_id))
+    objective = objectives.make_objective(args, ranks, run, model, dataset)  # None: the plain loss
     if args.compile:
         compile_layers(model)
         ranks.print0("--compile: the first steps take half a minute")
-    network = sharding.shard_model(model, args.shard, ranks, dtype)
+    network = sharding.shard_model(objective or model, args.shard, ranks, dtype)
     optimizer = make_optimizer(model, args, ranks)
     saver = Saver(args, ranks, run, model, optimizer)
     start, skipped, val_losses = saver.resume()
@@ -298,6 +300,7 @@ def fit(args, ranks: Distributed, run: runs.Run, model: nn.Module, dataset, toke
             micro_batches = [next(loader) for _ in range(args.accumulate)]
             waited = time.perf_counter() - begin
             row = {"step": step + 1} | train_step(args, ranks, network, optimizer, micro_batches, step)
+            row |= objective.report(ranks) if objective else {}
             row |= step_costs(ranks, model, micro_batches, waited, time.perf_counter() - begin)
             if val and (step + 1) % args.val_every == 0:
                 row["val_loss"] = validation_loss(args, ranks, model, val, pad_id)
@@ -408,6 +411,7 @@ def train_llava(args, ranks: Distributed, folder: Path):
     model.vision_tower.vision_model.recompute = args.recompute and tower_trains(model)
 
     def save(weights: dict, folder: Path):
+        weights.pop(objectives.LOG_VARIANCES, None)  # it belongs to the run, not to the model
         if adapter:
             save_adapter(weights, folder, model.config, **adapter)
         else:

@@ -1,9 +1,10 @@
-"""Inspect, convert, merge and quantize checkpoints.
+"""Inspect, convert, merge, quantize and average checkpoints.
 
 python -m formats inspect DIR                  print what a folder or file holds, without loading it
 python -m formats convert SRC DST              write any supported checkpoint in the layout of transformers
 python -m formats merge BASE ADAPTER OUT       add a LoRA update to the weights: a whole model again
 python -m formats quantize SRC DST             put the decoder's layers into four bits (NF4)
+python -m formats average A B OUT --share 0.5  average the weights of a model before and after a training
 """
 
 import argparse
@@ -115,6 +116,31 @@ def merge_folder(base: Path, adapter: Path, out: Path, bits: int = 16, vision: P
         print(f"`python -m formats quantize {out} DIR` rounds weights and update to four bits again")
 
 
+def average_folders(a: Path, b: Path, out: Path, share: float):
+    """Write the model whose weights are (1 - share) times those of `a` plus share times those of `b`.
+
+    `b` was trained from `a`: this keeps more of what `a` can do (WiSE-FT, Wortsman et al. 2021, arXiv 2109.01903).
+    Raises ValueError if their parameters differ in name or shape, or hold four bits.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"--share {share:g}: the share of B must be between 0 and 1")
+    (one, _), (two, tokenizer) = (load_checkpoint(folder, "cpu", None) for folder in (a, b))
+    if any(isinstance(module, NF4Linear) for model in (one, two) for module in model.modules()):
+        raise ValueError(f"{a}, {b}: weights in four bits cannot be averaged")
+    first, second = (dict(model.named_parameters()) for model in (one, two))
+    differ = [name for name in first.keys() | second.keys() if get_shape(first, name) != get_shape(second, name)]
+    if differ:
+        raise ValueError(f"{a} and {b} differ in the shape of {len(differ)} parameters: {sorted(differ)[0]}, ...")
+    for name, p in second.items():
+        p.data.copy_(torch.lerp(first[name].detach().float(), p.detach().float(), share))
+    publish_model(two, tokenizer, out, b)
+    print(f"{out}: {1 - share:g} of {a} and {share:g} of {b}")
+
+
+def get_shape(parameters: dict[str, torch.nn.Parameter], name: str) -> tuple[int, ...] | None:
+    return tuple(parameters[name].shape) if name in parameters else None
+
+
 @torch.no_grad()
 def probe_logits(model: Llava) -> torch.Tensor:
     """Logits (1, T, V) float32 of a fixed input: 24 tokens, after 8 tokens of a noise image for a LLaVA."""
@@ -150,6 +176,8 @@ def main():
     add("--vision", type=Path, help="CLIP's folder, for an adapter whose base is a decoder alone")
     bits = "4: quantize the base first and merge into the result, as QLoRA trained it"
     add("--bits", type=int, choices=(4, 16), default=16, help=bits)
+    add = add_command("average", average_folders, "a", "b", "out")
+    add("--share", type=float, default=0.5, help="share of the second model (default: 0.5)")
     args = vars(parser.parse_args())
     for name in {"target", "out"} & args.keys():
         if args[name].exists():

@@ -148,6 +148,7 @@ class LiveCheck:
     def __call__(self, micro_batches: list[dict], step: int):
         device = self.ranks.device
         batch = {key: v.to(device) if torch.is_tensor(v) else v for key, v in micro_batches[0].items()}
+        batch.pop("tasks", None)  # only the objective reads them
         eager = torch.compiler.set_stance("force_eager")  # compiled layers do not call hooks
         with eager, torch.random.fork_rng([device] * (device.type == "cuda")), autocast(device, self.args.dtype):
             sentences = self.find(batch)

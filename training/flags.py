@@ -9,13 +9,14 @@ from inputs.templates import TEMPLATES
 from llava import PROJECTORS
 from lora import DROPOUT, RANKS
 from training import meters, recipes, sharding
+from training.objectives import read_distill, read_task_weights
 from training.towers import SIZES
 from variants.connectors import CONNECTORS
 
 COMPONENTS = ("vision", "projector", "llm")  # what --train may name
 USELESS = dict.fromkeys((1, 2), ("tower", "size", "patch_size"))  # flags that do nothing in a stage
 USELESS[0] = ("train", "model", "vision", "llm", "projector", "whiten", "image_order", "lr_projector", "lr_vision")
-USELESS[0] += ("visual_tokens",)
+USELESS[0] += ("visual_tokens", "task_weights", "ewc", "distill")
 
 PARSER = argparse.ArgumentParser("train.py", epilog=recipes.listing())
 PARSER.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -85,6 +86,16 @@ text = "mean over the tokens of a step, or over its micro-batches as in transfor
 add("--loss-mean", text, choices=("token", "micro-batch"))
 add("--seed", "seed of new weights, dropout and the order of the data", type=int, default=0)
 
+add = new_group("several tasks, and not forgetting")
+text = (
+    "weights of tasks, as vqa=2,captions=0.5, or uncertainty: learned; a task is a record's task, else its file's name"
+)
+add("--task-weights", text, "all tokens alike", default="")
+text = "strength of elastic weight consolidation towards the model before; 1: its loss counts like the new one"
+add("--ewc", text, type=float)
+text = "share of the loss that keeps the answers of the model before, as 0.5 or, with a temperature, 0.5:2"
+add("--distill", text, default="", metavar="ALPHA[:T]")
+
 add = new_group("parts of a new model")
 text = "LLaVA-1.5's MLP, LLaVA-1.0's single layer, or a connector with --visual-tokens"
 add("--projector", text, choices=[*PROJECTORS, *CONNECTORS])
@@ -145,6 +156,7 @@ def read_flags(description: str, argv: list[str] | None = None) -> argparse.Name
         recipes.apply_recipe(args)
         args.train = tuple(name for name in args.train.split(",") if name)
         check(args)
+        check_objectives(args)
         check_lora(args)
     except ValueError as error:
         PARSER.error(str(error))
@@ -185,6 +197,20 @@ def check(args: argparse.Namespace):
     refuse(args.model and (args.vision or args.llm), either)
     refuse(unknown, f"--train {', '.join(sorted(unknown))}: choose from {', '.join(COMPONENTS)}")
     refuse(args.stage > 0 and not args.train and not args.lora, "--train names nothing")
+
+
+def check_objectives(args: argparse.Namespace):
+    """Raise ValueError on weights of tasks and remedies against forgetting that make no sense."""
+    if args.task_weights:
+        read_task_weights(args.task_weights)
+        refuse(args.loss_mean != "token", "--task-weights are per token: leave --loss-mean micro-batch out")
+    if args.distill:
+        read_distill(args.distill)
+    refuse(args.ewc is not None and not 0 < args.ewc < math.inf, "--ewc must be a number above 0")
+    refuse(args.ewc and args.lora, "--ewc holds weights, which --lora leaves as they are: give one or the other")
+    refuse(args.ewc and args.init_from, "--ewc starts from --model, which has the Fisher information, not --init-from")
+    whole = args.ewc or args.distill or args.task_weights
+    refuse(whole and args.shard == "fsdp", "--task-weights, --ewc and --distill need whole weights, not --shard fsdp")
 
 
 def check_lora(args: argparse.Namespace):
