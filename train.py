@@ -52,6 +52,7 @@ from training.signals import StopSignal, ignore_signals, watchdog
 from training.sources import open_data, report_cut, skip_bad_samples
 from training.towers import Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
 from variants.image_lora import ImageRows
+from variants.nested_pool import NestedPool
 from world.language import TURNS
 from world.scenes import GROUP_SIZE
 from world.writer import write_world
@@ -267,11 +268,11 @@ def validation_loss(args, ranks: Distributed, model: nn.Module, dataset, pad_id:
     return float(sums[0] / sums[1])
 
 
-def fit(args, ranks: Distributed, run: runs.Run, model: nn.Module, dataset, tokenizer, save, group=1, val=None):
+def fit(args, ranks: Distributed, run: runs.Run, model, dataset, tokenizer, save, group=1, val=None, nested=None):
     """Train `model`, whose forward(**batch) is the summed loss of a batch, and publish it in the run's folder.
 
     Args: save: save(trained_weights, folder) writes the model; group: neighboring records that stay in one batch;
-    val: a dataset for validation, or None.
+    val: a dataset for validation, or None; nested: variants/nested_pool.py for this model, or None.
     Raises ValueError, naming the last good checkpoint, if training cannot go on; SystemExit after a signal.
     """
     resolve_steps(args, ranks, run, dataset)
@@ -299,6 +300,8 @@ def fit(args, ranks: Distributed, run: runs.Run, model: nn.Module, dataset, toke
             begin = time.perf_counter()
             micro_batches = [next(loader) for _ in range(args.accumulate)]
             waited = time.perf_counter() - begin
+            if nested:
+                micro_batches = [nested(batch, step) for batch in micro_batches]
             row = {"step": step + 1} | train_step(args, ranks, network, optimizer, micro_batches, step)
             row |= objective.report(ranks) if objective else {}
             row |= step_costs(ranks, model, micro_batches, waited, time.perf_counter() - begin)
@@ -417,7 +420,8 @@ def train_llava(args, ranks: Distributed, folder: Path):
         else:
             save_model(model, folder, frozen | weights)
 
-    fit(args, ranks, run, model, dataset, tokenizer, save, val=val)
+    nested = None if args.nested_pool is None else NestedPool(model, args.nested_pool, args.seed)
+    fit(args, ranks, run, model, dataset, tokenizer, save, val=val, nested=nested)
 
 
 def load_start(args, ranks: Distributed) -> tuple[Llava, Tokenizer]:

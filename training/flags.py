@@ -16,7 +16,7 @@ from variants.connectors import CONNECTORS
 COMPONENTS = ("vision", "projector", "llm")  # what --train may name
 USELESS = dict.fromkeys((1, 2), ("tower", "size", "patch_size"))  # flags that do nothing in a stage
 USELESS[0] = ("train", "model", "vision", "llm", "projector", "whiten", "image_order", "lr_projector", "lr_vision")
-USELESS[0] += ("visual_tokens", "task_weights", "ewc", "distill")
+USELESS[0] += ("visual_tokens", "nested_pool", "task_weights", "ewc", "distill")
 
 PARSER = argparse.ArgumentParser("train.py", epilog=recipes.listing())
 PARSER.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -100,6 +100,8 @@ add = new_group("parts of a new model")
 text = "LLaVA-1.5's MLP, LLaVA-1.0's single layer, or a connector with --visual-tokens"
 add("--projector", text, choices=[*PROJECTORS, *CONNECTORS])
 add("--visual-tokens", "tokens of an image behind a new connector", type=int)
+text = "average an image's tokens to a grid that every step draws: numbers of tokens; none: all, then halves a side"
+add("--nested-pool", text, "off", type=int, nargs="*", metavar="N")
 add("--whiten", "start the projector from whitened features; towers of stage 0 need it", action="store_true")
 add("--template", "conversation template", "plain in stage 1, then the decoder's", choices=TEMPLATES)
 text = "how images become square; only a model with tiles can have anyres"
@@ -187,6 +189,8 @@ def check(args: argparse.Namespace):
     late = args.val or args.init_from or args.shard == "fsdp"
     refuse(args.stage == 0 and late, "--val, --init-from and --shard fsdp are for stages 1 and 2")
     refuse(args.diagnose and args.shard == "fsdp", "--diagnose reads whole gradients, which --shard fsdp divides")
+    teacher = "--nested-pool and --distill do not go together: the teacher reads all tokens of an image"
+    refuse(args.nested_pool is not None and args.distill, teacher)
     for key in args.flags:
         refuse(key in USELESS[args.stage], f"--{key.replace('_', '-')} does nothing in stage {args.stage}")
     old = args.model or (args.stage == 2 and not (args.vision or args.llm))

@@ -146,7 +146,13 @@ def configuration_table(args: Namespace) -> str:
         origin = "epochs" if key == "steps" and args.epochs else "flag" if key in args.flags else "recipe"
         origin = "model" if key == "image_size" else origin
         origin += f"; recipe: {differs['recipe']}" if differs else ""
-        text = ",".join(value) if isinstance(value, tuple) else " ".join(value) if isinstance(value, list) else value
+        text = (
+            ",".join(value)
+            if isinstance(value, tuple)
+            else " ".join(map(str, value))
+            if isinstance(value, list)
+            else value
+        )
         lines.append(f"{'*' if differs else ' '} {key:<28}{text!s:<23} {origin}")
     return "\n".join(lines)
 

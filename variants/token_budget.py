@@ -84,27 +84,27 @@ def limit_visual_tokens(model: nn.Module, budget: Budget | None):
         model.vision_tower.register_forward_hook(select)
 
 
-def check_budget(budget: Budget, config):
-    """Raise ValueError if a model with this LlavaConfig cannot have this budget."""
+def check_budget(budget: Budget, config, flag: str = "--visual-tokens"):
+    """Raise ValueError, naming the flag, if a model with this LlavaConfig cannot have this budget."""
     vision, tokens = config.vision_config, budget.tokens
     if vision is None:
-        raise ValueError("--visual-tokens: this model is a decoder without a vision tower")
+        raise ValueError(f"{flag}: this model is a decoder without a vision tower")
     if config.image_grid_pinpoints:
-        raise ValueError("--visual-tokens: this model cuts images into tiles, whose tokens depend on the image's size")
+        raise ValueError(f"{flag}: this model cuts images into tiles, whose tokens depend on the image's size")
     if config.projector_type not in PER_PATCH:
         reason = f"the projector {config.projector_type} does not map each patch to one token"
-        raise ValueError(f"--visual-tokens: {reason}")
+        raise ValueError(f"{flag}: {reason}")
     if tokens > vision.num_patches:
-        raise ValueError(f"--visual-tokens {budget}: an image has only {vision.num_patches} patches")
+        raise ValueError(f"{flag} {budget}: an image has only {vision.num_patches} patches")
     if budget.method == "pool" and math.isqrt(tokens) ** 2 != tokens:
         lower, most = math.isqrt(tokens), math.isqrt(vision.num_patches)
         near = f"{lower**2} or {(lower + 1) ** 2}" if lower < most else lower**2
-        raise ValueError(f"--visual-tokens {budget}: pool needs a square number of tokens, such as {near}")
+        raise ValueError(f"{flag} {budget}: pool needs a square number of tokens, such as {near}")
     layers = config.text_config.num_hidden_layers
     if budget.method == "fastv" and not 0 < budget.number < layers:
-        raise ValueError(f"--visual-tokens {budget}: the decoder has {layers} layers, so K is from 1 to {layers - 1}")
+        raise ValueError(f"{flag} {budget}: the decoder has {layers} layers, so K is from 1 to {layers - 1}")
     if budget.method == "cls" and config.vision_feature_layer in (0, -1 - vision.num_hidden_layers):
-        raise ValueError("--visual-tokens: cls needs features of a block, and this model takes those before the first")
+        raise ValueError(f"{flag}: cls needs features of a block, and this model takes those before the first")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
