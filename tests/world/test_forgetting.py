@@ -1,7 +1,6 @@
 """What is forgotten: the formulas on a worked example, a tiny table of remedies and a tiny matrix from end to end."""
 
 import argparse
-import math
 
 import pytest
 
@@ -23,7 +22,7 @@ def test_the_formulas_on_a_worked_example():
     assert forgetting.forgetting(MATRIX) == ((90 - 70) + (80 - 85)) / 2
     better_later = [[50.0, 0.0, 0.0], [70.0, 80.0, 0.0], [60.0, 80.0, 90.0]]  # the largest earlier value, not the first
     assert forgetting.forgetting(better_later) == (10 + 0) / 2 and forgetting.backward_transfer(better_later) == 5
-    assert forgetting.brought_back(80, 30, 70) == 80 and math.isnan(forgetting.brought_back(30, 30, 70))
+    assert forgetting.brought_back(80, 30, 70) == 80 and forgetting.brought_back(30, 30, 70) is None
 
 
 @pytest.fixture
@@ -62,14 +61,14 @@ def test_remedies_differ_in_what_they_say_only(tiny, tmp_path, monkeypatch):
 
 def test_a_tiny_table_and_a_tiny_matrix(tiny, tmp_path, command, in_process, capsys):
     write_json(tiny.root / "speedrun.json", {"seed": 0})
-    argv = ["remedies", "--speedrun", tiny.root, "--steps", 2, "--seeds", 0, 1, "--questions", 10, "--out", tmp_path]
+    argv = ["remedies", "--speedrun", tiny.root, "--steps", 2, "--seeds", 0, "--questions", 10, "--out", tmp_path]
     argv += ["--only", "replay 5 %", "average"]
     command(forgetting, *argv)
     text = (tmp_path / "remedies.md").read_text()
     assert text in capsys.readouterr().out and "| replay 5 % |" in text and "Lost without a remedy" in text
     found = read_json(tmp_path / "remedies.json")
-    assert list(found) == ["before", "none", "replay 5 %", "average"] and len(found["average"]) == 2
-    assert set(found["none"][1]["old"]) > {"overall", "color"} and (tmp_path / "remedies.png").stat().st_size > 10_000
+    assert list(found) == ["before", "none", "replay 5 %", "average"] and len(found["average"]) == 1
+    assert set(found["none"][0]["old"]) > {"overall", "color"} and (tmp_path / "remedies.png").stat().st_size > 10_000
     count = len(in_process)
     command(forgetting, *argv)
     assert len(in_process) == count  # nothing runs twice
