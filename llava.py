@@ -149,6 +149,7 @@ class KVCache:
         self.keys = [like.new_zeros(shape) for _ in layers]  # (B, KV, L, D) for each layer; written in place
         self.values = [like.new_zeros(shape) for _ in layers]
         self.length, self.used = length, 0
+        self.front: int | None = None  # more slots, before all others: the decoder's virtual tokens, once it is used
 
     def grow(self, length: int):
         """Make room for `length` slots, keeping what is stored."""
@@ -238,7 +239,7 @@ class DecoderLayer(nn.Module):
 # the decoder
 
 
-def attention_mask(padding: Tensor, slots: Tensor, length: int) -> Tensor:
+def attention_mask(padding: Tensor, slots: Tensor, length: int, front: int = 0) -> Tensor:
     """The mask of a left-padded batch, (B, 1, T, length): True where a token may attend to a slot of the cache.
 
     A row of two padding tokens and three real ones, read into an empty cache of seven slots:
@@ -249,10 +250,11 @@ def attention_mask(padding: Tensor, slots: Tensor, length: int) -> Tensor:
         . . # # . . .
         . . # # # . .
 
-    Args: padding (B,): number of padding tokens at the left of each row; slots (T,): those of the tokens being read.
+    Args: padding (B,): number of padding tokens at the left of each row; slots (T,): those of the tokens being read;
+    front: slots before the padding, which every token may attend to.
     """
     keys, queries = torch.arange(length, device=slots.device), slots[:, None]  # (length,), (T, 1)
-    real = keys >= padding[:, None, None]  # (B, 1, length)
+    real = (keys >= front + padding[:, None, None]) | (keys < front)  # (B, 1, length)
     return ((keys <= queries) & real | (keys == queries))[:, None]
 
 
@@ -265,6 +267,7 @@ class Decoder(nn.Module):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = make_norm(config)
+        self.virtual = None  # trained tokens that stand before all others: variants/tuning.py
         self.recompute = False  # in training, store each layer's input only and run the layer again in backward
 
     def forward(
@@ -280,12 +283,15 @@ class Decoder(nn.Module):
         start, limit = (0, self.config.max_position_embeddings) if cache is None else (cache.used, cache.length)
         if start + new > limit:
             raise ValueError(f"{start + new} tokens do not fit: the context holds {limit}")
+        if self.virtual is not None:
+            x, cache, keep = self.virtual(self, x, cache, keep)
+        given, new, front = new, x.shape[1], 0 if cache is None else cache.front or 0
         rope = mask = None
-        slots = torch.arange(start, start + new, device=x.device)
+        slots = torch.arange(front + start, front + start + new, device=x.device)
         positions = slots.expand(batch, new)
         if padding is not None or cache is not None:
             padding = slots.new_zeros(batch) if padding is None else padding
-            mask = attention_mask(padding, slots, new if cache is None else limit)
+            mask = attention_mask(padding, slots, new if cache is None else front + cache.length, front)
             positions = (slots - padding[:, None]).clamp(min=0)  # 0 is the first real token of a row
         if self.config.gpt2:
             x = x + self.embed_positions(positions)
@@ -299,7 +305,7 @@ class Decoder(nn.Module):
             x = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
         if cache is not None:
             cache.used += new
-        return self.norm(x)
+        return self.norm(x if keep is not None else x[:, new - given :])  # without those of virtual tokens
 
 
 class CausalLM(nn.Module):

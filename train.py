@@ -15,7 +15,7 @@ CLIP is the exception: its negatives come from one micro-batch of all ranks.
 import argparse
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from fast.accelerate import accelerate
 from fast.compile import compile_layers
 from formats.adapters import is_adapter, sample_weights, save_adapter
 from formats.saving import save_model
+from formats.tuning_files import save_tuning
 from formats.weights import choose_dtype, choose_template, load_checkpoint
 from inputs import cli
 from inputs.files import publish_folder, verify_manifest
@@ -41,7 +42,7 @@ from inputs.templates import template_words
 from inputs.tokenizer import Tokenizer, train_bpe
 from insight.measures import LiveCheck
 from llava import IGNORE, Llava
-from lora import NF4Linear, add_lora
+from lora import NF4Linear, add_lora, find_linears
 from training import meters, objectives, recipes, runs, sharding
 from training.checkpoint import Saver, restore_checkpoint
 from training.flags import read_flags
@@ -53,6 +54,7 @@ from training.sources import open_data, report_cut, skip_bad_samples
 from training.towers import Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
 from variants.image_lora import ImageRows
 from variants.nested_pool import NestedPool
+from variants.tuning import add_tuning
 from world.language import TURNS
 from world.scenes import GROUP_SIZE
 from world.writer import write_world
@@ -135,11 +137,16 @@ def choose_trainable(model: Llava, components: Iterable[str]):
             part.requires_grad_(True)
 
 
-def add_adapters(args, model: Llava) -> dict:
-    """Add the low-rank updates that --lora names; returns what save_adapter needs to know, {} without --lora."""
-    if not args.lora:
-        return {}
+def add_adapters(args, model: Llava) -> Callable[[dict, Path], None] | None:
+    """Add the updates of --lora or the part of --tune; returns a function that writes them, None without either."""
+    if not args.lora and not args.tune:
+        return None
     torch.manual_seed(args.seed)
+    if args.tune:
+        options = {"method": args.tune, "base": args.model.resolve()}
+        options["sample"] = sample_weights(model, find_linears(model, "llm"))
+        add_tuning(model, args.tune, args.prefix_length, args.tune_width)
+        return partial(save_tuning, config=model.config, tokens=model.language_model.model.virtual, **options)
     lora_ranks = {"llm": args.lora_rank, "vision": args.lora_rank_vision}
     lora_ranks = {tower: rank for tower, rank in lora_ranks.items() if args.lora in (tower, "both")}
     layers = add_lora(model, lora_ranks, args.lora_alpha, args.lora_dropout, args.lora_layers)
@@ -147,7 +154,8 @@ def add_adapters(args, model: Llava) -> dict:
         model.config.lora_images_only = True
         ImageRows(model)
     sample = sample_weights(model, layers)
-    return {"layers": layers, "dropout": args.lora_dropout, "base": args.model.resolve(), "sample": sample}
+    options = {"layers": layers, "dropout": args.lora_dropout, "base": args.model.resolve(), "sample": sample}
+    return partial(save_adapter, config=model.config, **options)
 
 
 def tower_trains(model: Llava) -> bool:
@@ -388,14 +396,17 @@ def train_llava(args, ranks: Distributed, folder: Path):
     sources, val_sources = open_sources(args, ranks, "captions" if args.stage == 1 else "instruct")
     model, tokenizer = load_start(args, ranks)
     choose_trainable(model, args.train)
-    adapter = add_adapters(args, model)
+    save_trained = add_adapters(args, model)
     if args.init_from:
         if not (args.init_from / "trained.safetensors").exists():
             raise ValueError(f"--init-from {args.init_from}: no checkpoint of a run, as OUT/latest is one")
         verify_manifest(args.init_from)
         ranks.print0(f"weights of step {restore_checkpoint(args.init_from, model)} of {args.init_from}")
 
-    max_length = args.max_length or model.config.text_config.max_position_embeddings
+    context = model.config.text_config.max_position_embeddings
+    max_length = args.max_length or context
+    if max_length > context:
+        raise ValueError(f"--max-length {max_length} is more than virtual tokens leave of the context: {context}")
     template = args.template or model.config.template
     options = {"image_order": args.image_order, "seed": args.seed, "template": template, "questions": args.questions}
     dataset = Records(sources, tokenizer, model.config, max_length, **options)
@@ -405,7 +416,7 @@ def train_llava(args, ranks: Distributed, folder: Path):
     if args.whiten and args.vision and dataset.images(1):
         whiten_projector(model, dataset)
     # Frozen weights are used in the compute dtype; they are saved as they were loaded.
-    named = model.named_parameters() if ranks.is_main and not adapter else []
+    named = model.named_parameters() if ranks.is_main and not save_trained else []
     frozen = {name: p.data for name, p in named if not p.requires_grad}
     sharding.cast_weights(model, args.shard, getattr(torch, args.weights), choose_dtype(args.dtype, ranks.device.type))
     for records in filter(None, (dataset, val)):
@@ -415,8 +426,8 @@ def train_llava(args, ranks: Distributed, folder: Path):
 
     def save(weights: dict, folder: Path):
         weights.pop(objectives.LOG_VARIANCES, None)  # it belongs to the run, not to the model
-        if adapter:
-            save_adapter(weights, folder, model.config, **adapter)
+        if save_trained:
+            save_trained(weights, folder)
         else:
             save_model(model, folder, frozen | weights)
 

@@ -94,6 +94,8 @@ def merge_folder(base: Path, adapter: Path, out: Path, bits: int = 16, vision: P
     """
     model, tokenizer = load_with_adapter(base, adapter, "cpu", None, bits, vision)
     before, found, dtype = probe_logits(model), read_adapter(adapter, vision), str(model.dtype).removeprefix("torch.")
+    if found.tuning:
+        raise ValueError(f"{adapter}: only LoRA can be merged; a {found.tuning.kind} stays beside its base: --adapter")
     for path, layer in lora_layers(model).items():  # A and B as they were trained, not rounded to the model's dtype
         layer.lora_A.weight.data, layer.lora_B.weight.data = found.lora[path][:2]
     was_quantized = any(isinstance(module, NF4Linear) for module in model.modules())

@@ -6,7 +6,8 @@ An adapter is a folder in the layout of Hugging Face's peft, which can read it:
     adapter_model.safetensors    base_model.model.PATH.lora_A.weight, ...lora_B.weight; other trained tensors whole
     config.json                  of the whole model, for its template and image mode
 
-Folders that peft or LLaVA's authors wrote are read too. The authors keep the projector in a second file.
+Folders that peft or LLaVA's authors wrote are read too. The authors keep the projector in a second file. Other methods
+than LoRA have files of the same kind: tuning_files.py.
 """
 
 import json
@@ -24,6 +25,7 @@ from formats.configs import config_to_json, read_config
 from formats.layouts import EMBEDDING, HEAD, LLAVA_LAYOUTS, Layout, choose_layout, llama, match, split, to_layout
 from formats.saving import merged_adapters
 from formats.tensors import FLOATS, LazyTensor, open_tensors
+from formats.tuning_files import HUB_WEIGHTS, KINDS, check_values, find_kind, name_parts, take_parts
 from formats.weights import build_model, grow_vocabulary, load_checkpoint, load_tokenizer, open_model
 from inputs.files import fingerprint, read_json, write_json
 from inputs.tokenizer import Tokenizer, find_vocabulary
@@ -31,6 +33,7 @@ from inputs.vocabularies import MAX_IDS
 from llava import Llava, LlavaConfig
 from lora import LoRALinear, NF4Linear, base_weight, lora_scale
 from variants.image_lora import ImageRows
+from variants.tuning import Tuning, attach_tuning, find_differences
 
 PREFIX = "base_model.model."  # of every tensor's name in peft's files
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
@@ -100,6 +103,7 @@ class Adapter:
     base_sample: dict[str, list[float]]  # from sample_weights; empty in folders of other programs
     config: LlavaConfig | None  # of the whole model, if the folder has it
     has_template: bool  # False: the template and the image mode of `config` are guesses
+    tuning: Tuning | None = None  # of another method than LoRA
 
 
 def is_adapter(folder: Path) -> bool:
@@ -112,17 +116,19 @@ def read_adapter(folder: Path, vision: Path | None = None) -> Adapter:
     Args: vision: see read_config.
     """
     values = read_peft_config(folder)
-    path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+    files = HUB_WEIGHTS if find_kind(values) == "bottleneck" else WEIGHTS
+    path = next((folder / name for name in files if (folder / name).exists()), None)
     if path is None:
-        raise ValueError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}")
+        raise ValueError(f"{folder}: holds neither {' nor '.join(files)}")
     pairs, whole = read_tensors(path, [*open_tensors(path, PREFIX).items(), *open_authors_weights(folder).items()])
     by_matrix = {name.removesuffix(ROWS) + ".weight": whole.pop(name) for name in list(whole) if name.endswith(ROWS)}
-    names = [*(f"{name}.weight" for name in pairs), *whole, *by_matrix]
+    parts = take_parts(path, values, whole)
+    names = [*(f"{name}.weight" for name in (*pairs, *filter(None, parts))), *whole, *by_matrix]
     layout = LLAVA_LAYOUTS[choose_layout(names, LLAVA_LAYOUTS)]
     if unknown := [name for name in names if not match(name, layout)]:
         raise ValueError(f"{path}: {len(unknown)} tensors belong to no part of a LLaVA: {', '.join(unknown[:3])}")
-    if not pairs:
-        raise ValueError(f"{path}: holds no LoRA")
+    if bool(pairs) == bool(parts):
+        raise ValueError(f"{path}: holds {'LoRA and another method' if pairs else 'no LoRA'}")
     lora, replaced = {}, {}
     for name, pair in pairs.items():
         lora |= read_layer(path, name, pair, values, layout)
@@ -132,8 +138,9 @@ def read_adapter(folder: Path, vision: Path | None = None) -> Adapter:
     rows = {match(name, layout)[0][0]: read_rows(path, name, rows, values) for name, rows in by_matrix.items()}
     config = read_config(folder, vision) if (folder / "config.json").exists() else None
     has_template = config is not None and "template" in read_json(folder / "config.json")
-    tied, sample = values.get("ensure_weight_tying") is True, read_base_sample(path, lora)
-    return Adapter(folder, fingerprint(path)["sha256"], lora, replaced, rows, tied, sample, config, has_template)
+    tied, sample = values.get("ensure_weight_tying") is True, read_base_sample(path)
+    tuning, sha256 = name_parts(values, parts, layout), fingerprint(path)["sha256"]
+    return Adapter(folder, sha256, lora, replaced, rows, tied, sample, config, has_template, tuning)
 
 
 def read_rows(path: Path, name: str, rows: torch.Tensor, values: dict) -> tuple[list[int], torch.Tensor]:
@@ -152,10 +159,13 @@ def read_peft_config(folder: Path) -> dict:
     if not is_adapter(folder):
         raise ValueError(f"{folder}: holds no {CONFIG}, so it is no adapter")
     values = read_json(folder / CONFIG)
+    if find_kind(values):
+        check_values(folder / CONFIG, values)
+        return values
     wrong = [f"{key} {values.get(key)!r:.99}" for key, known in SUPPORTED.items() if values.get(key) not in known]
     wrong += [key for key in UNSUPPORTED if values.get(key)]
     if wrong:
-        raise ValueError(f"{folder / CONFIG}: {wrong[0]} is not supported: only plain LoRA is")
+        raise ValueError(f"{folder / CONFIG}: {wrong[0]} is not supported: only plain LoRA, {', '.join(KINDS)} are")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = values.setdefault(key, {}) or {}
         try:
@@ -210,15 +220,14 @@ def layer_value(values: dict, key: str, patterns: str, name: str) -> float:
     return value
 
 
-def read_base_sample(path: Path, layers: Iterable[str]) -> dict[str, list[float]]:
-    """The base's weights that save_adapter stored, for these layers; empty if the file has none."""
+def read_base_sample(path: Path) -> dict[str, list[float]]:
+    """The base's weights that save_adapter stored, by the path of their layer; empty if the file has none."""
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get("base", "{}")
     try:
-        sample = {name: [float(n) for n in numbers] for name, numbers in json.loads(text).items()}
-        return {name: numbers for name, numbers in sample.items() if name in layers}
+        return {name: [float(n) for n in numbers] for name, numbers in json.loads(text).items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path}: its sample of the base's weights cannot be read") from None
 
@@ -247,6 +256,8 @@ def attach(model: Llava, adapter: Adapter):
         parameters.get(name, parameters[EMBEDDING]).copy_(tensor)  # a tied head is the embedding
     for name, (ids, tensor) in adapter.rows.items():
         parameters.get(name, parameters[EMBEDDING])[ids] = tensor.to(dtype)
+    if adapter.tuning:
+        attach_tuning(model, adapter.tuning)
     if adapter.has_template:  # stage 2 may use another template or image mode than the base
         model.config.template, model.config.image_mode = adapter.config.template, adapter.config.image_mode
         model.config.eos_token_ids = sorted({*model.config.eos_token_ids, *adapter.config.eos_token_ids})
@@ -286,6 +297,8 @@ def check_base(model: Llava, adapter: Adapter):
     wanted |= dict.fromkeys(adapter.rows.keys() - {EMBEDDING, HEAD}, "an embedding or a head")
     differ = [name for name in wanted if shapes.get(name) != wanted[name]]
     wrong = [f"{name} is {shapes.get(name, 'missing')}, should be {wanted[name]}" for name in differ]
+    wrong += find_differences(model, adapter.tuning) if adapter.tuning else []
+    wrong += [f"{name} is missing" for name in adapter.base_sample if name not in shapes]
     if wrong:
         raise ValueError(f"{adapter.folder} is for another base: {len(wrong)} parts differ: {'; '.join(wrong[:3])}")
     for path, expected in adapter.base_sample.items():

@@ -110,7 +110,12 @@ def image_features(model: Llava, answer: Answer) -> Tensor:
 
 
 def read(model: Llava, answer: Answer) -> tuple[list[Tensor], Tensor]:
-    """The attention weights (1, H, T, T) of each layer, and the states (T, C) that predict the next tokens."""
+    """The attention weights (1, H, T, T) of each layer, and the states (T, C) that predict the next tokens.
+
+    Raises ValueError for a model with virtual tokens, which attention sees and the maps have no place for.
+    """
+    if model.language_model.model.virtual is not None:
+        raise ValueError("a prompt or prefix stands before the image: of the maps, only occlusion can be drawn")
     with torch.no_grad():
         ids = torch.tensor([answer.ids[:-1]], device=model.device)
         x = model.embed(ids, image_features(model, answer), [image.size for image in answer.images])

@@ -25,6 +25,7 @@ from training.checkpoint import restore_checkpoint
 from training.flags import PARSER
 from training.plots import read_log
 from training.towers import Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
+from variants.tuning import TRAINED, add_tuning
 from world.scenes import GROUP_SIZE
 
 # Parts by the beginning of a parameter's name, in the order in which a step runs them, and what --train calls them.
@@ -48,7 +49,7 @@ def layer_of(name: str) -> str:
 
 def should_train(args: Namespace, model: nn.Module, name: str) -> bool:
     """Return whether a parameter trains with these flags. Of a vision tower, only the blocks that are used do."""
-    if args.stage == 0 or ".lora_" in name:
+    if args.stage == 0 or ".lora_" in name or TRAINED.search(name):
         return True
     if FLAGS[part_of(name)] not in args.train or "post_layernorm" in name:
         return False
@@ -104,6 +105,9 @@ def build_llava(args: Namespace) -> tuple[nn.Module, Tokenizer, Samples]:
         ranks = {"llm": args.lora_rank, "vision": args.lora_rank_vision}
         ranks = {tower: rank for tower, rank in ranks.items() if args.lora in (tower, "both")}
         add_lora(model, ranks, args.lora_alpha, args.lora_dropout, args.lora_layers)
+    if args.tune:
+        torch.manual_seed(args.seed)
+        add_tuning(model, args.tune, args.prefix_length, args.tune_width)
     for name, p in model.named_parameters():
         p.requires_grad_(should_train(args, model, name))
     if args.init_from:
@@ -216,7 +220,14 @@ class TrainedRun:
                 for path, pair in adapter.lora.items()
                 for half in "AB"
             }
-            return pairs | adapter.replaced
+            if self.args.tune in ("p-tuning", "prefix-mlp"):
+                raise ValueError(
+                    f"{self.folder}: {self.args.tune} keeps no MLP, so the finished run cannot be compared"
+                )
+            parts = adapter.tuning.parts if adapter.tuning else {}
+            own = {f"{path}.{leaf}": tensor for path, tensors in parts.items() for leaf, tensor in tensors.items()}
+            own = {name: tensor.flatten() if name.endswith("ia3_l") else tensor for name, tensor in own.items()}
+            return pairs | own | adapter.replaced
         clip = self.part == "clip"
         model = load_clip(self.folder) if clip else load_model(self.folder)
         return {"clip." * clip + name: p.detach() for name, p in model.named_parameters()}

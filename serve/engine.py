@@ -174,8 +174,9 @@ class Engine:
         used = max((job.read for job in self.active), default=0)
         packed = parts[0][0] if parts else None
         for i in range(self.model.config.text_config.num_hidden_layers if parts else 0):
-            packed.keys[i] = torch.cat([align(cache.keys[i], rows, end, used) for cache, rows, end in parts])
-            packed.values[i] = torch.cat([align(cache.values[i], rows, end, used) for cache, rows, end in parts])
+            front = packed.front or 0
+            packed.keys[i] = torch.cat([align(cache.keys[i], rows, end, used, front) for cache, rows, end in parts])
+            packed.values[i] = torch.cat([align(cache.values[i], rows, end, used, front) for cache, rows, end in parts])
         if packed and hasattr(packed, "image_rows"):  # see variants/image_lora.py
             packed.image_rows = torch.cat([cache.image_rows[rows] for cache, rows, _ in parts])
         if packed:
@@ -183,7 +184,11 @@ class Engine:
         self.cache = packed
 
 
-def align(stored: Tensor, rows: list[int], end: int, used: int) -> Tensor:
-    """Rows of stored keys or values (B, KV, L, D), moved from column `end` to `used`: (b, KV, used + ROOM, D)."""
-    columns = stored[rows, :, max(0, end - used) : end]
-    return F.pad(columns, (0, 0, used - columns.shape[2], ROOM))
+def align(stored: Tensor, rows: list[int], end: int, used: int, front: int) -> Tensor:
+    """Rows of stored keys or values (B, KV, L, D), moved from column `end` to `used`: (b, KV, front + used + ROOM, D).
+
+    Args: front: slots of virtual tokens, which stay where they are and are no columns.
+    """
+    columns = stored[rows, :, front + max(0, end - used) : front + end]
+    aligned = F.pad(columns, (0, 0, used - columns.shape[2], ROOM))
+    return torch.cat([stored[rows, :, :front], aligned], dim=2) if front else aligned

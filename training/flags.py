@@ -12,6 +12,7 @@ from training import meters, recipes, sharding
 from training.objectives import read_distill, read_task_weights
 from training.towers import SIZES
 from variants.connectors import CONNECTORS
+from variants.tuning import LENGTH, METHODS, VIRTUAL, WITH_WIDTH
 
 COMPONENTS = ("vision", "projector", "llm")  # what --train may name
 USELESS = dict.fromkeys((1, 2), ("tower", "size", "patch_size"))  # flags that do nothing in a stage
@@ -119,6 +120,12 @@ add("--lora-layers", "layers to adapt, as q_proj,v_proj", "all linear layers", t
 add("--lora-images-only", "the decoder's updates leave text without an image as it is", action="store_true")
 add("--bits", "4: the frozen decoder in NF4, as in QLoRA", type=int, choices=(4, 16), default=16)
 
+add = new_group("other small parts that train instead of the decoder: docs/tuning.md")
+add("--tune", "the method", choices=METHODS)
+add("--prefix-length", "number of virtual tokens of a prompt or prefix", str(LENGTH), type=int)
+text = "width of a bottleneck, or of the MLP that makes virtual tokens"
+add("--tune-width", text, "a 16th of the decoder's, or the decoder's", type=int)
+
 add = new_group("the run: its folder, validation, checkpoints")
 add("--out", "the run's folder", "a new folder below out/", type=Path)
 add("--resume", "continue the run in --out from its newest checkpoint, bit for bit", action="store_true")
@@ -152,14 +159,15 @@ def read_flags(description: str, argv: list[str] | None = None) -> argparse.Name
     PARSER.description = description
     args = PARSER.parse_args(argv)
     args.flags = [key for key, value in vars(args).items() if value != PARSER.get_default(key)]
-    if args.lora and args.train is None:
-        args.train = "projector"  # LoRA leaves the towers' own weights as they are
+    if (args.lora or args.tune) and args.train is None:
+        args.train = "projector"  # they leave the towers' own weights as they are
     try:
         recipes.apply_recipe(args)
         args.train = tuple(name for name in args.train.split(",") if name)
         check(args)
         check_objectives(args)
         check_lora(args)
+        check_tune(args)
     except ValueError as error:
         PARSER.error(str(error))
     return args
@@ -173,7 +181,7 @@ def refuse(wrong, reason: str):
 def check(args: argparse.Namespace):
     """Raise ValueError on the first value, or pair of values, that makes no sense."""
     counts = ("steps", "batch_size", "accumulate", "save_every", "keep", "questions", "val_every", "patience")
-    for key in (*counts, "visual_tokens", "diagnose"):
+    for key in (*counts, "visual_tokens", "diagnose", "prefix_length", "tune_width"):
         value = getattr(args, key)
         refuse(value is not None and value < 1, f"--{key.replace('_', '-')} must be at least 1")
     for key in ("timeout", "epochs", "lora_alpha"):
@@ -200,7 +208,7 @@ def check(args: argparse.Namespace):
     either = "--model continues from a LLaVA, --vision and --llm build a new one: give one or the other"
     refuse(args.model and (args.vision or args.llm), either)
     refuse(unknown, f"--train {', '.join(sorted(unknown))}: choose from {', '.join(COMPONENTS)}")
-    refuse(args.stage > 0 and not args.train and not args.lora, "--train names nothing")
+    refuse(args.stage > 0 and not (args.train or args.lora or args.tune), "--train names nothing")
 
 
 def check_objectives(args: argparse.Namespace):
@@ -219,7 +227,8 @@ def check_objectives(args: argparse.Namespace):
 
 def check_lora(args: argparse.Namespace):
     """Raise ValueError on LoRA flags that make no sense; set the ranks and the dropout that nothing has set."""
-    refuse(args.bits == 4 and not args.lora, "--bits 4 needs --lora: weights in four bits cannot train")
+    small = args.lora or args.tune
+    refuse(args.bits == 4 and not small, "--bits 4 needs --lora or --tune: weights in four bits cannot train")
     refuse(args.bits == 4 and args.shard == "fsdp", "--bits 4 and --shard fsdp do not go together: --shard zero1 does")
     if not args.lora:
         for key in args.flags:
@@ -234,3 +243,16 @@ def check_lora(args: argparse.Namespace):
     args.lora_rank, args.lora_rank_vision = (RANKS[tower] if rank is None else rank for tower in ("llm", "vision"))
     args.lora_dropout = DROPOUT if args.lora_dropout is None else args.lora_dropout
     refuse(not 0 <= args.lora_dropout < 1, "--lora-dropout must be at least 0 and below 1")
+
+
+def check_tune(args: argparse.Namespace):
+    """Raise ValueError on flags of --tune that make no sense."""
+    refuse(args.prefix_length and args.tune not in VIRTUAL, f"--prefix-length needs --tune {', '.join(VIRTUAL)}")
+    refuse(args.tune_width and args.tune not in WITH_WIDTH, f"--tune-width needs --tune {', '.join(WITH_WIDTH)}")
+    if not args.tune:
+        return
+    refuse(args.lora, "--tune and --lora: both train instead of the decoder, give one or the other")
+    refuse(args.stage != 2, "--tune is for stage 2")
+    refuse(args.vision or args.llm, "--tune needs --model: what it trains is only of use with its base model")
+    either = f"--tune freezes the towers, --train {','.join(args.train)} trains one: give one or the other"
+    refuse({"vision", "llm"} & set(args.train), either)

@@ -65,6 +65,10 @@ def limit_visual_tokens(model: nn.Module, budget: Budget | None):
     if tokens == config.vision_config.num_patches:
         return
     if budget.method == "fastv":
+        if model.language_model.model.virtual is not None:
+            raise ValueError(
+                "--visual-tokens: fastv drops tokens of the cache, and knows no prompt or prefix before them"
+            )
         FastV(model, budget)
         return
     config.visual_tokens = tokens

@@ -14,6 +14,7 @@ from inputs.records import Turn
 from inputs.tokenizer import Tokenizer
 from llava import generate
 from serve.engine import ROOM, Engine, Job
+from variants.tuning import add_tuning
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,18 @@ def test_concurrent_answers_are_those_given_alone(llava, tiny, engine):
     for (text, reason), ids, job in zip(answers, alone, jobs):
         assert text == llava[1].decode(ids).lstrip()
         assert reason == ("length" if len(ids) == job.max_tokens else "stop")
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_virtual_tokens_stand_before_every_row(babbler, tiny, method):
+    model = load_model(babbler)
+    add_tuning(model, method, length=5)
+    tuned = model, Tokenizer.load(babbler)
+    jobs, engine = make_jobs(tuned, tiny.world, 6), Engine(*tuned, rows=3)
+    alone = [answer_alone(tuned, job) for job in jobs]
+    run(engine, jobs)
+    engine.close()
+    assert [job.ids for job in jobs] == alone
 
 
 def test_jobs_that_come_and_go_change_no_answer(llava, tiny, engine):
