@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clip import CLIPVisionConfig, CLIPVisionModel
 from variants.anyres import Size, pack_tiles, tile_grid
-from variants.connectors import CONNECTORS, check_tokens
+from variants.connectors import CONNECTORS, ONE_TOKEN, READ_PROMPT, check_tokens
 
 IGNORE = -100  # label of a token that is not trained on; F.cross_entropy's ignore_index
 LOSS_CHUNK = 4096  # the loss computes the logits of at most this many tokens at a time
@@ -76,12 +76,15 @@ class LlavaConfig:
     image_grid_pinpoints: list[list[int]] | None = None  # canvas sizes (height, width) that anyres cuts into tiles
     lora_images_only: bool = False  # an adapter's updates apply to rows with an image only: variants/image_lora.py
     eos_token_ids: list[int] = field(default_factory=lambda: [2])
+    answer_start_ids: list[int] = field(default_factory=list)  # the template's text before an answer, for qformer_text
     pad_token_id: int = 0
 
     @property
     def tokens_per_image(self) -> int:
         """Tokens, and placeholders, of an image or tile; 0 without a vision tower."""
-        return 0 if self.vision_config is None else self.visual_tokens or self.vision_config.num_patches
+        if self.vision_config is None:
+            return 0
+        return 1 if self.projector_type in ONE_TOKEN else self.visual_tokens or self.vision_config.num_patches
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,7 +349,6 @@ class Projector(nn.Module):
         if config.projector_type not in PROJECTORS:
             choices = ", ".join([*PROJECTORS, *CONNECTORS])
             raise ValueError(f"projector_type {config.projector_type!r} is none of {choices}")
-        check_tokens(config.projector_type, config.visual_tokens, config.vision_config.num_patches)
         width = config.text_config.hidden_size
         self.linear_1 = nn.Linear(config.vision_config.hidden_size, width)
         self.linear_2 = nn.Linear(width, width) if PROJECTORS[config.projector_type] == 2 else None
@@ -365,7 +367,10 @@ class Llava(nn.Module):
         self.language_model = CausalLM(config.text_config)
         if config.vision_config is not None:
             self.vision_tower = CLIPVisionModel(config.vision_config)
+            check_tokens(config.projector_type, config.visual_tokens, config.vision_config.num_patches)
             self.multi_modal_projector = CONNECTORS.get(config.projector_type, Projector)(config)
+            if config.projector_type == "gated_cross_attention":  # adds layers to the decoder, not tokens to its input
+                self.multi_modal_projector.join(self.language_model.model)
         if config.image_grid_pinpoints:  # LLaVA-1.6: a learned token at the end of each row of an image's features
             width = config.text_config.hidden_size
             self.image_newline = nn.Parameter(nn.init.normal_(torch.empty(width), std=width**-0.5))
@@ -383,9 +388,14 @@ class Llava(nn.Module):
         dtype = next(self.vision_tower.parameters()).dtype
         return self.vision_tower(pixel_values.to(dtype), self.config.vision_feature_layer)
 
-    def image_tokens(self, vision_features: Tensor, image_sizes: list[Size] | None) -> Tensor:
-        """Project features (N, P, C); returns the tokens (T, C) of all images in order. image_sizes as in embed."""
-        tokens, config = self.multi_modal_projector(vision_features), self.config
+    def image_tokens(self, vision_features: Tensor, image_sizes: list[Size] | None, *prompt: Tensor) -> Tensor:
+        """Project features (N, P, C); returns the tokens (T, C) of all images in order.
+
+        Args: image_sizes as in embed; prompt: its ids (B, T) and their embeddings, which some connectors read.
+        """
+        config = self.config
+        read = prompt if config.projector_type in READ_PROMPT else ()
+        tokens = self.multi_modal_projector(vision_features, *read)
         if not config.image_grid_pinpoints:
             return tokens.flatten(0, 1)
         grids = [tile_grid(size, config.image_grid_pinpoints, config.vision_config.image_size) for size in image_sizes]
@@ -403,8 +413,10 @@ class Llava(nn.Module):
         """
         placeholders = input_ids == self.config.image_token_index
         x = self.language_model.model.embed_tokens(input_ids.masked_fill(placeholders, 0))  # 0: any valid id
-        tokens = None if vision_features is None else self.image_tokens(vision_features.to(x.dtype), image_sizes)
-        count = 0 if tokens is None else len(tokens)
+        tokens = ()
+        if vision_features is not None:
+            tokens = self.image_tokens(vision_features.to(x.dtype), image_sizes, input_ids, x)
+        count = len(tokens)
         if int(placeholders.sum()) != count:
             raise ValueError(f"{int(placeholders.sum())} image tokens for {count} visual features")
         if count:

@@ -38,7 +38,7 @@ from inputs import cli
 from inputs.files import publish_folder, verify_manifest
 from inputs.mixture import Source, batches, counts_of, make_order
 from inputs.samples import Samples
-from inputs.templates import template_words
+from inputs.templates import answer_start_ids, template_words
 from inputs.tokenizer import Tokenizer, train_bpe
 from insight.measures import LiveCheck
 from llava import IGNORE, Llava
@@ -408,6 +408,7 @@ def train_llava(args, ranks: Distributed, folder: Path):
     if max_length > context:
         raise ValueError(f"--max-length {max_length} is more than virtual tokens leave of the context: {context}")
     template = args.template or model.config.template
+    model.config.answer_start_ids = answer_start_ids(template, tokenizer)  # none in stage 1: captions have no question
     options = {"image_order": args.image_order, "seed": args.seed, "template": template, "questions": args.questions}
     dataset = Records(sources, tokenizer, model.config, max_length, **options)
     skip_bad_samples(args, ranks, run, dataset)

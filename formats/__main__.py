@@ -27,6 +27,7 @@ from inputs.gguf_files import find_gguf
 from inputs.templates import TEMPLATES
 from llava import Llava
 from lora import NF4Linear, frozen_linear, lora_layers, merge
+from variants.connectors import READ_PROMPT
 
 BYTES = {"float32": 4, "bfloat16": 2, "8-bit": 1, "4-bit": 0.5}
 
@@ -145,13 +146,19 @@ def get_shape(parameters: dict[str, torch.nn.Parameter], name: str) -> tuple[int
 
 @torch.no_grad()
 def probe_logits(model: Llava) -> torch.Tensor:
-    """Logits (1, T, V) float32 of a fixed input: 24 tokens, after 8 tokens of a noise image for a LLaVA."""
+    """Logits (1, T, V) float32 of a fixed input: 24 tokens, after 8 tokens of a noise image for a LLaVA, or all tokens
+    of a connector that reads the prompt."""
     generator, text = torch.Generator().manual_seed(0), model.config.text_config
     ids = torch.randint(0, min(text.vocab_size, model.config.image_token_index), (1, 24), generator=generator)
     x = model.language_model.model.embed_tokens(ids)
     if (vision := model.config.vision_config) is not None:
         noise = torch.randn(1, 3, vision.image_size, vision.image_size, generator=generator)
-        x = torch.cat([model.multi_modal_projector(model.vision_features(noise))[:, :8], x], dim=1)
+        features, config = model.vision_features(noise), model.config
+        if config.projector_type in READ_PROMPT:
+            marks = torch.full((1, config.tokens_per_image), config.image_token_index)
+            x = model.embed(torch.cat([marks, ids], dim=1), features)
+        else:
+            x = torch.cat([model.multi_modal_projector(features)[:, :8], x], dim=1)
     return model.language_model.lm_head(model.language_model.model(x)).float()
 
 

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
@@ -279,11 +279,13 @@ def read_authors_config(values: dict, folder: Path, vision: Path | None) -> Llav
 
 def check_config(config: LlavaConfig):
     """Raise ValueError on the first field that is invalid or does not fit the others."""
-    text, vision, eos_ids = config.text_config, config.vision_config, config.eos_token_ids
+    text, vision = config.text_config, config.vision_config
     if not str(config.template).startswith("unknown ("):  # from guess_template
         require_choice("template", config.template, TEMPLATES)
-    is_list = type(eos_ids) is list and all(type(i) is int and i >= 0 for i in eos_ids)
-    require(is_list, f"eos_token_ids {eos_ids!r:.99} is not a list of ids")
+    for name in ("eos_token_ids", "answer_start_ids"):
+        ids = getattr(config, name)
+        is_list = type(ids) is list and all(type(i) is int and i >= 0 for i in ids)
+        require(is_list, f"{name} {ids!r:.99} is not a list of ids")
     require(config.pad_token_id < text.vocab_size, f"pad_token_id {config.pad_token_id} is beyond the vocabulary")
     if vision is None:
         return
@@ -330,12 +332,14 @@ def config_to_json(config: LlavaConfig) -> dict:
         del values["lora_images_only"]
     if config.projector_type in PROJECTORS:
         del values["visual_tokens"]  # a budget of this run only, see variants/token_budget.py
+    if config.projector_type != "qformer_text":
+        del values["answer_start_ids"]
     return values | {
         "architectures": [f"Llava{'Next' if tiled else ''}ForConditionalGeneration"],
         "model_type": kind,
         "text_config": text,
         "projector_hidden_act": "gelu",
         "vision_feature_select_strategy": "default",
-        "image_seq_length": values.get("visual_tokens") or config.vision_config.num_patches,
+        "image_seq_length": replace(config, visual_tokens=values.get("visual_tokens")).tokens_per_image,
         "tie_word_embeddings": config.text_config.tie_word_embeddings,
     }

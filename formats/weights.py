@@ -22,7 +22,7 @@ from formats.configs import ONLY_NF4, clip_config_from_dict, open_config, read_c
 from formats.layouts import CLIP_LAYOUTS, EMBEDDING, HEAD, LLAVA_LAYOUTS, Layout
 from formats.llama2c import find_llama2c, read_llama2c
 from formats.tensors import FLOATS, LazyTensor, open_tensors
-from inputs.templates import TEMPLATES, end_ids
+from inputs.templates import TEMPLATES, answer_start_ids, end_ids
 from inputs.tokenizer import Tokenizer
 from llava import Llava, LlavaConfig
 from lora import NF4Linear
@@ -114,6 +114,8 @@ def likely_cause(wrong: list[str]) -> str:
         return ". It has no vision tower: give CLIP's folder with --vision"
     if EMBEDDING in missing and parts <= {"vision_tower", "language_model"} and len(missing) == len(wrong):
         return ". It has no decoder: give the decoder's folder with --llm" + ", CLIP's with --vision" * (len(parts) - 1)
+    if all("multi_modal_projector." in line for line in wrong):
+        return ". Its connector is not the one that config.json names"
     if len(wrong) > 5 and all(line.endswith((" not expected", ")")) for line in wrong):  # names and shapes only
         return ". The config.json belongs to a smaller model, or to a part of this one"
     return ""
@@ -293,6 +295,7 @@ def load_tokenizer(folder: str | Path, config: LlavaConfig) -> Tokenizer:
 def choose_template(config: LlavaConfig, tokenizer: Tokenizer, name: str | None = None):
     """Use the template `name`, by default the model's own, and its end tokens. Raises ValueError if that is unknown."""
     config.template = name or config.template
+    config.answer_start_ids = answer_start_ids(config.template, tokenizer)
     config.eos_token_ids = sorted({*config.eos_token_ids, *end_ids(config.template, tokenizer)})
 
 

@@ -87,6 +87,22 @@ def end_ids(template: str, tokenizer: Tokenizer) -> list[int]:
     return [i for i in ids if i is not None]
 
 
+def answer_start_ids(template: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids before every answer in this template, whatever the question: those of " ASSISTANT:", say. [] if it has none.
+
+    A question's last characters may join the first ids, so the ids are those that different questions have in common.
+    """
+    text, *rest = MARKUP.split(find_template(template).assistant)  # text, name, text, name, ..., text
+    fixed = []
+    for name, after in zip(rest[::2], rest[1::2]):
+        fixed += [special_id(name, tokenizer), *(tokenizer.encode(after, tokenizer.legacy) if after else [])]
+    common, *others = ([*tokenizer.encode(question + text), *fixed] for question in ("a", "7", "?", ".", ": ", "\n"))
+    for ids in others:
+        same = [a == b for a, b in zip(reversed(ids), reversed(common))]
+        common = common[len(common) - (same.index(False) if False in same else len(same)) :]
+    return common if find_template(template).assistant else []
+
+
 def stop_text(template: str) -> str:
     """The text that ends an answer if no special token does: "###" in llava_v0, a line break in captions; else ""."""
     end = TEMPLATES[template].end

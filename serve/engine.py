@@ -25,6 +25,7 @@ from torch import Tensor
 from data import PreparedImage
 from inputs.tokenizer import Tokenizer
 from llava import KVCache, Llava, sample_token
+from variants.cross_attention import pack_images
 
 ROOM = 64  # free columns of a packed cache: it is copied each time they are used up
 
@@ -180,6 +181,7 @@ class Engine:
         if packed and hasattr(packed, "image_rows"):  # see variants/image_lora.py
             packed.image_rows = torch.cat([cache.image_rows[rows] for cache, rows, _ in parts])
         if packed:
+            packed.images = pack_images([(cache, rows) for cache, rows, _ in parts])
             packed.used, packed.length = used, used + ROOM
         self.cache = packed
 

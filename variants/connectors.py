@@ -6,7 +6,9 @@
     pixel_shuffle    neighboring patches side by side in one long vector, then one matrix (Idefics3)
     resampler        M learned latents read the patches in layers of cross-attention (Flamingo, as in IDEFICS)
     qformer          M learned queries in a small BERT, half of whose layers read the patches (BLIP-2)
+    qformer_text     the same, and the queries also read the question (InstructBLIP)
     c_abstractor     convolutions, a mean of neighbors, convolutions again, then an MLP (Honeybee)
+    gated_cross_attention   one token only: layers added to the decoder read the patches; variants/cross_attention.py
 
 `--projector NAME --visual-tokens M` starts one in stage 1, and config.json keeps both as projector_type and
 visual_tokens. Patches are in reading order, n = sqrt(N) a side; so are tokens where they form a square of m = sqrt(M) a
@@ -14,7 +16,8 @@ side. Inner widths and heads are those of the vision tower; depths are those of 
 docs/connectors.md has shapes, sizes and the names of all weights.
 
 Sources: Alayrac et al. 2022 (Flamingo, arXiv 2204.14198), Laurençon et al. 2023 (IDEFICS, 2306.16527) and 2024
-(Idefics3, 2408.12637), Li et al. 2023 (BLIP-2, 2301.12597), Cha et al. 2023 (Honeybee, 2312.06742).
+(Idefics3, 2408.12637), Li et al. 2023 (BLIP-2, 2301.12597), Dai et al. 2023 (InstructBLIP, 2305.06500), Cha et al.
+2023 (Honeybee, 2312.06742).
 """
 
 import math
@@ -22,8 +25,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from variants.cross_attention import GatedCrossAttention
 
 RESAMPLER_LAYERS, QFORMER_LAYERS, REGNET_BLOCKS = 6, 12, 3
+INSTRUCTION = 512  # tokens of the question that qformer_text reads at most: the positions of BERT
 QUERY_STD = 0.02  # std of new queries. Equal ones would get equal gradients and stay equal: M tokens, one vector
 
 
@@ -32,6 +39,10 @@ def check_tokens(kind: str, tokens: int | None, patches: int):
     if kind not in CONNECTORS:
         if tokens is not None:
             raise ValueError(f"visual_tokens is {tokens}, but {kind} makes one token of each patch")
+        return
+    if kind in ONE_TOKEN:
+        if tokens is not None:
+            raise ValueError(f"visual_tokens is {tokens}, but {kind} makes one token of each image")
         return
     if tokens is None or not 1 <= tokens <= patches:
         raise ValueError(f"{kind} needs visual_tokens from 1 to the number of patches, {patches}; it is {tokens}")
@@ -43,15 +54,14 @@ def check_tokens(kind: str, tokens: int | None, patches: int):
 
 
 class Connector(nn.Module):
-    """Base of all connectors: features (B, N, C) to tokens (B, M, d), each image on its own.
+    """Base of the connectors below: features (B, N, C) to tokens (B, M, d), each image on its own.
 
-    Args: config: a LlavaConfig. Raises ValueError if its visual_tokens is impossible.
+    Args: config: a LlavaConfig that check_tokens accepts.
     """
 
     def __init__(self, config):
         super().__init__()
         vision = config.vision_config
-        check_tokens(config.projector_type, config.visual_tokens, vision.num_patches)
         self.rows = math.isqrt(vision.num_patches)  # n: patches a side
         self.side = math.isqrt(config.visual_tokens)  # m: tokens a side, where they form a square
 
@@ -105,12 +115,13 @@ class QueryAttention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=bias)
         self.out_proj = nn.Linear(width, width, bias=bias)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, M, C) to (B, M, C). Args: mask (B, 1, 1, T): False for tokens of the context that are not read."""
         q, k, v = (
             projection(source).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, M or T, D)
             for projection, source in ((self.q_proj, x), (self.k_proj, context), (self.v_proj, context))
         )
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class ResamplerLayer(nn.Module):
@@ -162,7 +173,10 @@ class QFormerLayer(nn.Module):
         self.mlp_norm = nn.LayerNorm(width, eps=1e-12)
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
-        x = self.self_norm(x + self.self_attention(x, x))
+        return self.read_patches(self.self_norm(x + self.self_attention(x, x)), features)
+
+    def read_patches(self, x: Tensor, features: Tensor) -> Tensor:
+        """What follows self-attention."""
         if self.cross_attention is not None:
             x = self.cross_norm(x + self.cross_attention(x, features))
         return self.mlp_norm(x + self.down_proj(F.gelu(self.up_proj(x))))
@@ -184,6 +198,83 @@ class QFormer(Connector):
         for layer in self.layers:
             x = layer(x, features)
         return self.projection(x)
+
+
+class TextMLP(nn.Module):
+    """The MLP of the question's tokens in a layer of the Q-Former; queries have another."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.up_proj = nn.Linear(width, 4 * width)
+        self.down_proj = nn.Linear(4 * width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.down_proj(F.gelu(self.up_proj(x))))
+
+
+class TextQFormer(QFormer):
+    """A Q-Former whose queries and the question's tokens attend to each other: InstructBLIP's.
+
+    The question comes in the decoder's embeddings, through a linear layer, where InstructBLIP has BERT's. Only queries
+    read the patches, and only they are returned, so the last layer has no MLP for the question.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.config, width = config, config.vision_config.hidden_size
+        self.text_projection = nn.Linear(config.text_config.hidden_size, width)
+        self.text_positions = nn.Parameter(nn.init.normal_(torch.empty(INSTRUCTION, width), std=0.02))
+        self.text_mlps = nn.ModuleList(TextMLP(width) for _ in range(QFORMER_LAYERS - 1))
+
+    def forward(self, features: Tensor, input_ids: Tensor, embeddings: Tensor) -> Tensor:
+        """features (N, P, C) of the images of prompts input_ids (B, T) with embeddings (B, T, d): tokens (N, M, d)."""
+        questions = find_questions(input_ids, self.config)
+        if len(questions) != len(features):  # Llava.embed will refuse the prompts
+            return super().forward(features)
+        text = pad_sequence([embeddings[row, columns] for row, columns in questions], batch_first=True)  # (N, S, d)
+        lengths = torch.tensor([len(columns) for _, columns in questions], device=text.device)
+        real = torch.arange(text.shape[1], device=text.device) < lengths[:, None]
+        return self.projection(self.compute(features, self.text_projection(text), real))
+
+    def compute(self, features: Tensor, text: Tensor, real: Tensor) -> Tensor:
+        """States (N, M, C) of the queries. Args: text (N, S, C); real (N, S): False for padding."""
+        x = self.norm(self.queries).expand(len(features), -1, -1)  # (N, M, C)
+        text = self.norm(text + self.text_positions[: text.shape[1]])
+        mask = F.pad(real, (x.shape[1], 0), value=True)[:, None, None]  # (N, 1, 1, M + S)
+        for i, layer in enumerate(self.layers):
+            both = torch.cat([x, text], dim=1)
+            both = layer.self_norm(both + layer.self_attention(both, both, mask))
+            x, text = both.split([x.shape[1], text.shape[1]], dim=1)
+            x = layer.read_patches(x, features)
+            if i < len(self.text_mlps):
+                text = self.text_mlps[i](text)
+        return x
+
+
+def find_questions(input_ids: Tensor, config) -> list[tuple[int, list[int]]]:
+    """Row and columns of the question of each image in prompts (B, T), in order."""
+    found = []
+    for row, ids in enumerate(input_ids.tolist()):
+        images = [column for column, i in enumerate(ids) if i == config.image_token_index]
+        found += [(row, question_columns(ids, first, config)) for first in images[:: config.visual_tokens]]
+    return found
+
+
+def question_columns(ids: list[int], image: int, config) -> list[int]:
+    """Columns of the question of the image at column `image`: the last INSTRUCTION text tokens before its answer.
+
+    The answer begins after the first answer_start_ids behind the image. So the question is the same with or without an
+    answer, and in training and sampling. Without them, or with the end of an answer before them, there is no question:
+    an answer's own tokens never get here.
+    """
+    start, skipped = config.answer_start_ids, (config.image_token_index, config.pad_token_id)
+    for end in range(image, len(ids) if start else image):
+        if ids[end : end + len(start)] == start:
+            return [column for column in range(end) if ids[column] not in skipped][-INSTRUCTION:]
+        if ids[end] in config.eos_token_ids:
+            break
+    return []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,6 +329,10 @@ CONNECTORS = {
     "pixel_shuffle": PixelShuffle,
     "resampler": Resampler,
     "qformer": QFormer,
+    "qformer_text": TextQFormer,
     "c_abstractor": CAbstractor,
+    "gated_cross_attention": GatedCrossAttention,
 }
 ON_A_GRID = ("avg_pool", "pixel_shuffle", "c_abstractor")  # their tokens form a square
+ONE_TOKEN = ("gated_cross_attention",)  # one token for each image, whose features go another way
+READ_PROMPT = ("qformer_text", "gated_cross_attention")  # they are called with ids and embeddings of the prompt, too

@@ -95,6 +95,8 @@ def check_budget(budget: Budget, config, flag: str = "--visual-tokens"):
         raise ValueError(f"{flag}: this model is a decoder without a vision tower")
     if config.image_grid_pinpoints:
         raise ValueError(f"{flag}: this model cuts images into tiles, whose tokens depend on the image's size")
+    if config.projector_type == "gated_cross_attention":
+        raise ValueError(f"{flag}: the attention of this decoder never sees image tokens, so it can drop none")
     if config.projector_type not in PER_PATCH:
         reason = f"the projector {config.projector_type} does not map each patch to one token"
         raise ValueError(f"{flag}: {reason}")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from test_llava import IMAGE, SHAPE, answer, random_ids, randomized
+from torch import nn
 
 import eval as evaluation
 import sample
@@ -19,17 +20,19 @@ from data import count_image_tokens, prepare_image
 from formats.__main__ import merge_folder
 from formats.adapters import load_with_adapter
 from formats.configs import read_config
+from formats.connectors import OURS_ONLY, TABLES, read_connector, write_connector
 from formats.saving import save_model
 from formats.weights import load_model
 from insight.maps import patch_numbers
 from llava import PROJECTORS, Llava, LlavaConfig, Projector, TextConfig
 from serve.prompts import draw_maps
 from serve.requests import Refusal
-from variants.connectors import CONNECTORS, check_tokens
+from variants.connectors import CONNECTORS, ONE_TOKEN, READ_PROMPT, check_tokens
 
 WIDTH, HEADS, TOKENS = 24, 4, 4
 VISION = CLIPVisionConfig(WIDTH, 48, 4, HEADS, image_size=24, patch_size=4)  # 6 x 6 patches
-KINDS = list(CONNECTORS)
+KINDS = [kind for kind in CONNECTORS if kind not in READ_PROMPT]  # those that read no prompt
+BERT = {"hidden_size": WIDTH, "num_hidden_layers": 12, "num_attention_heads": HEADS, "intermediate_size": 96}
 
 
 def configure(kind, tokens=TOKENS, vision=VISION, **values):
@@ -61,52 +64,86 @@ def assert_close(ours, theirs):
         assert (mine - other).abs().max() <= 1e-5 * other.abs().max()
 
 
-def assert_same_function(connector, reference, names, compute):
-    """Compare tokens and all gradients. Args: reference: their module; names: theirs -> ours, as regular expressions;
-    compute: features -> tokens, with the weights of `reference`."""
-    mine, theirs = dict(connector.named_parameters()), dict(reference.named_parameters())
-    pairs = {}
-    for name in theirs:
-        pairs[name] = name
-        for pattern, ours in names.items():
-            pairs[name] = re.sub(pattern, ours, pairs[name])
-    assert set(pairs.values()) == mine.keys() - {"projection.weight", "projection.bias"} and len(pairs) > 0
-    with torch.no_grad():
-        for name, ours in pairs.items():
-            theirs[name].copy_(mine[ours])
-    chosen = [mine[pairs[name]] for name in theirs]
-    features = make_features()
-    assert_close(
-        tokens_and_gradients(connector, features, *chosen),
-        tokens_and_gradients(compute, features, *theirs.values()),
+class Whole(nn.Module):
+    """A module under the path that it has in a model of transformers, so that names are those of its files."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        for path, part in parts.items():
+            owner, *names = self, *path.split("__")
+            for name in names[:-1]:
+                owner.add_module(name, nn.Module())
+                owner = getattr(owner, name)
+            setattr(owner, names[-1], part)
+
+
+def assert_same_function(kind, ours, theirs, extra, compute_ours, compute_theirs):
+    """Give `theirs`, a Whole, the weights of our connector, and compare tokens and all gradients, then the weights
+    that are read back. Args: extra: names of theirs that have no place in ours."""
+    state = write_connector(kind, ours.state_dict())
+    left = theirs.load_state_dict(state, strict=False)
+    assert sorted(left.missing_keys) == sorted(extra) and not left.unexpected_keys
+    theirs.double(), ours.double()
+    mine, other, features = dict(ours.named_parameters()), dict(theirs.named_parameters()), make_features().double()
+    renamed = {key: name for key, p in mine.items() for name in write_connector(kind, {key: p})}
+    assert len(renamed) == len(state)
+    # A key's bias moves all scores of a query alike, so its gradient is 0 but for rounding.
+    renamed = {key: name for key, name in renamed.items() if not key.endswith("k_proj.bias")}
+    chosen, matching = [mine[key] for key in renamed], [other[name] for name in renamed.values()]
+    one, two = (
+        tokens_and_gradients(compute, features, *parameters)
+        for compute, parameters in ((compute_ours, chosen), (compute_theirs, matching))
     )
+    assert_close([a.flatten() for a in one], [b.flatten() for b in two])
+    again = read_connector(kind, theirs.state_dict())
+    assert again.keys() == mine.keys() - set(OURS_ONLY.get(kind, ()))
+    assert all(torch.equal(tensor, mine[name]) for name, tensor in again.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # against transformers
 
-ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
-
 
 def test_qformer_equals_blip2():
     transformers = pytest.importorskip("transformers")
-    shape = {"hidden_size": WIDTH, "num_hidden_layers": 12, "num_attention_heads": HEADS, "intermediate_size": 96}
-    config = transformers.Blip2QFormerConfig(**shape, encoder_hidden_size=WIDTH)
-    theirs, ours = transformers.Blip2QFormerModel(config).eval(), build("qformer")
-    theirs.query_tokens = torch.nn.Parameter(torch.zeros(TOKENS, WIDTH))  # BLIP-2 keeps them outside the Q-Former
-    names = {r"^encoder\.layer": "layers", "^layernorm": "norm", "^query_tokens": "queries"}
-    for part, prefix in (("crossattention", "cross"), ("attention", "self")):
-        names |= {rf"\.{part}\.attention\.{a}": f".{prefix}_attention.{b}" for a, b in ATTENTION.items()}
-        names |= {rf"\.{part}\.output\.dense": f".{prefix}_attention.out_proj"}
-        names |= {rf"\.{part}\.output\.LayerNorm": f".{prefix}_norm"}
-    names |= {r"intermediate_query\.dense": "up_proj", r"output_query\.dense": "down_proj"}
-    names |= {r"output_query\.LayerNorm": "mlp_norm"}
+    config = transformers.Blip2QFormerConfig(**BERT, encoder_hidden_size=WIDTH)
+    model, ours = transformers.Blip2QFormerModel(config).eval(), build("qformer")
+    queries, last = nn.Parameter(torch.zeros(1, TOKENS, WIDTH)), nn.Linear(WIDTH, SHAPE["hidden_size"])
+    theirs = Whole(query_tokens=queries, qformer=model, language_projection=last)
 
     def compute(features):
-        queries = theirs.query_tokens.expand(len(features), -1, -1)
-        return ours.projection(theirs(query_embeds=queries, encoder_hidden_states=features).last_hidden_state)
+        states = model(query_embeds=theirs.query_tokens.expand(len(features), -1, -1), encoder_hidden_states=features)
+        return theirs.language_projection(states.last_hidden_state)
 
-    assert_same_function(ours, theirs, names, compute)
+    assert_same_function("qformer", ours, theirs, [], ours, compute)
+
+
+def test_qformer_with_text_equals_instructblip():
+    """Three questions of different lengths, one of them empty, whose embeddings are the same vectors in both."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.InstructBlipQFormerConfig(**BERT, encoder_hidden_size=WIDTH, vocab_size=50)
+    model, ours = transformers.InstructBlipQFormerModel(config).eval(), build("qformer_text")
+    queries, last = nn.Parameter(torch.zeros(1, TOKENS, WIDTH)), nn.Linear(WIDTH, SHAPE["hidden_size"])
+    theirs = Whole(query_tokens=queries, qformer=model, language_projection=last)
+    ids, real = random_ids(3, 5) % 50, torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+
+    def compute_ours(features):
+        text = model.embeddings.word_embeddings(ids)  # ours gets the decoder's embeddings, of its width
+        return ours.projection(ours.compute(features, text, real.bool()))
+
+    def compute(features):
+        mask = torch.cat([torch.ones(3, TOKENS, dtype=torch.long), real], dim=1)
+        start = theirs.query_tokens.expand(len(features), -1, -1)
+        states = model(ids, mask, query_embeds=start, encoder_hidden_states=features)
+        return theirs.language_projection(states.last_hidden_state[:, :TOKENS])
+
+    unread = [f"qformer.encoder.layer.11.{part}" for part in ("intermediate.dense", "output.dense", "output.LayerNorm")]
+    extra = [f"{name}.{kind}" for name in unread for kind in ("weight", "bias")]
+    extra += ["qformer.embeddings.word_embeddings.weight"]
+    assert_same_function("qformer_text", ours, theirs, extra, compute_ours, compute)
+    words = model.embeddings.word_embeddings.weight
+    one, two = (tokens_and_gradients(part, make_features().double(), words)[-1] for part in (compute_ours, compute))
+    assert_close([one], [two])
 
 
 def test_resampler_equals_idefics():
@@ -114,11 +151,9 @@ def test_resampler_equals_idefics():
     from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
     config = transformers.IdeficsConfig(vision_config={"embed_dim": WIDTH})
-    theirs, ours = IdeficsPerceiverResampler(config, WIDTH, 6, HEADS, WIDTH // HEADS, TOKENS), build("resampler")
-    names = {r"^blocks\.(\d+)\.0": r"layers.\1.attention", r"^blocks\.(\d+)\.1": r"layers.\1", "^layer_norm": "norm"}
-    names |= {r"attention\.context_layer_norm": "context_norm", r"attention\.latents_layer_norm": "latents_norm"}
-    names |= {"output_proj": "out_proj", r"\.ln\.": ".mlp_norm.", r"\.fc\.": ".up_proj.", r"\.c_proj\.": ".down_proj."}
-    assert_same_function(ours, theirs, names, lambda features: ours.projection(theirs(features)))
+    model, ours = IdeficsPerceiverResampler(config, WIDTH, 6, HEADS, WIDTH // HEADS, TOKENS), build("resampler")
+    theirs = Whole(model__perceiver_resampler=model)
+    assert_same_function("resampler", ours, theirs, [], ours, lambda features: ours.projection(model(features)))
 
 
 @pytest.mark.parametrize("tokens", [4, 9, 36])  # blocks of 3 x 3, of 2 x 2 and of one patch
@@ -129,13 +164,14 @@ def test_pixel_shuffle_equals_idefics3(tokens):
     text = transformers.LlamaConfig(hidden_size=SHAPE["hidden_size"])
     scale = round((36 / tokens) ** 0.5)
     config = transformers.Idefics3Config(vision_config={"hidden_size": WIDTH}, text_config=text, scale_factor=scale)
-    theirs, ours = Idefics3Connector(config), build("pixel_shuffle", tokens)
-    with torch.no_grad():
-        theirs.modality_projection.proj.weight.copy_(ours.projection.weight)
-    assert_close(
-        tokens_and_gradients(ours, make_features(), *ours.parameters()),
-        tokens_and_gradients(theirs, make_features(), *theirs.parameters()),
-    )
+    model, ours = Idefics3Connector(config), build("pixel_shuffle", tokens)
+    assert_same_function("pixel_shuffle", ours, Whole(model__connector=model), [], ours, model)
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_model_without_the_connector_is_refused(kind):
+    with pytest.raises(ValueError, match=f"no tensor is one of a {kind}: .* is missing"):
+        read_connector(kind, {"model.embed_tokens.weight": torch.zeros(2, 2)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,19 +327,20 @@ def test_transformers_starts_queries_equal():
     assert bool((Idefics2PerceiverResampler(config.perceiver_config).latents == 1).all())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CONNECTORS)
 def test_a_model_is_saved_loaded_and_answers(kind, tmp_path):
-    model = randomized(Llava(configure(kind)), 0.6)
+    tokens, start = (1, []) if kind in ONE_TOKEN else (TOKENS, [8] if kind == "qformer_text" else [])
+    model = randomized(Llava(configure(kind, None if kind in ONE_TOKEN else tokens, answer_start_ids=start)), 0.6)
     save_model(model, tmp_path)
     again = load_model(tmp_path)
-    assert again.config == model.config and again.config.tokens_per_image == TOKENS
-    prompt = [5, *[IMAGE] * TOKENS, 7, 8]
+    assert again.config == model.config and again.config.tokens_per_image == tokens
+    prompt = [5, *[IMAGE] * tokens, 7, 8]
     images = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     one, other = (again.vision_features(images[i : i + 1]) for i in range(2))
     assert answer(again, [prompt], one) == answer(model, [prompt], model.vision_features(images[:1]))
-    ids = torch.tensor([prompt])
-    assert (again.embed(ids, one) - again.embed(ids, other)).abs().max() > 1e-3
-    with pytest.raises(ValueError, match=f"{TOKENS - 1} image tokens for {TOKENS} visual features"):
+    ids, decode = torch.tensor([prompt]), again.language_model.model
+    assert (decode(again.embed(ids, one)) - decode(again.embed(ids, other))).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=f"{tokens - 1} image tokens for {tokens} visual features"):
         model.embed(torch.tensor([prompt[:1] + prompt[2:]]), one)
 
 
@@ -324,17 +361,18 @@ def test_the_sizes_in_the_docs_are_those_of_the_code():
     assert {kind for kind, *_ in rows} == {*PROJECTORS, *CONNECTORS}
     vision = CLIPVisionConfig(1024, 4096, 24, 16, image_size=336, patch_size=14)
     for kind, tokens, parameters in rows:
-        count = None if kind in PROJECTORS else int(tokens)
+        count = None if kind in (*PROJECTORS, *ONE_TOKEN) else int(tokens)
         config = LlavaConfig(TextConfig(hidden_size=4096), vision, projector_type=kind, visual_tokens=count)
         with torch.device("meta"):
             connector = CONNECTORS.get(kind, Projector)(config)
-            shape = connector(torch.empty(1, 576, 1024)).shape
+            shape = (1, int(tokens), 4096) if kind in READ_PROMPT else connector(torch.empty(1, 576, 1024)).shape
         assert shape == (1, int(tokens), 4096) and config.tokens_per_image == int(tokens)
         assert f"{sum(p.numel() for p in connector.parameters()):,}" == parameters, kind
 
 
 def test_the_docs_name_every_weight():
-    names = {re.sub(r"\.\d+\.", ".i.", name) for kind in KINDS for name, _ in build(kind).named_parameters()}
+    parts = [build(kind, None if kind in ONE_TOKEN else TOKENS) for kind in CONNECTORS]
+    names = {re.sub(r"\.\d+\.", ".i.", name) for part in parts for name, _ in part.named_parameters()}
     text = DOCS.read_text()
     for name in names:
         module = name.removesuffix(".weight").removesuffix(".bias")
@@ -344,17 +382,20 @@ def test_the_docs_name_every_weight():
 # ---------------------------------------------------------------------------------------------------------------------
 # from training to answers
 
-MOST = {"pixel_shuffle": 1}  # tokens for the 3 x 3 patches of the tiny tower; default 4
+MOST = {"pixel_shuffle": 1, "gated_cross_attention": 1}  # tokens for the 3 x 3 patches of the tiny tower; default 4
 
 
-@pytest.mark.parametrize("kind", ["pixel_shuffle", "qformer"])  # the others differ in the connector's class only
+# The others differ in the connector's class only.
+@pytest.mark.parametrize("kind", ["pixel_shuffle", "qformer_text", "gated_cross_attention"])
 def test_stages_1_and_2_then_an_answer_and_a_score(kind, tiny, command, tmp_path, capsys):
     tokens, short = MOST.get(kind, 4), ["--steps", 2, "--batch-size", 2]
     first, second = tmp_path / "stage1", tmp_path / "stage2"
-    command(train, *tiny.flags["stage1"], *short, "--projector", kind, "--visual-tokens", tokens, "--out", first)
+    new = ["--projector", kind, *([] if kind in ONE_TOKEN else ["--visual-tokens", tokens])]
+    command(train, *tiny.flags["stage1"], *short, *new, "--out", first)
     command(train, *tiny.flags["stage2"], *short, "--model", first, "--out", second)
     values = json.loads((second / "config.json").read_text())
-    assert (values["projector_type"], values["visual_tokens"], values["image_seq_length"]) == (kind, tokens, tokens)
+    assert (values["projector_type"], values["image_seq_length"]) == (kind, tokens)
+    assert values["visual_tokens"] == (None if kind in ONE_TOKEN else tokens)
     states = [load_model(folder).multi_modal_projector.state_dict() for folder in (first, second)]
     names = [name for name in states[0] if not name.endswith("k_proj.bias")]  # it moves all scores of a query alike
     assert all(not torch.equal(states[0][name], states[1][name]) for name in names)  # every weight trains
@@ -372,8 +413,7 @@ def test_stages_1_and_2_then_an_answer_and_a_score(kind, tiny, command, tmp_path
 def test_lora_on_a_connector_and_its_merge(tiny, command, tmp_path):
     short = ["--steps", 2, "--batch-size", 2]
     base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
-    new = ["--projector", "resampler", "--visual-tokens", 4]
-    command(train, *tiny.flags["stage1"], *short, *new, "--out", base)
+    command(train, *tiny.flags["stage1"], *short, "--projector", "gated_cross_attention", "--out", base)
     command(train, *tiny.flags["stage2"], *short, "--model", base, "--lora", "llm", "--out", adapter)
     model, _ = load_with_adapter(base, adapter, "cpu", torch.float32)
     trained, old = model.multi_modal_projector.state_dict(), load_model(base).multi_modal_projector.state_dict()
