@@ -153,7 +153,15 @@ def write_report(args: argparse.Namespace, patches: int, cells: list[Cell]):
         rows.append(row | {"difference": describe_difference(cell, best)})
     write_json(out / "report.json", {"connectors": rows, "budgets": curve, "blind": blind, "minutes": args.minutes})
     lines = [f"# Connectors and token budgets, --minutes {args.minutes:g}", ""]
-    lines += [f"{patches} patches an image. A model that sees no image: {blind:.1f} %.", "", *connector_table(rows)]
+    count = len(cells[0].answers(first))
+    lines += [
+        f"{patches} patches an image, {count} questions. The plain model without images: {blind:.1f} %. With one seed,"
+    ]
+    lines += [
+        f"the standard error of an accuracy is at most {50 / math.sqrt(count):.1f} points.",
+        "",
+        *connector_table(rows),
+    ]
     lines += ["", *budget_table(curve, args.budgets), "", "![accuracy by tokens](report.png)"]
     (out / "report.md").write_text("\n".join(lines) + "\n")
     draw(out / "report.png", rows, curve, blind)
@@ -202,7 +210,7 @@ def draw(path: Path, rows: list[dict], curve: dict[str, dict[int, float]], blind
     for row in rows:
         connectors.setdefault(row["connector"], {})[row["budget"]] = statistics.mean(row["seeds"].values())
     panels = {"connectors": connectors, "plain model, fewer tokens": curve}
-    for axis, name, lines in draw_panels(path, panels, [5.2, 5.2], 3.8):
+    for axis, name, lines in draw_panels(path, panels, [6, 6], 3.8):
         for i, (label, values) in enumerate(lines.items()):
             axis.plot(values.keys(), values.values(), "os^Dv<>*P"[i % 9] + "-", color=f"C{i}", label=label)
         axis.axhline(blind, color="gray", linestyle=":", label="blind")
@@ -211,4 +219,4 @@ def draw(path: Path, rows: list[dict], curve: dict[str, dict[int, float]], blind
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
         axis.set(title=name, xlabel="visual tokens", ylabel="correct, %", ylim=(0, 102))
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
