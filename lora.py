@@ -54,6 +54,37 @@ class LoRALinear(nn.Module):
         return frozen_linear(weight.float().add_(update).to(weight.dtype), self.base.bias)
 
 
+class DoRALinear(LoRALinear):
+    """DoRA: LoRA turns the rows of W, and their lengths m (out,) train, too: m / |W + scale B A| * (W x + scale B A x).
+
+    |...| is the norm of each row, a constant for gradients (Liu et al. 2024, arXiv 2402.09353, section 4.3).
+    """
+
+    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float = 0.0):
+        super().__init__(base, rank, scale, dropout)
+        self.lora_magnitude_vector = nn.Parameter(self.row_norms())
+
+    @torch.no_grad()
+    def row_norms(self) -> Tensor:
+        """|W + scale B A| (out,): |W|^2 + 2 scale <W A^T, B> + scale^2 <B A A^T, B> in each row needs no sum."""
+        weight, a, b = base_weight(self).float(), self.lora_A.weight.float(), self.lora_B.weight.float()
+        mixed = 2 * self.scale * (weight @ a.T) + self.scale**2 * (b @ (a @ a.T))
+        return (weight.square().sum(dim=1) + (mixed * b).sum(dim=1)).sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain, y, dropped = self.lora_magnitude_vector / self.row_norms(), self.base(x), self.lora_dropout(x)
+        turned = self.base(dropped) if self.training and self.lora_dropout.p else y
+        turned = turned if self.base.bias is None else turned - self.base.bias
+        update = self.lora_B(self.lora_A(dropped)) * self.scale
+        return y + ((gain - 1) * turned + gain * update).to(y.dtype)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        whole, gain = super().merged(), self.lora_magnitude_vector / self.row_norms()
+        whole.weight.data = (whole.weight.float() * gain[:, None]).to(whole.weight.dtype)
+        return whole
+
+
 def frozen_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
     """A plain frozen linear layer with this weight (out, in)."""
     linear = nn.Linear(*weight.T.shape, bias=bias is not None, device="meta")
@@ -110,9 +141,10 @@ def choose_layers(model: Llava, ranks: dict[str, int], names: list[str] | None) 
 
 
 def add_lora(
-    model: Llava, ranks: dict[str, int], alpha: float | None, dropout: float, names: list[str] | None = None
-) -> dict[str, tuple[int, float]]:
-    """Replace the chosen linear layers by LoRALinears; returns the rank and alpha of each by its path.
+    model: Llava, ranks: dict[str, int], alpha: float | None, dropout: float, names: list[str] | None = None,
+    dora: bool = False,
+) -> dict[str, tuple[int, float]]:  # fmt: skip
+    """Replace the chosen linear layers by LoRALinears or DoRALinears; returns the rank and alpha of each by its path.
 
     Args: ranks: for "llm", "vision" or both; alpha: default twice the rank; names: last part of the layers' paths, such
     as ["q_proj", "v_proj"], default all.
@@ -121,7 +153,8 @@ def add_lora(
     chosen = choose_layers(model, ranks, names)
     layers = {path: (rank, 2 * rank if alpha is None else alpha) for path, rank in chosen.items()}
     for path, (rank, layer_alpha) in layers.items():
-        layer = LoRALinear(model.get_submodule(path), rank, lora_scale(rank, layer_alpha), dropout)
+        kind = DoRALinear if dora else LoRALinear
+        layer = kind(model.get_submodule(path), rank, lora_scale(rank, layer_alpha), dropout)
         model.set_submodule(path, layer)
     return layers
 

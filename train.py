@@ -149,7 +149,7 @@ def add_adapters(args, model: Llava) -> Callable[[dict, Path], None] | None:
         return partial(save_tuning, config=model.config, tokens=model.language_model.model.virtual, **options)
     lora_ranks = {"llm": args.lora_rank, "vision": args.lora_rank_vision}
     lora_ranks = {tower: rank for tower, rank in lora_ranks.items() if args.lora in (tower, "both")}
-    layers = add_lora(model, lora_ranks, args.lora_alpha, args.lora_dropout, args.lora_layers)
+    layers = add_lora(model, lora_ranks, args.lora_alpha, args.lora_dropout, args.lora_layers, args.dora)
     if args.lora_images_only:
         model.config.lora_images_only = True
         ImageRows(model)
@@ -204,8 +204,10 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, ranks: Distribute
         if p.requires_grad:
             component, decay = name.split(".")[0], args.weight_decay if p.ndim >= 2 else 0.0
             peak = args.lr if peaks.get(component) is None else peaks[component]
+            if args.lora_plus and ".lora_B." in name:
+                peak *= args.lora_plus  # LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns faster than A
             empty = {"params": [], "component": component, "peak": peak, "weight_decay": decay}
-            groups.setdefault((component, decay), empty)["params"].append(p)
+            groups.setdefault((component, decay, peak), empty)["params"].append(p)
     ranks.print0(f"{'trains':<24}{'parameters':>14}{'rate':>10}{'decay':>8}")
     for group in groups.values():
         count = sum(p.numel() for p in group["params"])

@@ -98,7 +98,9 @@ def merge_folder(base: Path, adapter: Path, out: Path, bits: int = 16, vision: P
     if found.tuning:
         raise ValueError(f"{adapter}: only LoRA can be merged; a {found.tuning.kind} stays beside its base: --adapter")
     for path, layer in lora_layers(model).items():  # A and B as they were trained, not rounded to the model's dtype
-        layer.lora_A.weight.data, layer.lora_B.weight.data = found.lora[path][:2]
+        layer.lora_A.weight.data, layer.lora_B.weight.data, _, lengths = found.lora[path]
+        if lengths is not None:
+            layer.lora_magnitude_vector.data = lengths
     was_quantized = any(isinstance(module, NF4Linear) for module in model.modules())
     merge(model)
     if model.config.lora_images_only:

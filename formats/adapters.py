@@ -31,7 +31,7 @@ from inputs.files import fingerprint, read_json, write_json
 from inputs.tokenizer import Tokenizer, find_vocabulary
 from inputs.vocabularies import MAX_IDS
 from llava import Llava, LlavaConfig
-from lora import LoRALinear, NF4Linear, base_weight, lora_scale
+from lora import DoRALinear, LoRALinear, NF4Linear, base_weight, lora_scale
 from variants.image_lora import ImageRows
 from variants.tuning import Tuning, attach_tuning, find_differences
 
@@ -39,7 +39,7 @@ PREFIX = "base_model.model."  # of every tensor's name in peft's files
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 AUTHORS_WEIGHTS = "non_lora_trainables.bin"  # the file in which LLaVA's authors keep the projector
 # Options of peft that change the arithmetic or train additional tensors.
-UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "use_qalora", "use_bdlora")
+UNSUPPORTED = ("lora_bias", "layer_replication", "target_parameters", "use_qalora", "use_bdlora")
 UNSUPPORTED += ("alora_invocation_tokens", "eva_config", "arrow_config", "monteclora_config")
 ROWS = ".token_adapter.trainable_tokens_delta"  # ends the name of rows of an embedding, whose ids are in the config
 SUPPORTED = {"peft_type": ("LORA",), "bias": (None, "none")}
@@ -69,6 +69,7 @@ def save_adapter(
     values = {"peft_type": "LORA", "base_model_name_or_path": str(base), "task_type": None, "inference_mode": True}
     values |= {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": False, "bias": "none"}
     values |= {"target_modules": list(modules), "modules_to_save": sorted(whole) or None, "fan_in_fan_out": False}
+    values["use_dora"] = any(name.endswith(".lora_magnitude_vector") for name in trained)
     values["rank_pattern"] = {re.escape(path): r for path, (r, _) in modules.items() if r != rank}
     values["alpha_pattern"] = {re.escape(path): a for path, (_, a) in modules.items() if a != alpha}
     write_json(folder / CONFIG, values)
@@ -96,7 +97,7 @@ class Adapter:
 
     folder: Path
     sha256: str  # of the file with A and B
-    lora: dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # path of a layer: A (r, in), B (out, r), scale
+    lora: dict[str, tuple]  # path of a layer: A (r, in), B (out, r), scale, and DoRA's lengths (out,) or None
     replaced: dict[str, torch.Tensor]  # tensors that replace those of the base; they may have more rows
     rows: dict[str, tuple[list[int], torch.Tensor]]  # ids of a matrix's rows, and their new values
     tied: bool  # a replaced embedding is the head, too, if it is in the base
@@ -190,7 +191,7 @@ def read_tensors(path: Path, tensors: list[tuple[str, LazyTensor]]) -> tuple[dic
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds numbers that are not finite")
         name = re.sub(r"modules_to_save\.(default\.)?", "", name.removeprefix(PREFIX))
-        found = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
+        found = re.fullmatch(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.default)?(?:\.weight)?", name)
         store, key = (pairs.setdefault(found[1], {}), found[2]) if found else (whole, name)
         if key in store:
             raise ValueError(f"{path}: {name} given twice")
@@ -199,17 +200,24 @@ def read_tensors(path: Path, tensors: list[tuple[str, LazyTensor]]) -> tuple[dic
 
 
 def read_layer(path: Path, name: str, pair: dict[str, torch.Tensor], values: dict, layout: Layout) -> dict:
-    """A, B and scale by our path. If the file has one matrix for q, k and v, B is cut in three and A is shared."""
+    """Adapter.lora of a layer. If the file has one matrix for q, k and v, B is cut in three and A is shared."""
     rank = layer_value(values, "r", "rank_pattern", name)
     alpha = layer_value(values, "lora_alpha", "alpha_pattern", name)
+    lengths, dora = pair.pop("magnitude_vector", None), values.get("use_dora") is True
+    if (lengths is not None) != dora:
+        raise ValueError(f"{path}: use_dora is {dora}, and {name} has {'no ' * dora}lora_magnitude_vector")
     if set(pair) != {"A", "B"}:
         raise ValueError(f"{path}: {name} lacks lora_{'A' if 'B' in pair else 'B'}")
     a, b = pair["A"], pair["B"]
     if a.ndim != 2 or b.ndim != 2 or not 0 < len(a) == b.shape[1] == rank:
         raise ValueError(f"{path}: {name} holds {list(a.shape)} and {list(b.shape)}, its rank is {rank} in {CONFIG}")
     scale = lora_scale(rank, alpha, values.get("use_rslora") is True)
+    if dora and lengths.shape != b.shape[:1]:
+        raise ValueError(f"{path}: {name} has {list(lengths.shape)} lengths for {len(b)} rows")
     ours, _ = match(f"{name}.weight", layout)  # A and B are never transposed, even if the base's matrix is
-    return {target.removesuffix(".weight"): (a, part, scale) for target, part in zip(ours, b.chunk(len(ours)))}
+    own = lengths.chunk(len(ours)) if dora else [None] * len(ours)
+    parts = zip(ours, b.chunk(len(ours)), own)
+    return {target.removesuffix(".weight"): (a, part, scale, m) for target, part, m in parts}
 
 
 def layer_value(values: dict, key: str, patterns: str, name: str) -> float:
@@ -246,11 +254,13 @@ def attach(model: Llava, adapter: Adapter):
         model.config.image_token_index = model.config.text_config.vocab_size
     untie_head(model, adapter)
     dtype, parameters = model.dtype, dict(model.named_parameters())  # names as they are before layers are wrapped
-    for path, (a, b, scale) in adapter.lora.items():
-        layer = LoRALinear(model.get_submodule(path), len(a), scale)
+    for path, (a, b, scale, lengths) in adapter.lora.items():
+        layer = (LoRALinear if lengths is None else DoRALinear)(model.get_submodule(path), len(a), scale)
         for half, values in ((layer.lora_A, a), (layer.lora_B, b)):
             half.weight.copy_(values)
             half.to(dtype)
+        if lengths is not None:
+            layer.lora_magnitude_vector.copy_(lengths)
         model.set_submodule(path, layer)
     for name, tensor in adapter.replaced.items():
         parameters.get(name, parameters[EMBEDDING]).copy_(tensor)  # a tied head is the embedding
@@ -291,7 +301,7 @@ def check_base(model: Llava, adapter: Adapter):
     for name in (EMBEDDING, HEAD):  # which may grow; a tied head is the embedding
         rows, width = shapes.get(name, shapes[EMBEDDING])
         shapes[name] = max(rows, adapter_vocabulary(adapter)), width
-    wanted = {path: (len(b), a.shape[1]) for path, (a, b, _) in adapter.lora.items()}
+    wanted = {path: (len(b), a.shape[1]) for path, (a, b, *_) in adapter.lora.items()}
     wanted |= {name: tuple(tensor.shape) for name, tensor in adapter.replaced.items()}
     wanted |= {name: (shapes[name][0], tensor.shape[1]) for name, (_, tensor) in adapter.rows.items() if name in shapes}
     wanted |= dict.fromkeys(adapter.rows.keys() - {EMBEDDING, HEAD}, "an embedding or a head")

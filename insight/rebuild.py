@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data import CaptionPairs, Records, collate
-from formats.adapters import is_adapter, read_adapter
+from formats.adapters import Adapter, is_adapter, read_adapter
 from formats.weights import choose_template, load_checkpoint, load_clip, load_model
 from inputs.check import Skips, image_faults
 from inputs.files import OUTPUT_ROOT, read_json
@@ -104,7 +104,7 @@ def build_llava(args: Namespace) -> tuple[nn.Module, Tokenizer, Samples]:
         torch.manual_seed(args.seed)
         ranks = {"llm": args.lora_rank, "vision": args.lora_rank_vision}
         ranks = {tower: rank for tower, rank in ranks.items() if args.lora in (tower, "both")}
-        add_lora(model, ranks, args.lora_alpha, args.lora_dropout, args.lora_layers)
+        add_lora(model, ranks, args.lora_alpha, args.lora_dropout, args.lora_layers, args.dora)
     if args.tune:
         torch.manual_seed(args.seed)
         add_tuning(model, args.tune, args.prefix_length, args.tune_width)
@@ -121,6 +121,17 @@ def build_llava(args: Namespace) -> tuple[nn.Module, Tokenizer, Samples]:
     if args.vision and args.whiten and dataset.images(1):
         whiten_projector(model, dataset)
     return model, tokenizer, dataset
+
+
+def adapter_weights(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Return an adapter's tensors by the names of our parameters."""
+    named = dict(adapter.replaced)
+    for path, (a, b, _, lengths) in adapter.lora.items():
+        named |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+        named |= {} if lengths is None else {f"{path}.lora_magnitude_vector": lengths}
+    for path, tensors in adapter.tuning.parts.items() if adapter.tuning else ():
+        named |= {f"{path}.{name}": p.flatten() if name == "ia3_l" else p for name, p in tensors.items()}
+    return named
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,20 +225,10 @@ class TrainedRun:
                 raise ValueError(f"{self.folder}: the run is not finished, and has no checkpoint yet")
             return load_file(self.folder / "latest" / "trained.safetensors")
         if is_adapter(self.folder):
-            adapter = read_adapter(self.folder)
-            pairs = {
-                f"{path}.lora_{half}.weight": pair["AB".index(half)]
-                for path, pair in adapter.lora.items()
-                for half in "AB"
-            }
             if self.args.tune in ("p-tuning", "prefix-mlp"):
-                raise ValueError(
-                    f"{self.folder}: {self.args.tune} keeps no MLP, so the finished run cannot be compared"
-                )
-            parts = adapter.tuning.parts if adapter.tuning else {}
-            own = {f"{path}.{leaf}": tensor for path, tensors in parts.items() for leaf, tensor in tensors.items()}
-            own = {name: tensor.flatten() if name.endswith("ia3_l") else tensor for name, tensor in own.items()}
-            return pairs | own | adapter.replaced
+                reason = f"the files of {self.args.tune} hold what its MLP makes, not the MLP that trained"
+                raise ValueError(f"{self.folder}: {reason}: only a run that is not finished can be compared")
+            return adapter_weights(read_adapter(self.folder))
         clip = self.part == "clip"
         model = load_clip(self.folder) if clip else load_model(self.folder)
         return {"clip." * clip + name: p.detach() for name, p in model.named_parameters()}

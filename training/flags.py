@@ -118,6 +118,8 @@ add("--lora-alpha", "an update is scaled by alpha / rank", "the recipe's, else t
 add("--lora-dropout", "dropout on the input of an update", f"the recipe's, else {DROPOUT}", type=float)
 add("--lora-layers", "layers to adapt, as q_proj,v_proj", "all linear layers", type=lambda text: text.split(","))
 add("--lora-images-only", "the decoder's updates leave text without an image as it is", action="store_true")
+add("--lora-plus", "learning rate of B, as a multiple of A's", "1", type=float)
+add("--dora", "also train the length of each row of the matrices", action="store_true")
 add("--bits", "4: the frozen decoder in NF4, as in QLoRA", type=int, choices=(4, 16), default=16)
 
 add = new_group("other small parts that train instead of the decoder: docs/tuning.md")
@@ -184,7 +186,7 @@ def check(args: argparse.Namespace):
     for key in (*counts, "visual_tokens", "diagnose", "prefix_length", "tune_width"):
         value = getattr(args, key)
         refuse(value is not None and value < 1, f"--{key.replace('_', '-')} must be at least 1")
-    for key in ("timeout", "epochs", "lora_alpha"):
+    for key in ("timeout", "epochs", "lora_alpha", "lora_plus"):
         value = getattr(args, key)
         refuse(value is not None and not 0 < value < math.inf, f"--{key.replace('_', '-')} must be a number above 0")
     read_mixing(args.mixing)
@@ -232,9 +234,10 @@ def check_lora(args: argparse.Namespace):
     refuse(args.bits == 4 and args.shard == "fsdp", "--bits 4 and --shard fsdp do not go together: --shard zero1 does")
     if not args.lora:
         for key in args.flags:
-            refuse(key.startswith("lora_"), f"--{key.replace('_', '-')} needs --lora")
+            refuse(key.startswith(("lora_", "dora")), f"--{key.replace('_', '-')} needs --lora")
         return
     refuse(args.stage != 2, "--lora is for stage 2")
+    refuse(args.dora and args.lora_images_only, "--dora changes every row: no --lora-images-only")
     refuse(args.vision or args.llm, "--lora needs --model: an adapter is only of use with its base model")
     either = f"--lora freezes the towers, --train {','.join(args.train)} trains one: give one or the other"
     refuse({"vision", "llm"} & set(args.train), either)

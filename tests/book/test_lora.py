@@ -30,7 +30,7 @@ from inputs.index import read_records
 from inputs.mixture import Source
 from inputs.tokenizer import Tokenizer
 from llava import IGNORE
-from lora import LoRALinear, NF4Linear, add_lora, find_linears, lora_layers
+from lora import DoRALinear, LoRALinear, NF4Linear, add_lora, find_linears, lora_layers
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -80,9 +80,10 @@ def for_peft(batch):
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-def test_new_lora_computes_the_base_model_bit_for_bit(tiny, batch, bits):
+@pytest.mark.parametrize("dora", [False, True])
+def test_new_lora_computes_the_base_model_bit_for_bit(tiny, batch, bits, dora):
     base, model = load_model(tiny.stage2, bits=bits), load_model(tiny.stage2, bits=bits)
-    add_lora(model, {"llm": 4, "vision": 8}, None, 0.0)
+    add_lora(model, {"llm": 4, "vision": 8}, None, 0.0, dora=dora)
     with torch.no_grad():
         assert torch.equal(logits_of(model, batch), logits_of(base, batch))
 
@@ -105,6 +106,41 @@ def test_dropout_is_on_the_input_of_a_in_training_only():
     torch.manual_seed(1)
     noisy = layer.train()(x)[0]
     assert len(set(noisy.tolist())) == 1 and noisy[0] != 1024 and abs(noisy[0] - 1024) < 200
+
+
+def test_dora_with_dropout_and_merged_follow_the_formula():
+    """As peft has it, dropout is on the input of everything that the update adds to the base's output."""
+    torch.manual_seed(0)
+    base, x = torch.nn.Linear(24, 16), torch.randn(5, 24)
+    layer = DoRALinear(base, 4, 2.0, dropout=0.5)
+    for p in (layer.lora_B.weight, layer.lora_magnitude_vector):
+        torch.nn.init.normal_(p)
+    update = 2 * layer.lora_B.weight @ layer.lora_A.weight
+    gain = layer.lora_magnitude_vector / (base.weight + update).norm(dim=1)
+    torch.testing.assert_close(layer.eval()(x), x @ (gain[:, None] * (base.weight + update)).T + base.bias)
+    torch.testing.assert_close(layer.merged()(x), layer(x))
+    torch.manual_seed(1)
+    y = layer.train()(x)
+    torch.manual_seed(1)
+    dropped = F.dropout(x, 0.5)
+    torch.testing.assert_close(y, base(x) + (gain - 1) * (dropped @ base.weight.T) + gain * (dropped @ update.T))
+
+
+def test_lora_plus_gives_b_the_rates_of_peft(peft, tiny):
+    from peft.optimizers import create_loraplus_optimizer
+
+    model, _ = adapted(tiny.stage2)
+    args = train.read_flags("", ["--stage", "2", "--lora", "llm", "--lora-plus", "16", "--lr", "1e-3", "--train", ""])
+    ours = {id(p): group["peak"] for group in train.make_optimizer(model, args, train.Distributed("cpu")).param_groups
+            for p in group["params"]}  # fmt: skip
+    config = peft.LoraConfig(r=4, target_modules="all-linear")
+    theirs = peft.get_peft_model(their_model(tiny.stage2), config)
+    groups = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for half in "AB":
+        own = {ours[id(getattr(layer, f"lora_{half}").weight)] for layer in lora_layers(model).values()}
+        assert own == {rates[id(p)] for name, p in theirs.named_parameters() if f"lora_{half}" in name}
+        assert own == {1e-3 if half == "A" else 16e-3}
 
 
 def test_rank_stabilized_scale_divides_by_the_root():
@@ -157,15 +193,16 @@ def their_model(folder):
 
 
 def their_factors(theirs, name):
-    """A and B in peft's model of the layer that we call `name`."""
+    """A, B and, with DoRA, the lengths in peft's model of the layer that we call `name`."""
     path = name.replace("language_model.model.", "model.language_model.")
     layer = theirs.base_model.model.get_submodule(path.replace("vision_tower.vision_model.", "model.vision_tower."))
-    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    lengths = [module.weight for module in layer.lora_magnitude_vector.values()]
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight, *lengths
 
 
-@pytest.mark.parametrize("ranks", [{"llm": 4}, {"llm": 4, "vision": 8}])
-def test_loss_gradients_and_twenty_steps_equal_peft(peft, tiny, batch, tmp_path, ranks):
-    ours, layers = adapted(tiny.stage2, ranks)
+@pytest.mark.parametrize("ranks, dora", [({"llm": 4}, False), ({"llm": 4, "vision": 8}, False), ({"llm": 4}, True)])
+def test_loss_gradients_and_twenty_steps_equal_peft(peft, tiny, batch, tmp_path, ranks, dora):
+    ours, layers = adapted(tiny.stage2, ranks, dora=dora)
     folder = saved(ours, layers, tiny.stage2, tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(their_model(tiny.stage2), folder, is_trainable=True).train()
     ours.train().multi_modal_projector.requires_grad_(True)
@@ -185,7 +222,8 @@ def test_loss_gradients_and_twenty_steps_equal_peft(peft, tiny, batch, tmp_path,
         expected.backward()
         if step == 0:
             for path, layer in lora_layers(ours).items():
-                for own, other in zip((layer.lora_A.weight, layer.lora_B.weight), their_factors(theirs, path)):
+                own_factors = [layer.lora_A.weight, layer.lora_B.weight, getattr(layer, "lora_magnitude_vector", None)]
+                for own, other in zip(own_factors, their_factors(theirs, path)):
                     torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-6)
         for optimizer in optimizers:
             optimizer.step()
@@ -195,6 +233,7 @@ PATTERNS = {
     "plain": {},
     "rank_pattern": {"rank_pattern": {"q_proj": 8, "layers.1.mlp.up_proj": 2}, "alpha_pattern": {"k_proj": 3}},
     "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
     "modules_to_save": {"modules_to_save": ["multi_modal_projector"]},
 }
 
