@@ -70,9 +70,10 @@ def train_step(model: Llava, features: torch.Tensor, ids: torch.Tensor):
 def measure_speed(folders: dict[str, Path]) -> dict[str, dict]:
     """Milliseconds of a prefill and of a training step with BATCH prompts, tokens and parameters of each model.
 
-    Median of ROUNDS; in every round all models take turns, so that another program slows all of them. The prompts are
-    random words.
+    CPU time of one thread, which other programs disturb less than the clock on the wall; median of ROUNDS, in which all
+    models take turns. The prompts are random words.
     """
+    torch.set_num_threads(1)
     models, inputs = {}, {}
     generator = torch.Generator().manual_seed(0)
     for name, folder in folders.items():
@@ -100,9 +101,9 @@ def measure_speed(folders: dict[str, Path]) -> dict[str, dict]:
 
 
 def clock(run: Callable, *arguments) -> float:
-    begin = time.perf_counter()
+    begin = time.process_time()
     run(*arguments)
-    return 1000 * (time.perf_counter() - begin)
+    return 1000 * (time.process_time() - begin)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
