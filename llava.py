@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clip import CLIPVisionConfig, CLIPVisionModel
 from variants.anyres import Size, pack_tiles, tile_grid
-from variants.connectors import CONNECTORS, ONE_TOKEN, READ_PROMPT, check_tokens
+from variants.connectors import CONNECTORS, ONE_TOKEN, READ_PROMPT, add_whitening, check_tokens
 
 IGNORE = -100  # label of a token that is not trained on; F.cross_entropy's ignore_index
 LOSS_CHUNK = 4096  # the loss computes the logits of at most this many tokens at a time
@@ -70,6 +70,7 @@ class LlavaConfig:
     image_token_index: int = 32000  # id of the placeholder, one for each image token; its embedding is not used
     vision_feature_layer: int = -2  # the tower's hidden state that is used: the output of the block before the last
     projector_type: str = "mlp2x_gelu"  # one of PROJECTORS, or of CONNECTORS, which change the number of tokens
+    whitening: bool = False  # a linear layer before a connector, which --whiten starts
     visual_tokens: int | None = None  # of an image, if not one for each patch: CONNECTORS, variants/token_budget.py
     template: str = "vicuna_v1"  # the conversation template the decoder was trained with
     image_mode: str = "pad"  # how an image is made square: "pad", "square" (center crop) or "anyres" (tiles)
@@ -369,6 +370,8 @@ class Llava(nn.Module):
             self.vision_tower = CLIPVisionModel(config.vision_config)
             check_tokens(config.projector_type, config.visual_tokens, config.vision_config.num_patches)
             self.multi_modal_projector = CONNECTORS.get(config.projector_type, Projector)(config)
+            if config.whitening:
+                add_whitening(self.multi_modal_projector, config)
             if config.projector_type == "gated_cross_attention":  # adds layers to the decoder, not tokens to its input
                 self.multi_modal_projector.join(self.language_model.model)
         if config.image_grid_pinpoints:  # LLaVA-1.6: a learned token at the end of each row of an image's features

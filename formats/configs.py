@@ -78,7 +78,7 @@ LIMITS = {  # type, smallest and largest value of fields
     (int, -1001, 1000): ["vision_feature_layer"],
     (float, 0, 1): ["rms_norm_eps", "layer_norm_eps"],
     (float, 1, 1e15): ["rope_theta"],
-    (bool, False, True): ["tie_word_embeddings", "attention_bias", "lora_images_only"],
+    (bool, False, True): ["tie_word_embeddings", "attention_bias", "lora_images_only", "whitening"],
 }
 
 
@@ -299,6 +299,8 @@ def check_config(config: LlavaConfig):
         check_tokens(config.projector_type, config.visual_tokens, vision.num_patches)
     except ValueError as error:
         require(False, str(error))
+    whitens = f"whitening is a layer before a connector, and {config.projector_type} is none"
+    require(not config.whitening or config.projector_type in CONNECTORS, whitens)
     require_choice("image_mode", mode, IMAGE_PROCESSORS)
     tiled = canvases is not None
     require(not tiled or config.projector_type in PROJECTORS, f"{config.projector_type} does not go with anyres")
@@ -328,8 +330,9 @@ def config_to_json(config: LlavaConfig) -> dict:
         return {"architectures": [ARCHITECTURES[config.text_config.model_type]]} | text | ours
     tiled = config.image_grid_pinpoints is not None
     kind = "llava_next" if tiled else WITH_CONNECTOR if config.projector_type in CONNECTORS else "llava"
-    if not config.lora_images_only:
-        del values["lora_images_only"]
+    for name in ("lora_images_only", "whitening"):
+        if not values[name]:
+            del values[name]
     if config.projector_type in PROJECTORS:
         del values["visual_tokens"]  # a budget of this run only, see variants/token_budget.py
     if config.projector_type != "qformer_text":

@@ -88,9 +88,10 @@ def end_ids(template: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def answer_start_ids(template: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids before every answer in this template, whatever the question: those of " ASSISTANT:", say. [] if it has none.
+    """Ids before every answer in this template, whatever the question: those of " ASSISTANT:", say.
 
     A question's last characters may join the first ids, so the ids are those that different questions have in common.
+    [] if the template has no such text, or the tokenizer lacks one of its special tokens.
     """
     text, *rest = MARKUP.split(find_template(template).assistant)  # text, name, text, name, ..., text
     fixed = []
@@ -100,7 +101,7 @@ def answer_start_ids(template: str, tokenizer: Tokenizer) -> list[int]:
     for ids in others:
         same = [a == b for a, b in zip(reversed(ids), reversed(common))]
         common = common[len(common) - (same.index(False) if False in same else len(same)) :]
-    return common if find_template(template).assistant else []
+    return [] if None in fixed or not find_template(template).assistant else common
 
 
 def stop_text(template: str) -> str:

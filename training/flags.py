@@ -205,8 +205,6 @@ def check(args: argparse.Namespace):
         refuse(key in USELESS[args.stage], f"--{key.replace('_', '-')} does nothing in stage {args.stage}")
     old = args.model or (args.stage == 2 and not (args.vision or args.llm))
     refuse(args.whiten and old, "--whiten starts a new projector: give --vision and --llm, or stage 1")
-    folds = args.projector in (None, *PROJECTORS, "avg_pool")  # whitening goes into the first matrix after the patches
-    refuse(args.whiten and not folds, f"--whiten starts a projector or avg_pool, not {args.projector}")
     either = "--model continues from a LLaVA, --vision and --llm build a new one: give one or the other"
     refuse(args.model and (args.vision or args.llm), either)
     refuse(unknown, f"--train {', '.join(sorted(unknown))}: choose from {', '.join(COMPONENTS)}")

@@ -14,6 +14,7 @@ from formats.configs import read_vision_config
 from formats.weights import grow_vocabulary, load_checkpoint, load_tower
 from inputs.tokenizer import Tokenizer
 from llava import IGNORE, Llava, LlavaConfig, TextConfig
+from variants.connectors import add_whitening
 
 # Shapes of towers trained from scratch; pretrained ones bring their own.
 SIZES = {
@@ -114,8 +115,11 @@ def whiten_projector(model: Llava, dataset: Records):
     learns positions. The map turns each direction's standard deviation into its square root. Then it scales the
     directions in which the patches' mean features (over all images) differ by POSITION_GAIN: they tell a patch's
     position. Colors then hold 32 %, positions 15 %. LLaVA does without. Measured on the first 512 images.
+
+    The map becomes part of the projector's first matrix. A connector that does more than that with the features gets it
+    as a layer of its own.
     """
-    images, layer = dataset.load(dataset.images(512)), model.multi_modal_projector.linear_1
+    images, projector = dataset.load(dataset.images(512)), model.multi_modal_projector
     pixels = torch.cat([image.pixels for image in images.values()]).to(model.device)
     features = torch.cat([model.vision_features(part) for part in pixels.split(64)]).double()  # (N, P, C)
     mean = features.mean((0, 1))
@@ -123,5 +127,10 @@ def whiten_projector(model: Llava, dataset: Records):
     whitening = directions * half_whitening(variance) @ directions.T  # (C, C), symmetric
     positions = torch.linalg.svd((features.mean(0) - mean) @ whitening, full_matrices=False).Vh[:-1]  # (P - 1, C)
     lifted = whitening + (POSITION_GAIN - 1) * whitening @ positions.T @ positions  # row features @ lifted
+    if not hasattr(projector, "linear_1"):
+        model.config.whitening = True
+        add_whitening(projector, model.config)
+        projector.whitening.weight.copy_(torch.eye(len(mean)))
+    layer = projector.linear_1 if hasattr(projector, "linear_1") else projector.whitening
     layer.weight.copy_(layer.weight.double() @ lifted.T)
     layer.bias.copy_(-layer.weight.double() @ mean)

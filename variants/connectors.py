@@ -73,6 +73,13 @@ class Connector(nn.Module):
         return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), self.side).permute(0, 2, 3, 1)
 
 
+def add_whitening(connector: nn.Module, config):
+    """Put a linear layer, `whitening`, before a connector; train.py --whiten gives it its first weights."""
+    width = config.vision_config.hidden_size
+    connector.whitening = nn.Linear(width, width)
+    connector.register_forward_pre_hook(lambda connector, inputs: (connector.whitening(inputs[0]), *inputs[1:]))
+
+
 class AveragePool(Connector):
     def __init__(self, config):
         super().__init__(config)

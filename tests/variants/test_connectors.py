@@ -16,17 +16,20 @@ import eval as evaluation
 import sample
 import train
 from clip import CLIPVisionConfig
-from data import count_image_tokens, prepare_image
+from data import Records, count_image_tokens, prepare_image
 from formats.__main__ import merge_folder
 from formats.adapters import load_with_adapter
 from formats.configs import read_config
 from formats.connectors import OURS_ONLY, TABLES, read_connector, write_connector
 from formats.saving import save_model
 from formats.weights import load_model
+from inputs.index import read_records
+from inputs.mixture import Source
 from insight.maps import patch_numbers
 from llava import PROJECTORS, Llava, LlavaConfig, Projector, TextConfig
 from serve.prompts import draw_maps
 from serve.requests import Refusal
+from training.towers import assemble, whiten_projector
 from variants.connectors import CONNECTORS, ONE_TOKEN, READ_PROMPT, check_tokens
 
 WIDTH, HEADS, TOKENS = 24, 4, 4
@@ -379,6 +382,30 @@ def test_the_docs_name_every_weight():
         assert module.split(".")[-1] in text, name
 
 
+def test_whitening_before_a_connector(tiny, tmp_path):
+    """The layer maps features as --whiten does before a projector, and is saved and loaded."""
+    models, pooled = {}, "avg_pool"
+    for kind, tokens in (("qformer_text", 4), (pooled, 9)):
+        models[kind], tokenizer = assemble(tiny.clip, tiny.decoder, kind, 0, tokens)
+        if kind == pooled:
+            models[kind].multi_modal_projector.linear_1.weight.data = torch.eye(64)
+        source = Source(read_records(tiny.world / "captions.json"), tiny.world)
+        whiten_projector(models[kind], Records([source], tokenizer, models[kind].config, 1024))
+    model, features = models["qformer_text"], torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(0))
+    want = models[pooled].multi_modal_projector.linear_1(features)
+    torch.testing.assert_close(model.multi_modal_projector.whitening(features), want)
+    save_model(model, tmp_path)
+    again, ids = load_model(tmp_path), torch.full((1, 4), model.config.image_token_index)
+    tokens = model.embed(ids, features)
+    assert again.config == model.config and torch.equal(again.embed(ids, features), tokens)
+    again.multi_modal_projector.whitening.bias.data += 1
+    assert not torch.equal(again.embed(ids, features), tokens)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"projector_type": "linear", "visual_tokens": None}))
+    with pytest.raises(ValueError, match="whitening is a layer before a connector, and linear is none"):
+        load_model(tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # from training to answers
 
@@ -466,7 +493,6 @@ def test_a_folder_that_contradicts_itself_is_refused(change, words, tmp_path):
     (["--visual-tokens", 4], "mlp2x_gelu makes one token of each patch"),
     (["--projector", "avg_pool", "--visual-tokens", 0], "--visual-tokens must be at least 1"),
     (["--projector", "perceiver", "--visual-tokens", 4], "invalid choice: 'perceiver'"),
-    (["--projector", "qformer", "--visual-tokens", 4, "--whiten"], "--whiten starts a projector or avg_pool"),
 ])  # fmt: skip
 def test_wrong_flags_are_refused(argv, words, tiny, command, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
