@@ -48,7 +48,7 @@ REMEDIES = {
     "replay 5 %": Remedy(shares="5/95"),
     "replay 20 %": Remedy(shares="20/80"),
     "80/20 to 20/80": Remedy(shares="80/20:20/80:4"),
-    "EWC": Remedy(("--ewc", "10")),
+    "EWC": Remedy(("--ewc", "1000")),
     "distillation": Remedy(("--distill", "0.5:2")),
     "average": Remedy(average=0.5),
     "LoRA": Remedy(("--lora", "llm", "--lora-rank", "16", "--lora-dropout", "0", "--lr", "1e-3")),
