@@ -108,7 +108,7 @@ class Objective(nn.Module):
 
     def __init__(self, args, ranks: Distributed, run: Run, model: Llava, dataset: Samples):
         super().__init__()
-        self.model, self.teacher, self.fisher, self.tasks = model, None, {}, {}
+        self.model, self.teacher, self.fisher, self.before, self.tasks = model, None, {}, {}, {}
         names = ["distillation"] if args.distill else []
         if args.ewc:
             self.add_ewc(args, ranks, run)
@@ -116,19 +116,22 @@ class Objective(nn.Module):
         if args.distill:
             self.alpha, self.temperature = read_distill(args.distill)
             self.teacher = copy.deepcopy(model).requires_grad_(False).eval()
-            size = sum(p.nbytes for p in self.teacher.parameters())
-            ranks.print0(f"--distill: the model before takes {size / 1e9:.3g} GB more than estimated")
         if args.task_weights:
             self.add_tasks(args, ranks, dataset)
+        kept = [*(self.teacher.parameters() if self.teacher else ()), *self.fisher.values(), *self.before.values()]
+        if kept:
+            ranks.print0(f"what is kept of the model before takes {sum(t.nbytes for t in kept) / 1e9:.3g} GB more")
         self.names = [*names, *self.tasks]
         self.totals = torch.zeros(len(self.names), 2, dtype=torch.float64, device=ranks.device)  # sum, tokens
 
     def add_ewc(self, args, ranks: Distributed, run: Run):
         """Read the Fisher information beside the model before, and keep its weights."""
-        path = args.model and args.model / FISHER
-        if path is None or not path.exists():
+        if args.model is None:
+            raise ValueError(f"--ewc {args.ewc:g}: a new LLaVA knows nothing yet; it is for training that continues")
+        path = args.model / FISHER
+        if not path.exists():
             make = f"python -m training.fisher --model {args.model} --data OLD.json"
-            raise ValueError(f"--ewc {args.ewc:g}: {path or 'a new LLaVA'} does not exist; make it with `{make}`")
+            raise ValueError(f"--ewc {args.ewc:g}: {path} does not exist; make it with `{make}`")
         run.values["fisher"] = fingerprint(path)["sha256"]
         run.check_unchanged("fisher", run.values["fisher"], f"a {FISHER} whose sha256 is")
         saved, trained = open_tensors(path), trainable_parameters(self.model)

@@ -5,17 +5,20 @@
 
 `remedies` continues the speedrun's model on a world with other colors, in every way of REMEDIES. New accuracy is on the
 new world, old accuracy on the old one; both worlds ask the same questions about the same held-out scenes.
-`matrix` measures models that were trained one after the other, the j-th last on the j-th world, on every world.
+`matrix` measures models that were trained one after the other, the j-th last on the j-th world, on every world; or the
+stages of one run on one world, and the decoder before them.
 The same command resumes.
 """
 
 import argparse
-import json
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.scores import accuracy_by_category
+from formats.adapters import is_adapter
+from formats.weights import open_model
 from inputs import cli
 from inputs.files import OUTPUT_ROOT, read_json, write_json
 from training import plots
@@ -35,12 +38,12 @@ GOAL = 80, 1  # per cent of the loss brought back, points lost on the new task
 
 @dataclass(frozen=True)
 class Remedy:
-    """One way to continue. shares: of old and new data, "" for new only; average: share of the trained model in an
-    average with the model before, of which `flags` are not used: the model trained without a remedy is averaged."""
+    """One way to continue. shares: of old and new data, "" for new only; averaged: instead of a training, the average of
+    this remedy's model and the model before."""
 
     flags: tuple[str, ...] = ()
     shares: str = ""
-    average: float = 1.0
+    averaged: str = ""
 
 
 REMEDIES = {
@@ -50,8 +53,10 @@ REMEDIES = {
     "80/20 to 20/80": Remedy(shares="80/20:20/80:4"),
     "EWC": Remedy(("--ewc", "1000")),
     "distillation": Remedy(("--distill", "0.5:2")),
-    "average": Remedy(average=0.5),
+    "average": Remedy(averaged="none"),
     "LoRA": Remedy(("--lora", "llm", "--lora-rank", "16", "--lora-dropout", "0", "--lr", "1e-3")),
+    "replay 5 %, weight 4": Remedy(("--task-weights", f"instruct-{KEPT}=4"), "5/95"),
+    "replay 5 %, average": Remedy(averaged="replay 5 %"),
 }
 
 
@@ -127,9 +132,9 @@ def plan_remedies(args: argparse.Namespace) -> list[Step]:
     for seed in args.seeds:
         for name in args.only:
             remedy, folder = REMEDIES[name], run_folder(out, name, seed)
-            if remedy.average < 1:
-                trained, share = run_folder(out, "none", seed), ("--share", str(remedy.average))
-                command = ["-m", "formats", "average", str(before), str(trained), str(folder), *share]
+            if remedy.averaged:
+                command = ["-m", "formats", "average", str(before), str(run_folder(out, remedy.averaged, seed))]
+                command += [str(folder), "--share", "0.5"]
                 steps += [] if folder.exists() else [Step(f"seed {seed}, {name}", command)]
             else:
                 steps.append(train(args, remedy, f"seed {seed}, {name}", folder, seed))
@@ -140,7 +145,7 @@ def plan_remedies(args: argparse.Namespace) -> list[Step]:
 
 
 def run_folder(out: Path, name: str, seed: int) -> Path:
-    return out / f"seed{seed}" / name.replace(" %", "").replace("/", "-").replace(" ", "-")
+    return out / f"seed{seed}" / re.sub("[^A-Za-z0-9]+", "-", name).strip("-")
 
 
 def train(args: argparse.Namespace, remedy: Remedy, name: str, folder: Path, seed: int) -> Step:
@@ -208,8 +213,8 @@ def remedies(args: argparse.Namespace):
     """Continue a speedrun's model on a shifted world in every way; measure what is learned and what is lost."""
     if not finished(args.speedrun / "stage2"):
         raise ValueError(f"--speedrun {args.speedrun}: holds no finished stage2")
-    if "none" not in args.only:
-        args.only = ["none", *args.only]  # every other row is compared with it
+    needed = {"none", *args.only, *(REMEDIES[name].averaged for name in args.only)}
+    args.only = [name for name in REMEDIES if name in needed]
     args.out.mkdir(parents=True, exist_ok=True)
     flags = {"speedrun": str(args.speedrun), "shift": args.shift, "steps": args.steps, "questions": args.questions}
     refuse_other_flags(args.out / "forgetting.json", flags)
@@ -222,43 +227,50 @@ def remedies(args: argparse.Namespace):
 
 
 def matrix(args: argparse.Namespace):
-    """Measure each model on each world, and the perplexity of each; write matrix.json, matrix.md and matrix.png."""
+    """Measure each model on each world, and its perplexity; write matrix.json, matrix.md and matrix.png."""
     extra = len(args.models) - len(args.worlds)
-    if extra not in (0, 1) or len(args.worlds) < 2:
-        text = "give at least two worlds, and a model for each; one more model, before all others, is allowed"
+    if len(args.worlds) > 1 and extra not in (0, 1):
+        text = "give a model for each world; one more model, before all others, is allowed; or one world"
         raise ValueError(f"--models {len(args.models)}, --worlds {len(args.worlds)}: {text}")
+    sees = [is_adapter(model) or open_model(model)[0].vision_config is not None for model in args.models]
     args.out.mkdir(parents=True, exist_ok=True)
     flags = {"models": list(map(str, args.models)), "worlds": list(map(str, args.worlds)), "text": str(args.text)}
     refuse_other_flags(args.out / "matrix-flags.json", flags | {"questions": args.questions})
+    run_steps(plan_matrix(args, sees), args.out / "minutes.json", Runner())
+
+    worlds = range(len(args.worlds))
+    found = [
+        [accuracy(args.out / f"answers-{i}-{j}.jsonl") if sees[i] else {} for j in worlds] for i in range(len(sees))
+    ]
+    values = [[own.get("overall") for own in row] for row in found]
+    cells = [["" if value is None else f"{value:.1f}" for value in row] for row in values]
+    if args.text:
+        for i, row in enumerate(cells):
+            row.append(f"{read_json(args.out / f'knowledge-{i}.json')['perplexity']:.2f}")
+    head = ["right answers, %, after", *map(str, args.worlds), *(["perplexity"] if args.text else [])]
+    rows = [[str(model), *row] for model, row in zip(args.models, cells)]
+    lines, result = ["# Forgetting matrix", "", *table(head, rows)], {"matrix": values}
+    if len(args.worlds) > 1:
+        result |= {"backward transfer": backward_transfer(values[extra:]), "forgetting": forgetting(values[extra:])}
+        lines += [f"{name}: {result[name]:+.1f} points." for name in ("backward transfer", "forgetting")] + [""]
+    panels = {str(args.worlds[j]): {str(m): row[j] for m, row in zip(args.models, found) if row[j]} for j in worlds}
+    write_json(args.out / "matrix.json", result | {"families": panels})
+    (args.out / "matrix.md").write_text("\n".join([*lines, "![accuracy by family](matrix.png)"]) + "\n")
+    draw_heat_map(args.out / "matrix.png", panels)
+    print("\n".join(lines))
+
+
+def plan_matrix(args: argparse.Namespace, sees: list[bool]) -> list[Step]:
+    """Return the steps. Args: sees: for each model, whether it has a vision tower; a decoder is only asked for text."""
     steps = []
     for i, model in enumerate(args.models):
-        for j, world in enumerate(args.worlds):
+        for j, world in enumerate(args.worlds if sees[i] else ()):
             answers = args.out / f"answers-{i}-{j}.jsonl"
             steps.append(evaluate(f"{model} on {world}", model, world, answers, args.questions))
         if args.text:
             ask = ["-m", "world.knowledge", "ask", "--model", str(model), "--out", f"{args.out}/knowledge-{i}.json"]
             steps.append(Step(f"{model} on {args.text}", [*ask, "--text", str(args.text)]))
-    run_steps(steps, args.out / "minutes.json", Runner())
-
-    rows, panels, values = [], {str(world): {} for world in args.worlds}, []
-    for i, model in enumerate(args.models):
-        found = [accuracy(args.out / f"answers-{i}-{j}.jsonl") for j in range(len(args.worlds))]
-        values.append([own["overall"] for own in found])
-        row = [str(model), *(f"{value:.1f}" for value in values[-1])]
-        if args.text:
-            row.append(f"{read_json(args.out / f'knowledge-{i}.json')['perplexity']:.2f}")
-        rows.append(row)
-        for world, own in zip(panels, found):
-            panels[world][str(model)] = own
-    head = ["right answers, %, after", *panels, *(["perplexity"] if args.text else [])]
-    transfer, lost = backward_transfer(values[extra:]), forgetting(values[extra:])
-    lines = ["# Forgetting matrix", "", *table(head, rows), f"Backward transfer: {transfer:+.1f} points."]
-    lines += [f"Forgetting: {lost:.1f} points.", "", "![accuracy by family](matrix.png)"]
-    result = {"matrix": values, "backward transfer": transfer, "forgetting": lost, "families": panels}
-    write_json(args.out / "matrix.json", json.loads(json.dumps(result)))
-    (args.out / "matrix.md").write_text("\n".join(lines) + "\n")
-    draw_heat_map(args.out / "matrix.png", panels)
-    print("\n".join(lines))
+    return steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,7 +294,7 @@ def main():
     add("--only", nargs="+", choices=REMEDIES, default=list(REMEDIES), help="remedies to try")
     add = commands.choices["matrix"].add_argument
     add("--models", type=Path, nargs="+", required=True, help="models or adapters, in the order of their training")
-    add("--worlds", type=Path, nargs="+", required=True, help="the world that each of them was trained on last")
+    add("--worlds", type=Path, nargs="+", required=True, help="the world that each of them was trained on last, or one")
     add("--text", type=Path, help="also measure the perplexity on this English text, in UTF-8")
     args = parser.parse_args()
     if min(args.questions, getattr(args, "steps", 1)) < 1:

@@ -52,6 +52,9 @@ def test_remedies_differ_in_what_they_say_only(tiny, tmp_path, monkeypatch):
     assert len(commands) == 5 + 3 * len(REMEDIES)
     base = commands["seed 3, none"]
     assert f"--model {tmp_path}/before" in base and "--seed 3" in base and "--shares" not in base
+    assert commands["seed 3, replay 5 %, average"].endswith(
+        "seed3/replay-5 " + f"{tmp_path}/seed3/replay-5-average --share 0.5"
+    )
     for name in ("EWC", "distillation", "LoRA"):
         assert commands[f"seed 3, {name}"] == " ".join([base.replace("/none", f"/{name}"), *REMEDIES[name].flags])
     assert "--shares 5/95" in commands["seed 3, replay 5 %"]
@@ -62,12 +65,14 @@ def test_remedies_differ_in_what_they_say_only(tiny, tmp_path, monkeypatch):
 def test_a_tiny_table_and_a_tiny_matrix(tiny, tmp_path, command, in_process, capsys):
     write_json(tiny.root / "speedrun.json", {"seed": 0})
     argv = ["remedies", "--speedrun", tiny.root, "--steps", 2, "--seeds", 0, "--questions", 10, "--out", tmp_path]
-    argv += ["--only", "replay 5 %", "average"]
+    argv += ["--only", "replay 5 %, average", "average"]
     command(forgetting, *argv)
     text = (tmp_path / "remedies.md").read_text()
     assert text in capsys.readouterr().out and "| replay 5 % |" in text and "Lost without a remedy" in text
     found = read_json(tmp_path / "remedies.json")
-    assert list(found) == ["before", "none", "replay 5 %", "average"] and len(found["average"]) == 1
+    assert (
+        list(found) == ["before", "none", "replay 5 %", "average", "replay 5 %, average"] and len(found["average"]) == 1
+    )
     assert set(found["none"][0]["old"]) > {"overall", "color"} and (tmp_path / "remedies.png").stat().st_size > 10_000
     count = len(in_process)
     command(forgetting, *argv)
@@ -82,11 +87,16 @@ def test_a_tiny_table_and_a_tiny_matrix(tiny, tmp_path, command, in_process, cap
     assert result["forgetting"] == -result["backward transfer"] == result["matrix"][0][0] - old
     assert "perplexity" in (out / "matrix.md").read_text()
 
+    argv = ["matrix", "--models", tiny.decoder, models[0], "--worlds", tiny.world, "--questions", 10]
+    command(forgetting, *argv, "--out", tmp_path / "stages")  # a decoder alone is not asked about images
+    result = read_json(tmp_path / "stages/matrix.json")
+    assert result["matrix"][0] == [None] and result["matrix"][1][0] is not None and "forgetting" not in result
+
 
 def test_wrong_arguments_end_with_one_line(tiny, command, tmp_path):
     for argv, word in (
         (["remedies", "--speedrun", tmp_path], "holds no finished stage2"),
-        (["matrix", "--models", tiny.stage1, "--worlds", tiny.world], "at least two worlds"),
+        (["matrix", "--models", tiny.stage1, "--worlds", tiny.world, tiny.root], "give a model for each world"),
     ):
         with pytest.raises(SystemExit) as caught:
             command(forgetting, *argv, "--out", tmp_path / "out")
