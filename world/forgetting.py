@@ -38,8 +38,8 @@ GOAL = 80, 1  # per cent of the loss brought back, points lost on the new task
 
 @dataclass(frozen=True)
 class Remedy:
-    """One way to continue. shares: of old and new data, "" for new only; averaged: instead of a training, the average of
-    this remedy's model and the model before."""
+    """One way to continue. shares: of old and new data, "" for new only; averaged: the remedy whose model is averaged
+    with the model before, instead of a training."""
 
     flags: tuple[str, ...] = ()
     shares: str = ""
