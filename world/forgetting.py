@@ -55,6 +55,7 @@ REMEDIES = {
     "distillation": Remedy(("--distill", "0.5:2")),
     "average": Remedy(averaged="none"),
     "LoRA": Remedy(("--lora", "llm", "--lora-rank", "16", "--lora-dropout", "0", "--lr", "1e-3")),
+    "a fifth of the rate": Remedy(("--lr", "1e-4")),
     "replay 5 %, weight 4": Remedy(("--task-weights", f"instruct-{KEPT}=4"), "5/95"),
     "replay 5 %, average": Remedy(averaged="replay 5 %"),
 }
