@@ -15,6 +15,7 @@ import signal
 from pathlib import Path
 
 from datagen.asking import KINDS, PROMPTS
+from datagen.convert import add_convert
 from datagen.filters import FILTERS, NAMES
 from datagen.make import make
 from datagen.nouns import LIST
@@ -99,6 +100,7 @@ def main():
     parser = cli.make_parser(__doc__, "python -m datagen")
     commands = parser.add_subparsers(required=True)
     add_make(commands)
+    add_convert(commands)
     args = parser.parse_args()
     args.check(parser, args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: answers on the way are waited for

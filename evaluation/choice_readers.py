@@ -80,6 +80,15 @@ def read_mme_rows(subtask: str, path: Path, rows: list[list[str]]) -> list[Item]
     return items
 
 
+def science_prompt(row: Row) -> str:
+    """A problem of ScienceQA in LLaVA's form: context, question, options. Raises DataError, also on a wrong answer."""
+    choices, answer = row.need("choices", list), row.need("answer", int)
+    if not 0 <= answer < len(choices) <= len(LETTERS):
+        raise DataError(f"{row.where}: answer {answer} is none of {len(choices)} choices")
+    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices))
+    return f"Context: {row.get('hint') or 'N/A'}\nQuestion: {row.need('question')}\nOptions: {options}"
+
+
 def read_scienceqa(paths: list[Path]) -> list[Item]:
     """The test split (pid_splits.json) of problems.json as LLaVA's CQM prompts (context, question, options), or LLaVA's
     llava_test_CQM-A.json."""
@@ -98,12 +107,8 @@ def read_scienceqa(paths: list[Path]) -> list[Item]:
         if key not in problems:
             refuse(paths, f"question {key} is in pid_splits.json but not in problems.json")
         row = problems[key]
-        choices, answer = row.need("choices", list), row.need("answer", int)
-        if not 0 <= answer < len(choices) <= len(LETTERS):
-            raise DataError(f"{row.where}: answer {answer} is none of {len(choices)} choices")
-        options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices))
-        text = f"Context: {row.get('hint') or 'N/A'}\nQuestion: {row.need('question')}\nOptions: {options}"
-        items.append(Item(key, text, f"{key}/{row['image']}" if row.get("image") else None, LETTERS[answer]))
+        text, image = science_prompt(row), f"{key}/{row['image']}" if row.get("image") else None
+        items.append(Item(key, text, image, LETTERS[row["answer"]]))
     items = add_truths(paths, listed, items)
     for item in items:
         item.groups = {"questions": "with image" if item.image else "without image"}
