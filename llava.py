@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from clip import CLIPVisionConfig, CLIPVisionModel
 from variants.anyres import Size, pack_tiles, tile_grid
 from variants.connectors import CONNECTORS, ONE_TOKEN, READ_PROMPT, add_whitening, check_tokens
+from variants.relevance import add_relevance
 
 IGNORE = -100  # label of a token that is not trained on; F.cross_entropy's ignore_index
 LOSS_CHUNK = 4096  # the loss computes the logits of at most this many tokens at a time
@@ -71,6 +72,7 @@ class LlavaConfig:
     vision_feature_layer: int = -2  # the tower's hidden state that is used: the output of the block before the last
     projector_type: str = "mlp2x_gelu"  # one of PROJECTORS, or of CONNECTORS, which change the number of tokens
     whitening: bool = False  # a linear layer before a connector, which --whiten starts
+    relevance_bounds: list[float] | None = None  # least and most share of the patches that a question keeps
     visual_tokens: int | None = None  # of an image, if not one for each patch: CONNECTORS, variants/token_budget.py
     template: str = "vicuna_v1"  # the conversation template the decoder was trained with
     image_mode: str = "pad"  # how an image is made square: "pad", "square" (center crop) or "anyres" (tiles)
@@ -275,13 +277,14 @@ class Decoder(nn.Module):
         self.recompute = False  # in training, store each layer's input only and run the layer again in backward
 
     def forward(
-        self, x: Tensor, padding: Tensor | None = None, cache: KVCache | None = None, keep: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, padding: Tensor | None = None, cache: KVCache | None = None, keep: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Normalized states (B, T, C) of T token embeddings x (B, T, C), which follow the tokens in the cache.
 
         Args: padding (B,): padding tokens at the left of each row, when answering in batches. Training pads at the
         right, where causality hides the padding and no mask is needed. keep (B, T): True for the N tokens whose states
-        (N, C) are returned; the last layer's MLP runs for no others.
+        (N, C) are returned; the last layer's MLP runs for no others. mask (B, 1, T, T): replaces causal attention.
         """
         batch, new = x.shape[:2]
         start, limit = (0, self.config.max_position_embeddings) if cache is None else (cache.used, cache.length)
@@ -290,7 +293,7 @@ class Decoder(nn.Module):
         if self.virtual is not None:
             x, cache, keep = self.virtual(self, x, cache, keep)
         given, new, front = new, x.shape[1], 0 if cache is None else cache.front or 0
-        rope = mask = None
+        rope = None
         slots = torch.arange(front + start, front + start + new, device=x.device)
         positions = slots.expand(batch, new)
         if padding is not None or cache is not None:
@@ -377,6 +380,8 @@ class Llava(nn.Module):
         if config.image_grid_pinpoints:  # LLaVA-1.6: a learned token at the end of each row of an image's features
             width = config.text_config.hidden_size
             self.image_newline = nn.Parameter(nn.init.normal_(torch.empty(width), std=width**-0.5))
+        if config.relevance_bounds:  # the question decides which patches the decoder reads
+            add_relevance(self)
 
     @property
     def device(self) -> torch.device:

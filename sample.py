@@ -5,6 +5,7 @@
     python sample.py --image a.jpg b.jpg --prompt "Which is larger, <image> or <image>?"
     python sample.py --prompt "Hello"                         no image; a decoder alone answers too
     python sample.py --image cat.jpg --look page.png          and draw where on it each word comes from
+    python sample.py --image cat.jpg --show-tokens page.png   and draw which patches the decoder has read
     python sample.py --batch photos/ --out answers.jsonl      describe all images in a folder; see evaluation/many.py
 
 On a terminal without --prompt, it holds a conversation. Standard output has the answer and nothing else. Images go to
@@ -33,7 +34,7 @@ from inputs.images import open_image
 from inputs.records import question_turn
 from inputs.templates import TEMPLATES, is_whole_prompt, stop_text
 from inputs.tokenizer import Tokenizer
-from insight.look import LOOKS, check_page, look, save_page
+from insight.look import LOOKS, check_page, look, save_page, show_tokens
 from llava import KVCache, Llava, generate
 from training import runs
 from training.ranks import Distributed
@@ -86,6 +87,8 @@ class Chat:
         """Generate an answer. Tokens that start both the cache and the prompt are not read again."""
         differs = [a != b for a, b in zip(self.read_ids, prompt[:-1])]  # the last is always read, to choose the next
         self.cache.used = differs.index(True) if True in differs else len(differs)
+        if self.model.config.relevance_bounds:
+            self.cache.used = 0  # another question chooses other patches
         images = {"vision_features": None}
         if self.model.config.image_token_index in prompt[self.cache.used :]:  # an image cannot be read in part
             self.cache.used, images = 0, {"vision_features": self.features, "image_sizes": self.image_sizes}
@@ -120,6 +123,7 @@ def read_flags() -> argparse.Namespace:
     add("--compile", action="store_true", help="faster answers after some 10 seconds; on a CPU it needs a C++ compiler")
     add("--look", type=Path, help="also write a PNG file: where on the images each word of the answer comes from")
     add("--look-by", choices=LOOKS, default="occlusion", help="the map that --look draws, see docs/looking.md")
+    add("--show-tokens", type=Path, help="also write a PNG file: which patches were kept, docs/relevance.md")
     add("--json", action="store_true", help="print one line of JSON: text, ids, prompt_ids, stop, tokens_per_s")
     many.add_flags(parser)
     args = parser.parse_args()
@@ -167,8 +171,9 @@ def converse(chat: Chat):
 def main():
     """Answer one question or many, or hold a conversation."""
     args = read_flags()
-    if args.look:
-        check_page(args.look, args.image)
+    for flag, page in (("--look", args.look), ("--show-tokens", args.show_tokens)):
+        if page:
+            check_page(page, args.image, flag)
     folder = runs.choose_base(args.model, args.adapter, "sample.py")
     ranks = Distributed(args.device)
     device = str(ranks.device)
@@ -184,12 +189,19 @@ def main():
     generator = torch.Generator(device).manual_seed(args.seed)
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
     chat = Chat(model, tokenizer, args.image, max_new_tokens=args.max_new_tokens, **sampling)
-    if args.prompt is None and not (args.json or args.look) and sys.stdin.isatty() and sys.stdout.isatty():
+    if (
+        args.prompt is None
+        and not (args.json or args.look or args.show_tokens)
+        and sys.stdin.isatty()
+        and sys.stdout.isatty()
+    ):
         converse(chat)
     else:
         answer_once(chat, DESCRIBE if args.prompt is None else args.prompt, args.json)
     if args.look:
         save_page(look(chat, args.image, args.look_by), args.look)
+    if args.show_tokens:
+        save_page(show_tokens(chat, args.image), args.show_tokens)
 
 
 if __name__ == "__main__":

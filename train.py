@@ -54,6 +54,7 @@ from training.sources import open_data, report_cut, skip_bad_samples
 from training.towers import Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
 from variants.image_lora import ImageRows
 from variants.nested_pool import NestedPool
+from variants.relevance import train_relevance
 from variants.tuning import add_tuning
 from world.language import TURNS
 from world.scenes import GROUP_SIZE
@@ -121,7 +122,7 @@ def count_supervised(batch: dict) -> int:
 
 
 def choose_trainable(model: Llava, components: Iterable[str]):
-    """Freeze everything but these components: "vision", "projector", "llm" (recipes.py has them for every stage)."""
+    """Freeze everything but these components: flags.COMPONENTS, of which recipes.py has some for every stage."""
     model.requires_grad_(False)
     tower = model.vision_tower.vision_model
     parts = {
@@ -130,6 +131,8 @@ def choose_trainable(model: Llava, components: Iterable[str]):
         "projector": [model.multi_modal_projector],
         "llm": [model.language_model],
     }
+    if model.config.relevance_bounds:
+        parts["relevance"] = [model.relevance]
     if model.config.image_grid_pinpoints:
         parts["projector"].append(model.image_newline)
     for component in components:
@@ -397,6 +400,11 @@ def train_llava(args, ranks: Distributed, folder: Path):
     runs.choose_weights(args, run)
     sources, val_sources = open_sources(args, ranks, "captions" if args.stage == 1 else "instruct")
     model, tokenizer = load_start(args, ranks)
+    if model.config.relevance_bounds and args.questions != 1:
+        raise ValueError(f"{args.model} chooses patches for one question: add --questions 1")
+    if args.relevance:
+        torch.manual_seed(args.seed)
+        train_relevance(model, args.relevance, args.token_price)
     choose_trainable(model, args.train)
     save_trained = add_adapters(args, model)
     if args.init_from:

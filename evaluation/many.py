@@ -52,8 +52,8 @@ def why_refused(args: argparse.Namespace) -> str:
         return f"{found[0]} goes with --batch" if found else ""
     if not args.out:
         return "--batch needs --out FILE for its answers"
-    if args.image or args.json or args.look:
-        return "--batch has its own images and answers: no --image, no --json, no --look"
+    if args.image or args.json or args.look or args.show_tokens:
+        return "--batch has its own images and answers: no --image, no --json, no --look, no --show-tokens"
     if args.temperature or args.top_k or args.top_p < 1:
         return "the answers of --batch are greedy: no --temperature, no --top-k, no --top-p"
     return "--batch-size must be above 0" if args.batch_size < 1 else ""

@@ -20,6 +20,7 @@ from inputs.gguf_files import find_gguf
 from inputs.templates import TEMPLATES
 from llava import PROJECTORS, LlavaConfig, TextConfig
 from variants.connectors import CONNECTORS, check_tokens
+from variants.relevance import check_relevance
 
 
 def read_config(folder: Path, vision: Path | None = None) -> LlavaConfig:
@@ -297,6 +298,8 @@ def check_config(config: LlavaConfig):
     require_choice("projector_type", config.projector_type, [*PROJECTORS, *CONNECTORS])
     try:
         check_tokens(config.projector_type, config.visual_tokens, vision.num_patches)
+        if config.relevance_bounds is not None:
+            check_relevance(config)
     except ValueError as error:
         require(False, str(error))
     whitens = f"whitening is a layer before a connector, and {config.projector_type} is none"
@@ -329,8 +332,9 @@ def config_to_json(config: LlavaConfig) -> dict:
         ours = {key: values[key] for key in ("template", "image_token_index", "eos_token_ids", "pad_token_id")}
         return {"architectures": [ARCHITECTURES[config.text_config.model_type]]} | text | ours
     tiled = config.image_grid_pinpoints is not None
-    kind = "llava_next" if tiled else WITH_CONNECTOR if config.projector_type in CONNECTORS else "llava"
-    for name in ("lora_images_only", "whitening"):
+    ours = config.projector_type in CONNECTORS or config.relevance_bounds
+    kind = "llava_next" if tiled else WITH_CONNECTOR if ours else "llava"
+    for name in ("lora_images_only", "whitening", "relevance_bounds"):
         if not values[name]:
             del values[name]
     if config.projector_type in PROJECTORS:

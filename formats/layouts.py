@@ -59,7 +59,7 @@ def gpt2(prefix: str) -> Layout:
 
 def llava(body: str, head: str, prefix: str, tower: str) -> Layout:
     """A LLaVA of transformers. Args: the prefixes of decoder, lm_head, projector and image_newline, vision tower."""
-    others = add_prefixes(prefix, "", same_names("multi_modal_projector.{rest}", "image_newline"))
+    others = add_prefixes(prefix, "", same_names("multi_modal_projector.{rest}", "image_newline", "relevance.{rest}"))
     return llama(body, head) | others | add_prefixes(tower, "vision_tower.vision_model.", TOWER)
 
 

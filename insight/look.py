@@ -1,4 +1,5 @@
-"""Draw which parts of the images the words of an answer come from: sample.py --look page.png.
+"""Draw which parts of the images the words of an answer come from: sample.py --look page.png; or which patches the
+decoder has read: --show-tokens page.png.
 
 Each word is a panel: the image, darkened where the map of that word is low. All panels of a page share one scale, so a
 word that no patch matters for stays dark. With --look-by lens, a panel is a layer instead, and each patch carries the
@@ -35,14 +36,14 @@ Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 load_font = partial(ImageFont.load_default)  # the font that Pillow ships; it has Latin letters only
 
 
-def check_page(path: Path, images: list[Path]):
-    """Raise ValueError if --look cannot work, before a model is loaded."""
+def check_page(path: Path, images: list[Path], flag: str = "--look"):
+    """Raise ValueError if --look, or another flag that draws, cannot work, before a model is loaded."""
     if not images:
-        raise ValueError("--look shows where on an image an answer comes from: it needs --image")
+        raise ValueError(f"{flag} draws on the images of an answer: it needs --image")
     if path.suffix.lower() != ".png":
-        raise ValueError(f"--look {path}: the name of a PNG file must end in .png")
+        raise ValueError(f"{flag} {path}: the name of a PNG file must end in .png")
     if path.is_dir() or not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise ValueError(f"--look {path}: cannot be written")
+        raise ValueError(f"{flag} {path}: cannot be written")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,6 +105,8 @@ def paint_map(values: np.ndarray, boxes: list[Box | None], size: Size, scale: fl
 def look(chat, paths: list[Path], by: str) -> Image.Image:
     """The page of the last answer. Args: chat: a sample.Chat that has answered; paths: its images; by: one of LOOKS."""
     model, tokenizer, last, question = chat.model, chat.tokenizer, chat.last, chat.turns[-1].question
+    if model.config.relevance_bounds:
+        raise ValueError("--look: this model's question chooses the patches: --show-tokens draws them")
     images = [open_image(path) for path in paths]
     words = find_words(last["prompt_ids"], last["ids"], last["text"], tokenizer)
     answer = Answer(last["prompt_ids"] + last["ids"], words, [prepare_image(image, model.config) for image in images])
@@ -128,6 +131,25 @@ def look(chat, paths: list[Path], by: str) -> Image.Image:
         rows.append([(image.resize(panels[0][0].size, Image.Resampling.LANCZOS), path.name[-20:], ""), *panels])
     header.append(f"{by}: the brightest patch stands for {SCALES[by].format(peak)}; %: probability of the word")
     return draw_page(header, rows)
+
+
+def show_tokens(chat, paths: list[Path]) -> Image.Image:
+    """The page of --show-tokens: each image of the last answer, its dropped patches darkened. Args: as in look."""
+    model, question, rows, counts = chat.model, chat.turns[-1].question, [], []
+    if not hasattr(model, "kept_patches"):
+        reason = (
+            "no model of train.py --relevance, and no --visual-tokens with random, uniform or cls below all patches"
+        )
+        raise ValueError(f"--show-tokens: this model reads all patches ({reason})")
+    for path, kept in zip(paths, model.kept_patches):
+        image = open_image(path)
+        size, scale = (image.height, image.width), PANEL / max(image.size)
+        heat = paint_map(kept.float().numpy(), token_boxes(size, model.config), size, scale)
+        shown, counts = shade(image, heat), [*counts, f"{kept.sum()} of {len(kept)} patches"]
+        rows.append(
+            [(image.resize(shown.size, Image.Resampling.LANCZOS), path.name[-20:], ""), (shown, counts[-1], "")]
+        )
+    return draw_page([f"{question}  {chat.last['text']}", "dark: patches that the decoder has not read"], rows)
 
 
 def shade(image: Image.Image, heat: np.ndarray) -> Image.Image:

@@ -25,14 +25,15 @@ from training.checkpoint import restore_checkpoint
 from training.flags import PARSER
 from training.plots import read_log
 from training.towers import Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
+from variants.relevance import train_relevance
 from variants.tuning import TRAINED, add_tuning
 from world.scenes import GROUP_SIZE
 
 # Parts by the beginning of a parameter's name, in the order in which a step runs them, and what --train calls them.
 PARTS = {"clip.vision_model": "vision tower", "clip.text_model": "text tower", "clip": "end of CLIP"}
 PARTS |= {"vision_tower": "vision tower", "multi_modal_projector": "projector", "image_newline": "projector"}
-PARTS |= {"language_model": "decoder"}
-FLAGS = {"vision tower": "vision", "projector": "projector", "decoder": "llm"}
+PARTS |= {"language_model": "decoder", "relevance": "relevance"}
+FLAGS = {"vision tower": "vision", "projector": "projector", "decoder": "llm", "relevance": "relevance"}
 
 
 def part_of(name: str) -> str:
@@ -100,6 +101,9 @@ def build_llava(args: Namespace) -> tuple[nn.Module, Tokenizer, Samples]:
     config.image_mode = args.image_mode or config.image_mode
     if args.stage == 2:
         choose_template(config, tokenizer, args.template)
+    if args.relevance:
+        torch.manual_seed(args.seed)
+        train_relevance(model, args.relevance, args.token_price)
     if args.lora:
         torch.manual_seed(args.seed)
         ranks = {"llm": args.lora_rank, "vision": args.lora_rank_vision}

@@ -68,6 +68,8 @@ def serve(args: argparse.Namespace):
     listener = listen(args.host, args.port)  # before the model is loaded, which may take minutes
     device = choose_device(args.device)
     model, tokenizer = load_with_adapter(folder, args.adapter, device, choose_dtype(args.dtype, device), args.bits)
+    if model.config.relevance_bounds:
+        raise ValueError(f"{folder}: its question chooses patches, which only sample.py and eval.py can do so far")
     choose_template(model.config, tokenizer, args.template)
     accelerate(model)
     for part, name in ((tokenizer, "encode"), (tokenizer.codec, "encode_word")):

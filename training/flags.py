@@ -12,9 +12,10 @@ from training import meters, recipes, sharding
 from training.objectives import read_distill, read_task_weights
 from training.towers import SIZES
 from variants.connectors import CONNECTORS
+from variants.estimators import ESTIMATORS
 from variants.tuning import LENGTH, METHODS, VIRTUAL, WITH_WIDTH
 
-COMPONENTS = ("vision", "projector", "llm")  # what --train may name
+COMPONENTS = ("vision", "projector", "llm", "relevance")  # what --train may name
 USELESS = dict.fromkeys((1, 2), ("tower", "size", "patch_size"))  # flags that do nothing in a stage
 USELESS[0] = ("train", "model", "vision", "llm", "projector", "whiten", "image_order", "lr_projector", "lr_vision")
 USELESS[0] += ("visual_tokens", "nested_pool", "task_weights", "ewc", "distill")
@@ -48,7 +49,7 @@ def percent(text: str) -> float:
 add = new_group("what to train")
 add("--stage", "0: the towers; 1: the projector; 2: projector and decoder", type=int, choices=(0, 1, 2), required=True)
 add("--recipe", "sets the hyperparameters that no flag sets, see below", choices=recipes.RECIPES, default="world")
-add("--train", "stages 1 and 2: components that train, a comma-separated choice of vision, projector, llm")
+add("--train", "stages 1 and 2: components that train, a comma-separated choice of vision, projector, llm, relevance")
 add("--tower", "stage 0: which tower", choices=("both", "clip", "decoder"), default="both")
 add("--model", "LLaVA to continue from", "the newest finished run of the stage before", type=Path)
 add("--vision", "CLIP for a new LLaVA", "the newest of stage 0", type=Path)
@@ -104,6 +105,9 @@ add("--visual-tokens", "tokens of an image behind a new connector", type=int)
 text = "average an image's tokens to a grid that every step draws: numbers of tokens; none: all, then halves a side"
 add("--nested-pool", text, "off", type=int, nargs="*", metavar="N")
 add("--whiten", "start the projector from whitened features; towers of stage 0 need it", action="store_true")
+text = "stage 2: let the question choose the patches; by which gradient the choice is learned: docs/relevance.md"
+add("--relevance", text, choices=ESTIMATORS)
+add("--token-price", "with --relevance: loss, in nats of an answer, that a kept patch costs", type=float, default=0.02)
 add("--template", "conversation template", "plain in stage 1, then the decoder's", choices=TEMPLATES)
 text = "how images become square; only a model with tiles can have anyres"
 add("--image-mode", text, "the recipe's or the model's", choices=("square", "pad", "anyres"))
@@ -161,8 +165,8 @@ def read_flags(description: str, argv: list[str] | None = None) -> argparse.Name
     PARSER.description = description
     args = PARSER.parse_args(argv)
     args.flags = [key for key, value in vars(args).items() if value != PARSER.get_default(key)]
-    if (args.lora or args.tune) and args.train is None:
-        args.train = "projector"  # they leave the towers' own weights as they are
+    if args.train is None and (args.lora or args.tune or args.relevance):
+        args.train = "relevance" if args.relevance else "projector"  # the towers' own weights stay as they are
     try:
         recipes.apply_recipe(args)
         args.train = tuple(name for name in args.train.split(",") if name)
@@ -170,6 +174,7 @@ def read_flags(description: str, argv: list[str] | None = None) -> argparse.Name
         check_objectives(args)
         check_lora(args)
         check_tune(args)
+        check_relevance(args)
     except ValueError as error:
         PARSER.error(str(error))
     return args
@@ -257,3 +262,19 @@ def check_tune(args: argparse.Namespace):
     refuse(args.vision or args.llm, "--tune needs --model: what it trains is only of use with its base model")
     either = f"--tune freezes the towers, --train {','.join(args.train)} trains one: give one or the other"
     refuse({"vision", "llm"} & set(args.train), either)
+
+
+def check_relevance(args: argparse.Namespace):
+    """Raise ValueError on flags of the choice of patches that make no sense; a sample gets one question."""
+    if not args.relevance:
+        for key in args.flags:
+            refuse(key == "token_price", "--token-price needs --relevance")
+        return
+    refuse(args.stage != 2, "--relevance is for stage 2: captions have no question")
+    for key in ("nested_pool", "task_weights", "ewc", "distill", "lora_images_only", "tune", "compile"):
+        given = getattr(args, key) not in (None, "", False)
+        refuse(given, f"--relevance and --{key.replace('_', '-')} do not go together")
+    refuse("relevance" not in args.train, "--relevance trains the choice: add relevance to --train")
+    refuse(not 0 <= args.token_price < math.inf, "--token-price must be a number of nats, at least 0")
+    refuse(args.questions not in (None, 1), "--relevance chooses patches for one question: --questions 1")
+    args.questions = 1

@@ -112,7 +112,7 @@ class PixelShuffle(Connector):
 
 
 class QueryAttention(nn.Module):
-    """Multi-head attention of queries x (B, M, C) to a context (B, T, C)."""
+    """Multi-head attention of queries x (B, M, C) to a context (B, T, C); mask (B, 1, 1, T): True where it is read."""
 
     def __init__(self, width: int, heads: int, bias: bool):
         super().__init__()

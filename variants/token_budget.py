@@ -75,15 +75,16 @@ def limit_visual_tokens(model: nn.Module, budget: Budget | None):
     if budget.method == "pool":
         model.multi_modal_projector.register_forward_hook(lambda module, inputs, output: pool_tokens(output, tokens))
     elif budget.method == "cls":
-        CLSAttention(model.vision_tower, config.vision_feature_layer, tokens)
+        CLSAttention(model, tokens)
     else:
 
         def select(tower, inputs, features):  # fmt: skip
             side = math.isqrt(features.shape[1])
             if budget.method == "uniform":
-                return features[:, even_patches(side, tokens)]
-            chosen = [random_patches(image, side * side, tokens, budget.number) for image in inputs[0]]
-            return take_patches(features, torch.stack(chosen))
+                chosen = [torch.tensor(even_patches(side, tokens))] * len(features)
+            else:
+                chosen = [random_patches(image, side * side, tokens, budget.number) for image in inputs[0]]
+            return keep_patches(model, features, torch.stack(chosen))
 
         model.vision_tower.register_forward_hook(select)
 
@@ -93,6 +94,8 @@ def check_budget(budget: Budget, config, flag: str = "--visual-tokens"):
     vision, tokens = config.vision_config, budget.tokens
     if vision is None:
         raise ValueError(f"{flag}: this model is a decoder without a vision tower")
+    if config.relevance_bounds:
+        raise ValueError(f"{flag}: this model's question chooses the patches, see docs/relevance.md")
     if config.image_grid_pinpoints:
         raise ValueError(f"{flag}: this model cuts images into tiles, whose tokens depend on the image's size")
     if config.projector_type == "gated_cross_attention":
@@ -122,6 +125,12 @@ def take_patches(features: Tensor, chosen: Tensor) -> Tensor:
     return features.take_along_dim(chosen.to(features.device)[..., None], dim=1)
 
 
+def keep_patches(model: nn.Module, features: Tensor, chosen: Tensor) -> Tensor:
+    """take_patches; model.kept_patches (N, P) says which were kept, until the next images."""
+    model.kept_patches = torch.zeros(features.shape[:2], dtype=torch.bool).scatter(1, chosen.cpu(), True)
+    return take_patches(features, chosen)
+
+
 def even_patches(side: int, tokens: int) -> list[int]:
     """Patches of a grid of side x side, evenly spread: about sqrt(tokens) rows with equal numbers, give or take one.
 
@@ -149,19 +158,19 @@ def random_patches(pixels: Tensor, patches: int, tokens: int, seed: int) -> Tens
 class CLSAttention:
     """Keeps the patches that the class token attends to most, mean over heads, in the block that gives the features."""
 
-    def __init__(self, tower: nn.Module, layer: int, tokens: int):
-        """Add the hooks. Args: layer: hidden state of the tower that is used, as in LlavaConfig."""
-        self.tokens, self.weights = tokens, None
-        attention = tower.vision_model.blocks(layer)[-1].self_attn
+    def __init__(self, model: nn.Module, tokens: int):
+        """Add the hooks to a Llava."""
+        self.model, self.tokens, self.weights = model, tokens, None
+        attention = model.vision_tower.vision_model.blocks(model.config.vision_feature_layer)[-1].self_attn
         attention.register_forward_pre_hook(self.read_attention)
-        tower.register_forward_hook(self.select)
+        model.vision_tower.register_forward_hook(self.select)
 
     def read_attention(self, attention: nn.Module, inputs: tuple):
         """Compute the class token's weights (N, P) from the input (N, 1 + P, C) of the block's attention."""
         self.weights = class_attention(attention, inputs[0])
 
     def select(self, tower: nn.Module, inputs: tuple, features: Tensor) -> Tensor:
-        return take_patches(features, top_in_order(self.weights, self.tokens))
+        return keep_patches(self.model, features, top_in_order(self.weights, self.tokens))
 
 
 def class_attention(attention: nn.Module, x: Tensor) -> Tensor:
@@ -192,58 +201,65 @@ def pool_tokens(tokens: Tensor, count: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# FastV: image tokens are dropped inside the decoder
+# dropping image tokens inside the decoder
 
 
-class FastV:
-    """Drops image tokens before layer K of the decoder, counted from 0, and keeps n for each image of a row.
+class Dropping:
+    """Base of FastV and of variants/relevance.py: each row drops image tokens of its own before layer K of the decoder.
 
-    They are ranked, row by row, by the attention of the row's last token in layer K - 1, mean over heads. Later layers
-    and their part of the KV cache have the other tokens only, at their original positions. A row with an image and one
-    without lose different numbers of tokens; both are moved to the right, so that all end in the last column again:
+    Layers from K on, counted from 0, and their part of the KV cache have the other tokens only, at their original
+    positions. Rows that lose different numbers of tokens are moved to the right, so that all end in the last column
+    again. Two rows, of which the second has no image and the first keeps 2 image tokens:
 
         layers before K    w w i i i i w w          i image token, w word, . padding
                            . . . . w w w w
-        later, n = 2       w w i i w w              the longest row has 8 - 2 tokens left
+        later              w w i i w w              the longest row has 8 - 2 tokens left
                            . . w w w w
 
-    It answers only, with a KV cache, which must begin with all images of the prompt.
+    It answers only, with a KV cache, which must begin with all images of the prompt. Subclasses define `find_counts`
+    and `find_kept`.
     """
 
-    def __init__(self, model: nn.Module, budget: Budget):
+    name: str  # in errors
+
+    def __init__(self, model: nn.Module, layer: int):
         """Add hooks to a Llava."""
-        self.decoder, self.layer, self.kept = model.language_model.model, budget.number, budget.tokens
-        self.patches, self.images, embed = model.config.vision_config.num_patches, None, model.embed
-        model.visual_token_share = self.mean_share()
-
-        def embed_and_mark(input_ids, *images):
-            self.images = input_ids == model.config.image_token_index  # (B, T)
-            return embed(input_ids, *images)
-
-        model.embed = embed_and_mark
+        self.decoder, self.layer, self.patches = (
+            model.language_model.model,
+            layer,
+            model.config.vision_config.num_patches,
+        )
+        self.image_id, self.embed, self.images, self.features = model.config.image_token_index, model.embed, None, None
+        model.embed = self.embed_and_mark  # a bound method: a copy of the model gets a copy of this object
         self.decoder.register_forward_pre_hook(self.start)
-        self.decoder.layers[self.layer - 1].register_forward_pre_hook(self.remember)
-        for layer in self.decoder.layers[self.layer :]:
-            layer.register_forward_pre_hook(self.shorten)
+        for decoder_layer in self.decoder.layers[layer:]:
+            decoder_layer.register_forward_pre_hook(self.shorten)
 
-    def mean_share(self) -> float:
-        """Share of the image tokens that a layer reads, mean over layers."""
-        layers = len(self.decoder.layers)
-        return (self.layer + (layers - self.layer) * self.kept / self.patches) / layers
+    def embed_and_mark(self, input_ids: Tensor, vision_features: Tensor | None = None, image_sizes=None) -> Tensor:
+        """Llava.embed, which also remembers where the image tokens are, and the features."""
+        self.images, self.features = input_ids == self.image_id, vision_features  # (B, T), (N, P, C)
+        return self.embed(input_ids, vision_features, image_sizes)
+
+    def find_counts(self, x: Tensor) -> Tensor:
+        """Image tokens (B,) that each row keeps of those that `marked` (B, T) shows. Args: x: token embeddings."""
+        raise NotImplementedError
+
+    def find_kept(self) -> Tensor:
+        """The image tokens (B, T) that stay; called when layer K reads a prompt."""
+        raise NotImplementedError
 
     def start(self, decoder: nn.Module, arguments: tuple):
         """Before the decoder reads tokens: count what is dropped, and give later layers a shorter cache and mask."""
         x, padding, cache = (*arguments, None, None)[:3]
         if cache is None:
-            raise ValueError("--visual-tokens: fastv needs a KV cache")
+            raise ValueError(f"{self.name} needs a KV cache")
         batch, new = x.shape[:2]
         images, self.images = self.images, None
         if cache.used == 0:
             padding = torch.zeros(batch, dtype=torch.long, device=x.device) if padding is None else padding
-            images = x.new_zeros(batch, new, dtype=torch.bool) if images is None else images
+            self.marked = x.new_zeros(batch, new, dtype=torch.bool) if images is None else images
             self.real = torch.arange(new, device=x.device) >= padding[:, None]  # (B, T)
-            self.marked, self.budgets = images, images.sum(1) // self.patches * self.kept  # (B,) tokens to keep
-            lengths = self.real.sum(1) - images.sum(1) + self.budgets  # (B,) of the rows in later layers
+            lengths = self.real.sum(1) - self.marked.sum(1) + self.find_counts(x)  # (B,) of the rows in later layers
             cache.dropped = new - int(lengths.max())  # columns
             cache.padding = new - cache.dropped - lengths
             for stored in (cache.keys, cache.values):
@@ -251,7 +267,7 @@ class FastV:
                     shape = *stored[i].shape[:2], cache.length - cache.dropped, stored[i].shape[3]
                     stored[i] = stored[i].new_zeros(shape)
         elif images is not None and images.any():
-            raise ValueError("--visual-tokens: fastv reads all images with the first tokens of a prompt")
+            raise ValueError(f"{self.name} reads all images with the first tokens of a prompt")
         self.dropped, self.prefill = cache.dropped, cache.used == 0
         first = 0 if self.prefill else cache.used - cache.dropped
         self.slots = torch.arange(first, cache.used + new - cache.dropped, device=x.device)
@@ -259,27 +275,48 @@ class FastV:
         real = keys >= cache.padding[:, None, None]
         self.mask = ((keys <= queries) & real | (keys == queries))[:, None]  # as llava.attention_mask
 
-    def remember(self, layer: nn.Module, arguments: tuple):
-        """Keep the input of layer K - 1 until layer K has used it."""
-        if self.prefill:
-            self.before = arguments
-
     def shorten(self, layer: nn.Module, arguments: tuple) -> tuple:
         """The arguments of a layer from K on: layer K drops tokens of a prompt, all use the shorter cache and mask."""
         x, rope, _, stored, _, *rest = arguments
         if layer is self.decoder.layers[self.layer] and self.prefill:
-            index, self.before = self.choose(), None  # (B, t)
+            # Columns (B, t) of the tokens that stay, in their order; in shorter rows, others stand in as padding.
+            kept = self.real & (~self.marked | self.find_kept())
+            index = kept.int().argsort(dim=1, stable=True)[:, self.dropped :]
             x = x.take_along_dim(index[..., None], dim=1)
             self.rope = rope and tuple(angles.take_along_dim(index[:, None, :, None], dim=2) for angles in rope)
         rope = self.rope if self.prefill else rope
         return x, rope, self.mask, stored, self.slots, *rest
 
-    def choose(self) -> Tensor:
-        """Columns (B, t) of the tokens that stay, in their order; in shorter rows, others stand in as padding."""
-        scores = self.last_attention().masked_fill(~self.marked, -1)
-        ranks = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        kept = self.real & (~self.marked | (ranks < self.budgets[:, None]))
-        return kept.int().argsort(dim=1, stable=True)[:, self.dropped :]
+
+class FastV(Dropping):
+    """Keeps n tokens for each image of a row: those that the row's last token attends to most in layer K - 1, mean over
+    heads."""
+
+    name = "--visual-tokens: fastv"
+
+    def __init__(self, model: nn.Module, budget: Budget):
+        super().__init__(model, budget.number)
+        self.kept = budget.tokens
+        model.visual_token_share = self.mean_share()
+        self.decoder.layers[self.layer - 1].register_forward_pre_hook(self.remember)
+
+    def mean_share(self) -> float:
+        """Share of the image tokens that a layer reads, mean over layers."""
+        layers = len(self.decoder.layers)
+        return (self.layer + (layers - self.layer) * self.kept / self.patches) / layers
+
+    def remember(self, layer: nn.Module, arguments: tuple):
+        """Keep the input of layer K - 1 until layer K has used it."""
+        if self.prefill:
+            self.before = arguments
+
+    def find_counts(self, x: Tensor) -> Tensor:
+        self.budgets = self.marked.sum(1) // self.patches * self.kept
+        return self.budgets
+
+    def find_kept(self) -> Tensor:
+        scores, self.before = self.last_attention().masked_fill(~self.marked, -1), None
+        return scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < self.budgets[:, None]
 
     def last_attention(self) -> Tensor:
         """Attention (B, T) of the last token to all tokens in layer K - 1, mean over heads, float32."""
