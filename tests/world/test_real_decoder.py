@@ -53,11 +53,11 @@ def arguments(minutes: float, out: Path, **more) -> argparse.Namespace:
 def test_the_plan_trains_every_way_from_one_stage_1():
     out, template = Path("out/s"), ["--template", "chatml_bare"]
     args = arguments(60, out, seed=3, text=Path("book.txt"), dtype="bfloat16")
-    steps = {step.name: step for step in plan(args, out, template)}
+    steps = {step.name: step for step in plan(args, out / "speedrun", template)}
     ways = ["full", "lora", "lora-replay", "lora-images"]
     after = [name for way in ways for name in (way, f"{way} evaluation", f"{way} knowledge")]
     after.insert(after.index("lora-replay"), "replay")
-    assert list(steps) == ["world", "clip", "knowledge before", "stage1", *after]
+    assert list(steps) == ["speedrun", "knowledge before", "stage1", *after]
     trained = {name: options(steps[name].command) for name in ("stage1", *ways)}
     assert {name: flags["--steps"] for name, flags in trained.items()} == {
         "stage1": "600", "full": "1680", "lora": "1680", "lora-replay": "1680", "lora-images": "1680"
@@ -74,26 +74,26 @@ def test_the_plan_trains_every_way_from_one_stage_1():
     assert options(steps["full evaluation"].command)["--limit"] == "600"
 
 
-def test_world_and_clip_of_a_speedrun_that_fits_are_used(tmp_path, monkeypatch, tiny):
+def test_world_and_tower_of_a_speedrun_that_fits_are_used(tmp_path, monkeypatch, tiny):
     monkeypatch.setattr(real_decoder, "OUTPUT_ROOT", tmp_path)
-    newest, out = tmp_path / "speedrun", tmp_path / "mine"
-    assert choose_world(None, 60, 0, out) == out
+    newest, out, own = tmp_path / "speedrun", tmp_path / "mine", tmp_path / "mine/speedrun"
+    assert choose_world(None, 60, 0, out) == own
     newest.mkdir()
     (newest / "speedrun.json").write_text('{"minutes": 15, "seed": 0}')
-    assert choose_world(None, 60, 0, out) == out  # its CLIP is not finished
-    (newest / "minutes.json").write_text('{"world": 1, "clip": 1}')
+    assert choose_world(None, 60, 0, out) == own  # its stage 2 is not finished
+    (newest / "minutes.json").write_text('{"world": 1, "stage2": 1}')
     assert choose_world(None, 60, 0, out) == newest
-    assert choose_world(None, 60, 1, out) == out  # another seed
+    assert choose_world(None, 60, 1, out) == own  # another seed
     (newest / "speedrun.json").write_text('{"minutes": 5, "seed": 0}')
-    assert choose_world(None, 60, 0, out) == out and choose_world(None, 20, 0, out) == newest
+    assert choose_world(None, 60, 0, out) == own and choose_world(None, 20, 0, out) == newest
     names = [step.name for step in plan(arguments(20, out), newest, [])]
-    assert names[0] == "knowledge before" and "clip" not in names
+    assert names[0] == "knowledge before" and "speedrun" not in names
     assert choose_world(tiny.root, 60, 0, out) == tiny.root
-    with pytest.raises(ValueError, match="holds no world with a finished CLIP"):
+    with pytest.raises(ValueError, match="holds no world with a finished stage 2"):
         choose_world(tmp_path, 60, 0, out)
     out.mkdir()  # begun before there was a speedrun: a resume keeps its own
-    (out / "speedrun.json").write_text(json.dumps({"speedrun": str(out)}))
-    assert choose_world(None, 20, 0, out) == out
+    (out / "speedrun.json").write_text(json.dumps({"speedrun": str(own)}))
+    assert choose_world(None, 20, 0, out) == own
 
 
 def test_the_best_model_is_exported_once(tmp_path):
@@ -238,7 +238,7 @@ def check_export(folder: Path):
         (["--llm", "none.gguf"], "none.gguf"),
         (["--llm", "LLM", "--text", "none.txt"], "none.txt"),
         (["--llm", "LLM", "--text", "SHORT"], "words; a perplexity needs"),
-        (["--llm", "LLM", "--speedrun", "none"], "--speedrun none: holds no world with a finished CLIP"),
+        (["--llm", "LLM", "--speedrun", "none"], "--speedrun none: holds no world with a finished stage 2"),
         (["--llm", "LLAVA"], "is a LLaVA; name a decoder"),
         (["--decoder", "smollm2"], "bash speedrun.sh --decoder smollm2 fetches it"),
     ],
