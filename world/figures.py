@@ -237,17 +237,17 @@ def draw_tokens(config: LlavaConfig, tokenizer: Tokenizer, path: Path):
 # loss curves
 
 PANELS = (("stage 0, CLIP: contrastive", VISION), ("stage 0, decoder: text", DECODER))
-PANELS += (("stage 1: projector", PROJECTOR), ("stage 2: projector, decoder", LABEL))
+PANELS += (("stage 1: projector", PROJECTOR), ("stage 2: + decoder", LABEL), ("stage 2: everything", LABEL))
 
 
 def draw_losses(run: Path, path: Path):
     """Draw the loss of every training run of a speedrun: each step faintly, the running mean on top."""
-    card = Card(1200, 312, "Training loss of the four runs of a speedrun")
+    card = Card(1200, 312, "Training loss of the five runs of a speedrun")
     card.text(1176, 30, "loss by training step, with its running mean", GRAY, ha="right")
     for i, (name, (title, color)) in enumerate(zip(STAGES, PANELS)):
         rows = read_rows(run / name / "log.jsonl")
         steps, values = plots.column(rows, "loss")
-        axes = card.figure.add_axes(((62 + 288 * i) / 1200, 50 / 312, 226 / 1200, 188 / 312), facecolor="none")
+        axes = card.figure.add_axes(((58 + 231 * i) / 1200, 50 / 312, 180 / 1200, 188 / 312), facecolor="none")
         plots.draw_curve(axes, rows, "loss", color)
         axes.set(ylim=(0, 1.05 * max(values)), xlim=(0, steps[-1]))
         axes.set_title(title, fontsize=10, color=color, weight="bold", pad=8)

@@ -25,6 +25,7 @@ def run(tiny, tmp_path):
     for path in tiny.root.iterdir():
         if path.name != "stage2":
             (folder / path.name).symlink_to(path)
+    (folder / "stage2-frozen").symlink_to(tiny.stage2)
     for path in tiny.stage2.iterdir():
         (folder / "stage2" / path.name).symlink_to(path)
     rows = [json.loads(line) for line in (tiny.world / "questions.jsonl").read_text().splitlines()]
@@ -84,7 +85,7 @@ def test_the_report_names_accuracies_and_minutes(run):
     result = json.loads((run / "report.json").read_text())
     assert result["minutes"] == 3.5 and result["dial"] == 3  # the ablation is beyond the minutes
     assert result["accuracy"]["overall"] == result["blind_accuracy"] == pytest.approx(52.5)  # of 7, 7 and 6 answers
-    assert set(result["stages"]) == {"stage0/clip", "stage0/decoder", "stage1", "stage2"}
+    assert set(result["stages"]) == {"stage0/clip", "stage0/decoder", "stage1", "stage2-frozen", "stage2"}
     text = (run / "report.md").read_text()
     assert "| overall | 52.5 % | 52.5 % |" in text and "| stage2 | 2.5 |" in text
     check_image(run / "sheet.png")
