@@ -114,7 +114,7 @@ def likely_cause(wrong: list[str]) -> str:
         return ". It has no vision tower: give CLIP's folder with --vision"
     if EMBEDDING in missing and parts <= {"vision_tower", "language_model"} and len(missing) == len(wrong):
         return ". It has no decoder: give the decoder's folder with --llm" + ", CLIP's with --vision" * (len(parts) - 1)
-    if all("multi_modal_projector." in line for line in wrong):
+    if missing and all("multi_modal_projector." in line for line in wrong) and wrong[-1].endswith(" not expected"):
         return ". Its connector is not the one that config.json names"
     if len(wrong) > 5 and all(line.endswith((" not expected", ")")) for line in wrong):  # names and shapes only
         return ". The config.json belongs to a smaller model, or to a part of this one"

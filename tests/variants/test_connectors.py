@@ -474,8 +474,8 @@ def test_impossible_numbers_of_tokens_are_refused(kind, tokens, words):
     ({"visual_tokens": "4"}, "visual_tokens is '4', not int"),
     ({"visual_tokens": 4.5}, "visual_tokens is 4.5, not int"),
     ({"visual_tokens": None}, "config.json: resampler needs visual_tokens"),
-    ({"visual_tokens": 5}, r"latents is \(4, 24\), should be \(5, 24\)"),
-    ({"projector_type": "qformer"}, "multi_modal_projector.queries missing"),
+    ({"visual_tokens": 5}, r"latents is \(4, 24\), should be \(5, 24\)$"),
+    ({"projector_type": "qformer"}, "multi_modal_projector.queries missing.* Its connector is not the one that config"),
     ({"projector_type": "mlp2x_gelu", "visual_tokens": None}, "multi_modal_projector.linear_1.weight missing"),
     ({"image_mode": "anyres", "image_grid_pinpoints": [[24, 48]]}, "resampler does not go with anyres"),
 ])  # fmt: skip

@@ -272,6 +272,37 @@ def test_gradients_of_a_copy_and_with_recomputed_layers():
     assert all(p.grad is not None for p in twin.multi_modal_projector.parameters())
 
 
+def two_questions(rows, prototypes, seed):
+    """Rows of two images of 4 kinds, each followed by a token that asks for its kind, and the answer."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = torch.randint(0, 4, (rows, 2), generator=generator)
+    noise = torch.randn(2 * rows, *prototypes.shape[1:], generator=generator)
+    ids = [[part for kind in row for part in (IMAGE, 10, 60 + kind, 2)] for row in kinds.tolist()]
+    labels = [[i if i >= 60 and i != IMAGE else -100 for i in row] for row in ids]
+    return torch.tensor(ids), torch.tensor(labels), prototypes[kinds.flatten()] + 0.3 * noise
+
+
+def test_gated_layers_alone_learn_which_image_stands_before_a_question():
+    """As stage 1 trains them: the decoder is frozen, here at random weights."""
+    torch.manual_seed(0)
+    model, prototypes = Llava(configure("gated_cross_attention", None)), torch.randn(4, 36, WIDTH)
+    optimizer = torch.optim.AdamW(model.multi_modal_projector.parameters(), lr=3e-3)
+    for step in range(80):
+        ids, labels, features = two_questions(16, prototypes, seed=step)
+        model(ids, labels, vision_features=features).div(32).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ids, labels, features = two_questions(32, prototypes, seed=1000)
+
+    @torch.no_grad()
+    def accuracy(features):
+        logits = model.language_model.lm_head(model.language_model.model(model.embed(ids, features)))
+        asked = labels[:, 1:] >= 0
+        return float((logits.argmax(-1)[:, :-1][asked] == labels[:, 1:][asked]).float().mean())
+
+    assert accuracy(features) > 0.95 and accuracy(features.roll(1, 0)) < 0.5  # other images: a guess among 4
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # bad input
 
