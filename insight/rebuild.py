@@ -23,6 +23,7 @@ from inputs.tokenizer import Tokenizer
 from lora import add_lora
 from training.checkpoint import restore_checkpoint
 from training.flags import PARSER
+from training.objectives import LOG_VARIANCES
 from training.plots import read_log
 from training.towers import Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
 from variants.relevance import train_relevance
@@ -32,7 +33,7 @@ from world.scenes import GROUP_SIZE
 # Parts by the beginning of a parameter's name, in the order in which a step runs them, and what --train calls them.
 PARTS = {"clip.vision_model": "vision tower", "clip.text_model": "text tower", "clip": "end of CLIP"}
 PARTS |= {"vision_tower": "vision tower", "multi_modal_projector": "projector", "image_newline": "projector"}
-PARTS |= {"language_model": "decoder", "relevance": "relevance"}
+PARTS |= {"language_model": "decoder", "relevance": "relevance", LOG_VARIANCES: "weights of tasks"}
 FLAGS = {"vision tower": "vision", "projector": "projector", "decoder": "llm", "relevance": "relevance"}
 
 
@@ -50,7 +51,7 @@ def layer_of(name: str) -> str:
 
 def should_train(args: Namespace, model: nn.Module, name: str) -> bool:
     """Return whether a parameter trains with these flags. Of a vision tower, only the blocks that are used do."""
-    if args.stage == 0 or ".lora_" in name or TRAINED.search(name):
+    if args.stage == 0 or ".lora_" in name or TRAINED.search(name) or name == LOG_VARIANCES:
         return True
     if FLAGS[part_of(name)] not in args.train or "post_layernorm" in name:
         return False

@@ -177,7 +177,9 @@ def test_a_student_equal_to_its_teacher_has_only_the_plain_loss(tiny):
 # whole runs
 
 
-@pytest.mark.parametrize("extra", [["--ewc", "1000"], ["--distill", "0.5:2", "--task-weights", "uncertainty"]])
+@pytest.mark.parametrize(
+    "extra", [["--ewc", "1000"], ["--distill", "0.5", "--task-weights", "uncertainty", "--diagnose", 3]]
+)
 def test_killed_and_resumed_is_bitwise_uninterrupted(tiny, before, command, tmp_path, extra):
     argv = [*tiny.flags["stage2"], "--model", before, *extra]
     command(train, *argv, "--out", tmp_path / "whole")
