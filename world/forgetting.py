@@ -103,11 +103,12 @@ def draw_heat_map(path: Path, panels: dict[str, dict[str, dict[str, float]]]):
     for axis, name, models in plots.draw_panels(path, panels, widths, 1.7 + 0.34 * len(rows)):
         columns = ["overall", *FAMILIES]
         values = [[values.get(column, float("nan")) for column in columns] for values in models.values()]
-        axis.imshow(values, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+        axis.imshow(values, cmap="YlGn", vmin=0, vmax=100, aspect="auto")
         for i, row in enumerate(values):
             for j, value in enumerate(row):
                 if value == value:
-                    axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=8)
+                    color = "white" if value > 60 else "black"
+                    axis.text(j, i, f"{value:.0f}", color=color, ha="center", va="center", fontsize=8)
         axis.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=8)
         axis.set_yticks(range(len(rows)), rows, fontsize=8)
         axis.set_title(f"right answers, %: {name}", fontsize=9)
