@@ -74,24 +74,31 @@ class Prefix(VirtualTokens):
     """Keys and values of every layer, (n, 2 L KV D): for each layer its keys, then its values."""
 
     def forward(self, decoder: nn.Module, x: Tensor, cache, keep: Tensor | None):
-        """As Prompt.forward. Training has no cache, so one is made: gradients flow through it to the prefix."""
-        if cache is None:
-            cache = empty_cache(decoder.config, len(x), x.shape[1], x)
-        if cache.front is None:
-            config = decoder.config
-            heads = config.num_key_value_heads, config.head_dim
+        """As Prompt.forward. Training has no cache, and gets one that holds nothing but the prefix."""
+        if cache is None or cache.front is None:
+            heads = decoder.config.num_key_value_heads, decoder.config.head_dim
             parts = self.encoder(self.embedding).unflatten(1, (-1, *heads)).permute(1, 2, 0, 3)  # (2 L, KV, n, D)
-            put_in_front(cache, parts[0::2, None], parts[1::2, None])
+            keys, values = parts[0::2, None], parts[1::2, None]
+            if cache is None:
+                stored = {"keys": [*map(Front, keys)], "values": [*map(Front, values)]}
+                cache = SimpleNamespace(**stored, length=x.shape[1], used=0, front=parts.shape[2])
+            else:
+                put_in_front(cache, keys, values)
         return x, cache, keep
 
 
-def empty_cache(config, batch: int, length: int, like: Tensor) -> SimpleNamespace:
-    """The fields of a llava.KVCache, in the dtype in which attention computes on `like`."""
-    kind = like.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
-    shape, layers = (batch, config.num_key_value_heads, length, config.head_dim), range(config.num_hidden_layers)
-    keys, values = ([like.new_zeros(shape, dtype=dtype) for _ in layers] for _ in "kv")
-    return SimpleNamespace(keys=keys, values=values, length=length, used=0, front=None)
+class Front:
+    """Keys or values (1, KV, n, D) in place of a cache's tensor, while training.
+
+    A cache is written in place; gradients cannot flow through that under every kind of --shard. This joins instead.
+    """
+
+    def __init__(self, front: Tensor):
+        self.front = front
+
+    def index_copy_(self, dim: int, slots: Tensor, new: Tensor) -> Tensor:
+        """The front, then all keys or values of the batch (B, KV, T, D): (B, KV, n + T, D)."""
+        return torch.cat([self.front.to(new).expand(len(new), -1, -1, -1), new], dim=dim)
 
 
 def put_in_front(cache, keys, values):
@@ -103,8 +110,11 @@ def put_in_front(cache, keys, values):
 
 def read_alone(decoder: nn.Module, vectors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Keys and values (1, KV, n, D) of each layer, of embeddings (n, C) at the positions from 0."""
-    cache = empty_cache(decoder.config, 1, len(vectors), vectors)
-    cache.front = 0  # no virtual tokens before these
+    config, length = decoder.config, len(vectors)
+    shape = 1, config.num_key_value_heads, length, config.head_dim
+    keys, values = ([vectors.new_zeros(shape) for _ in range(config.num_hidden_layers)] for _ in "kv")
+    # The fields of a llava.KVCache. Its front is 0: no virtual tokens stand before these.
+    cache = SimpleNamespace(keys=keys, values=values, length=length, used=0, front=0)
     decoder(vectors[None], None, cache)
     return cache.keys, cache.values
 

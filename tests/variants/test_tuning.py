@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from conftest import BATCH
 from faults import finish, kill_at
 from safetensors.torch import load_file, save_file
+from test_weights import theirs_of
 
 import eval as evaluation
 import sample
 import train
-from data import Records, collate
+from data import Records, collate, prepare_image
 from formats import __main__ as formats_cli
-from formats.adapters import load_with_adapter, sample_weights
+from formats.adapters import attach, load_with_adapter, read_adapter, sample_weights
 from formats.tuning_files import save_tuning
 from formats.weights import load_model
 from inputs.files import read_json
@@ -141,6 +142,29 @@ def test_twenty_steps_and_files_equal_peft(peft, tiny, batch, tmp_path, method):
             torch.testing.assert_close(logits_of(model, batch), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family, kind", [("gpt2", "IA3"), ("gpt2", "PREFIX_TUNING"), ("qwen2", "IA3"),
+                                          ("llama_gqa", "PREFIX_TUNING"), ("llama_gqa", "P_TUNING")])  # fmt: skip
+def test_what_peft_wrote_for_a_decoder_loads(peft, tmp_path, family, kind):
+    """With peft's own choice of layers: a fused q, k and v in GPT-2, the queries of Qwen2; and fewer key heads."""
+    theirs = theirs_of(family)
+    theirs.save_pretrained(tmp_path / "base")
+    if kind == "IA3":
+        config = peft.IA3Config(task_type="CAUSAL_LM", init_ia3_weights=False)
+    else:
+        options = {"num_virtual_tokens": 5, "encoder_hidden_size": 12}
+        options |= {"prefix_projection": True} if kind == "PREFIX_TUNING" else {}
+        classes = {"PREFIX_TUNING": peft.PrefixTuningConfig, "P_TUNING": peft.PromptEncoderConfig}
+        config = classes[kind](task_type="CAUSAL_LM", **options)
+    theirs = peft.get_peft_model(theirs, config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = load_model(tmp_path / "base")
+    attach(ours, read_adapter(tmp_path / "adapter"))
+    ids = torch.arange(17)[None]
+    with torch.no_grad():
+        logits = ours.language_model.lm_head(ours.language_model.model(ours.embed(ids)))
+        torch.testing.assert_close(logits, theirs(ids).logits[:, -17:], rtol=1e-4, atol=1e-4)
+
+
 def put_hub_adapters(layer, adapters, options):
     """Give a layer of transformers the adapters of `adapters` 1.2: its rule, written out from its documentation.
 
@@ -230,6 +254,25 @@ def test_answers_with_a_cache_equal_those_without(babbler, method):
                 logits = model.language_model.lm_head(model.language_model.model(x))[0, -1]
             logits[config.image_token_index] = -torch.inf
             assert int(logits.argmax()) == token
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_a_conversation_and_peft_give_the_same_answers(peft, babbler, world_images, tmp_path, method):
+    """The second turn reads only what is new: the virtual tokens are still in front of the cache."""
+    model, tokenizer = tuned(babbler, method, 0.1, length=5).eval(), Tokenizer.load(babbler)
+    world_images[0].save(tmp_path / "image.png")
+    chat = sample.Chat(model, tokenizer, [tmp_path / "image.png"], max_new_tokens=6)
+    folder = saved(model, method, babbler, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(their_model(babbler), folder).eval()
+    pixels = prepare_image(world_images[0], model.config).pixels
+    for question in ("What is here?", "And there?"):
+        list(chat.ask(question))
+        ids = torch.tensor([chat.last["prompt_ids"]])
+        with torch.no_grad():
+            for token in chat.last["ids"]:
+                inputs = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
+                assert int(theirs(**inputs).logits[0, -1].argmax()) == token
+                ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
