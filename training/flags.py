@@ -93,7 +93,7 @@ text = (
     "weights of tasks, as vqa=2,captions=0.5, or uncertainty: learned; a task is a record's task, else its file's name"
 )
 add("--task-weights", text, "all tokens alike", default="")
-text = "strength of elastic weight consolidation towards the model before; 1: its loss counts like the new one"
+text = "strength of elastic weight consolidation towards the model before; try 1000: docs/forgetting.md"
 add("--ewc", text, type=float)
 text = "share of the loss that keeps the answers of the model before, as 0.5 or, with a temperature, 0.5:2"
 add("--distill", text, default="", metavar="ALPHA[:T]")

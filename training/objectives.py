@@ -2,7 +2,7 @@
 
     train.py --task-weights vqa=2,captions=0.5         weights by hand; other tasks have weight 1
     train.py --task-weights uncertainty                learned weights (Kendall et al. 2017, arXiv 1705.07115)
-    train.py --ewc 1                                   keep weights that the model before needs: training/fisher.py
+    train.py --ewc 1000                                keep weights that the model before needs: training/fisher.py
     train.py --distill 0.5:2                           keep the answers of the model before
     train.py --data new.json old.json --shares 95/5    replay: inputs/mixture.py
     python -m formats average BEFORE AFTER OUT         average the weights: formats/
