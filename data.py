@@ -152,9 +152,11 @@ class PreparedImage:
     tokens: int  # number of its placeholders in a prompt
 
 
-def load_image(root: str | Path, name: str, config) -> PreparedImage:
-    """Image `name` below the folder `root`, prepared as the LlavaConfig `config` says. Raises BadImage."""
-    return prepare_image(open_image(resolve_inside(root, name)), config)
+def load_image(root: str | Path, name: str, config, change=None) -> PreparedImage:
+    """Image `name` below the folder `root`, changed by the function `change` (of inputs/augment.py) if there is one,
+    and prepared as the LlavaConfig `config` says. Raises BadImage."""
+    image = open_image(resolve_inside(root, name))
+    return prepare_image(change(image) if change else image, config)
 
 
 def prepare_image(image: Image.Image, config) -> PreparedImage:
@@ -196,27 +198,29 @@ class Records(Samples):
     Args: max_length: in tokens, images included; a longer dialogue loses its end, but never a part of an image.
     image_order: "first" puts images before their question, as in LLaVA's code; "either" before or after it at random,
     as in the paper of LLaVA-1.0, depending on (seed, index) only. text_only: leave the images out, for a decoder that
-    learns text first. template: for records that name none; default: the model's.
+    learns text first. template: for records that name none; default: the model's. augment: inputs.augment.Augment.
     """
 
     def __init__(
         self, sources: list[Source], tokenizer, config, max_length: int,
-        image_order="first", seed=0, text_only=False, template=None, questions=None,
+        image_order="first", seed=0, text_only=False, template=None, questions=None, augment=None,
     ):  # fmt: skip
         super().__init__(sources, [source.usable() for source in sources], questions)
         self.tokenizer, self.config = tokenizer, config
         self.max_length, self.image_order, self.seed, self.text_only = max_length, image_order, seed, text_only
-        self.template = template or config.template
+        self.template, self.augment = template or config.template, augment
         # Images by (folder, name), with features of a frozen vision tower instead of pixels; filled by train.py.
         self.features: dict[tuple[Path, str], PreparedImage] = {}
 
     def sample(self, index: int) -> dict:
-        record = self.record(index)
+        record, change = self.record(index), None
+        if self.augment:
+            record, change = self.augment(record, index)
         names = self.image_names(index, record)
         if names and self.config.vision_config is None:
             raise DataError("has an image, but the model has no vision tower")
         image_last = self.image_order == "either" and np.random.default_rng([self.seed, index]).random() < 0.5
-        images = [self.features.get(name) or load_image(*name, self.config) for name in names]
+        images = [self.features.get(name) or load_image(*name, self.config, change) for name in names]
         tokens = [image.tokens for image in images]
         ids, labels = self.render(record, tokens, image_last)
         ids, labels = ids[: self.max_length], labels[: self.max_length]

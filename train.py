@@ -35,6 +35,7 @@ from formats.saving import save_model
 from formats.tuning_files import save_tuning
 from formats.weights import choose_dtype, choose_template, load_checkpoint
 from inputs import cli
+from inputs.augment import Augment, mark_steps
 from inputs.files import publish_folder, verify_manifest
 from inputs.mixture import Source, batches, counts_of, make_order
 from inputs.samples import Samples
@@ -98,6 +99,8 @@ def make_loader(dataset: Samples, args, ranks: Distributed, pad_id: int, start: 
     lengths = dataset.lengths() if isinstance(dataset, Records) else None  # samples of similar length share a batch
     ranges = (args.batch_size, args.seed, start, args.steps, ranks.rank, ranks.world_size)
     steps = batches(order, *ranges, group, lengths)
+    if getattr(dataset, "augment", None):
+        steps = mark_steps(steps, start)
     return DataLoader(
         dataset,
         batch_sampler=(step[i * size : (i + 1) * size] for step in steps for i in range(args.accumulate)),
@@ -171,7 +174,8 @@ def precompute_features(args, ranks: Distributed, model: Llava, dataset: Records
     vision, count = model.config.vision_config, sum(source.file.distinct_images for source in dataset.sources)
     tiles = [1 + math.prod(size) // vision.image_size**2 for size in model.config.image_grid_pinpoints or [(0, 0)]]
     gigabytes = count * max(tiles) * vision.num_patches * vision.hidden_size * 4 / 1e9
-    if tower_trains(model) or gigabytes > args.cache_gb or not count:
+    changes = dataset.augment and dataset.augment.changes_images
+    if tower_trains(model) or changes or gigabytes > args.cache_gb or not count:
         return
     names = list(dataset.images().items())
     model.vision_tower.to(ranks.device)
@@ -420,8 +424,11 @@ def train_llava(args, ranks: Distributed, folder: Path):
     template = args.template or model.config.template
     model.config.answer_start_ids = answer_start_ids(template, tokenizer)  # none in stage 1: captions have no question
     options = {"image_order": args.image_order, "seed": args.seed, "template": template, "questions": args.questions}
-    dataset = Records(sources, tokenizer, model.config, max_length, **options)
+    augment = Augment(args.augment, args.seed) if args.augment else None
+    dataset = Records(sources, tokenizer, model.config, max_length, **options, augment=augment)
     skip_bad_samples(args, ranks, run, dataset)
+    if augment:
+        ranks.print0(augment.describe(map(dataset.record, range(len(dataset)))))
     val = Records(val_sources, tokenizer, model.config, max_length, **options) if val_sources else None
 
     if args.whiten and args.vision and dataset.images(1):

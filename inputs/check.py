@@ -128,7 +128,7 @@ class Skips:
 
         Raises DataError if too many samples are bad; the limit counts at least 1,000 drawn samples.
         """
-        for number in chain(range(index, len(dataset)), range(index)):
+        for number in chain([index], range(index + 1, len(dataset)), range(index)):
             known = self.state[number] & self.BAD
             self.state[number] |= self.DRAWN
             try:

@@ -23,7 +23,7 @@ OTHER_LAYOUTS = {  # by a key that LLaVA's records do not have
     "gpt), content to value, images to image",
     "instruction": "Alpaca: write instruction and output as conversations",
 }
-RECORD_KEYS, TURN_KEYS = {"id", "image", "conversations", "template", "task", *SYSTEM_KEYS}, {"from", "value"}
+RECORD_KEYS, TURN_KEYS = {"id", "image", "boxes", "conversations", "template", "task", *SYSTEM_KEYS}, {"from", "value"}
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a UTF-16 pair: JSON can write it, UTF-8 cannot
 
 

@@ -4,6 +4,8 @@ import argparse
 import math
 from pathlib import Path
 
+from inputs.augment import KINDS as AUGMENTS
+from inputs.augment import Augment
 from inputs.mixture import as_number, read_mixing, read_shares
 from inputs.templates import TEMPLATES
 from llava import PROJECTORS
@@ -18,7 +20,7 @@ from variants.tuning import LENGTH, METHODS, VIRTUAL, WITH_WIDTH
 COMPONENTS = ("vision", "projector", "llm", "relevance")  # what --train may name
 USELESS = dict.fromkeys((1, 2), ("tower", "size", "patch_size"))  # flags that do nothing in a stage
 USELESS[0] = ("train", "model", "vision", "llm", "projector", "whiten", "image_order", "lr_projector", "lr_vision")
-USELESS[0] += ("visual_tokens", "nested_pool", "task_weights", "ewc", "distill")
+USELESS[0] += ("augment", "visual_tokens", "nested_pool", "task_weights", "ewc", "distill")
 
 PARSER = argparse.ArgumentParser("train.py", epilog=recipes.listing())
 PARSER.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -69,6 +71,8 @@ add("--world", "folder of the embedded world", "out/world, drawn if it is missin
 add("--questions", "most questions in a sample; longer dialogues are cut into several", "no limit", type=int)
 add("--max-length", "tokens of a sample, image tokens included", "the decoder's context", type=int)
 add("--image-order", "image before its question, or at random", choices=("first", "either"), default="first")
+text = f"change images and texts so that answers stay true: {','.join(AUGMENTS)}, or some of them"
+add("--augment", text, default="", metavar="KINDS")
 add("--workers", "processes that load data; 0: the training process loads it", type=int, default=0)
 add("--cache-gb", "memory for a frozen tower's features; 0: compute them in every step", type=float, default=4.0)
 
@@ -197,6 +201,8 @@ def check(args: argparse.Namespace):
     read_mixing(args.mixing)
     if args.shares:
         read_shares(args.shares)
+    if args.augment:
+        Augment(args.augment, args.seed)
     missing, unknown = " ".join(meters.missing_boards(args.board)), set(args.train) - set(COMPONENTS)
     refuse(missing, f"--board {missing}: not installed (pip install {missing})")
     refuse(args.images and not (args.data or args.val), "--images needs --data or --val")
