@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train a LLaVA from scratch on this machine: install, draw the data, train both towers, stages 1 and 2, evaluate.
 #
-#   bash speedrun.sh                      about 15 minutes on two cores, after installation
+#   bash speedrun.sh                      about 20 minutes on two cores, after installation
 #   bash speedrun.sh --minutes 60         the same, with more of everything
 #   bash speedrun.sh --decoder smollm2    a real language model learns to see (docs/real-decoder.md), about an hour
 #   bash speedrun.sh --help               all flags; after --decoder smollm2 those of the real decoder

@@ -30,7 +30,7 @@ IMAGES_ONLY = (*LORA, "--lora-images-only")
 WAYS = {"full": ("--lr", "3e-4"), "lora": LORA, "lora-replay": LORA, "lora-images": IMAGES_ONLY}  # of training stage 2
 STEPS = {"float32": (5, 14), "bfloat16": (10, 28)}  # of stage 1 and stage 2, for each of --minutes
 BATCH = ("--batch-size", "8")
-TOWER_MINUTES = 15  # --minutes of the speedrun whose world and vision tower are used, at most
+TOWER_MINUTES = 20  # --minutes of the speedrun whose world and vision tower are used, at most
 
 
 def packaged_decoder(name: str) -> Path:
@@ -63,8 +63,8 @@ def finished(run: Path) -> bool:
 
 
 def tower_minutes(minutes: float) -> float:
-    """--minutes of the speedrun that makes world and vision tower: a quarter of the whole."""
-    return min(TOWER_MINUTES, minutes / 4)
+    """--minutes of the speedrun that makes world and vision tower: a third of the whole."""
+    return min(TOWER_MINUTES, minutes / 3)
 
 
 def template_flags(llm: Path) -> list[str]:

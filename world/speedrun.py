@@ -1,6 +1,6 @@
 """The speedrun: the commands that a person would type, from an empty folder to a model that answers questions.
 
-    python -m world.speedrun --minutes 15        (bash speedrun.sh installs first)
+    python -m world.speedrun --minutes 20        (bash speedrun.sh installs first)
 
 --minutes sets the number of images and of training steps. Neither depends on the machine's speed, so on one machine
 the same minutes and seed give the same results. The same command resumes a stopped speedrun; the report,
@@ -68,16 +68,16 @@ def plan(minutes: float, seed: int, out: Path, ablation: bool, stage2_flags: lis
         return Step(name, ["eval.py", "--model", f"{out}/{folder}", *questions, *flags])
 
     towers = ("--vision", f"{out}/stage0/clip", "--llm", f"{out}/stage0/decoder")
-    draw = ["-m", "world", "write", "--out", f"{out}/world", "--n", str(int(1000 * minutes)), "--seed", str(seed)]
-    # Stage 2 in two halves, as LLaVA-1.5 trains it (frozen tower), then as LLaVA-NeXT does (everything): the decoder
-    # learns to read the features, and then the tower learns those that the decoder lacks.
+    draw = ["-m", "world", "write", "--out", f"{out}/world", "--n", str(int(750 * minutes)), "--seed", str(seed)]
     everything = ("--train", "vision,projector,llm", "--lr", "3e-4")
 
     def train_stage2(name: str, *start: str) -> list[Step]:
+        """Stage 2 with a frozen tower, as in LLaVA-1.5, then a quarter as many steps of everything, as in LLaVA-NeXT: the
+        tower learns what the decoder misses in its features."""
         frozen = f"{name}-frozen"
         return [
-            train(frozen, 2, frozen, 300, *start, *stage2_flags),
-            train(name, 2, name, 300, "--model", f"{out}/{frozen}", *everything, *stage2_flags),
+            train(frozen, 2, frozen, 510, *start, *stage2_flags),
+            train(name, 2, name, 127.5, "--model", f"{out}/{frozen}", *everything, *stage2_flags),
         ]
 
     without_stage1 = [  # stage 2 on an untrained projector; it runs first, so that the usual stage 2 is the newest
@@ -86,9 +86,9 @@ def plan(minutes: float, seed: int, out: Path, ablation: bool, stage2_flags: lis
     ]
     return [
         Step("world", draw),
-        train("clip", 0, "stage0", 48, "--tower", "clip", "--batch-size", "128", "--lr", "1e-3"),
-        train("decoder", 0, "stage0", 110, "--tower", "decoder", "--batch-size", "16", "--lr", "4e-4"),
-        train("stage1", 1, "stage1", 24, *towers, "--whiten"),
+        train("clip", 0, "stage0", 36, "--tower", "clip", "--batch-size", "128", "--lr", "1e-3"),
+        train("decoder", 0, "stage0", 82.5, "--tower", "decoder", "--batch-size", "16", "--lr", "4e-4"),
+        train("stage1", 1, "stage1", 18, *towers, "--whiten"),
         *(without_stage1 if ablation else []),
         *train_stage2("stage2", "--model", f"{out}/stage1"),
         evaluate("evaluation", "stage2"),
@@ -193,7 +193,7 @@ def main():
     """Run every step that is not done yet, then write the report."""
     parser = make_parser(__doc__, "python -m world.speedrun")
     add = parser.add_argument
-    add("--minutes", type=float, default=15, help="about how long it takes on two cores, without the installation")
+    add("--minutes", type=float, default=20, help="about how long it takes on two cores, without the installation")
     add("--seed", type=int, default=0, help="seed of the world and of every training run")
     add("--out", type=Path, default=OUTPUT_ROOT / "speedrun", help="folder to write everything to")
     ablation = "also train stage 2 without stage 1, in extra time; added to a finished speedrun, it is the newest run"

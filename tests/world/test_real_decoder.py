@@ -79,13 +79,13 @@ def test_world_and_tower_of_a_speedrun_that_fits_are_used(tmp_path, monkeypatch,
     newest, out, own = tmp_path / "speedrun", tmp_path / "mine", tmp_path / "mine/speedrun"
     assert choose_world(None, 60, 0, out) == own
     newest.mkdir()
-    (newest / "speedrun.json").write_text('{"minutes": 15, "seed": 0}')
+    (newest / "speedrun.json").write_text('{"minutes": 20, "seed": 0}')
     assert choose_world(None, 60, 0, out) == own  # its stage 2 is not finished
     (newest / "minutes.json").write_text('{"world": 1, "stage2": 1}')
     assert choose_world(None, 60, 0, out) == newest
     assert choose_world(None, 60, 1, out) == own  # another seed
     (newest / "speedrun.json").write_text('{"minutes": 5, "seed": 0}')
-    assert choose_world(None, 60, 0, out) == own and choose_world(None, 20, 0, out) == newest
+    assert choose_world(None, 60, 0, out) == own and choose_world(None, 15, 0, out) == newest
     names = [step.name for step in plan(arguments(20, out), newest, [])]
     assert names[0] == "knowledge before" and "speedrun" not in names
     assert choose_world(tiny.root, 60, 0, out) == tiny.root

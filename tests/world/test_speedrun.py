@@ -38,14 +38,14 @@ def options(command: list[str]) -> dict[str, str]:
 
 
 def test_the_plan_trains_what_it_always_did():
-    steps = {step.name: step for step in plan(15, 3, Path("out/s"), ablation=False, stage2_flags=["--compile"])}
+    steps = {step.name: step for step in plan(20, 3, Path("out/s"), ablation=False, stage2_flags=["--compile"])}
     assert list(steps) == [
         "world", "clip", "decoder", "stage1", "stage2-frozen", "stage2", "evaluation", "blind evaluation", "probes"
     ]  # fmt: skip
     assert steps["world"].command == ["-m", "world", "write", "--out", "out/s/world", "--n", "15000", "--seed", "3"]
     trained = {name: options(step.command) for name, step in steps.items() if step.command[0] == "train.py"}
     assert {name: values["--steps"] for name, values in trained.items()} == {
-        "clip": "720", "decoder": "1650", "stage1": "360", "stage2-frozen": "4500", "stage2": "4500"
+        "clip": "720", "decoder": "1650", "stage1": "360", "stage2-frozen": "10200", "stage2": "2550"
     }  # fmt: skip
     assert all(values["--seed"] == "3" and values["--world"] == "out/s/world" for values in trained.values())
     assert [step.run for step in steps.values() if step.run] == [
@@ -54,7 +54,7 @@ def test_the_plan_trains_what_it_always_did():
     assert steps["stage2"].command[-5:] == ["--train", "vision,projector,llm", "--lr", "3e-4", "--compile"]
     assert "--train" not in steps["stage2-frozen"].command
     assert steps["stage1"].command[-1] == "--whiten" and steps["stage2"].command[-1] == "--compile"
-    names = [step.name for step in plan(15, 3, Path("out/s"), ablation=True, stage2_flags=[])]
+    names = [step.name for step in plan(20, 3, Path("out/s"), ablation=True, stage2_flags=[])]
     assert names[5:9] == ["no-stage1", "ablation evaluation", "stage2-frozen", "stage2"]  # stage2 stays the newest run
 
 
