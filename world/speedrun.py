@@ -72,8 +72,8 @@ def plan(minutes: float, seed: int, out: Path, ablation: bool, stage2_flags: lis
     everything = ("--train", "vision,projector,llm", "--lr", "3e-4")
 
     def train_stage2(name: str, *start: str) -> list[Step]:
-        """Stage 2 with a frozen tower, as in LLaVA-1.5, then a quarter as many steps of everything, as in LLaVA-NeXT: the
-        tower learns what the decoder misses in its features."""
+        """Stage 2 with a frozen tower, as in LLaVA-1.5, then a quarter as many steps of everything, as in LLaVA-NeXT,
+        in which the tower learns what the decoder misses in its features."""
         frozen = f"{name}-frozen"
         return [
             train(frozen, 2, frozen, 510, *start, *stage2_flags),
