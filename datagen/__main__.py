@@ -58,6 +58,7 @@ def add_make(commands):
     add("--endpoint", metavar="URL", help="OpenAI-compatible address, up to /v1")
     add("--key-env", default="DATAGEN_KEY", metavar="NAME", help="environment variable with the key")
     add("--prompts", type=Path, default=PROMPTS, help="folder of prompts; default: datagen/prompts")
+    add("--no-system", action="store_true", help="the system prompt goes before the first question, for an endpoint")
     add("--temperature", type=float, default=0.0, help="of an endpoint; default: 0")
     body = """more fields of a request; null leaves one out: '{"max_tokens": null, "max_completion_tokens": 800}'"""
     add("--body", type=read_body, default={}, metavar="JSON", help=body)
@@ -85,6 +86,8 @@ def check_make(parser: argparse.ArgumentParser, args: argparse.Namespace):
     calls = [name for name in ("endpoint", "batch_file", "batch_results", "offline", "price") if getattr(args, name)]
     if calls and not args.llm:
         parser.error(f"--{calls[0].replace('_', '-')} needs --llm NAME")
+    if args.no_system and not (args.endpoint or args.batch_file or args.batch_results):
+        parser.error("--no-system goes with --endpoint; a local model's template decides by itself")
     if args.batch_file and (args.endpoint or args.offline or args.batch_results):
         parser.error("--batch-file calls nothing: no --endpoint, no --offline, no --batch-results")
     numbers = (args.workers, args.tries, args.max_tokens, args.batch_size, args.n or 1)

@@ -77,9 +77,15 @@ def message(role: str, path: Path) -> dict:
     return {"role": role, "content": text}
 
 
-def make_request(item: Item, kind: str, model: str, prompts: dict[str, list[dict]] | None) -> Request:
-    """The request for one record. Args: model: name of the teacher; prompts: of read_prompts, None for templates."""
+def make_request(
+    item: Item, kind: str, model: str, prompts: dict[str, list[dict]] | None, no_system: bool = False
+) -> Request:
+    """The request for one record. Args: model: name of the teacher; prompts: of read_prompts, None for templates;
+    no_system: put the system prompt before the first question, for models that take none."""
     messages = (*prompts[kind], {"role": "user", "content": facts_of(item)}) if prompts else ()
+    if no_system and messages:
+        system, first, *rest = messages
+        messages = (first | {"content": f"{system['content']}\n\n{first['content']}"}, *rest)
     content = json.dumps([kind, item.id, item.image, model, messages], ensure_ascii=False)
     return Request(hashlib.sha256(content.encode()).hexdigest()[:32], kind, item, messages)
 

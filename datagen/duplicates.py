@@ -56,7 +56,7 @@ class DuplicateFinder:
         """Add a text; return the key of an earlier one with a Jaccard similarity of at least threshold(its key)."""
         own = shingles(text)
         values = signature(own)
-        bands = [(i, values[i * ROWS : (i + 1) * ROWS].tobytes()) for i in range(BANDS)]
+        bands = [hash((i, values[i * ROWS : (i + 1) * ROWS].tobytes())) for i in range(BANDS)]  # 8 bytes each
         candidates = {other: None for band in bands for other in self.buckets[band]}  # in order, each once
         for other in candidates:
             if jaccard(own, shingles(self.texts[other])) >= threshold(other):

@@ -154,9 +154,10 @@ def join_box(match: re.Match) -> str:
 
 
 def find_loop(words: list[str]) -> list[str]:
-    """The words that come again at once: 1 word four times, 2 to 4 words three times, 5 to 20 words twice."""
+    """The words that come again at once: 1 word four times, 2 to 9 words three times, 10 to 20 words twice. (A
+    list may say "on the left, a small red star on the left, a small red star on the right".)"""
     for size in range(1, 21):
-        times = 4 if size == 1 else 3 if size < 5 else 2
+        times = 4 if size == 1 else 3 if size < 10 else 2
         run = 0
         for i in range(size, len(words)):
             run = run + 1 if words[i] == words[i - size] else 0

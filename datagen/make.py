@@ -49,10 +49,13 @@ def make(args: argparse.Namespace):
     """`python -m datagen make`. Raises ValueError with one line if it cannot go on; answers are kept."""
     items = read_items(args.files, args.images, args.pixels, args.skip_bad)[: args.n]
     prompts = read_prompts(args.prompts) if args.llm else None
-    requests = [make_request(item, kind, args.llm or "", prompts) for item in items for kind in args.kinds]
+    wanted = [(item, kind) for item in items for kind in args.kinds if item.boxes or kind != "referring"]
+    requests = [make_request(item, kind, args.llm or "", prompts, args.no_system) for item, kind in wanted]
     twice = [key for key, count in Counter(request.id for request in requests).items() if count > 1]
-    if twice:
-        raise DataError(f"{len(twice):,} requests come twice")
+    if twice or not requests:
+        raise DataError(f"{len(twice):,} requests come twice" if twice else "no image has a box to ask about")
+    if boxless := len(items) * len(args.kinds) - len(wanted):
+        print(f"{boxless:,} images have no boxes: nothing is asked about places on them", file=sys.stderr)
     if prompts and (crowded := sum(len(item.boxes) > MOST_BOXES for item in items)):
         print(f"{crowded:,} images have more than {MOST_BOXES} boxes: the largest are sent", file=sys.stderr)
     result, nouns = Result(requests), read_nouns(args.nouns)

@@ -51,6 +51,16 @@ def test_answers_are_read_as_they_were_written(nouns):
             read_turns(request, text)
 
 
+def test_a_system_prompt_can_go_before_the_first_question():
+    item, prompts = Item("1", "1.png", ["a dog"], [("dog", 0, 0, 1, 0.5)]), read_prompts()
+    usual, other = (make_request(item, "detail", "m", prompts, flag) for flag in (False, True))
+    assert [message["role"] for message in usual.messages] == ["system", "user", "assistant", "user"]
+    assert [message["role"] for message in other.messages] == ["user", "assistant", "user"]
+    assert usual.messages[-1]["content"] == "a dog\n\ndog: [0.000, 0.000, 1.000, 0.500]"
+    assert other.messages[0]["content"] == "\n\n".join(message["content"] for message in usual.messages[:2])
+    assert usual.id != other.id
+
+
 def test_signatures_are_those_of_datasketch():
     datasketch = pytest.importorskip("datasketch")
     for text in ("a", "a dog runs on a beach", " ".join(map(str, range(300)))):
