@@ -51,6 +51,7 @@ class GatedLayer(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """x (N, S, C) to (N, S, C): the tokens that see each image."""
+        x = x.to(self.attention_gate.dtype)  # a frozen decoder may be in 16 bits, while this layer trains in 32
         q = self.split_heads(self.q_proj(self.attention_norm(x)))
         y = F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).flatten(2)
         x = x + self.attention_gate.tanh() * self.o_proj(y)

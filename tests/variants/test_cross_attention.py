@@ -303,6 +303,15 @@ def test_gated_layers_alone_learn_which_image_stands_before_a_question():
     assert accuracy(features) > 0.95 and accuracy(features.roll(1, 0)) < 0.5  # other images: a guess among 4
 
 
+def test_a_decoder_in_16_bits_below_layers_in_32(recwarn):
+    model, features = build(), make_features(IMAGES)
+    model.language_model.to(torch.bfloat16).requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(model, vision_features=features)
+    assert all(p.dtype == torch.float32 and p.isfinite().all() and p.any() for p in found.values())
+    assert len(found) == len(list(model.multi_modal_projector.parameters())) and not recwarn
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # bad input
 
@@ -327,5 +336,6 @@ def test_features_without_a_place_are_refused():
         if ids[0].count(IMAGE) != count:
             with pytest.raises(ValueError, match="image tokens for"):
                 model.embed(torch.tensor(ids), make_features(count))
-    x = model.embed(torch.tensor([[5, 6]]))  # what was refused is forgotten
+    model.embed(torch.tensor([[IMAGE, 5]]), make_features(1))  # a prompt that the decoder never reads is forgotten
+    x = model.embed(torch.tensor([[5, 6]]))
     assert torch.equal(model.language_model.model(x), build().language_model.model(x))
