@@ -4,6 +4,7 @@
     python -m datagen make photos.json --images PHOTOS --out DIR --llm MODEL_FOLDER
     python -m datagen make captions.json instances.json --images COCO --out DIR \\
         --endpoint https://host/v1 --llm NAME --price 0.15 0.60               asks before it spends anything
+    python -m datagen convert questions.json annotations.json --from vqav2 --out vqav2.json     docs/convert.md
 
 The key of an endpoint is read from the environment (DATAGEN_KEY, or the name after --key-env). See docs/datagen.md.
 """

@@ -22,6 +22,7 @@ from inputs.augment import (
     other_forms,
 )
 from inputs.check import Skips
+from training.flags import read_flags
 from world.drawing import draw_scene
 from world.language import CELL_PHRASES, RELATIONS, find_directions, make_dialogues
 from world.scenes import RADIUS, SHAPES, Scene, make_scene
@@ -239,8 +240,20 @@ def test_an_unknown_change_is_named():
         Augment("flip,rotate", 0)
 
 
-def test_flags_and_records(tiny):
-    """A record's text and pixels change together."""
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["--stage", "2", "--augment", "rotate"], "choose from"),
+        (["--stage", "0", "--augment", "flip"], "does nothing in"),
+    ],
+)
+def test_train_refuses_flags_that_make_no_sense(argv, error, capsys):
+    with pytest.raises(SystemExit):
+        read_flags("", argv)
+    assert error in capsys.readouterr().err
+
+
+def test_text_and_pixels_change_together(tiny):
     from formats.configs import read_config
     from inputs.mixture import open_sources
     from inputs.tokenizer import Tokenizer
