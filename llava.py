@@ -155,7 +155,6 @@ class KVCache:
         self.keys = [like.new_zeros(shape) for _ in layers]  # (B, KV, L, D) for each layer; written in place
         self.values = [like.new_zeros(shape) for _ in layers]
         self.length, self.used = length, 0
-        self.front: int | None = None  # more slots, before all others: the decoder's virtual tokens, once it is used
 
     def grow(self, length: int):
         """Make room for `length` slots, keeping what is stored."""
@@ -245,7 +244,7 @@ class DecoderLayer(nn.Module):
 # the decoder
 
 
-def attention_mask(padding: Tensor, slots: Tensor, length: int, front: int = 0) -> Tensor:
+def attention_mask(padding: Tensor, slots: Tensor, length: int) -> Tensor:
     """The mask of a left-padded batch, (B, 1, T, length): True where a token may attend to a slot of the cache.
 
     A row of two padding tokens and three real ones, read into an empty cache of seven slots:
@@ -256,11 +255,10 @@ def attention_mask(padding: Tensor, slots: Tensor, length: int, front: int = 0) 
         . . # # . . .
         . . # # # . .
 
-    Args: padding (B,): number of padding tokens at the left of each row; slots (T,): those of the tokens being read;
-    front: slots before the padding, which every token may attend to.
+    Args: padding (B,): number of padding tokens at the left of each row; slots (T,): those of the tokens being read.
     """
     keys, queries = torch.arange(length, device=slots.device), slots[:, None]  # (length,), (T, 1)
-    real = (keys >= front + padding[:, None, None]) | (keys < front)  # (B, 1, length)
+    real = keys >= padding[:, None, None]  # (B, 1, length)
     return ((keys <= queries) & real | (keys == queries))[:, None]
 
 
@@ -273,7 +271,6 @@ class Decoder(nn.Module):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = make_norm(config)
-        self.virtual = None  # trained tokens that stand before all others: variants/tuning.py
         self.recompute = False  # in training, store each layer's input only and run the layer again in backward
 
     def forward(
@@ -286,20 +283,25 @@ class Decoder(nn.Module):
         right, where causality hides the padding and no mask is needed. keep (B, T): True for the N tokens whose states
         (N, C) are returned; the last layer's MLP runs for no others. mask (B, 1, T, T): replaces causal attention.
         """
+        return self.run_layers(x, *self.place(x, padding, cache, mask), cache, keep)
+
+    def place(self, x: Tensor, padding: Tensor | None, cache: KVCache | None, mask: Tensor | None = None):
+        """Slots (T,) in the cache and positions (B, T) of new tokens, and their mask or None; arguments of forward."""
         batch, new = x.shape[:2]
         start, limit = (0, self.config.max_position_embeddings) if cache is None else (cache.used, cache.length)
         if start + new > limit:
             raise ValueError(f"{start + new} tokens do not fit: the context holds {limit}")
-        if self.virtual is not None:
-            x, cache, keep = self.virtual(self, x, cache, keep)
-        given, new, front = new, x.shape[1], 0 if cache is None else cache.front or 0
-        rope = None
-        slots = torch.arange(front + start, front + start + new, device=x.device)
+        slots = torch.arange(start, start + new, device=x.device)
         positions = slots.expand(batch, new)
         if padding is not None or cache is not None:
             padding = slots.new_zeros(batch) if padding is None else padding
-            mask = attention_mask(padding, slots, new if cache is None else front + cache.length, front)
+            mask = attention_mask(padding, slots, new if cache is None else limit)
             positions = (slots - padding[:, None]).clamp(min=0)  # 0 is the first real token of a row
+        return slots, positions, mask
+
+    def run_layers(self, x: Tensor, slots: Tensor, positions: Tensor, mask, cache, keep) -> Tensor:
+        """The states that forward returns; slots, positions and mask are those of `place`."""
+        rope = None
         if self.config.gpt2:
             x = x + self.embed_positions(positions)
         else:
@@ -311,8 +313,8 @@ class Decoder(nn.Module):
             arguments = (x, rope, mask, stored, slots, keep if last else None)
             x = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
         if cache is not None:
-            cache.used += new
-        return self.norm(x if keep is not None else x[:, new - given :])  # without those of virtual tokens
+            cache.used += len(slots)
+        return self.norm(x)
 
 
 class CausalLM(nn.Module):

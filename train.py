@@ -152,7 +152,9 @@ def add_adapters(args, model: Llava) -> Callable[[dict, Path], None] | None:
         options = {"method": args.tune, "base": args.model.resolve()}
         options["sample"] = sample_weights(model, find_linears(model, "llm"))
         add_tuning(model, args.tune, args.prefix_length, args.tune_width)
-        return partial(save_tuning, config=model.config, tokens=model.language_model.model.virtual, **options)
+        return partial(
+            save_tuning, config=model.config, tokens=getattr(model.language_model.model, "virtual", None), **options
+        )
     lora_ranks = {"llm": args.lora_rank, "vision": args.lora_rank_vision}
     lora_ranks = {tower: rank for tower, rank in lora_ranks.items() if args.lora in (tower, "both")}
     layers = add_lora(model, lora_ranks, args.lora_alpha, args.lora_dropout, args.lora_layers, args.dora)

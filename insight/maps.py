@@ -114,7 +114,7 @@ def read(model: Llava, answer: Answer) -> tuple[list[Tensor], Tensor]:
 
     Raises ValueError for a model with virtual tokens, which attention sees and the maps have no place for.
     """
-    if model.language_model.model.virtual is not None:
+    if hasattr(model.language_model.model, "virtual"):
         raise ValueError("a prompt or prefix stands before the image: of the maps, only occlusion can be drawn")
     with torch.no_grad():
         ids = torch.tensor([answer.ids[:-1]], device=model.device)

@@ -175,7 +175,7 @@ class Engine:
         used = max((job.read for job in self.active), default=0)
         packed = parts[0][0] if parts else None
         for i in range(self.model.config.text_config.num_hidden_layers if parts else 0):
-            front = packed.front or 0
+            front = getattr(packed, "front", 0)  # see variants/tuning.py
             packed.keys[i] = torch.cat([align(cache.keys[i], rows, end, used, front) for cache, rows, end in parts])
             packed.values[i] = torch.cat([align(cache.values[i], rows, end, used, front) for cache, rows, end in parts])
         if packed and hasattr(packed, "image_rows"):  # see variants/image_lora.py

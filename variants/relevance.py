@@ -145,7 +145,7 @@ class Allocator(Dropping):
         return self.kept
 
     def start(self, decoder: nn.Module, arguments: tuple):
-        if decoder.virtual is not None:
+        if hasattr(decoder, "virtual"):
             raise ValueError(f"{self.name} cannot have virtual tokens, as those of --tune prompt")
         if len(arguments) < 5:  # the fifth is the mask, with which `loss` hides patches
             super().start(decoder, arguments)

@@ -65,7 +65,7 @@ def limit_visual_tokens(model: nn.Module, budget: Budget | None):
     if tokens == config.vision_config.num_patches:
         return
     if budget.method == "fastv":
-        if model.language_model.model.virtual is not None:
+        if hasattr(model.language_model.model, "virtual"):
             raise ValueError(
                 "--visual-tokens: fastv drops tokens of the cache, and knows no prompt or prefix before them"
             )

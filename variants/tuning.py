@@ -15,6 +15,7 @@ tokens, w: width of a bottleneck or MLP.
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -65,7 +66,7 @@ class Prompt(VirtualTokens):
         if cache is None:
             x = torch.cat([vectors.expand(len(x), -1, -1), x], dim=1)  # (B, n + T, C)
             keep = None if keep is None else F.pad(keep, (len(vectors), 0))
-        elif cache.front is None:
+        elif not hasattr(cache, "front"):
             put_in_front(cache, *read_alone(decoder, vectors))
         return x, cache, keep
 
@@ -75,7 +76,7 @@ class Prefix(VirtualTokens):
 
     def forward(self, decoder: nn.Module, x: Tensor, cache, keep: Tensor | None):
         """As Prompt.forward. Training has no cache, and gets one that holds nothing but the prefix."""
-        if cache is None or cache.front is None:
+        if not hasattr(cache, "front"):
             heads = decoder.config.num_key_value_heads, decoder.config.head_dim
             parts = self.encoder(self.embedding).unflatten(1, (-1, *heads)).permute(1, 2, 0, 3)  # (2 L, KV, n, D)
             keys, values = parts[0::2, None], parts[1::2, None]
@@ -113,10 +114,30 @@ def read_alone(decoder: nn.Module, vectors: Tensor) -> tuple[list[Tensor], list[
     config, length = decoder.config, len(vectors)
     shape = 1, config.num_key_value_heads, length, config.head_dim
     keys, values = ([vectors.new_zeros(shape) for _ in range(config.num_hidden_layers)] for _ in "kv")
-    # The fields of a llava.KVCache. Its front is 0: no virtual tokens stand before these.
-    cache = SimpleNamespace(keys=keys, values=values, length=length, used=0, front=0)
-    decoder(vectors[None], None, cache)
+    cache = SimpleNamespace(keys=keys, values=values, length=length, used=0)  # the fields of a llava.KVCache
+    decoder.run_layers(vectors[None], *decoder.place(vectors[None], None, cache), cache, None)
     return cache.keys, cache.values
+
+
+def read_behind(
+    decoder: nn.Module, tokens: VirtualTokens, x: Tensor, padding: Tensor | None = None, cache=None,
+    keep: Tensor | None = None, mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Decoder.forward of a decoder with virtual tokens; they are not among the states that it returns."""
+    if cache is None and padding is None:
+        padding = torch.zeros(len(x), dtype=torch.long, device=x.device)  # so that there is a mask, for a prefix
+    slots, positions, mask = decoder.place(x, padding, cache, mask)
+    given = x.shape[1]
+    x, cache, keep = tokens(decoder, x, cache, keep)
+    added = x.shape[1] - given
+    if added:  # a prompt without a cache: its tokens are read with the others
+        slots, mask = torch.arange(x.shape[1], device=x.device), None
+        positions = slots.expand(len(x), -1)
+    else:
+        slots, positions = slots + cache.front, positions + cache.front
+        mask = F.pad(mask, (cache.front, 0), value=True)
+    states = decoder.run_layers(x, slots, positions, mask, cache, keep)
+    return states if keep is not None else states[:, added:]
 
 
 @torch.no_grad()
@@ -159,7 +180,8 @@ def add_tokens(model: nn.Module, tokens: VirtualTokens):
         context, image = text.max_position_embeddings, " with an image" * bool(model.config.tokens_per_image)
         raise ValueError(f"{count} virtual tokens{image} leave no room in the decoder's context of {context} tokens")
     text.max_position_embeddings -= count
-    model.language_model.model.virtual = tokens
+    decoder = model.language_model.model
+    decoder.virtual, decoder.forward = tokens, partial(read_behind, decoder, tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

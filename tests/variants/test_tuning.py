@@ -59,7 +59,9 @@ def saved(model, method, base, folder):
     folder.mkdir()
     weights = {name: p.detach() for name, p in trained_of(model).items()}
     sample = sample_weights(load_model(base), find_linears(load_model(base), "llm"))
-    save_tuning(weights, folder, model.config, method, model.language_model.model.virtual, base, sample)
+    save_tuning(
+        weights, folder, model.config, method, getattr(model.language_model.model, "virtual", None), base, sample
+    )
     return folder
 
 
