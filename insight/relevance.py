@@ -108,13 +108,18 @@ def accuracy_table(scores: dict[str, list[float]], tokens: dict[str, float]) -> 
 
 
 def compare(args: argparse.Namespace, questions: list[dict], answers: list[dict]) -> Iterator[str]:
-    """The accuracy table: the base with all patches, and with at least as many tokens as the question keeps."""
+    """The accuracy table: the base with all patches, and with at least as many tokens as the question keeps.
+
+    pool has the next square number; if that is all patches, the one below.
+    """
     mean = float(np.mean([answer["kept"].sum() for answer in answers]))
     scores, tokens = {"the question's choice": [answer["score"] for answer in answers]}, {"the question's choice": mean}
     for method in ("all", *args.methods):
         model, tokenizer = load_with_adapter(args.base, args.base_adapter, args.device, torch.float32)
-        count = model.config.vision_config.num_patches if method == "all" else int(np.ceil(mean))
-        count = int(np.ceil(mean**0.5)) ** 2 if method == "pool" else count
+        patches = model.config.vision_config.num_patches
+        count = patches if method == "all" else int(np.ceil(mean))
+        if method == "pool":
+            count = min(int(np.ceil(mean**0.5)), int(patches**0.5) - 1) ** 2
         limit_visual_tokens(model, None if method == "all" else Budget(count, method))
         name = f"base, {method}"
         scores[name] = [answer["score"] for answer in ask(model, tokenizer, questions, args.world)]
