@@ -141,7 +141,7 @@ def test_weights_by_hand_multiply_the_loss_of_their_rows(tiny):
     objective = make(tiny, model, "--task-weights", "captions=3,instruct=0.5")
     total = objective(**objectives.collate_with_tasks(samples, pad))
     parts = [model(**collate(samples[i::2], pad)).item() for i in (0, 1)]
-    assert float(total) == pytest.approx(0.5 * parts[0] + 3 * parts[1], rel=1e-6)
+    assert total.item() == pytest.approx(0.5 * parts[0] + 3 * parts[1], rel=1e-6)
     tokens = [sum(label != IGNORE for sample in samples[i::2] for label in sample["labels"][1:]) for i in (0, 1)]
     means = {"captions": parts[1] / tokens[1], "instruct": parts[0] / tokens[0]}
     assert objective.report(RANKS)["task_losses"] == pytest.approx(means, rel=1e-6)
