@@ -18,7 +18,7 @@ from pathlib import Path
 from evaluation.scores import accuracy_by_category
 from inputs import cli
 from inputs.files import OUTPUT_ROOT, read_json, write_atomic, write_json
-from world.real_decoder import BATCH, LORA, STEPS, add_decoder_flags, choose_world, evaluate, find_decoder
+from world.real_decoder import BATCH, LORA, STEPS, WARMUP, add_decoder_flags, choose_world, evaluate, find_decoder
 from world.report import read_rows
 from world.speedrun import Runner, Step, refuse_other_flags, run_steps
 
@@ -90,7 +90,7 @@ def make_plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> 
     Args: speedrun: folder of world and tower; template: flags that set stage 2's template.
     """
     plan, world = Plan(), speedrun / "world"
-    towers = ("--vision", f"{speedrun}/stage2", "--llm", str(args.llm), "--whiten")
+    towers = ("--vision", f"{speedrun}/stage2", "--llm", str(args.llm), "--whiten", *WARMUP)
     count = str(max(1, int(STEPS[args.dtype][1] * args.minutes)))
 
     def train(folder: Path, seed: int, stage: int, *flags: str) -> Step:

@@ -30,6 +30,7 @@ IMAGES_ONLY = (*LORA, "--lora-images-only")
 WAYS = {"full": ("--lr", "3e-4"), "lora": LORA, "lora-replay": LORA, "lora-images": IMAGES_ONLY}  # of training stage 2
 STEPS = {"float32": (5, 14), "bfloat16": (10, 28)}  # of stage 1 and stage 2, for each of --minutes
 BATCH = ("--batch-size", "8")
+WARMUP = ("--warmup", "0.1")  # of stage 1: a new projector in front of a trained decoder diverges after 5 steps of it
 TOWER_MINUTES = 20  # --minutes of the speedrun whose world and vision tower are used, at most
 
 
@@ -108,7 +109,7 @@ def plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> list[
 
     # The tower of the speedrun's LLaVA has learned what a decoder asks for. InternVL, too, hands its tower on to other
     # decoders (Chen et al. 2024, arXiv 2404.16821).
-    towers = ("--vision", f"{speedrun}/stage2", "--llm", str(llm), "--whiten")
+    towers = ("--vision", f"{speedrun}/stage2", "--llm", str(llm), "--whiten", *WARMUP)
     prompts = ["--limit", str(max(1, int(2 * minutes))), "--seed", str(seed), "--dtype", dtype]
     first = ["-m", "world.speedrun", "--minutes", f"{tower_minutes(minutes):g}", "--seed", str(seed)]
     steps = [Step("speedrun", [*first, "--out", str(speedrun)])] if speedrun == out / "speedrun" else []
