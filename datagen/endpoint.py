@@ -107,26 +107,30 @@ class Endpoint:
         """Status, headers and content. A timer closes the connection, so that a slow answer ends as a hung one does."""
         kind = http.client.HTTPSConnection if self.https else http.client.HTTPConnection
         connection = kind(self.host, self.port, timeout=self.timeout, **({"context": self.tls} if self.https else {}))
-        late = threading.Event()
+        late, sockets = threading.Event(), []
 
         def hang_up():
             late.set()
-            with suppress(OSError, AttributeError):  # ended in the meantime
-                connection.sock.shutdown(socket.SHUT_RDWR)
+            for one in sockets:  # kept, as http.client forgets its own when the server will close the connection
+                with suppress(OSError):  # ended in the meantime
+                    one.shutdown(socket.SHUT_RDWR)
 
         timer = threading.Timer(self.timeout, hang_up)
         timer.daemon = True
         timer.start()
         try:
-            connection.request("POST", self.path, body, headers)
-            response = connection.getresponse()
-            content = response.read(MOST_BYTES + 1)
+            connection.connect()
+            sockets.append(connection.sock)
+            if not late.is_set():
+                connection.request("POST", self.path, body, headers)
+                response = connection.getresponse()
+                content = response.read(MOST_BYTES + 1)
             if late.is_set():  # closed before the end
                 raise TimeoutError
             if len(content) > MOST_BYTES:
                 raise BadAnswer(f"an answer of more than {MOST_BYTES:,} bytes")
             return response.status, response.headers, content
-        except (OSError, http.client.HTTPException):
+        except (OSError, ValueError, http.client.HTTPException):
             if late.is_set():
                 raise TimeoutError from None
             raise

@@ -14,7 +14,8 @@ from fake_endpoint import FAULTS, FakeEndpoint
 import data
 import datagen.__main__ as script
 from datagen import endpoint
-from datagen.asking import KINDS
+from datagen.asking import KINDS, Request
+from datagen.items import Item
 
 
 @pytest.fixture(autouse=True)
@@ -86,8 +87,8 @@ def test_the_report_loads_nothing_and_shows_text_as_text(make, tmp_path):
 def test_an_endpoint_that_fails_in_twelve_ways(make, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(endpoint, "MOST_BYTES", 200_000)
     source = write_items(tmp_path, 36)
-    with FakeEndpoint(fail_first, seconds=1.2, huge=endpoint.MOST_BYTES) as server:
-        out = make(*source, *fake(server, "--timeout", 0.4, "--workers", 12, "--filters", "format"))
+    with FakeEndpoint(fail_first, seconds=2.5, huge=endpoint.MOST_BYTES) as server:
+        out = make(*source, *fake(server, "--workers", 12, "--filters", "format"))
     check_once(out, 36)
     assert set(FAULTS) <= server.seen.keys() and server.most_open <= 12 + server.seen["hang"] + server.seen["slow"]
     assert server.keys == {f"Bearer {KEY}"}
@@ -96,6 +97,16 @@ def test_an_endpoint_that_fails_in_twelve_ways(make, tmp_path, capfd, monkeypatc
     before = server.tries.total()
     make(*source, *fake(server, "--filters", "format"))  # all is there: nothing is asked, the server is gone
     assert server.tries.total() == before
+
+
+def test_an_answer_that_comes_byte_by_byte_is_late():
+    """Each byte is in time; all of them would take ten seconds and more."""
+    with FakeEndpoint(lambda key, attempt: "slow", seconds=1.0) as server:
+        asked = Request("1", "detail", Item("1", "1.png"), ({"role": "user", "content": "a dog " * 9},))
+        start = time.monotonic()
+        with pytest.raises(endpoint.BadAnswer, match="no answer in time"):
+            endpoint.Endpoint(server.url, "fake", timeout=0.5).call(asked)
+    assert time.monotonic() - start < 5
 
 
 def test_requests_that_are_given_up_are_named_and_asked_again(make, tmp_path, capfd):
