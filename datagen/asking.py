@@ -1,4 +1,4 @@
-"""What a language model is asked about an image, and how its answer becomes turns of a dialogue.
+"""The request that asks a language model about an image, and the turns of a dialogue in its answer.
 
 The model sees no pixels. It reads captions and boxes as text and writes a dialogue as if it saw the image (Liu et al.
 2023, arXiv 2304.08485, section 3). A request is a system message, examples, and the facts of one image:

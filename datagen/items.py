@@ -192,6 +192,7 @@ def read_coco(file: JsonFile) -> Iterator[tuple[str, object]]:
 
 
 def read_annotation(row: Row, images: dict, names: dict) -> Item:
+    """The captions or the box of one annotation of COCO, with its image. Raises DataError if that image is unknown."""
     image = images.get(row.get("image_id"))
     if image is None:
         raise DataError(f"{row.where}: captions or boxes without an image (image_id is {short(row.get('image_id'))})")

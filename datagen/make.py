@@ -34,7 +34,7 @@ CHARACTERS = 4  # of English a token has, about; --tokenizer counts exactly
 
 @dataclass
 class Result:
-    """What came of a run. kept: drafts that passed; dropped: draft, filter and reason of the others."""
+    """The results of a run. kept: drafts that passed; dropped: draft, filter and reason of the others."""
 
     requests: list[Request]
     kept: list[Draft] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Which objects a text mentions, and which of them an image does not have: the rule of CHAIR.
+"""Finds the objects that a text mentions, and those of them that an image does not have, by the rule of CHAIR.
 
 Rohrbach et al. 2018, arXiv 1809.02156: a closed list of object names with synonyms; a mention is true if the name is
 among the image's annotated boxes or in one of its reference captions.

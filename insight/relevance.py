@@ -128,13 +128,14 @@ def compare(args: argparse.Namespace, questions: list[dict], answers: list[dict]
 
 
 def compare_alone(model: Llava, tokenizer, questions: list[dict], answers: list[dict], world: Path) -> str:
-    """How many questions have the same kept patches and the same answer without their batch."""
+    """Ask some questions alone; say how many keep the same patches and get the same answer as in their batch."""
     alone = ask(model, tokenizer, questions[:ALONE], world, size=1)
     same = [a["text"] == b["text"] and (a["kept"] == b["kept"]).all() for a, b in zip(alone, answers)]
     return f"asked alone: {sum(same)} of {len(same)} with the same patches and the same answer"
 
 
 def read_flags() -> argparse.Namespace:
+    """The command line; an unknown flag or value ends the program with status 2."""
     parser = cli.make_parser(__doc__, "python -m insight.relevance")
     add = parser.add_argument
     add("--model", type=Path, required=True, help="folder of a model that train.py --relevance has trained")

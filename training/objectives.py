@@ -1,4 +1,4 @@
-"""What a run may minimize beside the plain loss: weights of tasks, and remedies against forgetting.
+"""Terms beside the plain loss: weights of tasks, and remedies against forgetting.
 
     train.py --task-weights vqa=2,captions=0.5         weights by hand; other tasks have weight 1
     train.py --task-weights uncertainty                learned weights (Kendall et al. 2017, arXiv 1705.07115)

@@ -183,7 +183,7 @@ class QFormerLayer(nn.Module):
         return self.read_patches(self.self_norm(x + self.self_attention(x, x)), features)
 
     def read_patches(self, x: Tensor, features: Tensor) -> Tensor:
-        """What follows self-attention."""
+        """The part of the layer after self-attention."""
         if self.cross_attention is not None:
             x = self.cross_norm(x + self.cross_attention(x, features))
         return self.mlp_norm(x + self.down_proj(F.gelu(self.up_proj(x))))

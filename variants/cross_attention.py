@@ -61,7 +61,7 @@ class GatedLayer(nn.Module):
 
 @dataclass
 class RowImages:
-    """What the next tokens of a KV cache see: keys and values of the last image of each row that has one."""
+    """Keys and values of the last image of each row that has one: the next tokens of a KV cache see them."""
 
     rows: Tensor  # (R,)
     used: int  # the cache has at least so many tokens: its image tokens are among them

@@ -187,7 +187,7 @@ class Allocator(Dropping):
 
 
 def hide(gates: Tensor, images: Tensor) -> Tensor:
-    """What to add to attention scores so that each image token counts `gate` times: (B, 1, T, T), causal.
+    """The mask (B, 1, T, T) that is added to attention scores: causal, and each image token counts `gate` times.
 
     Each token sees at least itself. Args: gates (N, P) from 0 to 1, of the image tokens `images` (B, T) in order.
     """

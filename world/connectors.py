@@ -179,6 +179,7 @@ def choose_best(cells: list[Cell], budgets: list[int]) -> list[Cell]:
 
 
 def read_flags() -> argparse.Namespace:
+    """The command line; an unknown flag or value ends the program with status 2."""
     parser = cli.make_parser(__doc__, "python -m world.connectors")
     add, kinds = parser.add_argument, [*PROJECTORS, *CONNECTORS]
     add(
