@@ -106,7 +106,7 @@ def read_flags() -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add("--model", type=Path, help="folder of a model; default: the newest finished run below out/")
-    add("--adapter", type=Path, help="folder of an adapter that LoRA trained for --model")
+    add("--adapter", type=Path, help="folder of an adapter (LoRA or --tune) for --model")
     add("--bits", type=int, choices=(4, 16), default=16, help="4: the decoder's layers in NF4, a quarter of the memory")
     add("--template", choices=TEMPLATES, help="conversation template; default: the model's")
     add("--image", type=Path, nargs="+", action="extend", default=[], help="the images to ask about")

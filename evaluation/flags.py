@@ -16,7 +16,7 @@ def read_flags(description: str) -> argparse.Namespace:
     parser = make_parser(description)
     add = parser.add_argument_group("answering").add_argument
     add("--model", type=Path, help="folder of a model; default: the newest finished run below out/")
-    add("--adapter", type=Path, help="folder of a LoRA adapter for --model")
+    add("--adapter", type=Path, help="folder of an adapter (LoRA or --tune) for --model")
     add("--bits", type=int, choices=(4, 16), default=16, help="4: decoder layers in NF4, a quarter of the memory")
     add("--template", choices=TEMPLATES, help="conversation template; default: the model's")
     add("--task", choices=[*TASKS, "probes"], help="the benchmark; default: your own questions")
