@@ -1,4 +1,4 @@
-"""Filters of generated dialogues. Each has a name, takes a record or leaves it, and says why.
+"""Filters of generated dialogues. Each has a name, drops a record or keeps it, and says why.
 
     format      a question without an answer, other text than questions and answers, an answer that was cut
     echo        eight words in a row from the prompt or its examples

@@ -10,7 +10,7 @@ Each gated layer stands before a layer of the decoder and adds to the tokens tha
 
 Both gates start at 0, so a new model computes what the decoder alone computes. Flamingo (Alayrac et al. 2022, arXiv
 2204.14198), with LLaMA's norms and MLP as in IDEFICS (transformers' models/idefics/modeling_idefics.py). Tokens before
-the first image of a row are not computed at all here, so no pixel can reach them.
+the first image of a row skip these layers, so no pixel can reach them.
 
 Shapes: B rows, T tokens, N images, P patches, S tokens that see it, H heads, D width of a head, R rows of a cache.
 """

@@ -1,4 +1,4 @@
-"""LoRA that speaks up only when there is an image: text alone is answered by the base model, bit for bit.
+"""LoRA that applies only when there is an image: text alone is answered by the base model, bit for bit.
 
     python train.py --stage 2 --model BASE --lora llm --lora-images-only --out ADAPTER
 
