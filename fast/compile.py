@@ -7,6 +7,7 @@ from clip import CLIPEncoderLayer
 from fast.quantized import prepare_nf4
 from llava import DecoderLayer, Llava
 from lora import NF4Linear
+from variants.cross_attention import GatedCrossAttention
 
 
 def require_compiler(device: torch.device):
@@ -29,7 +30,10 @@ def prepare(model: nn.Module):
 
 
 def compile_layers(model: nn.Module):
-    """Compile the layers of both transformers for training. Raises ValueError without a working compiler."""
+    """Compile the layers of both transformers for training. Raises ValueError without a working compiler, and for gated
+    cross-attention, whose hooks on the layers choose tokens by the data."""
+    if isinstance(getattr(model, "multi_modal_projector", None), GatedCrossAttention):
+        raise ValueError("--compile does not go with gated cross-attention in training")
     require_compiler(next(model.parameters()).device)
     prepare(model)
     for module in model.modules():

@@ -134,7 +134,6 @@ class GatedCrossAttention(nn.Module):
         if cache is not None:
             cache.images = self.plan and self.plan.images
 
-    @torch.compiler.disable
     def read(self, i: int, layer: nn.Module, arguments: tuple) -> tuple | None:
         """The arguments of a layer of the decoder, its input changed by the gated layer i."""
         (x, *rest), plan, gated = arguments, self.plan, self.layers[i]

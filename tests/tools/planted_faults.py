@@ -49,9 +49,9 @@ class Run:
 
 # name: the beginning of a sentence that must be found, and the run
 TARGET, LEARN = "F.pad(labels[:, 1:], (0, 1), value=IGNORE)", "transcript.encode_text(learn=True)"
-DETACH = {"llava.Llava.image_tokens": [("projector(vision_features)", "projector(vision_features).detach()")]}
+DETACH = {"llava.Llava.image_tokens": [("vision_features, *read)", "vision_features, *read).detach()")]}
 FREEZE = {"train.choose_trainable": [("in components:", "in set(components) - {'llm'}:")]}
-MODEL_SHIFT = {"llava.Llava.forward": [(TARGET, "labels")]}
+MODEL_SHIFT = {"llava.Llava.supervised_states": [(TARGET, "labels")]}
 DATA_SHIFT = {"data.Records.sample": [("labels[: self.max_length]", "labels[1 : self.max_length] + [IGNORE]")]}
 ROLE = {
     "data.render_dialogue": [
@@ -65,7 +65,7 @@ STRANGERS = {"data.collate": [("for sample in samples for image in", "for sample
 DEAD = {"llava.SwiGLU.forward": [("F.silu(self.gate_proj(x))", "F.relu(self.gate_proj(x) - 20)")]}
 SAME_ORDER = {"inputs.mixture.batches": [("step[rank::world]", "step[0::world]")]}
 SAME_RANK = {"train.make_loader": [("ranks.rank, ranks.world_size)", "0, ranks.world_size)")]}
-CACHE = {"llava.Decoder.forward": [("else (cache.used,", "else (max(0, cache.used - 1),")]}
+CACHE = {"llava.Decoder.place": [("else (cache.used,", "else (max(0, cache.used - 1),")]}
 FAULTS = {
     "projector detached": ("projector: no gradient reaches it", Run(edits=DETACH)),
     "decoder frozen by mistake": (f"decoder: {STEPS} steps have not changed it", Run(edits=FREEZE)),

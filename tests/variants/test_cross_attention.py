@@ -10,6 +10,7 @@ from test_connectors import WIDTH, assert_close, configure, make_features
 from test_llava import IMAGE, SHAPE, answer, randomized
 
 from data import PreparedImage
+from fast.compile import compile_layers
 from llava import Decoder, KVCache, Llava, rope_angles
 from serve.engine import Engine, Job
 from variants.token_budget import METHODS, Budget, limit_visual_tokens
@@ -339,3 +340,8 @@ def test_features_without_a_place_are_refused():
     model.embed(torch.tensor([[IMAGE, 5]]), make_features(1))  # a prompt that the decoder never reads is forgotten
     x = model.embed(torch.tensor([[5, 6]]))
     assert torch.equal(model.language_model.model(x), build().language_model.model(x))
+
+
+def test_training_is_not_compiled():
+    with pytest.raises(ValueError, match="--compile does not go with gated cross-attention"):
+        compile_layers(build())
