@@ -71,7 +71,7 @@ class RowImages:
 
 @dataclass
 class Plan:
-    """Which tokens of one pass of the decoder see which image."""
+    """The tokens of one pass of the decoder that see each image."""
 
     index: Tensor  # (N, S): numbers of tokens in the flattened batch; shorter rows are filled up
     real: Tensor  # (N, S): False where filled up

@@ -61,7 +61,7 @@ class Prompt(VirtualTokens):
     """Embeddings (n, C) that are read before those of the tokens."""
 
     def forward(self, decoder: nn.Module, x: Tensor, cache, keep: Tensor | None):
-        """What the decoder reads instead of x (B, T, C), and into which cache; arguments as in Decoder.forward."""
+        """The input of the decoder instead of x (B, T, C), its cache and `keep`; arguments as in Decoder.forward."""
         vectors = self.encoder(self.embedding).to(x.dtype)
         if cache is None:
             x = torch.cat([vectors.expand(len(x), -1, -1), x], dim=1)  # (B, n + T, C)

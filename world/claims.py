@@ -90,7 +90,7 @@ def make_plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> 
     Args: speedrun: folder of world and tower; template: flags that set stage 2's template.
     """
     plan, world = Plan(), speedrun / "world"
-    towers = ("--vision", f"{speedrun}/stage2", "--llm", str(args.llm), "--whiten", *WARMUP)
+    towers = ("--vision", f"{speedrun}/stage2", "--llm", str(args.llm), "--whiten")
     count = str(max(1, int(STEPS[args.dtype][1] * args.minutes)))
 
     def train(folder: Path, seed: int, stage: int, *flags: str) -> Step:
@@ -103,7 +103,7 @@ def make_plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> 
         for start in dict.fromkeys(VARIANTS[name].start for name in args.only):
             if start:
                 projector = ("--projector", "linear") if start == "stage1-linear" else ()
-                plan.steps.append(train(root / start, seed, 1, *towers, *projector))
+                plan.steps.append(train(root / start, seed, 1, *towers, *WARMUP, *projector))
         for name in args.only:
             variant, folder = VARIANTS[name], root / name
             flags = ("--model", f"{root}/{variant.start}") if variant.start else towers

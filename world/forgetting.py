@@ -1,4 +1,4 @@
-"""What a model forgets while it learns something new, and how much of it each remedy brings back: docs/forgetting.md.
+"""Measures how much a model forgets while it learns something new, and how much of it each remedy brings back.
 
     python -m world.forgetting remedies --speedrun out/speedrun --shift palette
     python -m world.forgetting matrix --models out/first out/second --worlds out/world out/other [--text book.txt]

@@ -44,6 +44,7 @@ def test_variants_differ_in_what_they_claim_only(tiny, tmp_path):
     assert len(stage2) == 2 * len(VARIANTS) and all("--template chatml_bare" in command for command in stage2)
     assert commands["seed 1, qlora"] == base.replace("seed1/lora", "seed1/qlora") + " --bits 4"
     assert commands["seed 1, linear"].replace("stage1-linear", "stage1") == base.replace("seed1/lora", "seed1/linear")
+    assert not any("--warmup" in command for command in stage2)  # only stage 1 has another warm-up
     assert "--whiten" in commands["seed 1, no-stage1"] and "stage1" not in commands["seed 1, no-stage1"].split()
     assert commands["seed 0, full-x50"] == commands["seed 0, full"].replace("/full", "/full-x50").replace(
         "2e-5", "1e-3"
