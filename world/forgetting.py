@@ -124,7 +124,7 @@ def plan_remedies(args: argparse.Namespace) -> list[Step]:
     old, new, before, out = args.speedrun / "world", args.out / "world", args.out / "before", args.out
     draw = ["-m", "world", "write", "--out", str(new), "--n", str(IMAGES), "--shift", args.shift]
     draw += ["--questions", str(args.questions), "--seed", str(read_json(args.speedrun / "speedrun.json")["seed"])]
-    copy = ["-m", "formats", "convert", f"{args.speedrun}/stage2", str(before)]
+    copy = ["-m", "formats", "convert", f"{args.speedrun}/{args.run_name}", str(before)]
     fisher = ["-m", "training.fisher", "--model", str(before), "--data", f"{old}/instruct.json"]
     steps = [Step("new world", draw)] + ([] if before.exists() else [Step("copy of the model before", copy)])
     if any("--ewc" in REMEDIES[name].flags for name in args.only):
@@ -213,12 +213,18 @@ def mean_of(runs: list[dict[str, float]]) -> dict[str, float]:
 
 def remedies(args: argparse.Namespace):
     """Continue a speedrun's model on a shifted world in every way; measure what is learned and what is lost."""
-    if not finished(args.speedrun / "stage2"):
-        raise ValueError(f"--speedrun {args.speedrun}: holds no finished stage2")
+    if not finished(args.speedrun / args.run_name):
+        raise ValueError(f"--speedrun {args.speedrun}: holds no finished {args.run_name}")
     needed = {"none", *args.only, *(REMEDIES[name].averaged for name in args.only)}
     args.only = [name for name in REMEDIES if name in needed]
     args.out.mkdir(parents=True, exist_ok=True)
-    flags = {"speedrun": str(args.speedrun), "shift": args.shift, "steps": args.steps, "questions": args.questions}
+    flags = {
+        "speedrun": str(args.speedrun),
+        "run": args.run_name,
+        "shift": args.shift,
+        "steps": args.steps,
+        "questions": args.questions,
+    }
     refuse_other_flags(args.out / "forgetting.json", flags)
     run_steps(plan_remedies(args), args.out / "minutes.json", Runner())
     report_remedies(args)
@@ -290,6 +296,7 @@ def main():
         command.add_argument("--out", type=Path, default=OUTPUT_ROOT / "forgetting", help="folder to write to")
     add = commands.choices["remedies"].add_argument
     add("--speedrun", type=Path, default=OUTPUT_ROOT / "speedrun", help="folder of a finished speedrun")
+    add("--run", dest="run_name", default="stage2", help="run of the speedrun that goes on, such as stage2-frozen")
     add("--shift", choices=[name for name in SHIFTS if name != "none"], default="palette", help="look of the new world")
     add("--steps", type=int, default=300, help="steps of each training, of 16 records")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the trainings")

@@ -102,16 +102,16 @@ class Method:
 LORA = "--lora llm --lora-dropout 0 --train="
 METHODS = {
     "full": Method("--train llm", "5e-4", count_decoder),
-    "LoRA": Method(LORA, "5e-3", count_lora, "--lora-rank"),
+    "LoRA": Method(LORA, "3e-3", count_lora, "--lora-rank"),
     "LoRA+": Method(f"{LORA} --lora-plus 4", "3e-3", count_lora, "--lora-rank"),
-    "DoRA": Method(f"{LORA} --dora", "5e-3", count_dora, "--lora-rank"),
+    "DoRA": Method(f"{LORA} --dora", "3e-3", count_dora, "--lora-rank"),
     "prompt": Method("--tune prompt --train=", "1e-2", lambda c, n: n * c.hidden_size, "--prefix-length", MOST_TOKENS),
-    "p-tuning": Method("--tune p-tuning --train=", "5e-3", count_p_tuning, "--tune-width"),
+    "p-tuning": Method("--tune p-tuning --train=", "3e-3", count_p_tuning, "--tune-width"),
     "prefix": Method("--tune prefix --train=", "1e-2", lambda c, n: n * cache_width(c), "--prefix-length", MOST_TOKENS),
-    "prefix-mlp": Method("--tune prefix-mlp --train=", "5e-3", count_prefix_mlp, "--tune-width"),
-    "houlsby": Method("--tune houlsby --train=", "5e-3", lambda c, w: 2 * count_bottleneck(c, w), "--tune-width"),
-    "pfeiffer": Method("--tune pfeiffer --train=", "5e-3", count_bottleneck, "--tune-width"),
-    "ia3": Method("--tune ia3 --train=", "1e-2", count_ia3),
+    "prefix-mlp": Method("--tune prefix-mlp --train=", "1e-2", count_prefix_mlp, "--tune-width"),
+    "houlsby": Method("--tune houlsby --train=", "1e-2", lambda c, w: 2 * count_bottleneck(c, w), "--tune-width"),
+    "pfeiffer": Method("--tune pfeiffer --train=", "1e-2", count_bottleneck, "--tune-width"),
+    "ia3": Method("--tune ia3 --train=", "3e-3", count_ia3),
 }
 
 
@@ -143,7 +143,7 @@ class Plan:
         command = ["train.py", "--stage", "2", "--model", str(args.model), "--data", str(args.data)]
         command += ["--images", str(args.images), "--steps", str(args.steps), "--batch-size", str(args.batch_size)]
         command += ["--seed", str(seed), "--dtype", args.dtype, "--save-every", "100000", "--out", str(folder)]
-        command += [*method.flags.split(), "--lr", args.rate or method.rate]
+        command += [*args.flags.split(), *method.flags.split(), "--lr", args.rate or method.rate]
         command += [method.size, str(self.sizes[name])] if method.size else []
         return [Step(f"seed {seed}, {name}", command, folder), *self.measure(f"seed {seed}, {name}", folder, folder)]
 
@@ -218,6 +218,7 @@ def read_flags() -> argparse.Namespace:
     add("--parameters", type=int, help="wanted number of trained parameters; default: that of LoRA with rank 2")
     add("--steps", type=int, default=300, help="steps of each training")
     add("--batch-size", type=int, default=16, help="records of a step")
+    add("--flags", default="", help="more flags of train.py for every method, such as --flags='--questions 1'")
     add("--rate", help="learning rate of every method; default: one for each")
     add("--questions", type=int, default=500, help="questions to ask of each task")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the best methods; others have the first")

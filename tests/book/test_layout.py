@@ -63,6 +63,16 @@ def test_the_contract_names_every_file_and_room_once():
     assert sorted(layers) == sorted(contract()["root_packages"]) == sorted(BOOK + rooms())
 
 
+def test_a_tool_finds_the_project():
+    """`python tests/tools/X.py` searches its own folder only."""
+    ours = {*BOOK, *rooms()}
+    for path in (REPOSITORY / "tests/tools").glob("*.py"):
+        text = path.read_text()
+        imported = re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)
+        if '__name__ == "__main__"' in text and ours.intersection(imported):
+            assert "sys.path" in text, path
+
+
 @pytest.fixture
 def packages(tmp_path):
     """A copy of the source tree that import-linter accepts."""

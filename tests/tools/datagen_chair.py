@@ -10,12 +10,16 @@ caption is cut out and run, with NLTK's word tokenizer and pattern's singularize
 import argparse
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-from datagen.items import read_items
-from datagen.nouns import Nouns, chair, read_nouns
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+from datagen.items import read_items  # noqa: E402
+from datagen.nouns import Nouns, chair, read_nouns  # noqa: E402
 
 
 def load_singularize(path: Path):

@@ -24,8 +24,11 @@ from pathlib import Path
 from fake_endpoint import FAULTS, FakeEndpoint
 from PIL import Image
 
-import datagen.__main__ as script
-from datagen import endpoint
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+import datagen.__main__ as script  # noqa: E402
+from datagen import endpoint  # noqa: E402
 
 KEY = "sk-test-0123456789abcdef-SECRET"
 START = "from datagen import endpoint; endpoint.FIRST_WAIT = 0.02; from datagen.__main__ import main; main()"

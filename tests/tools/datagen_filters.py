@@ -12,17 +12,21 @@ wrote are checked as if they were answers: whatever a filter takes there is a fa
 import argparse
 import random
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from datagen.asking import KINDS, Request, make_request, read_prompts, read_turns, write_turns
-from datagen.filters import FILTERS, Context, Draft
-from datagen.items import Item, name_of, read_items
-from datagen.nouns import read_nouns
-from datagen.templates import ask_templates
-from world.language import write_caption
-from world.scenes import SHAPES, make_scene
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+from datagen.asking import KINDS, Request, make_request, read_prompts, read_turns, write_turns  # noqa: E402
+from datagen.filters import FILTERS, Context, Draft  # noqa: E402
+from datagen.items import Item, name_of, read_items  # noqa: E402
+from datagen.nouns import read_nouns  # noqa: E402
+from datagen.templates import ask_templates  # noqa: E402
+from world.language import write_caption  # noqa: E402
+from world.scenes import SHAPES, make_scene  # noqa: E402
 
 SOURCES = [  # as language models write them
     "According to the caption, {}", "The captions mention that {}", "Based on the bounding boxes, {}",

@@ -8,15 +8,19 @@ held-out questions of the world, whose answers are exact. The same command resum
 """
 
 import json
+import sys
 from pathlib import Path
 
-from evaluation.scores import accuracy_by_category
-from inputs import cli
-from inputs.files import read_json, write_json
-from world.claims import mean_and_error
-from world.real_report import table
-from world.report import read_rows
-from world.speedrun import Runner, Step, run_steps
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+from evaluation.scores import accuracy_by_category  # noqa: E402
+from inputs import cli  # noqa: E402
+from inputs.files import read_json, write_json  # noqa: E402
+from world.claims import mean_and_error  # noqa: E402
+from world.real_report import table  # noqa: E402
+from world.report import read_rows  # noqa: E402
+from world.speedrun import Runner, Step, run_steps  # noqa: E402
 
 DATA = ("the world's dialogues", "templates", "teacher", "templates and teacher")
 

@@ -47,6 +47,7 @@ def in_process(command, monkeypatch):
 def test_remedies_differ_in_what_they_say_only(tiny, tmp_path, monkeypatch):
     write_json(tiny.root / "speedrun.json", {"seed": 0})
     args = argparse.Namespace(speedrun=tiny.root, out=tmp_path, shift="gray", questions=10, seeds=[3], steps=5)
+    args.run_name = "stage2"
     args.only = list(REMEDIES)
     commands = {step.name: " ".join(step.command) for step in forgetting.plan_remedies(args)}
     assert len(commands) == 5 + 3 * len(REMEDIES)
