@@ -38,15 +38,17 @@ BATCH, ALONE = 64, 50  # questions of a batch; questions that are asked alone as
 NEW_TOKENS = 128
 
 
-def read_questions(world: Path, count: int) -> list[dict]:
-    """The first `count` held-out questions; "object" is the one that is asked about, or None."""
+def read_questions(world: Path, count: int, file: Path | None = None) -> list[dict]:
+    """The first `count` held-out questions, or those of `file`; "object" is the one that is asked about, or None;
+    "boxes" (objects, 4) are those of the scene."""
     objects = {row["image"]: row["things"] for row in read_rows(world / "scenes.jsonl")}
-    rows = read_rows(world / "questions.jsonl")[:count]
+    rows = read_rows(file or world / "questions.jsonl")[:count]
     if len(rows) < count:
-        raise ValueError(f"{world}: {len(rows)} questions, not {count}")
+        raise ValueError(f"{file or world}: {len(rows)} questions, not {count}")
     specific = [row["category"] in FAMILIES for row in rows]
     found = [find_object(row["text"], objects[row["image"]]) if one else None for row, one in zip(rows, specific)]
-    return [row | {"object": thing} for row, thing in zip(rows, found)]
+    boxes = [np.array([thing["box"] for thing in objects[row["image"]]]) for row in rows]
+    return [row | {"object": thing, "boxes": own} for row, thing, own in zip(rows, found, boxes)]
 
 
 def ask(model: Llava, tokenizer, questions: list[dict], world: Path, size: int = BATCH, new=NEW_TOKENS) -> list[dict]:
@@ -81,18 +83,25 @@ def kept_table(questions: list[dict], answers: list[dict], described: list[dict]
 
 
 def box_table(questions: list[dict], answers: list[dict], config) -> Iterator[str]:
-    """Where the kept patches of questions about one object lie; and where all patches lie."""
+    """Where the kept patches of questions about one object lie, by family; and where all patches lie."""
     boxes = np.array(token_boxes((1, 1), config))  # the world's images are square
-    rows = {"kept": [], "all patches": []}
+    families = sorted({question["category"] for question in questions if question["object"]})
+    rows = {name: [] for name in (*families, "all of these", "all patches")}
     for question, answer in zip(questions, answers):
         if question["object"]:
             shares, centers = compare_boxes(boxes, np.array(question["object"]["box"]))
-            for name, which in (("kept", answer["kept"]), ("all patches", np.ones(len(boxes), bool))):
-                rows[name].append(((shares[which] > 0).mean(), centers[which].mean(), (centers & which).any()))
-    yield f"| of {len(rows['kept'])} questions | touch the box | center in the box | box is seen |"
-    yield "|---|---:|---:|---:|"
+            kept = answer["kept"]
+            touched = np.max([compare_boxes(boxes, box)[0] > 0 for box in question["boxes"]], axis=0)
+            for names, which in (((question["category"], "all of these"), kept), (("all patches",), kept | True)):
+                values = (shares[which] > 0).mean(), centers[which].mean(), (centers & which).any()
+                values += (touched[which].mean(),)
+                for name in names:
+                    rows[name].append(values)
+    yield "| kept for | questions | touch the box | center in the box | box is seen | touch any object |"
+    yield "|---|---:|---:|---:|---:|---:|"
     for name, values in rows.items():
-        yield f"| {name} | " + " | ".join(mean_and_error(column) for column in zip(*values)) + " |"
+        cells = " | ".join(mean_and_error(column) for column in zip(*values))
+        yield f"| {name} | {len(values)} | {cells} |"
 
 
 def accuracy_table(scores: dict[str, list[float]], tokens: dict[str, float]) -> Iterator[str]:
@@ -144,6 +153,7 @@ def read_flags() -> argparse.Namespace:
     add("--base-adapter", type=Path, help="folder of an adapter for --base")
     add("--world", type=Path, required=True, help="folder of the world: questions.jsonl, scenes.jsonl, images")
     add("--questions", type=int, default=500, help="number of questions")
+    add("--asked", type=Path, help="file of questions about the world's held-out images; default: its questions.jsonl")
     add("--methods", nargs="*", default=["random", "pool", "uniform", "cls"], help="methods of --visual-tokens")
     add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     args = parser.parse_args()
@@ -156,7 +166,7 @@ def read_flags() -> argparse.Namespace:
 def main():
     """Print the three tables."""
     args = read_flags()
-    questions = read_questions(args.world, args.questions)
+    questions = read_questions(args.world, args.questions, args.asked)
     model, tokenizer = load_with_adapter(args.model, args.adapter, args.device, torch.float32)
     if not model.config.relevance_bounds:
         raise ValueError(f"{args.model}: its question chooses no patches: train.py --relevance makes such a model")

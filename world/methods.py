@@ -107,11 +107,11 @@ METHODS = {
     "DoRA": Method(f"{LORA} --dora", "3e-3", count_dora, "--lora-rank"),
     "prompt": Method("--tune prompt --train=", "1e-2", lambda c, n: n * c.hidden_size, "--prefix-length", MOST_TOKENS),
     "p-tuning": Method("--tune p-tuning --train=", "3e-3", count_p_tuning, "--tune-width"),
-    "prefix": Method("--tune prefix --train=", "1e-2", lambda c, n: n * cache_width(c), "--prefix-length", MOST_TOKENS),
+    "prefix": Method("--tune prefix --train=", "3e-2", lambda c, n: n * cache_width(c), "--prefix-length", MOST_TOKENS),
     "prefix-mlp": Method("--tune prefix-mlp --train=", "1e-2", count_prefix_mlp, "--tune-width"),
     "houlsby": Method("--tune houlsby --train=", "1e-2", lambda c, w: 2 * count_bottleneck(c, w), "--tune-width"),
     "pfeiffer": Method("--tune pfeiffer --train=", "1e-2", count_bottleneck, "--tune-width"),
-    "ia3": Method("--tune ia3 --train=", "3e-3", count_ia3),
+    "ia3": Method("--tune ia3 --train=", "3e-2", count_ia3),
 }
 
 

@@ -261,10 +261,17 @@ def test_a_conversation_chooses_again(tiny, trained):
     assert len(lengths) == 2 and lengths[1] > lengths[0]  # the second time with both questions
 
 
-def test_the_measurement_prints_its_tables(tiny, trained, command, capsys):
+def test_the_measurement_prints_its_tables(tiny, trained, command, capsys, tmp_path):
     from insight import relevance as measurement
 
     flags = ["--model", trained / "scorer", "--base", tiny.stage2, "--world", tiny.world, "--questions", 20]
     command(measurement, *flags, "--methods", "random", "pool", "--device", "cpu")
     out = capsys.readouterr().out
     assert "| about one object |" in out and "| base, pool |" in out and "asked alone: 20 of 20" in out
+    assert "| all of these |" in out
+    lines, asked = (tiny.world / "questions.jsonl").read_text().splitlines(True), tmp_path / "asked.jsonl"
+    asked.write_text("".join(line for line in lines if '"color"' in line))
+    flags[-1] = 2
+    command(measurement, *flags, "--methods", "random", "--device", "cpu", "--asked", asked)
+    out = capsys.readouterr().out
+    assert "| color |" in out and "| shape |" not in out
