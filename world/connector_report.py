@@ -1,8 +1,8 @@
 """The report of python -m world.connectors: tables of connectors and of token budgets, and a figure.
 
 A difference is measured against the connector with the best mean accuracy at the same budget. Cells with several seeds
-are compared seed by seed; the others question by question, with the first seed. A difference under two standard errors
-counts as none.
+are compared seed by seed; the others question by question, with the first seed of both. A difference under two
+standard errors counts as none.
 """
 
 import argparse
@@ -125,7 +125,8 @@ def describe_difference(cell: Cell, best: Cell) -> str:
     if cell is best:
         return "best"
     mean, error = difference(cell, best)
-    return f"{-mean:.1f} ± {error:.1f}" if abs(mean) > 2 * error else f"none ({-mean:.1f} ± {error:.1f})"
+    text = f"{-mean:.1f} ± {error:.1f}" if abs(mean) > 2 * error else f"none ({-mean:.1f} ± {error:.1f})"
+    return text + ", first seed" * (len(cell.seeds) < len(best.seeds))
 
 
 def mean_accuracy(cell: Cell) -> float:

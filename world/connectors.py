@@ -185,7 +185,7 @@ def read_flags() -> argparse.Namespace:
     add(
         "--speedrun", type=Path, help="a speedrun's folder, for its world and the decoder of stage 0; default: new ones"
     )
-    add("--minutes", type=float, default=75, help="about how long all of it takes on one thread")
+    add("--minutes", type=float, default=75, help="sets all numbers of images and steps; 75 took 45 on one thread")
     add("--patch-size", type=int, default=12, help=f"side of a patch, for images of {SIDE} pixels")
     add("--budgets", type=int, nargs="+", default=[36, 9, 4], help="visual tokens; the first is all patches")
     add("--only", nargs="+", choices=kinds, default=kinds, help="connectors to train")

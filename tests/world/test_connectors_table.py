@@ -64,7 +64,7 @@ def test_differences_and_the_best(tmp_path):
     assert describe_difference(best, best) == "best"
     assert describe_difference(near, best) == "none (-3.3 ± 6.7)"
     assert describe_difference(less, best) == "-63.3 ± 3.3"
-    assert describe_difference(once, best) == "none (-10.0 ± 10.0)"
+    assert describe_difference(once, best) == "none (-10.0 ± 10.0), first seed"
     assert choose_best([less, near, best, once, far], [4]) == [best, near, once]
 
 
