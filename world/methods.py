@@ -167,10 +167,12 @@ class Plan:
 
 
 def read_measures(folder: Path) -> dict[str, float]:
-    """What a folder holds: accuracies in per cent, perplexity, median seconds of a step, peak memory in GB."""
+    """What a folder holds: accuracies in percent, perplexity and right answers to plain questions, median seconds of a
+    step, peak memory in GB."""
     found = {task: accuracy_by_category(read_rows(folder / f"{task}.jsonl"))["overall"] for task in ("new", "old")}
     if (folder / "knowledge.json").exists():
-        found["perplexity"] = read_json(folder / "knowledge.json")["perplexity"]
+        known = read_json(folder / "knowledge.json")
+        found |= {"perplexity": known["perplexity"], "right": known["right"]}
     if (folder / "log.jsonl").exists():
         rows = [row for row in read_rows(folder / "log.jsonl") if "samples_per_s" in row]
         batch = read_json(folder / "run.json")["batch_size"]
@@ -183,8 +185,9 @@ def write_report(plan: Plan, seeds: dict[str, list[int]]):
     """Write methods.json and methods.md, and print the table. Args: seeds: those of each method so far."""
     args, before = plan.args, read_measures(plan.args.out / "before")
     found = {name: [read_measures(plan.folder(name, seed)) for seed in seeds[name]] for name in args.only}
-    values = ["new", "old", *(["perplexity"] if args.text else []), "seconds", "gigabytes"]
+    values = ["new", "old", *(["perplexity", "right"] if args.text else []), "seconds", "gigabytes"]
     units = {"new": "new task, %", "old": "old task, %", "seconds": "seconds a step", "gigabytes": "memory, GB"}
+    units["right"] = "plain questions, of 20"
     rows = [["before", "", "", *(f"{before[key]:.2f}" if key in before else "" for key in values)]]
     for name in args.only:
         method, size = METHODS[name], plan.sizes[name]
@@ -192,7 +195,8 @@ def write_report(plan: Plan, seeds: dict[str, list[int]]):
         flag = f"`{method.size} {size}`" if method.size else ""
         cells = [mean_and_error([run[key] for run in found[name]]) for key in values[:-2]]
         cells += [f"{statistics.mean(run[key] for run in found[name]):.3g}" for key in values[-2:]]
-        rows.append([name, f"{count:,} ({count / plan.wanted:.2g} x)", flag, *cells])
+        ratio = count / plan.wanted
+        rows.append([name, f"{count:,} ({ratio:.{1 if ratio < 10 else 0}f} x)", flag, *cells])
     head = ["method", "parameters", "size", *(units.get(key, key) for key in values)]
     lines = [f"# Tuning methods, {args.steps} steps of {args.batch_size}, about {plan.wanted:,} parameters", ""]
     lines += table(head, rows)

@@ -51,7 +51,7 @@ def test_a_tiny_table(tiny, tmp_path, command, monkeypatch, capsys):
     assert text in capsys.readouterr().out and "| ia3 |" in text and "perplexity" in text
     found = read_json(tmp_path / "out/methods.json")
     assert sorted(map(len, found["seeds"].values())) == [1, 1, 2]
-    assert set(found["methods"]["LoRA"][0]) == {"new", "old", "perplexity", "seconds", "gigabytes"}
+    assert set(found["methods"]["LoRA"][0]) == {"new", "old", "perplexity", "right", "seconds", "gigabytes"}
     count = len(ran)
     command(methods, *argv)
     assert len(ran) == count  # nothing runs twice
