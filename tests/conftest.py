@@ -1,5 +1,6 @@
 """One tiny world and one tiny LLaVA, made once in a few seconds and shared by the tests of the scripts."""
 
+import importlib
 import sys
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from formats.saving import save_model
 from formats.weights import load_model
 from inputs import cli
 from inputs.tokenizer import Tokenizer
+from world.speedrun import Runner
 from world.writer import write_world
 
 torch.set_num_threads(1)  # with more threads, sums are rounded in another order, and tests compare bits
@@ -30,6 +32,25 @@ def command():
             cli.run(script.main, f"{script.__name__}.py")
 
     return call
+
+
+@pytest.fixture
+def in_process(command, monkeypatch):
+    """Let a Runner of world/speedrun.py run its commands in this process; the list of the commands that ran."""
+    ran = []
+
+    def run(self, argv):
+        ran.append(argv)
+        name, *rest = argv[1:] if argv[0] == "-m" else argv
+        script = importlib.import_module(name.removesuffix(".py"))
+        if hasattr(script, "__path__"):  # a room: python -m runs its __main__
+            script = importlib.import_module(f"{name}.__main__")
+        command(script, *rest)
+        self.peak = 10**9
+        return 0
+
+    monkeypatch.setattr(Runner, "run", run)
+    return ran
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from formats.weights import open_model
 from inputs import cli
 from inputs.files import OUTPUT_ROOT, read_json, write_json
 from llava import TextConfig
+from variants.tuning import LENGTH
 from world.claims import mean_and_error
 from world.knowledge import read_text
 from world.real_report import table
@@ -59,15 +60,15 @@ def cache_width(config: TextConfig) -> int:
 
 
 def count_p_tuning(config: TextConfig, width: int) -> int:
-    """20 virtual tokens made by an MLP of three layers."""
+    """LENGTH virtual tokens made by an MLP of three layers."""
     d = config.hidden_size
-    return 20 * d + (d * width + width) + (width * width + width) + (width * d + d)
+    return LENGTH * d + (d * width + width) + (width * width + width) + (width * d + d)
 
 
 def count_prefix_mlp(config: TextConfig, width: int) -> int:
-    """20 virtual tokens made by an MLP of two layers."""
+    """LENGTH virtual tokens made by an MLP of two layers."""
     d = config.num_key_value_heads * config.head_dim
-    return 20 * d + (d * width + width) + cache_width(config) * (width + 1)
+    return LENGTH * d + (d * width + width) + cache_width(config) * (width + 1)
 
 
 def count_bottleneck(config: TextConfig, width: int) -> int:
@@ -257,6 +258,8 @@ def main():
     run_steps(steps, minutes_file, runner)
     seeds = {name: [first] for name in args.only}
     write_report(plan, seeds)
+    if not others:
+        return
     best = sorted(args.only, key=lambda name: -read_measures(plan.folder(name, first))["new"])[:BEST]
     for seed in others:
         run_steps([step for name in best for step in plan.train(name, seed)], minutes_file, runner)

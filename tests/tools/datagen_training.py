@@ -16,7 +16,6 @@ sys.path.insert(0, str(REPOSITORY))
 
 from evaluation.scores import accuracy_by_category  # noqa: E402
 from inputs import cli  # noqa: E402
-from inputs.files import read_json, write_json  # noqa: E402
 from world.claims import mean_and_error  # noqa: E402
 from world.real_report import table  # noqa: E402
 from world.report import read_rows  # noqa: E402
@@ -39,38 +38,44 @@ def main():
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--out", type=Path, default=Path("out/datagen-training"))
     args = parser.parse_args()
-    world, out, runner = args.speedrun / "world", args.out, Runner()
-    out.mkdir(parents=True, exist_ok=True)
-    make = ["-m", "datagen", "make", f"{world}/scenes.jsonl", "--images", str(world), "--n", str(args.images)]
-    teacher = ["--llm", str(args.llm), "--max-tokens", str(args.max_tokens)]
-    minutes = out / "minutes.json"
-    run_steps([Step("templates", [*make, "--out", f"{out}/templates"])], minutes, runner)
-    run_steps([Step("teacher", [*make, "--out", f"{out}/teacher", *teacher])], minutes, runner)
-    files = collect(world, out, args.images)
-    found = {}
-    for start in args.start:
-        for name in DATA:
-            data = [str(path) for path in files[name]]
-            for seed in args.seeds:
-                folder = out / f"{start}-{DATA.index(name)}-seed{seed}"
-                command = ["train.py", "--stage", "2", "--model", f"{args.speedrun}/{start}", "--data", *data]
-                command += ["--images", str(world), "--steps", str(args.steps), "--seed", str(seed)]
-                command += [*(["--mixing", "equal"] if len(data) > 1 else []), "--save-every", "100000"]
-                ask = ["--questions", f"{world}/questions.jsonl", "--images", str(world)]
-                ask += ["--limit", str(args.questions), "--out", f"{folder}/answers.jsonl"]
-                label = f"{start}, {name}, seed {seed}"
-                steps = [Step(label, [*command, "--out", str(folder)], folder)]
-                steps += [Step(f"{label}, questions", ["eval.py", "--model", str(folder), *ask])]
-                run_steps(steps, minutes, runner)
-                accuracy = accuracy_by_category(read_rows(folder / "answers.jsonl"))["overall"]
-                found.setdefault(name, {}).setdefault(start, []).append(accuracy)
+    args.out.mkdir(parents=True, exist_ok=True)
+    files = collect(args.speedrun / "world", args.out, args.images)
+    folders = {
+        (name, start): [args.out / f"{start}-{DATA.index(name)}-seed{seed}" for seed in args.seeds]
+        for name in DATA
+        for start in args.start
+    }
+    run_steps(plan(args, files, folders), args.out / "minutes.json", Runner())
     rows = []
     for name in DATA:
         count = sum(len(json.loads(path.read_text())) for path in files[name])
-        rows.append([name, f"{count:,}", *(mean_and_error(found[name][start]) for start in args.start)])
+        cells = [mean_and_error([accuracy(folder) for folder in folders[name, start]]) for start in args.start]
+        rows.append([name, f"{count:,}", *cells])
     print("\n".join(table(["data", "records", *(f"after {start}, %" for start in args.start)], rows)))
-    print(json.dumps(read_json(out / "teacher/report.json"), indent=1)[:3000])
-    write_json(out / "table.json", found)
+
+
+def accuracy(folder: Path) -> float:
+    return accuracy_by_category(read_rows(folder / "answers.jsonl"))["overall"]
+
+
+def plan(args, files: dict[str, list[Path]], folders: dict[tuple[str, str], list[Path]]) -> list[Step]:
+    """The steps: both data sets, then each training and its questions."""
+    world, out = args.speedrun / "world", args.out
+    make = ["-m", "datagen", "make", f"{world}/scenes.jsonl", "--images", str(world), "--n", str(args.images)]
+    teacher = ["--llm", str(args.llm), "--max-tokens", str(args.max_tokens)]
+    steps = [Step("templates", [*make, "--out", f"{out}/templates"])]
+    steps += [Step("teacher", [*make, "--out", f"{out}/teacher", *teacher])]
+    for (name, start), runs in folders.items():
+        data = ["--data", *map(str, files[name]), *(["--mixing", "equal"] if len(files[name]) > 1 else [])]
+        for seed, folder in zip(args.seeds, runs):
+            command = ["train.py", "--stage", "2", "--model", f"{args.speedrun}/{start}", "--out", str(folder), *data]
+            command += ["--images", str(world), "--steps", str(args.steps), "--seed", str(seed)]
+            ask = ["--questions", f"{world}/questions.jsonl", "--images", str(world)]
+            ask += ["--limit", str(args.questions), "--out", f"{folder}/answers.jsonl"]
+            label = f"{start}, {name}, seed {seed}"
+            steps.append(Step(label, [*command, "--save-every", "100000"], folder))
+            steps.append(Step(f"{label}, questions", ["eval.py", "--model", str(folder), *ask]))
+    return steps
 
 
 def collect(world: Path, out: Path, images: int) -> dict[str, list[Path]]:

@@ -73,16 +73,7 @@ def test_the_peak_memory_of_a_command():
     assert (first, second) == (3, 0) and large > 1e9 > small  # of each command alone, not of all so far
 
 
-def test_two_variants_from_end_to_end(tiny, tmp_path, command, monkeypatch):
-    scripts = {"train.py": train, "eval.py": evaluation_script, "world.knowledge": knowledge}
-
-    def run(self, argv):
-        name, *rest = argv[1:] if argv[0] == "-m" else argv
-        command(scripts[name], *rest)
-        self.peak = 10**9
-        return 0
-
-    monkeypatch.setattr(Runner, "run", run)
+def test_two_variants_from_end_to_end(tiny, tmp_path, command, in_process):
     book, out = tmp_path / "book.txt", tmp_path / "claims"
     book.write_text("It is half past twelve, and the cat is not on the mat. " * 20)
     flags = [

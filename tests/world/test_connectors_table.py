@@ -6,14 +6,11 @@ from pathlib import Path
 
 import pytest
 
-import eval as evaluation_script
-import train
 from inputs.files import read_json
 from variants.connectors import CONNECTORS
 from world import connectors
 from world.connector_report import Cell, describe_difference
 from world.connectors import Plan, choose_best
-from world.speedrun import Runner
 
 
 def arguments(**values) -> argparse.Namespace:
@@ -68,15 +65,7 @@ def test_differences_and_the_best(tmp_path):
     assert choose_best([less, near, best, once, far], [4]) == [best, near, once]
 
 
-def test_a_tiny_table_and_the_same_command_again(tiny, tmp_path, command, monkeypatch, capsys):
-    calls, scripts = [], {"train.py": train, "eval.py": evaluation_script}
-
-    def run(self, argv):
-        calls.append(argv)
-        command(scripts[argv[0]], *argv[1:])
-        return 0
-
-    monkeypatch.setattr(Runner, "run", run)
+def test_a_tiny_table_and_the_same_command_again(tiny, tmp_path, command, in_process, monkeypatch, capsys):
     monkeypatch.setattr(connectors, "METHODS", ("random", "fastv:1"))
     monkeypatch.setattr("world.connector_report.ROUNDS", 1)
     flags = ["--speedrun", tiny.root, "--minutes", 0.1, "--patch-size", 24, "--budgets", 9, 1, "--size", "tiny"]
@@ -91,8 +80,8 @@ def test_a_tiny_table_and_the_same_command_again(tiny, tmp_path, command, monkey
     assert "| avg_pool | 1 | 1 | 2 |" in text and text.strip() in capsys.readouterr().out
     records = json.loads((tmp_path / "out/records/instruct.json").read_text())
     assert records and all(len(record["conversations"]) in (2, 4) for record in records)
-    count = len(calls)
+    count = len(in_process)
     command(connectors, *flags)
-    assert len(calls) == count
+    assert len(in_process) == count
     with pytest.raises(SystemExit, match=r"was begun with --minutes 0\.1"):
         command(connectors, *flags, "--minutes", 1)

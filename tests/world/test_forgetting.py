@@ -4,15 +4,9 @@ import argparse
 
 import pytest
 
-import eval as evaluation_script
-import formats.__main__ as formats_command
-import train
-import world.__main__ as world_command
 from inputs.files import read_json, write_json
-from training import fisher
-from world import forgetting, knowledge
+from world import forgetting
 from world.forgetting import REMEDIES
-from world.speedrun import Runner
 
 MATRIX = [[90.0, 10.0, 5.0], [60.0, 80.0, 20.0], [70.0, 85.0, 95.0]]  # after each of three stages
 
@@ -26,22 +20,11 @@ def test_the_formulas_on_a_worked_example():
 
 
 @pytest.fixture
-def in_process(command, monkeypatch):
-    """Run the steps in this process; the list of the commands that ran."""
-    scripts = {"train.py": train, "eval.py": evaluation_script, "training.fisher": fisher, "formats": formats_command}
-    scripts |= {"world": world_command, "world.knowledge": knowledge}
-    ran = []
-
-    def run(self, argv):
-        name, *rest = argv[1:] if argv[0] == "-m" else argv
-        ran.append(name)
-        command(scripts[name], *rest)
-        return 0
-
-    monkeypatch.setattr(Runner, "run", run)
+def small(in_process, monkeypatch):
+    """A small new world, and the list of the commands that ran."""
     monkeypatch.setattr(forgetting, "IMAGES", 8)
     monkeypatch.setattr(forgetting, "KEPT", 20)
-    return ran
+    return in_process
 
 
 def test_remedies_differ_in_what_they_say_only(tiny, tmp_path, monkeypatch):
@@ -63,7 +46,7 @@ def test_remedies_differ_in_what_they_say_only(tiny, tmp_path, monkeypatch):
     assert "--shift gray" in commands["new world"] and "--seed 0" in commands["new world"]
 
 
-def test_a_tiny_table_and_a_tiny_matrix(tiny, tmp_path, command, in_process, capsys):
+def test_a_tiny_table_and_a_tiny_matrix(tiny, tmp_path, command, small, capsys):
     write_json(tiny.root / "speedrun.json", {"seed": 0})
     argv = ["remedies", "--speedrun", tiny.root, "--steps", 2, "--seeds", 0, "--questions", 10, "--out", tmp_path]
     argv += ["--only", "replay 5 %, average", "average"]
@@ -75,9 +58,9 @@ def test_a_tiny_table_and_a_tiny_matrix(tiny, tmp_path, command, in_process, cap
         list(found) == ["before", "none", "replay 5 %", "average", "replay 5 %, average"] and len(found["average"]) == 1
     )
     assert set(found["none"][0]["old"]) > {"overall", "color"} and (tmp_path / "remedies.png").stat().st_size > 10_000
-    count = len(in_process)
+    count = len(small)
     command(forgetting, *argv)
-    assert len(in_process) == count  # nothing runs twice
+    assert len(small) == count  # nothing runs twice
 
     out, models = tmp_path / "matrix", [tmp_path / "before", tmp_path / "seed0/none"]
     argv = ["matrix", "--models", *models, "--worlds", tiny.world, tmp_path / "world", "--questions", 10, "--out", out]

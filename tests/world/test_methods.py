@@ -2,16 +2,13 @@
 
 import pytest
 
-import eval as evaluation_script
-import train
 from formats.weights import load_model
 from inputs.files import read_json
 from lora import add_lora
 from variants.tuning import METHODS as TUNED
 from variants.tuning import TRAINED, add_tuning
-from world import knowledge, methods
+from world import methods
 from world.methods import METHODS, choose_size
-from world.speedrun import Runner
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -32,16 +29,7 @@ def test_the_count_is_that_of_a_built_model(tiny, name):
     assert method.count(model.config.text_config, size) == sum(p.numel() for p in trained)
 
 
-def test_a_tiny_table(tiny, tmp_path, command, monkeypatch, capsys):
-    scripts, ran = {"train.py": train, "eval.py": evaluation_script, "world.knowledge": knowledge}, []
-
-    def run(self, argv):
-        name, *rest = argv[1:] if argv[0] == "-m" else argv
-        ran.append(name)
-        command(scripts[name], *rest)
-        return 0
-
-    monkeypatch.setattr(Runner, "run", run)
+def test_a_tiny_table(tiny, tmp_path, command, in_process, monkeypatch, capsys):
     monkeypatch.setattr(methods, "BEST", 1)
     argv = ["--model", tiny.stage2, "--old", tiny.world, "--data", tiny.world / "instruct.json", "--images", tiny.world]
     argv += ["--test", tiny.world / "questions.jsonl", "--steps", 2, "--seeds", 0, 1, "--questions", 10]
@@ -52,9 +40,9 @@ def test_a_tiny_table(tiny, tmp_path, command, monkeypatch, capsys):
     found = read_json(tmp_path / "out/methods.json")
     assert sorted(map(len, found["seeds"].values())) == [1, 1, 2]
     assert set(found["methods"]["LoRA"][0]) == {"new", "old", "perplexity", "right", "seconds", "gigabytes"}
-    count = len(ran)
+    count = len(in_process)
     command(methods, *argv)
-    assert len(ran) == count  # nothing runs twice
+    assert len(in_process) == count  # nothing runs twice
 
 
 def test_a_missing_file_ends_with_one_line(tiny, command, tmp_path):
