@@ -8,12 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import eval as evaluation_script
-import train
 from inputs.files import read_json
-from world import claims, knowledge
+from world import claims
 from world.claims import CLAIMS, VARIANTS, Claim, judge, make_plan
-from world.speedrun import Runner
 
 ROOT = Path(__file__).parents[2]
 
