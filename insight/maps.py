@@ -69,7 +69,7 @@ def patch_numbers(size: Size, config: LlavaConfig) -> list[int]:
     Raises ValueError behind a connector, whose tokens are mixtures of patches.
     """
     if config.projector_type in CONNECTORS:
-        raise ValueError(f"maps need a token for each patch, and {config.projector_type} mixes patches into tokens")
+        raise ValueError(f"maps need one token for each patch, which {config.projector_type} does not make")
     side, patches = config.vision_config.image_size, config.vision_config.num_patches
     if not config.image_grid_pinpoints:
         return list(range(patches))

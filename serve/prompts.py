@@ -64,7 +64,7 @@ def draw_maps(asked: LookRequest, model: Llava, tokenizer: Tokenizer) -> dict:
     """
     config, last = model.config, asked.messages[-1]
     if config.projector_type in CONNECTORS:
-        raise Refusal(f"this model's {config.projector_type} mixes the patches of an image: there is no map", "word")
+        raise Refusal(f"no map: this model's {config.projector_type} does not make one token of each patch", "word")
     text = "".join(part.text for part in last.content if part.type == "text").strip()
     turns, files = read_dialogue(asked.messages[:-1])
     images, prepared = open_images(files, config)

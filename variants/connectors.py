@@ -2,6 +2,7 @@
 
     features (B, N, C) of N patches --connector--> M tokens (B, M, d)        LLaVA's own projector has M = N
 
+    expand           several tokens of each patch, by LLaVA-1.5's MLP with a wider second layer (Frozen, ClipCap)
     avg_pool         mean of neighboring patches, then LLaVA-1.5's MLP
     pixel_shuffle    neighboring patches side by side in one long vector, then one matrix (Idefics3)
     resampler        M learned latents read the patches in layers of cross-attention (Flamingo, as in IDEFICS)
@@ -15,9 +16,9 @@ visual_tokens. Patches are in reading order, n = sqrt(N) a side; so are tokens w
 side. Inner widths and heads are those of the vision tower; depths are those of the papers, in the constants below.
 docs/connectors.md has shapes, sizes and the names of all weights.
 
-Sources: Alayrac et al. 2022 (Flamingo, arXiv 2204.14198), Laurençon et al. 2023 (IDEFICS, 2306.16527) and 2024
-(Idefics3, 2408.12637), Li et al. 2023 (BLIP-2, 2301.12597), Dai et al. 2023 (InstructBLIP, 2305.06500), Cha et al.
-2023 (Honeybee, 2312.06742).
+Sources: Tsimpoukelli et al. 2021 (Frozen, arXiv 2106.13884), Mokady et al. 2021 (ClipCap, 2111.09734), Alayrac et al.
+2022 (Flamingo, 2204.14198), Laurençon et al. 2023 (IDEFICS, 2306.16527) and 2024 (Idefics3, 2408.12637), Li et al. 2023
+(BLIP-2, 2301.12597), Dai et al. 2023 (InstructBLIP, 2305.06500), Cha et al. 2023 (Honeybee, 2312.06742).
 """
 
 import math
@@ -43,6 +44,10 @@ def check_tokens(kind: str, tokens: int | None, patches: int):
     if kind in ONE_TOKEN:
         if tokens is not None:
             raise ValueError(f"visual_tokens is {tokens}, but {kind} makes one token of each image")
+        return
+    if kind == "expand":
+        if not tokens or tokens % patches or tokens <= patches:
+            raise ValueError(f"expand needs visual_tokens of 2, 3, ... times the number of patches, {patches}")
         return
     if tokens is None or not 1 <= tokens <= patches:
         raise ValueError(f"{kind} needs visual_tokens from 1 to the number of patches, {patches}; it is {tokens}")
@@ -90,6 +95,21 @@ class AveragePool(Connector):
     def forward(self, features: Tensor) -> Tensor:
         x = self.pool(features.unflatten(1, (self.rows, self.rows))).flatten(1, 2)  # (B, M, C)
         return self.linear_2(F.gelu(self.linear_1(x)))
+
+
+class Expand(Connector):
+    """k = M / N tokens of each patch, side by side. A pretrained decoder reads "large red star" more easily as three
+    tokens, like text, than as one: docs/real-decoder.md."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.width = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, self.width)
+        self.linear_2 = nn.Linear(self.width, config.visual_tokens // config.vision_config.num_patches * self.width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.linear_2(F.gelu(self.linear_1(features)))  # (B, N, k d)
+        return x.unflatten(-1, (-1, self.width)).flatten(1, 2)
 
 
 class PixelShuffle(Connector):
@@ -332,6 +352,7 @@ class CAbstractor(Connector):
 
 
 CONNECTORS = {
+    "expand": Expand,
     "avg_pool": AveragePool,
     "pixel_shuffle": PixelShuffle,
     "resampler": Resampler,

@@ -71,7 +71,8 @@ def to_markdown(out: Path, result: dict) -> str:
     lines += ["* blind: every image is replaced by the mean color", "", *knowledge_page(result["knowledge"])]
     lines += ["![loss](loss.png)", "", "![held-out images](sheet.png)", ""]
     lines += table(["step", "minutes"], [[name, f"{value:.1f}"] for name, value in result["steps"].items()])
-    lines += [f"The best model, in a folder that transformers loads: {out}/model-{best}", ""]
+    who = "transformers" if flags["projector"] == "mlp2x_gelu" else "only this project"
+    lines += [f"The best model, in a folder that {who} loads: {out}/model-{best}", ""]
     return "\n".join([*lines, f"    python sample.py --model {out}/model-{best} --image YOUR.jpg", ""])
 
 

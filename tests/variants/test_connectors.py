@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,12 +39,17 @@ KINDS = [kind for kind in CONNECTORS if kind not in READ_PROMPT]  # those that r
 BERT = {"hidden_size": WIDTH, "num_hidden_layers": 12, "num_attention_heads": HEADS, "intermediate_size": 96}
 
 
-def configure(kind, tokens=TOKENS, vision=VISION, **values):
+def usual_tokens(kind):
+    return 72 if kind == "expand" else TOKENS
+
+
+def configure(kind, tokens="usual", vision=VISION, **values):
+    tokens = usual_tokens(kind) if tokens == "usual" else tokens
     text = TextConfig(**SHAPE | {"num_key_value_heads": 2})
     return LlavaConfig(text, vision, IMAGE, projector_type=kind, visual_tokens=tokens, **values)
 
 
-def build(kind, tokens=TOKENS):
+def build(kind, tokens="usual"):
     return randomized(CONNECTORS[kind](configure(kind, tokens)))
 
 
@@ -206,6 +212,27 @@ def test_average_pool_equals_means_of_cells(side):
     )
 
 
+@pytest.mark.parametrize("count", [2, 5])
+def test_expand_equals_projectors_side_by_side(count):
+    """Token j of a patch is that of a projector with rows j d to (j + 1) d of the second layer; patches in order."""
+    connector, width = build("expand", 36 * count), SHAPE["hidden_size"]
+
+    def compute(features):
+        tokens = []
+        for j in range(count):
+            projector, rows = Projector(configure("mlp2x_gelu", None)), slice(j * width, (j + 1) * width)
+            second = {"weight": connector.linear_2.weight[rows], "bias": connector.linear_2.bias[rows]}
+            state = {f"linear_1.{name}": p for name, p in connector.linear_1.named_parameters()}
+            state |= {f"linear_2.{name}": p for name, p in second.items()}
+            tokens.append(torch.func.functional_call(projector, state, features))
+        return torch.cat([one[:, i : i + 1] for i in range(36) for one in tokens], dim=1)
+
+    parameters, features = list(connector.parameters()), make_features()
+    assert_close(
+        tokens_and_gradients(connector, features, *parameters), tokens_and_gradients(compute, features, *parameters)
+    )
+
+
 def regnet_by_hand(block, x):
     """RegNet's block on x (B, C, n, n) with channels first: convolutions as such, the 3 x 3 one as nine shifts."""
 
@@ -259,7 +286,7 @@ def test_c_abstractor_equals_its_convolutions(side):
 def test_tokens_do_not_depend_on_the_batch(kind):
     connector, features = build(kind), make_features(5)
     together = connector(features)
-    assert together.shape == (5, TOKENS, SHAPE["hidden_size"])
+    assert together.shape == (5, usual_tokens(kind), SHAPE["hidden_size"])
     changed = connector(torch.cat([features[:2], make_features(3, seed=9)]))
     assert torch.equal(together[:2], changed[:2])  # same shape: equal to the bit
     alone = torch.cat([connector(row[None]) for row in features])
@@ -333,7 +360,9 @@ def test_transformers_starts_queries_equal():
 @pytest.mark.parametrize("kind", CONNECTORS)
 def test_a_model_is_saved_loaded_and_answers(kind, tmp_path):
     tokens, start = (1, []) if kind in ONE_TOKEN else (TOKENS, [8] if kind == "qformer_text" else [])
-    model = randomized(Llava(configure(kind, None if kind in ONE_TOKEN else tokens, answer_start_ids=start)), 0.6)
+    tokens, vision = (18, replace(VISION, patch_size=8)) if kind == "expand" else (tokens, VISION)
+    given = None if kind in ONE_TOKEN else tokens
+    model = randomized(Llava(configure(kind, given, vision, answer_start_ids=start)), 0.6)
     save_model(model, tmp_path)
     again = load_model(tmp_path)
     assert again.config == model.config and again.config.tokens_per_image == tokens
@@ -374,7 +403,7 @@ def test_the_sizes_in_the_docs_are_those_of_the_code():
 
 
 def test_the_docs_name_every_weight():
-    parts = [build(kind, None if kind in ONE_TOKEN else TOKENS) for kind in CONNECTORS]
+    parts = [build(kind, None if kind in ONE_TOKEN else "usual") for kind in CONNECTORS]
     names = {re.sub(r"\.\d+\.", ".i.", name) for part in parts for name, _ in part.named_parameters()}
     text = DOCS.read_text()
     for name in names:
@@ -409,11 +438,15 @@ def test_whitening_before_a_connector(tiny, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # from training to answers
 
-MOST = {"pixel_shuffle": 1, "gated_cross_attention": 1}  # tokens for the 3 x 3 patches of the tiny tower; default 4
+MOST = {
+    "pixel_shuffle": 1,
+    "gated_cross_attention": 1,
+    "expand": 27,
+}  # tokens for the 3 x 3 patches of the tiny tower; default 4
 
 
 # The others differ in the connector's class only.
-@pytest.mark.parametrize("kind", ["pixel_shuffle", "qformer_text", "gated_cross_attention"])
+@pytest.mark.parametrize("kind", ["expand", "pixel_shuffle", "qformer_text", "gated_cross_attention"])
 def test_stages_1_and_2_then_an_answer_and_a_score(kind, tiny, command, tmp_path, capsys):
     tokens, short = MOST.get(kind, 4), ["--steps", 2, "--batch-size", 2]
     first, second = tmp_path / "stage1", tmp_path / "stage2"
@@ -460,6 +493,8 @@ def test_lora_on_a_connector_and_its_merge(tiny, command, tmp_path):
     ("resampler", 37, "from 1 to the number of patches, 36; it is 37"), ("qformer", 0, "it is 0"),
     ("avg_pool", -4, "it is -4"), ("resampler", None, "it is None"),
     ("mlp2x_gelu", 4, "mlp2x_gelu makes one token of each patch"), ("linear", 36, "one token of each patch"),
+    ("expand", 36, "2, 3, ... times the number of patches, 36"), ("expand", 73, "times the number of patches, 36"),
+    ("expand", None, "expand needs visual_tokens"),
 ])  # fmt: skip
 def test_impossible_numbers_of_tokens_are_refused(kind, tokens, words):
     with pytest.raises(ValueError, match=words):
@@ -469,7 +504,7 @@ def test_impossible_numbers_of_tokens_are_refused(kind, tokens, words):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"projector_type": "perceiver"}, "projector_type 'perceiver' is none of linear, mlp2x_gelu, avg_pool"),
+    ({"projector_type": "perceiver"}, "projector_type 'perceiver' is none of linear, mlp2x_gelu, expand, avg_pool"),
     ({"visual_tokens": 37}, "config.json: resampler needs visual_tokens"),
     ({"visual_tokens": "4"}, "visual_tokens is '4', not int"),
     ({"visual_tokens": 4.5}, "visual_tokens is 4.5, not int"),
@@ -507,10 +542,10 @@ def test_a_connector_cannot_change_after_stage_1(tiny, command, tmp_path):
 
 def test_maps_on_the_image_are_refused():
     model = Llava(configure("resampler"))
-    with pytest.raises(ValueError, match="resampler mixes patches into tokens"):
+    with pytest.raises(ValueError, match="one token for each patch, which resampler does not make"):
         patch_numbers((24, 24), model.config)
     asked = SimpleNamespace(messages=[None])
-    with pytest.raises(Refusal, match="resampler mixes the patches"):
+    with pytest.raises(Refusal, match="no map: this model's resampler does not make"):
         draw_maps(asked, model, None)
 
 

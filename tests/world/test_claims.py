@@ -11,6 +11,7 @@ import pytest
 from inputs.files import read_json
 from world import claims
 from world.claims import CLAIMS, VARIANTS, Claim, judge, make_plan
+from world.real_decoder import STEPS
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +48,7 @@ def test_variants_differ_in_what_they_claim_only(tiny, tmp_path):
         "2e-5", "1e-3"
     )
     for share, name in ((0.5, "half"), (0.25, "quarter")):
-        count = int(share * 14 * 8)
+        count = int(share * STEPS[args.dtype][1] * 8)
         records = json.loads((tmp_path / f"instruct-{count}.json").read_text())
         assert (
             len({record["id"] for record in records}) == count

@@ -47,6 +47,7 @@ def decoder(tmp_path):
 def arguments(minutes: float, out: Path, **more) -> argparse.Namespace:
     """The flags of a speedrun. Those that `plan` reads and that `more` does not name have their defaults."""
     flags = {"seed": 0, "llm": Path("llm.gguf"), "text": None, "dtype": "float32", "ways": list(WAYS)}
+    flags["projector"] = "expand"
     return argparse.Namespace(minutes=minutes, out=out, **(flags | more))
 
 
@@ -60,9 +61,10 @@ def test_the_plan_trains_every_way_from_one_stage_1():
     assert list(steps) == ["speedrun", "knowledge before", "stage1", *after]
     trained = {name: options(steps[name].command) for name in ("stage1", *ways)}
     assert {name: flags["--steps"] for name, flags in trained.items()} == {
-        "stage1": "600", "full": "1680", "lora": "1680", "lora-replay": "1680", "lora-images": "1680"
+        "stage1": "480", "full": "960", "lora": "960", "lora-replay": "960", "lora-images": "960"
     }  # fmt: skip
     assert trained["stage1"]["--llm"] == "llm.gguf" and "--whiten" in steps["stage1"].command
+    assert trained["stage1"]["--projector"] == "expand" and trained["stage1"]["--visual-tokens"] == "54"
     assert all(trained[way]["--model"] == "out/s/stage1" for way in ways)
     assert all(trained[way]["--template"] == "chatml_bare" for way in ways) and "--template" not in trained["stage1"]
     assert [trained[way].get("--lora") for way in ways] == [None, "llm", "llm", "llm"]
@@ -189,6 +191,7 @@ def test_a_tiny_decoder_from_end_to_end(tiny, decoder, tmp_path, command, monkey
     monkeypatch.setattr(real_decoder, "Runner", lambda: runner)
     book.write_text("It's 12:30, and the cat isn't on the mat. " * 20)
     flags = ["--llm", decoder, "--minutes", 0.5, "--out", out, "--speedrun", tiny.root, "--text", book]
+    flags += ["--projector", "mlp2x_gelu"]
     command(real_decoder, *flags)  # only lora-images
     assert len(runner.commands) == 7 and set(read_json(out / "report.json")["accuracy"]) == {"lora-images"}
     command(real_decoder, *flags, "--ways", "lora", "full", "lora-replay")
@@ -211,6 +214,17 @@ def test_a_tiny_decoder_from_end_to_end(tiny, decoder, tmp_path, command, monkey
     assert "differ by at most" in capsys.readouterr().out
     for name in (f"model-{result['best']}", "merged"):
         check_export(out / name)
+
+
+def test_six_tokens_of_each_patch_by_default(tiny, decoder, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(real_decoder, "Runner", lambda: InProcess(command))
+    out = tmp_path / "run"
+    command(real_decoder, "--llm", decoder, "--minutes", 0.25, "--out", out, "--speedrun", tiny.root)
+    model, _ = load_checkpoint(out / "model-lora-images", "cpu", torch.float32)
+    assert model.config.projector_type == "expand" and model.config.tokens_per_image == 54
+    assert "a folder that only this project loads" in (out / "report.md").read_text()
+    with pytest.raises(SystemExit, match=r"was begun with .*--projector expand"):
+        command(real_decoder, "--llm", decoder, "--minutes", 0.25, "--out", out, "--projector", "mlp2x_gelu")
 
 
 def check_export(folder: Path):
