@@ -4,7 +4,7 @@
     bash speedrun.sh --llm FILE_OR_FOLDER        any other decoder that train.py --llm takes; nothing is fetched
 
 World and vision tower are those of a finished speedrun, which is run first if there is none. Stage 1 trains the
-projector. Stage 2 trains LoRA that changes answers about images only (lora-images). --ways adds three others, for
+connector. Stage 2 trains LoRA that changes answers about images only (lora-images). --ways names three others, for
 comparison: LoRA that changes every answer (lora), the same with a tenth of the samples from the decoder's own answers
 to plain prompts (lora-replay), and all weights (full). The best model is written to OUT/model-WAY; with --projector
 mlp2x_gelu, transformers loads it. --minutes and --dtype set the number of steps, so the result does not depend on the
@@ -168,7 +168,7 @@ def read_flags() -> tuple[argparse.Namespace, list[str]]:
     add("--minutes", type=float, default=60, help="about how long one way takes on two cores, without the installation")
     add("--seed", type=int, default=0, help="seed of the world, of every training run, and of the replayed answers")
     add("--out", type=Path, default=OUTPUT_ROOT / "speedrun-smollm2", help="folder to write everything to")
-    text = "a speedrun's folder, for its world and tower; default: out/speedrun if it is as large, else a new one"
+    text = "a speedrun's folder, for its world and tower; default: out/speedrun if it fits, else a new one"
     add("--speedrun", type=Path, help=text)
     text = "connector: expand, six tokens of each patch, or LLaVA's own, one token, which transformers loads"
     add("--projector", choices=CONNECTORS, default="expand", help=text)
