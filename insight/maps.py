@@ -66,7 +66,7 @@ def find_words(prompt: list[int], ids: list[int], text: str, tokenizer: Tokenize
 def patch_numbers(size: Size, config: LlavaConfig) -> list[int]:
     """For each token of an image of this size: tile x patches of a tile + patch, or NEWLINE.
 
-    Raises ValueError behind a connector, whose tokens are mixtures of patches.
+    Raises ValueError behind a connector, which does not make one token of each patch.
     """
     if config.projector_type in CONNECTORS:
         raise ValueError(f"maps need one token for each patch, which {config.projector_type} does not make")

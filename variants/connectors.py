@@ -13,8 +13,8 @@
 
 `--projector NAME --visual-tokens M` starts one in stage 1, and config.json keeps both as projector_type and
 visual_tokens. Patches are in reading order, n = sqrt(N) a side; so are tokens where they form a square of m = sqrt(M) a
-side. Inner widths and heads are those of the vision tower, those of MLPs the decoder's; depths are those of the papers,
-in the constants below. docs/connectors.md has shapes, sizes and the names of all weights.
+side. Inner widths and heads are those of the vision tower, but the MLP of expand and avg_pool has the decoder's width;
+depths are those of the papers, in the constants below. docs/connectors.md has shapes, sizes and all names of weights.
 
 Sources: Tsimpoukelli et al. 2021 (Frozen, arXiv 2106.13884), Mokady et al. 2021 (ClipCap, 2111.09734), Alayrac et al.
 2022 (Flamingo, 2204.14198), Laurençon et al. 2023 (IDEFICS, 2306.16527) and 2024 (Idefics3, 2408.12637), Li et al. 2023

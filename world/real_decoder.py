@@ -29,7 +29,7 @@ LORA = ("--lora", "llm", "--lora-rank", "16", "--lora-dropout", "0", "--lr", "1e
 IMAGES_ONLY = (*LORA, "--lora-images-only")
 WAYS = {"full": ("--lr", "3e-4"), "lora": LORA, "lora-replay": LORA, "lora-images": IMAGES_ONLY}  # of training stage 2
 # A decoder that has read much text learns sooner from six tokens a patch than from one: docs/real-decoder.md.
-CONNECTORS = {"expand": ("--projector", "expand", "--visual-tokens", str(6 * 9)), "mlp2x_gelu": ()}
+CONNECTOR_FLAGS = {"expand": ("--projector", "expand", "--visual-tokens", str(6 * 9)), "mlp2x_gelu": ()}
 STEPS = {"float32": (4, 8), "bfloat16": (8, 16)}  # of stage 1 and stage 2, for each of --minutes
 BATCH = ("--batch-size", "8")
 WARMUP = ("--warmup", "0.1")  # of stage 1: a new projector in front of a trained decoder diverges after 5 steps of it
@@ -112,7 +112,7 @@ def plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> list[
     # The tower of the speedrun's LLaVA has learned what a decoder asks for. InternVL, too, hands its tower on to other
     # decoders (Chen et al. 2024, arXiv 2404.16821).
     towers = ("--vision", f"{speedrun}/stage2", "--llm", str(llm), "--whiten", *WARMUP)
-    towers += CONNECTORS[args.projector]
+    towers += CONNECTOR_FLAGS[args.projector]
     prompts = ["--limit", str(max(1, int(2 * minutes))), "--seed", str(seed), "--dtype", dtype]
     first = ["-m", "world.speedrun", "--minutes", f"{tower_minutes(minutes):g}", "--seed", str(seed)]
     steps = [Step("speedrun", [*first, "--out", str(speedrun)])] if speedrun == out / "speedrun" else []
@@ -171,7 +171,7 @@ def read_flags() -> tuple[argparse.Namespace, list[str]]:
     text = "a speedrun's folder, for its world and tower; default: out/speedrun if it fits, else a new one"
     add("--speedrun", type=Path, help=text)
     text = "connector: expand, six tokens of each patch, or LLaVA's own, one token, which transformers loads"
-    add("--projector", choices=CONNECTORS, default="expand", help=text)
+    add("--projector", choices=CONNECTOR_FLAGS, default="expand", help=text)
     ways = "how stage 2 trains; every further way takes about half of --minutes more"
     add("--ways", nargs="+", choices=WAYS, default=["lora-images"], help=ways)
     args = parser.parse_args()

@@ -438,11 +438,8 @@ def test_whitening_before_a_connector(tiny, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # from training to answers
 
-MOST = {
-    "pixel_shuffle": 1,
-    "gated_cross_attention": 1,
-    "expand": 27,
-}  # tokens for the 3 x 3 patches of the tiny tower; default 4
+# Tokens for the 3 x 3 patches of the tiny tower; default 4.
+MOST = {"pixel_shuffle": 1, "gated_cross_attention": 1, "expand": 27}
 
 
 # The others differ in the connector's class only.
