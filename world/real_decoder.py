@@ -29,7 +29,8 @@ LORA = ("--lora", "llm", "--lora-rank", "16", "--lora-dropout", "0", "--lr", "1e
 IMAGES_ONLY = (*LORA, "--lora-images-only")
 WAYS = {"full": ("--lr", "3e-4"), "lora": LORA, "lora-replay": LORA, "lora-images": IMAGES_ONLY}  # of training stage 2
 # A decoder that has read much text learns sooner from six tokens a patch than from one: docs/real-decoder.md.
-CONNECTOR_FLAGS = {"expand": ("--projector", "expand", "--visual-tokens", str(6 * 9)), "mlp2x_gelu": ()}
+EXPAND = ("--projector", "expand", "--visual-tokens", str(6 * 9), "--lr", "3e-3")  # LLaVA's own rate is 1e-3
+CONNECTOR_FLAGS = {"expand": EXPAND, "mlp2x_gelu": ()}
 STEPS = {"float32": (4, 8), "bfloat16": (8, 16)}  # of stage 1 and stage 2, for each of --minutes
 BATCH = ("--batch-size", "8")
 WARMUP = ("--warmup", "0.1")  # of stage 1: a new projector in front of a trained decoder diverges after 5 steps of it
