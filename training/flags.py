@@ -198,6 +198,9 @@ def check(args: argparse.Namespace):
     for key in ("timeout", "epochs", "lora_alpha", "lora_plus"):
         value = getattr(args, key)
         refuse(value is not None and not 0 < value < math.inf, f"--{key.replace('_', '-')} must be a number above 0")
+    for key in ("lr", "lr_projector", "lr_vision"):
+        value = getattr(args, key)
+        refuse(value is not None and not 0 <= value < math.inf, f"--{key.replace('_', '-')} must be at least 0")
     read_mixing(args.mixing)
     if args.shares:
         read_shares(args.shares)

@@ -19,6 +19,8 @@ def open_data(args, ranks: Distributed, default: Path | None, group: int) -> tup
     on an impossible mixture, more bad records than --skip-bad allows, or any bad record of the validation data.
     """
     files, val_files = args.data or [], args.val or []
+    if files and args.world:
+        ranks.print0("--world is not read: --data names the files")
     opened = open_sources([*files, *val_files], args.images, args.follow_links)
     sources, val_sources = opened[: len(files)], opened[len(files) :]
     sources = sources or open_sources([str(default)], None, args.follow_links)

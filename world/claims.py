@@ -1,44 +1,63 @@
 """Claims about training a LLaVA (docs/claims.md), tested on a real language model: a table of measurements.
 
-    python -m world.claims --decoder smollm2 --speedrun out/speedrun --minutes 15     all of it takes hours
+    python -m world.claims --decoder smollm2 --speedrun out/speedrun --minutes 15     all of it takes a day
     python -m world.claims --decoder smollm2 --speedrun out/speedrun --only lora qlora
 
 Every variant trains the same number of steps on the same world, for each seed. Accuracy is on held-out questions,
 perplexity on English text; memory is the largest resident memory of the training process. Differences are means over
-the seeds, with their standard error. The same command resumes; the table is OUT/claims.md.
+the seeds, with their standard error. The same command resumes; a later one may add variants and seeds. The table is
+OUT/claims.md.
 """
 
 import argparse
 import json
 import math
+import re
 import statistics
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.scores import accuracy_by_category
 from inputs import cli
 from inputs.files import OUTPUT_ROOT, read_json, write_atomic, write_json
-from world.real_decoder import BATCH, LORA, STEPS, WARMUP, add_decoder_flags, choose_world, evaluate, find_decoder
+from world.real_decoder import (
+    BATCH,
+    CONNECTOR_FLAGS,
+    LORA,
+    STAGE_1,
+    STEPS,
+    WARMUP,
+    add_decoder_flags,
+    check_speedrun,
+    evaluate,
+    find_decoder,
+)
 from world.report import read_rows
 from world.speedrun import Runner, Step, refuse_other_flags, run_steps
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train stage 2. start: its stage 1, or None; share: of the records; fewer are repeated more often."""
+    """One way to train. projector: of the new model; share: of the records; fewer are repeated more often; bits: 4
+    keeps the frozen decoder in NF4."""
 
     flags: tuple[str, ...] = LORA
-    start: str | None = "stage1"
+    projector: str = "expand"
+    stage1: bool = True
     share: float = 1.0
+    bits: int = 16
 
 
+PROJECTOR_FLAGS = {**CONNECTOR_FLAGS, "linear": ("--projector", "linear")}
 VARIANTS = {
     "lora": Variant(),
-    "no-stage1": Variant(start=None),
-    "linear": Variant(start="stage1-linear"),
+    "no-stage1": Variant(stage1=False),
+    "mlp": Variant(projector="mlp2x_gelu"),
+    "linear": Variant(projector="linear"),
     "quarter": Variant(share=0.25),
     "half": Variant(share=0.5),
-    "qlora": Variant((*LORA, "--bits", "4")),
+    "qlora": Variant(bits=4),
     "frozen": Variant(("--train", "projector", "--lr", "1e-3")),
     "full": Variant(("--lr", "2e-5")),
     "full-x50": Variant(("--lr", "1e-3")),
@@ -58,14 +77,15 @@ class Claim:
 
 CLAIMS = (
     Claim("stage 1 before stage 2 pays", "lora", "no-stage1"),
-    Claim("stage 2 needs a rate 50 times smaller than stage 1's", "full", "full-x50"),
+    Claim("stage 2 needs a rate of 2e-5, not 1e-3", "full", "full-x50"),
     Claim("the same, for what the decoder knows", "full", "full-x50", "perplexity"),
     Claim("the decoder must train in stage 2", "full", "frozen"),
     Claim("LoRA comes close to full fine-tuning", "lora", "full", equal=True),
     Claim("LoRA forgets less than full fine-tuning", "lora", "full", "perplexity"),
     Claim("QLoRA is as good as LoRA", "qlora", "lora", equal=True),
     Claim("QLoRA needs less memory than LoRA", "qlora", "lora", "gigabytes"),
-    Claim("an MLP projects better than one layer", "lora", "linear"),
+    Claim("an MLP projects better than one layer", "mlp", "linear"),
+    Claim("six tokens of a patch are better than one", "lora", "mlp"),
     Claim("twice the data is better: all against half", "lora", "half"),
     Claim("twice the data is better: half against a quarter", "half", "quarter"),
 )
@@ -76,68 +96,60 @@ UNITS = {"accuracy": (" points", 1), "perplexity": (" of perplexity", -1), "giga
 # the runs
 
 
-@dataclass
-class Plan:
-    """The steps of all variants and seeds, and the folder of each trained variant."""
-
-    steps: list[Step] = field(default_factory=list)
-    folders: dict[tuple[str, int], Path] = field(default_factory=dict)
-
-
-def make_plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> Plan:
-    """Return the steps: for each seed the stages 1 that the variants need, then each variant and its measurements.
+def plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> list[Step]:
+    """Return the steps: for each seed and variant, stage 1, stage 2 and the measurements.
 
     Args: speedrun: folder of world and tower; template: flags that set stage 2's template.
     """
-    plan, world = Plan(), speedrun / "world"
+    steps, world = [], speedrun / "world"
     towers = ("--vision", f"{speedrun}/stage2", "--llm", str(args.llm), "--whiten")
-    count = str(max(1, int(STEPS[args.dtype][1] * args.minutes)))
+    count = [max(1, int(rate * args.minutes)) for rate in STEPS[args.dtype]]  # steps of stage 1, stage 2
 
-    def train(folder: Path, seed: int, stage: int, *flags: str) -> Step:
-        command = ["train.py", "--stage", str(stage), "--out", str(folder), "--world", str(world), "--steps", count]
-        command += [*BATCH, "--seed", str(seed), "--dtype", args.dtype, *flags]
+    def train(folder: Path, seed: int, stage: int, steps: int, *flags: str) -> Step:
+        command = ["train.py", "--stage", str(stage), "--out", str(folder), "--steps", str(steps), *BATCH]
+        data = () if "--data" in flags else ("--world", str(world))
+        command += ["--seed", str(seed), "--dtype", args.dtype, *data, *flags]
         return Step(f"seed {seed}, {folder.name}", command, folder)
+
+    def stage1(root: Path, variant: Variant, seed: int) -> Step:
+        """LoRA needs a LLaVA, also without stage 1: then it gets one that has learned nothing."""
+        flags = (*towers, *PROJECTOR_FLAGS[variant.projector])
+        if not variant.stage1:
+            return train(root / f"untrained-{variant.projector}", seed, 1, 1, *flags, "--lr", "0")
+        flags += STAGE_1.get(variant.projector, WARMUP)
+        return train(root / f"stage1-{variant.projector}", seed, 1, count[0], *flags)
 
     for seed in args.seeds:
         root = args.out / f"seed{seed}"
-        for start in dict.fromkeys(VARIANTS[name].start for name in args.only):
-            if start:
-                projector = ("--projector", "linear") if start == "stage1-linear" else ()
-                plan.steps.append(train(root / start, seed, 1, *towers, *WARMUP, *projector))
         for name in args.only:
             variant, folder = VARIANTS[name], root / name
-            flags = ("--model", f"{root}/{variant.start}") if variant.start else towers
+            start = stage1(root, variant, seed)
+            flags, bits = ("--model", str(start.run)), ("--bits", "4") if variant.bits == 4 else ()
             if variant.share < 1:
-                data = subset(world, int(variant.share * int(count) * int(BATCH[1])), args.out)
+                data = subset(world, count[1] * int(BATCH[1]), variant.share, args.out)
                 flags += ("--data", str(data), "--images", str(world))
-            plan.folders[name, seed] = folder
-            ask = ["-m", "world.knowledge", "ask", "--model", str(folder), "--out", f"{folder}/knowledge.json"]
-            plan.steps += [
-                train(folder, seed, 2, *flags, *template, *variant.flags),
-                Step(f"seed {seed}, {name} evaluation", evaluate(args.minutes, folder, world, args.dtype)),
+            ask = ["-m", "world.knowledge", "ask", "--model", str(folder), "--out", f"{folder}/knowledge.json", *bits]
+            steps += [
+                start,
+                train(folder, seed, 2, count[1], *flags, *template, *variant.flags, *bits),
+                Step(f"seed {seed}, {name} evaluation", evaluate(args.minutes, folder, world, args.dtype, *bits)),
                 Step(f"seed {seed}, {name} knowledge", ask + (["--text", str(args.text)] if args.text else [])),
             ]
-    return plan
+    return list({step.name: step for step in steps}.values())  # variants share a stage 1
 
 
-def subset(world: Path, count: int, out: Path) -> Path:
-    """Write `count` of the world's dialogues, evenly spaced over its scenes; return the file."""
-    path = out / f"instruct-{count}.json"
+def subset(world: Path, count: int, share: float, out: Path) -> Path:
+    """Write a share of the `count` dialogues of a run, evenly spaced over the world's scenes; return the file. Raises
+    ValueError if the world has fewer than `count`: then a run would repeat some of them, too."""
+    records = json.loads((world / "instruct.json").read_text())
+    if len(records) < count:
+        few = f"{len(records)} dialogues, and a run reads {count}"
+        raise ValueError(f"{world}: {few}: set fewer --minutes or name another world")
+    some = int(share * count)
+    path = out / f"instruct-{some}.json"
     if not path.exists():
-        records = json.loads((world / "instruct.json").read_text())
-        write_atomic(path, json.dumps([records[i * len(records) // count] for i in range(count)], indent=0).encode())
+        write_atomic(path, json.dumps([records[i * len(records) // some] for i in range(some)], indent=0).encode())
     return path
-
-
-class PeakRunner(Runner):
-    """A runner that keeps the peak memory of every training in memory.json of its folder."""
-
-    def run(self, command: list[str]) -> int:
-        status = super().run(command)
-        if command[0] == "train.py" and status == 0:
-            folder = Path(command[command.index("--out") + 1])
-            write_json(folder / "memory.json", {"gigabytes": self.peak / 1e9})
-        return status
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,7 +161,7 @@ def measure(folder: Path) -> dict[str, float]:
     return {
         "accuracy": accuracy_by_category(read_rows(folder / "answers.jsonl"))["overall"],
         "perplexity": read_json(folder / "knowledge.json")["perplexity"],
-        "gigabytes": read_json(folder / "memory.json")["gigabytes"],
+        "gigabytes": max(row["memory_gb"] for row in read_rows(folder / "log.jsonl")),
     }
 
 
@@ -164,30 +176,35 @@ def judge(claim: Claim, differences: list[float]) -> str:
     if len(differences) < 2:
         return "one seed: open"
     mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
-    clear = abs(mean) > 2 * error
+    clear, ahead = abs(mean) > 2 * error, mean * UNITS[claim.value][1] > 0
     if claim.equal:
-        return "no" if clear else "not refuted"
-    return ("yes" if mean * UNITS[claim.value][1] > 0 else "no") if clear else "not shown"
+        return "no" if clear and not ahead else "not refuted"
+    return ("yes" if ahead else "no") if clear else "not shown"
 
 
-def write_table(out: Path, args: argparse.Namespace, measured: dict[tuple[str, int], dict]):
-    """Write claims.json and claims.md."""
-    seeds, names = args.seeds, args.only
-    write_json(out / "claims.json", {f"{name}, seed {seed}": values for (name, seed), values in measured.items()})
-    lines = [f"# Claims, {args.minutes:g} minutes a run, seeds {', '.join(map(str, seeds))}", ""]
-    lines += ["| variant | accuracy, % | perplexity | memory, GB |", "|---|---:|---:|---:|"]
-    for name in names:
-        cells = (mean_and_error([measured[name, seed][value] for seed in seeds]) for value in UNITS)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+def write_table(out: Path, minutes: float, measured: dict[str, dict[int, dict]]):
+    """Write claims.json and claims.md. Args: measured: what `measure` returned, by variant and seed."""
+    runs = {f"{name}, seed {seed}": values for name in measured for seed, values in measured[name].items()}
+    write_json(out / "claims.json", runs)
+    lines = [f"# Claims, {minutes:g} minutes a run", ""]
+    lines += ["| variant | seeds | accuracy, % | perplexity | memory, GB |", "|---|---|---:|---:|---:|"]
+    for name, seeds in measured.items():
+        cells = [mean_and_error([values[key] for values in seeds.values()]) for key in UNITS]
+        lines.append(f"| {name} | {', '.join(map(str, seeds))} | {' | '.join(cells)} |")
     lines += ["", "| claim | measured: difference | holds |", "|---|---|---|"]
     for claim in CLAIMS:
-        if claim.better in names and claim.worse in names:
-            pairs = [(measured[claim.better, seed], measured[claim.worse, seed]) for seed in seeds]
-            differences = [better[claim.value] - worse[claim.value] for better, worse in pairs]
+        better, worse = measured.get(claim.better, {}), measured.get(claim.worse, {})
+        if differences := [better[seed][claim.value] - worse[seed][claim.value] for seed in better if seed in worse]:
             what = f"{claim.better} - {claim.worse}: {mean_and_error(differences)}{UNITS[claim.value][0]}"
             lines.append(f"| {claim.text} | {what} | {judge(claim, differences)} |")
     (out / "claims.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def find_seeds(done: Iterable[str], name: str) -> list[int]:
+    """The seeds with which a variant was trained and measured. Args: done: names of the steps that are done."""
+    found = (re.fullmatch(f"seed ([0-9]+), {name} knowledge", step) for step in done)
+    return sorted(int(match[1]) for match in found if match)
 
 
 def read_flags() -> tuple[argparse.Namespace, list[str]]:
@@ -203,20 +220,23 @@ def read_flags() -> tuple[argparse.Namespace, list[str]]:
     args = parser.parse_args()
     if args.minutes <= 0:
         parser.error("--minutes must be above 0")
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error("--seeds: one comes twice")
+    check_speedrun(args.speedrun)
     return args, find_decoder(args)
 
 
 def main():
     """Train and measure every variant that is not done yet, then write the table."""
     args, template = read_flags()
-    speedrun = choose_world(args.speedrun, args.minutes, 0, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
-    flags = {"minutes": args.minutes, "llm": str(args.llm), "speedrun": str(speedrun), "text": str(args.text)}
+    flags = {"minutes": args.minutes, "llm": str(args.llm), "speedrun": str(args.speedrun), "text": str(args.text)}
     flags["dtype"] = args.dtype
     refuse_other_flags(args.out / "claims-flags.json", flags)
-    plan = make_plan(args, speedrun, template)
-    run_steps(plan.steps, args.out / "minutes.json", PeakRunner())
-    write_table(args.out, args, {key: measure(folder) for key, folder in plan.folders.items()})
+    done = run_steps(plan(args, args.speedrun, template), args.out / "minutes.json", Runner())
+    folders = {name: {seed: args.out / f"seed{seed}" / name for seed in find_seeds(done, name)} for name in VARIANTS}
+    measured = {name: {seed: measure(folders[name][seed]) for seed in folders[name]} for name in VARIANTS}
+    write_table(args.out, args.minutes, {name: seeds for name, seeds in measured.items() if seeds})
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ PROMPTS = Path(__file__).parent / "prompts.txt"
 DOCS = Path(__file__).parents[1] / "docs"
 WINDOW = 1024  # tokens that the perplexity reads at a time
 MOST_TOKENS = 16_384  # of the text; the rest is not read
+PARAGRAPH = re.compile(r"[A-Za-z(`]|\*\*")  # how prose begins: perhaps with code or in bold, not as a list
 BATCH = 64  # prompts that are answered at a time
 # Question -> accepted answers. Chosen from 60: SmolLM2-135M-Instruct answers all of these correctly.
 QUESTIONS = {
@@ -98,8 +99,11 @@ def perplexity(model: Llava, ids: list[int], bos_id: int | None) -> float:
 
 def read_prose(folder: Path) -> str:
     """The paragraphs of a folder's Markdown, in the order of the files: no headings, tables, lists, or commands."""
-    blocks = (block for path in sorted(folder.glob("*.md")) for block in path.read_text("utf-8").split("\n\n"))
-    return "\n\n".join(block for block in blocks if re.match(r"[A-Z`*(]", block) and "\n|" not in block)
+    pages = (
+        re.sub("^```.*?^```$", "", path.read_text("utf-8"), flags=re.M | re.S) for path in sorted(folder.glob("*.md"))
+    )
+    blocks = (block for page in pages for block in page.split("\n\n"))
+    return "\n\n".join(block for block in blocks if PARAGRAPH.match(block) and "\n|" not in block)
 
 
 def read_text(path: Path | None) -> tuple[str, str]:
@@ -178,7 +182,9 @@ def main():
         add("--model", type=Path, required=True, help="folder or .gguf file of a model, or folder of an adapter")
         add("--out", type=Path, required=True, help="JSON file to write")
         add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
-    commands.choices["ask"].add_argument("--text", type=Path, help="English in UTF-8; default: the prose of docs/")
+    add = commands.choices["ask"].add_argument
+    add("--text", type=Path, help="English in UTF-8; default: the prose of docs/")
+    add("--bits", type=int, choices=(4, 16), default=16, help="4: the decoder's layers in NF4, as QLoRA trained them")
     add = commands.choices["replay"].add_argument
     add("--limit", type=int, default=1000, help="prompts to answer; default: all")
     add("--max-new-tokens", type=int, default=160, help="longest answer that is kept")
@@ -187,7 +193,8 @@ def main():
     if min(getattr(args, "limit", 1), getattr(args, "max_new_tokens", 1)) < 1:
         parser.error("--limit and --max-new-tokens must be above 0")
     device = choose_device(None)
-    model, tokenizer = load_with_adapter(args.model, None, device, choose_dtype(args.dtype, device))
+    bits = getattr(args, "bits", 16)
+    model, tokenizer = load_with_adapter(args.model, None, device, choose_dtype(args.dtype, device), bits)
     choose_template(model.config, tokenizer)
     accelerate(model)
     args.run(model, tokenizer, args)

@@ -4,9 +4,9 @@
         --test NEW/questions.jsonl [--text book.txt]
 
 The model learns a new task, each time with another method, equal steps and a frozen projector. The table has its
-accuracy on the new task and on the old world, the perplexity on English text, the seconds of a step and the memory. All
-methods run with the first seed, the best on the new task with every seed. The same command resumes; the table is
-OUT/methods.md.
+accuracy on the new task and on the old world, if that is another, the perplexity on English text, the seconds of a step
+and the memory. All methods run with the first seed, the best on the new task with every seed. The same command resumes,
+and a later one may add methods and seeds; the table is OUT/methods.md.
 """
 
 import argparse
@@ -125,6 +125,12 @@ def choose_size(method: Method, config: TextConfig, wanted: int) -> int:
 # the runs
 
 
+def find_tests(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
+    """Questions and images of the new task, and of the old one if it is another."""
+    tests = {"new": (args.test, args.images), "old": (args.old / "questions.jsonl", args.old)}
+    return tests if args.test.resolve() != tests["old"][0].resolve() else {"new": tests["new"]}
+
+
 class Plan:
     """Builds the commands. A method's run is OUT/seedN/METHOD."""
 
@@ -148,12 +154,17 @@ class Plan:
         command += [method.size, str(self.sizes[name])] if method.size else []
         return [Step(f"seed {seed}, {name}", command, folder), *self.measure(f"seed {seed}, {name}", folder, folder)]
 
+    def find_seeds(self, done: dict[str, float]) -> dict[str, list[int]]:
+        """The seeds of every method's finished runs, also those of earlier commands. Args: done: finished steps."""
+        seeds = sorted({int(match[1]) for step in done if (match := re.match("seed ([0-9]+),", step))})
+        found = {name: [seed for seed in seeds if self.train(name, seed)[-1].name in done] for name in METHODS}
+        return {name: runs for name, runs in found.items() if runs}
+
     def measure(self, name: str, model: Path, out: Path) -> list[Step]:
         """Ask both tasks, and measure the perplexity."""
         args = self.args
-        tests = {"new": (args.test, args.images), "old": (args.old / "questions.jsonl", args.old)}
         steps = []
-        for task, (questions, images) in tests.items():
+        for task, (questions, images) in find_tests(args).items():
             asked = ["--questions", str(questions), "--images", str(images), "--limit", str(args.questions)]
             asked += ["--dtype", args.dtype, "--out", f"{out}/{task}.jsonl"]
             steps.append(Step(f"{name}, {task} task", ["eval.py", "--model", str(model), *asked]))
@@ -170,7 +181,8 @@ class Plan:
 def read_measures(folder: Path) -> dict[str, float]:
     """What a folder holds: accuracies in percent, perplexity and right answers to plain questions, median seconds of a
     step, peak memory in GB."""
-    found = {task: accuracy_by_category(read_rows(folder / f"{task}.jsonl"))["overall"] for task in ("new", "old")}
+    answers = {task: read_rows(folder / f"{task}.jsonl") for task in ("new", "old")}
+    found = {task: accuracy_by_category(rows)["overall"] for task, rows in answers.items() if rows}
     if (folder / "knowledge.json").exists():
         known = read_json(folder / "knowledge.json")
         found |= {"perplexity": known["perplexity"], "right": known["right"]}
@@ -183,14 +195,14 @@ def read_measures(folder: Path) -> dict[str, float]:
 
 
 def write_report(plan: Plan, seeds: dict[str, list[int]]):
-    """Write methods.json and methods.md, and print the table. Args: seeds: those of each method so far."""
+    """Write methods.json and methods.md, and print the table. Args: seeds: those of each method with a run."""
     args, before = plan.args, read_measures(plan.args.out / "before")
-    found = {name: [read_measures(plan.folder(name, seed)) for seed in seeds[name]] for name in args.only}
-    values = ["new", "old", *(["perplexity", "right"] if args.text else []), "seconds", "gigabytes"]
+    found = {name: [read_measures(plan.folder(name, seed)) for seed in seeds[name]] for name in seeds}
+    values = [*find_tests(args), *(["perplexity", "right"] if args.text else []), "seconds", "gigabytes"]
     units = {"new": "new task, %", "old": "old task, %", "seconds": "seconds a step", "gigabytes": "memory, GB"}
     units["right"] = "plain questions, of 20"
     rows = [["before", "", "", *(f"{before[key]:.2f}" if key in before else "" for key in values)]]
-    for name in args.only:
+    for name in seeds:
         method, size = METHODS[name], plan.sizes[name]
         count = method.count(plan.config, size)
         flag = f"`{method.size} {size}`" if method.size else ""
@@ -233,6 +245,8 @@ def read_flags() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.questions, args.steps, args.batch_size, args.parameters or 1) < 1:
         parser.error("--questions, --steps, --batch-size and --parameters must be above 0")
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error("--seeds: one comes twice")
     for path in (args.old / "questions.jsonl", args.data, args.test):
         if not path.exists():
             raise ValueError(f"{path}: not found")
@@ -255,15 +269,12 @@ def main():
     steps = plan.measure("before", args.model, args.out / "before")
     for name in args.only:
         steps += plan.train(name, first)
-    run_steps(steps, minutes_file, runner)
-    seeds = {name: [first] for name in args.only}
-    write_report(plan, seeds)
-    if not others:
-        return
+    done = run_steps(steps, minutes_file, runner)
+    write_report(plan, plan.find_seeds(done))
     best = sorted(args.only, key=lambda name: -read_measures(plan.folder(name, first))["new"])[:BEST]
     for seed in others:
-        run_steps([step for name in best for step in plan.train(name, seed)], minutes_file, runner)
-    write_report(plan, seeds | dict.fromkeys(best, args.seeds))
+        done = run_steps([step for name in best for step in plan.train(name, seed)], minutes_file, runner)
+        write_report(plan, plan.find_seeds(done))
 
 
 if __name__ == "__main__":

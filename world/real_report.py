@@ -40,7 +40,8 @@ def write_report(
     draw_sheet(speedrun, answers, out / "sheet.png")
     (out / "report.json").write_text(json.dumps(result, indent=2) + "\n")
     (out / "report.md").write_text(to_markdown(out, result))
-    print(f"\n{best} is best: {accuracy[best]['overall']:.1f} %, blind {blind['overall']:.1f} %: {out}/report.md")
+    overall, guessed = result["accuracy"][best]["overall"], result["blind"]["overall"]
+    print(f"\n{best} is best: {overall:.1f} %, blind {guessed:.1f} %: {out}/report.md")
 
 
 def table(head: list[str], rows: list[list[str]], align: str = "---:") -> list[str]:

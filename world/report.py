@@ -27,7 +27,6 @@ def write_report(out: Path, minutes: dict[str, float], dial: float):
         "minutes": round(sum(value for name, value in minutes.items() if name not in EXTRA_STEPS), 2),
         "dial": dial,
         "accuracy": round_values(accuracy),
-        "blind_accuracy": round(blind["overall"], 2),
         "blind": round_values(blind),
         "stages": {name: json.loads((out / name / "run.json").read_text())["loss"] for name in STAGES},
         "steps": round_values(minutes),
@@ -36,7 +35,8 @@ def write_report(out: Path, minutes: dict[str, float], dial: float):
         result["without_stage1"] = round_values(accuracy_by_category(ablation))
     (out / "report.json").write_text(json.dumps(result, indent=2) + "\n")
     (out / "report.md").write_text(to_markdown(out, result))
-    summary = f"overall {accuracy['overall']:.1f} %, blind {blind['overall']:.1f} %, {result['minutes']:.1f} minutes"
+    overall, guessed = result["accuracy"]["overall"], result["blind"]["overall"]
+    summary = f"overall {overall:.1f} %, blind {guessed:.1f} %, {result['minutes']:.1f} minutes"
     print(f"\n{summary}: {out}/report.md")
 
 

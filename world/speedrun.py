@@ -8,7 +8,6 @@ out/speedrun/report.md, then counts the minutes of the stopped step from there.
 `bash speedrun.sh --decoder smollm2` runs world/real_decoder.py instead, whose language model is pretrained.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inputs.cli import make_parser
-from inputs.files import OUTPUT_ROOT, read_optional_json
+from inputs.files import OUTPUT_ROOT, read_optional_json, write_json
 from inputs.tokenizer import Tokenizer, train_bpe
 from llava import LlavaConfig
 from training.towers import new_clip, new_decoder
@@ -122,14 +121,10 @@ def choose_compile(minutes: float) -> list[str]:
 
 
 class Runner:
-    """Run one command at a time. SIGINT and SIGTERM let the command save and end, and then end the speedrun.
-
-    `peak` is the largest resident memory of the last command, in bytes, and at least this process's own: a child begins
-    with its parent's.
-    """
+    """Run one command at a time. SIGINT and SIGTERM let the command save and end, and then end the speedrun."""
 
     def __init__(self):
-        self.process, self.signal, self.peak = None, 0, 0
+        self.process, self.signal = None, 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
 
@@ -146,9 +141,8 @@ class Runner:
         self.process = subprocess.Popen([sys.executable, *command])
         if self.signal:  # it arrived while the command was being started
             self.process.send_signal(self.signal)
-        _, status, usage = os.wait4(self.process.pid, 0)
-        self.process, self.peak = None, usage.ru_maxrss * 1024  # Linux counts in KiB
-        return os.waitstatus_to_exitcode(status)
+        status, self.process = self.process.wait(), None
+        return status
 
 
 def in_foreground() -> bool:
@@ -176,7 +170,7 @@ def run_steps(steps: list[Step], minutes_file: Path, runner: Runner) -> dict[str
             print(f"speedrun: stopped in {step.name}; the same command resumes it", file=sys.stderr)
             sys.exit(128 + runner.signal if runner.signal else 1)
         minutes[step.name] = (time.time() - begin) / 60
-        minutes_file.write_text(json.dumps(minutes, indent=2) + "\n")
+        write_json(minutes_file, minutes)
     return minutes
 
 
@@ -184,9 +178,9 @@ def refuse_other_flags(path: Path, flags: dict):
     """End the program with one line if the folder was begun with other flags: its finished steps would be kept."""
     begun = read_optional_json(path) or flags
     if begun != flags:
-        text = " ".join(f"--{name} {value}" for name, value in begun.items())
+        text = " ".join(f"--{name} {value}" for name, value in begun.items() if value not in ("", "None"))
         sys.exit(f"speedrun: {path.parent} was begun with {text}; give another --out, or delete the folder")
-    path.write_text(json.dumps(flags) + "\n")
+    write_json(path, flags)
 
 
 def main():

@@ -84,7 +84,7 @@ def test_the_report_names_accuracies_and_minutes(run):
     write_report(run, {"world": 1.0, "stage2": 2.5, "no-stage1": 4.0}, dial=3)
     result = json.loads((run / "report.json").read_text())
     assert result["minutes"] == 3.5 and result["dial"] == 3  # the ablation is beyond the minutes
-    assert result["accuracy"]["overall"] == result["blind_accuracy"] == pytest.approx(52.5)  # of 7, 7 and 6 answers
+    assert result["accuracy"]["overall"] == result["blind"]["overall"] == pytest.approx(52.5)  # of 7, 7 and 6 answers
     assert set(result["stages"]) == {"stage0/clip", "stage0/decoder", "stage1", "stage2-frozen", "stage2"}
     text = (run / "report.md").read_text()
     assert "| overall | 52.5 % | 52.5 % |" in text and "| stage2 | 2.5 |" in text

@@ -31,9 +31,12 @@ def test_the_count_is_that_of_a_built_model(tiny, name):
 
 def test_a_tiny_table(tiny, tmp_path, command, in_process, monkeypatch, capsys):
     monkeypatch.setattr(methods, "BEST", 1)
-    argv = ["--model", tiny.stage2, "--old", tiny.world, "--data", tiny.world / "instruct.json", "--images", tiny.world]
-    argv += ["--test", tiny.world / "questions.jsonl", "--steps", 2, "--seeds", 0, 1, "--questions", 10]
-    argv += ["--only", "LoRA", "ia3", "prompt", "--text", methods.__file__, "--out", tmp_path / "out"]
+    few, old = tmp_path / "few.jsonl", tiny.world / "questions.jsonl"
+    few.write_bytes(old.read_bytes())
+    same = ["--model", tiny.stage2, "--old", tiny.world, "--data", tiny.world / "instruct.json", "--images", tiny.world]
+    same += ["--steps", 2, "--questions", 10]
+    argv = [*same, "--test", few, "--seeds", 0, 1, "--only", "LoRA", "ia3", "prompt", "--text", methods.__file__]
+    argv += ["--out", tmp_path / "out"]
     command(methods, *argv)
     text = (tmp_path / "out/methods.md").read_text()
     assert text in capsys.readouterr().out and "| ia3 |" in text and "perplexity" in text
@@ -43,6 +46,9 @@ def test_a_tiny_table(tiny, tmp_path, command, in_process, monkeypatch, capsys):
     count = len(in_process)
     command(methods, *argv)
     assert len(in_process) == count  # nothing runs twice
+    assert "old task" in text
+    command(methods, *same, "--test", old, "--seeds", 0, "--only", "ia3", "--out", tmp_path / "same")
+    assert "old task" not in (tmp_path / "same/methods.md").read_text()  # it is the new task
 
 
 def test_a_missing_file_ends_with_one_line(tiny, command, tmp_path):
