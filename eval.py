@@ -122,12 +122,13 @@ def plan_probes(args: argparse.Namespace, folder: Path, config: LlavaConfig) -> 
         raise DataError(f"{folder}: a decoder without a vision tower cannot be probed with images")
     run, side = args.out or folder / "probes", config.vision_config.image_size
     questions = probes.make_probes(run / "images", side, args.limit or 100)
+    return Plan(questions, [], run / "images", run / "answers.jsonl", partial(report_probes, questions, run, side))
 
-    def report(rows: list[dict]):
-        print(probes.write_report(questions, [row["text"] for row in rows], run, side))
-        print(run / "probes.md")
 
-    return Plan(questions, [], run / "images", run / "answers.jsonl", report)
+def report_probes(questions: list[dict], run: Path, side: int, rows: list[dict]):
+    """Write and print the tables of the probes."""
+    print(probes.write_report(questions, [row["text"] for row in rows], run, side))
+    print(run / "probes.md")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from clip import save_clip
 from data import CaptionPairs, Records, collate
 from fast.accelerate import accelerate
 from fast.compile import compile_layers
-from formats.adapters import is_adapter, sample_weights, save_adapter
+from formats.adapters import is_adapter, sample_base, save_adapter
 from formats.saving import save_model
 from formats.tuning_files import save_tuning
 from formats.weights import choose_dtype, choose_template, load_checkpoint
@@ -150,7 +150,7 @@ def add_adapters(args, model: Llava) -> Callable[[dict, Path], None] | None:
     torch.manual_seed(args.seed)
     if args.tune:
         options = {"method": args.tune, "base": args.model.resolve()}
-        options["sample"] = sample_weights(model, find_linears(model, "llm"))
+        options["sample"] = sample_base(model, find_linears(model, "llm"))
         add_tuning(model, args.tune, args.prefix_length, args.tune_width)
         return partial(
             save_tuning, config=model.config, tokens=getattr(model.language_model.model, "virtual", None), **options
@@ -161,8 +161,8 @@ def add_adapters(args, model: Llava) -> Callable[[dict, Path], None] | None:
     if args.lora_images_only:
         model.config.lora_images_only = True
         ImageRows(model)
-    sample = sample_weights(model, layers)
-    options = {"layers": layers, "dropout": args.lora_dropout, "base": args.model.resolve(), "sample": sample}
+    options = {"layers": layers, "dropout": args.lora_dropout, "base": args.model.resolve()}
+    options["sample"] = sample_base(model, layers)
     return partial(save_adapter, config=model.config, **options)
 
 
@@ -408,6 +408,8 @@ def train_llava(args, ranks: Distributed, folder: Path):
     model, tokenizer = load_start(args, ranks)
     if model.config.relevance_bounds and args.questions != 1:
         raise ValueError(f"{args.model} chooses patches for one question: add --questions 1")
+    if args.relevance and args.lora and not model.config.relevance_bounds:
+        raise ValueError(f"{args.model} has no scorer, and an adapter cannot add one: train it first, without --lora")
     if args.relevance:
         torch.manual_seed(args.seed)
         train_relevance(model, args.relevance, args.token_price)

@@ -193,7 +193,8 @@ def sibling_file(out: Path, name: str) -> Path:
 
 
 def to_line(row: dict) -> bytes:
-    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    """A row in UTF-8. Half a surrogate pair, from a file name that is not UTF-8, becomes JSON's own escape."""
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def part_files(out: Path) -> list[Path]:

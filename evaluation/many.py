@@ -13,6 +13,7 @@ all exist.
 """
 
 import argparse
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -85,6 +86,8 @@ def find_images(folder: Path) -> list[str]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_dir() and not path.is_symlink():
+            if not os.access(path, os.R_OK | os.X_OK):
+                raise DataError(f"{path}: the folder cannot be read (permission denied)")
             continue
         if path.is_dir():
             others["links to folders"] += 1

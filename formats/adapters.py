@@ -87,6 +87,14 @@ def sample_weights(model: nn.Module, paths: Iterable[str]) -> dict[str, list[flo
     return found
 
 
+def sample_base(model: nn.Module, layers: Iterable[str]) -> dict[str, list[float]]:
+    """Weights of layers of the decoder, and of a projector that stays frozen: the adapter needs the same one."""
+    linears = {path: part for path, part in model.named_modules() if isinstance(part, nn.Linear)}
+    projector = {path: part for path, part in linears.items() if path.startswith("multi_modal_projector")}
+    frozen = [path for path, part in projector.items() if not part.weight.requires_grad]
+    return sample_weights(model, layers) | (sample_weights(model, frozen) if frozen else {})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # reading
 

@@ -118,7 +118,7 @@ def hub_name(name: str) -> str:
 
 def hub_values(method: str, own: dict[str, Tensor], config: LlavaConfig) -> dict:
     """adapter_config.json in the format of `adapters`, with its options for this method."""
-    inner, width = config.text_config.hidden_size, min(min(p.shape) for p in own.values())
+    inner, width = config.text_config.hidden_size, next(len(p) for name, p in own.items() if name.endswith("down.bias"))
     options = HUB_FIXED | {"mh_adapter": method == "houlsby", "output_adapter": True, "dropout": 0.0, "leave_out": []}
     options |= {"original_ln_before": method == "pfeiffer", "non_linearity": NONLINEARITY[method]}
     options |= {"reduction_factor": inner / width, "init_weights": "bert", "adapter_residual_before_ln": False}

@@ -1,6 +1,7 @@
 """Shared by all scripts: the style of their flags, and errors that the user can fix as one line, not a traceback."""
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -10,6 +11,24 @@ def make_parser(description: str, name: str | None = None) -> argparse.ArgumentP
     """A parser without flags. It prints the description as it is written and takes no abbreviated flags."""
     style = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(name, description=description, formatter_class=style, allow_abbrev=False)
+
+
+def seed(text: str) -> int:
+    """The type of a flag that seeds draws: a whole number of at most 20 bits, since steps and ranks take the others."""
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**20:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**20 - 1:,}")
+    return int(text)
+
+
+def above_zero(text: str) -> float:
+    """The type of a flag that takes a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def run(main: Callable[[], None], name: str):

@@ -106,7 +106,7 @@ def make_order(
     elif mixing == "proportional":
         return epochs(sizes, weights, seed, group)
     else:
-        path = np.array([[w * n ** (1 / read_mixing(mixing)) for w, n in zip(weights, sizes)]])
+        path = np.array([[w * (n / max(sizes)) ** (1 / read_mixing(mixing)) for w, n in zip(weights, sizes)]])
     return interleave(sizes, path / path.sum(1, keepdims=True), seed, total)
 
 

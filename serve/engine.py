@@ -101,8 +101,11 @@ class Engine:
 
     def admit(self):
         """Read the prompt of the job that waits longest, if a row is free; one a step, so that others go on."""
-        for job in [job for job in self.waiting if job.cancelled]:
-            self.waiting.remove(job)
+        with self.changed:  # another thread adds to the queue
+            cancelled = [job for job in self.waiting if job.cancelled]
+            for job in cancelled:
+                self.waiting.remove(job)
+        for job in cancelled:
             job.send("", "cancelled")
         if not self.waiting or len(self.active) == self.rows:
             return

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from data import Records, collate
 from formats.weights import load_checkpoint
 from inputs import cli
+from inputs.check import count_cut, refuse_bad
 from inputs.files import write_atomic
 from inputs.mixture import open_sources
 from llava import Llava, summed_cross_entropy
@@ -75,7 +76,12 @@ def read_samples(args: argparse.Namespace, model: Llava, tokenizer) -> Iterable[
     """Batches of one record each, evenly spaced over the files."""
     config = model.config
     sources = open_sources(args.data, args.images)
+    refuse_bad(sources, 0)
+    if any(source.weight != 1 for source in sources):
+        raise ValueError("--data: the files have no weights here, since records are read evenly over all of them")
     dataset = Records(sources, tokenizer, config, config.text_config.max_position_embeddings)
+    if text := count_cut(dataset)[1]:
+        print(text)
     count = min(args.samples, len(dataset))
     if count < GROUP:
         raise ValueError(f"--data: {count} samples are too few, {GROUP} are needed and some hundred are useful")
@@ -93,7 +99,7 @@ def main():
     add("--images", nargs="+", help="folder that image paths start from, or one for each file")
     add("--samples", type=int, default=512, help="records to use, evenly spaced")
     add("--labels", choices=LABELS, default="model", help="answers drawn from the model, or those of the data")
-    add("--seed", type=int, default=0, help="of the drawn answers")
+    add("--seed", type=cli.seed, default=0, help="of the drawn answers")
     args = parser.parse_args()
     model, tokenizer = load_checkpoint(args.model, choose_device(None), torch.float32)
     if model.config.vision_config is not None:

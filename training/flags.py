@@ -4,6 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
+from inputs import cli
 from inputs.augment import KINDS as AUGMENTS
 from inputs.augment import Augment
 from inputs.mixture import as_number, read_mixing, read_shares
@@ -90,7 +91,7 @@ add("--beta2", "AdamW's; short runs need less than LLaVA's 0.999", type=float)
 add("--clip-grad", "largest gradient norm; 0: no clipping", type=float)
 text = "mean over the tokens of a step, or over its micro-batches as in transformers before 4.46"
 add("--loss-mean", text, choices=("token", "micro-batch"))
-add("--seed", "seed of new weights, dropout and the order of the data", type=int, default=0)
+add("--seed", "seed of new weights, dropout and the order of the data", type=cli.seed, default=0)
 
 add = new_group("several tasks, and not forgetting")
 text = (
@@ -232,8 +233,10 @@ def check_objectives(args: argparse.Namespace):
         refuse(args.loss_mean != "token", "--task-weights are per token: leave --loss-mean micro-batch out")
     if args.distill:
         read_distill(args.distill)
+        refuse(args.tune in VIRTUAL, f"--tune {args.tune} changes all answers before it trains: no --distill")
     refuse(args.ewc is not None and not 0 < args.ewc < math.inf, "--ewc must be a number above 0")
-    refuse(args.ewc and args.lora, "--ewc holds weights, which --lora leaves as they are: give one or the other")
+    held = "--ewc holds weights, which --lora and --tune leave as they are: give one or the other"
+    refuse(args.ewc and (args.lora or args.tune), held)
     refuse(args.ewc and args.init_from, "--ewc starts from --model, which has the Fisher information, not --init-from")
     whole = args.ewc or args.distill or args.task_weights
     refuse(whole and args.shard == "fsdp", "--task-weights, --ewc and --distill need whole weights, not --shard fsdp")
@@ -249,6 +252,7 @@ def check_lora(args: argparse.Namespace):
             refuse(key.startswith(("lora_", "dora")), f"--{key.replace('_', '-')} needs --lora")
         return
     refuse(args.stage != 2, "--lora is for stage 2")
+    refuse(args.lora_images_only and args.lora == "vision", "--lora-images-only is for the decoder: --lora llm or both")
     refuse(args.dora and args.lora_images_only, "--dora changes every row: no --lora-images-only")
     refuse(args.vision or args.llm, "--lora needs --model: an adapter is only of use with its base model")
     either = f"--lora freezes the towers, --train {','.join(args.train)} trains one: give one or the other"

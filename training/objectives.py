@@ -43,8 +43,8 @@ def read_distill(text: str) -> tuple[float, float]:
     """ "0.5:4" -> (0.5, 4.0): alpha and temperature, which is 2 if it is left out. Raises ValueError."""
     alpha, _, temperature = text.partition(":")
     values = as_number(alpha), as_number(temperature or "2")
-    if not (0 < values[0] <= 1 and 0 < values[1] < math.inf):
-        raise ValueError(f"--distill {text}: write ALPHA or ALPHA:TEMPERATURE, alpha above 0 and at most 1")
+    if not (0 < values[0] < 1 and 0 < values[1] < math.inf):  # with 1, no label would count
+        raise ValueError(f"--distill {text}: write ALPHA or ALPHA:TEMPERATURE, alpha above 0 and below 1")
     return values
 
 
@@ -108,12 +108,16 @@ class Objective(nn.Module):
 
     def __init__(self, args, ranks: Distributed, run: Run, model: Llava, dataset: Samples):
         super().__init__()
+        if model.config.relevance_bounds:
+            raise ValueError("--ewc, --distill and --task-weights do not know a model whose question chooses patches")
         self.model, self.teacher, self.fisher, self.before, self.tasks = model, None, {}, {}, {}
         names = ["distillation"] if args.distill else []
         if args.ewc:
             self.add_ewc(args, ranks, run)
             names.append("ewc")
         if args.distill:
+            if args.model is None and not args.init_from:
+                raise ValueError("--distill: a new LLaVA knows nothing yet; it is for training that continues")
             self.alpha, self.temperature = read_distill(args.distill)
             self.teacher = copy.deepcopy(model).requires_grad_(False).eval()
         if args.task_weights:
@@ -148,6 +152,8 @@ class Objective(nn.Module):
         if unknown := sorted(set(weights) - set(names)):
             raise ValueError(f"--task-weights: no record has the task {unknown[0]!r}, only {', '.join(names[:20])}")
         self.tasks, self.learned = {name: weights.get(name, 1.0) for name in names}, not weights
+        if not any(self.tasks.values()):
+            raise ValueError(f"--task-weights {args.task_weights}: every task has weight 0, so nothing would train")
         if self.learned:
             setattr(self.model, LOG_VARIANCES, nn.Parameter(torch.zeros(len(names))))
         text = ", ".join(f"{name} {'learned' if self.learned else f'{w:g}'}" for name, w in self.tasks.items())

@@ -38,7 +38,8 @@ class ImageRows:
 
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict):
         """Before the decoder reads: arguments as in Decoder.forward."""
-        _, _, cache, keep = (*args, *(kwargs.get(name) for name in ("padding", "cache", "keep")[len(args) - 1 :]))
+        names = ("padding", "cache", "keep")[len(args) - 1 :]
+        _, _, cache, keep = (*args, *(kwargs.get(name) for name in names))[:4]  # a mask may follow
         rows = self.of_prompt
         if rows is None and (cache is None or not cache.used):
             rows = args[0].new_ones(len(args[0]), dtype=bool)

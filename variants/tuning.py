@@ -172,8 +172,10 @@ def new_tokens(model: nn.Module, method: str, length: int, width: int | None) ->
 def add_tokens(model: nn.Module, tokens: VirtualTokens):
     """Give a decoder virtual tokens. They take places of its context, so its config tells fewer from now on.
 
-    Raises ValueError if they leave no room for an image and a token.
+    Raises ValueError if they leave no room for an image and a token, or if a connector cannot have them.
     """
+    if isinstance(tokens, Prompt) and model.config.projector_type == "gated_cross_attention":
+        raise ValueError("gated cross-attention counts the tokens before an image, which a prompt moves: use a prefix")
     text, count = model.config.text_config, len(tokens.embedding)
     needed = count + model.config.tokens_per_image + 1
     if needed > text.max_position_embeddings:

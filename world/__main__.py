@@ -21,12 +21,14 @@ def main():
     add = commands.add_parser("write", help="draw a world's images and write its text as LLaVA's JSON").add_argument
     add("--out", type=Path, required=True, help="folder to write to")
     add("--n", type=int, default=20_000, help="number of training images")
-    add("--seed", type=int, default=0, help="seed of the scenes and their text")
+    add("--seed", type=cli.seed, default=0, help="seed of the scenes and their text")
     add("--size", type=int, default=72, help="side of an image in pixels; 224 or 336 for a pretrained CLIP")
     add("--questions", type=int, default=2_000, help="number of held-out questions, each about an image of its own")
     add("--turns", type=int, default=TURNS, help="questions per training dialogue; an image has several dialogues")
     add("--shift", choices=SHIFTS, default="none", help="change the look of the images, to fine-tune on")
     args = parser.parse_args()
+    if min(args.n, args.size, args.turns) < 1 or args.questions < 0:
+        parser.error("--n, --size and --turns must be at least 1, --questions at least 0")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # also ends the drawing processes
     write_world(args.out, args.n, args.seed, args.size, args.questions, args.turns, args.shift)
     print(f"{args.out}: captions.json, instruct.json, text.json, questions.jsonl, scenes.jsonl")

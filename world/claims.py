@@ -126,7 +126,8 @@ def plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> list[
             start = stage1(root, variant, seed)
             flags, bits = ("--model", str(start.run)), ("--bits", "4") if variant.bits == 4 else ()
             if variant.share < 1:
-                data = subset(world, count[1] * int(BATCH[1]), variant.share, args.out)
+                check_dialogues(world, needed := count[1] * int(BATCH[1]))
+                data = subset(world, int(variant.share * needed), args.out)
                 flags += ("--data", str(data), "--images", str(world))
             ask = ["-m", "world.knowledge", "ask", "--model", str(folder), "--out", f"{folder}/knowledge.json", *bits]
             steps += [
@@ -138,18 +139,21 @@ def plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> list[
     return list({step.name: step for step in steps}.values())  # variants share a stage 1
 
 
-def subset(world: Path, count: int, share: float, out: Path) -> Path:
-    """Write a share of the `count` dialogues of a run, evenly spaced over the world's scenes; return the file. Raises
-    ValueError if the world has fewer than `count`: then a run would repeat some of them, too."""
-    records = json.loads((world / "instruct.json").read_text())
-    if len(records) < count:
-        few = f"{len(records)} dialogues, and a run reads {count}"
-        raise ValueError(f"{world}: {few}: set fewer --minutes or name another world")
-    some = int(share * count)
-    path = out / f"instruct-{some}.json"
+def subset(world: Path, count: int, out: Path) -> Path:
+    """Write `count` of the world's dialogues, evenly spaced over its scenes; return the file."""
+    path = out / f"instruct-{count}.json"
     if not path.exists():
-        write_atomic(path, json.dumps([records[i * len(records) // some] for i in range(some)], indent=0).encode())
+        records = json.loads((world / "instruct.json").read_text())
+        write_atomic(path, json.dumps([records[i * len(records) // count] for i in range(count)], indent=0).encode())
     return path
+
+
+def check_dialogues(world: Path, needed: int):
+    """Raise ValueError if a run of all dialogues reads some twice: a run of fewer would not differ in what it says."""
+    found = len(json.loads((world / "instruct.json").read_text()))
+    if found < needed:
+        few = f"{found} dialogues, and a run reads {needed}"
+        raise ValueError(f"{world}: {few}: set fewer --minutes or name another world")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,13 +217,11 @@ def read_flags() -> tuple[argparse.Namespace, list[str]]:
     add_decoder_flags(parser)
     add = parser.add_argument
     add("--speedrun", type=Path, default=OUTPUT_ROOT / "speedrun", help="a speedrun's folder, for its world and tower")
-    add("--minutes", type=float, default=15, help="about how long one training takes on two cores")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the trainings")
+    add("--minutes", type=cli.above_zero, default=15, help="about how long one training takes on two cores")
+    add("--seeds", type=cli.seed, nargs="+", default=[0, 1, 2], help="seeds of the trainings")
     add("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants to train")
     add("--out", type=Path, default=OUTPUT_ROOT / "claims", help="folder to write everything to")
     args = parser.parse_args()
-    if args.minutes <= 0:
-        parser.error("--minutes must be above 0")
     if len(set(args.seeds)) < len(args.seeds):
         parser.error("--seeds: one comes twice")
     check_speedrun(args.speedrun)

@@ -189,7 +189,7 @@ def read_flags() -> argparse.Namespace:
     add("--patch-size", type=int, default=12, help=f"side of a patch, for images of {SIDE} pixels")
     add("--budgets", type=int, nargs="+", default=[36, 9, 4], help="visual tokens; the first is all patches")
     add("--only", nargs="+", choices=kinds, default=kinds, help="connectors to train")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the best connectors; others have the first")
+    add("--seeds", type=cli.seed, nargs="+", default=[0, 1, 2], help="of the best connectors; others have the first")
     add("--repeat", type=int, nargs="+", help="budgets whose best connectors have every seed; default: the middle one")
     add("--size", choices=("tiny", "small", "medium"), default="small", help="size of the towers")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of training and evaluation")

@@ -241,6 +241,8 @@ def matrix(args: argparse.Namespace):
         text = "give a model for each world; one more model, before all others, is allowed; or one world"
         raise ValueError(f"--models {len(args.models)}, --worlds {len(args.worlds)}: {text}")
     sees = [is_adapter(model) or open_model(model)[0].vision_config is not None for model in args.models]
+    if len(args.worlds) > 1 and not all(sees[extra:]):
+        raise ValueError("--models: only one more model, before those of the worlds, may be a decoder without a tower")
     args.out.mkdir(parents=True, exist_ok=True)
     flags = {"models": list(map(str, args.models)), "worlds": list(map(str, args.worlds)), "text": str(args.text)}
     refuse_other_flags(args.out / "matrix-flags.json", flags | {"questions": args.questions})
@@ -299,7 +301,7 @@ def main():
     add("--run", dest="run_name", default="stage2", help="run of the speedrun that goes on, such as stage2-frozen")
     add("--shift", choices=[name for name in SHIFTS if name != "none"], default="palette", help="look of the new world")
     add("--steps", type=int, default=300, help="steps of each training, of 16 records")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the trainings")
+    add("--seeds", type=cli.seed, nargs="+", default=[0, 1, 2], help="seeds of the trainings")
     add("--only", nargs="+", choices=REMEDIES, default=list(REMEDIES), help="remedies to try")
     add = commands.choices["matrix"].add_argument
     add("--models", type=Path, nargs="+", required=True, help="models or adapters, in the order of their training")

@@ -188,7 +188,7 @@ def main():
     add = commands.choices["replay"].add_argument
     add("--limit", type=int, default=1000, help="prompts to answer; default: all")
     add("--max-new-tokens", type=int, default=160, help="longest answer that is kept")
-    add("--seed", type=int, default=0, help="seed of the draws")
+    add("--seed", type=cli.seed, default=0, help="seed of the draws")
     args = parser.parse_args()
     if min(getattr(args, "limit", 1), getattr(args, "max_new_tokens", 1)) < 1:
         parser.error("--limit and --max-new-tokens must be above 0")

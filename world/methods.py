@@ -238,7 +238,7 @@ def read_flags() -> argparse.Namespace:
     add("--flags", default="", help="more flags of train.py for every method, such as --flags='--questions 1'")
     add("--rate", help="learning rate of every method; default: one for each")
     add("--questions", type=int, default=500, help="questions to ask of each task")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the best methods; others have the first")
+    add("--seeds", type=cli.seed, nargs="+", default=[0, 1, 2], help="of the best methods; others have the first")
     add("--only", nargs="+", choices=METHODS, default=list(METHODS), help="methods to try")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of training and evaluation")
     add("--out", type=Path, default=OUTPUT_ROOT / "methods", help="folder to write everything to")

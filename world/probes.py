@@ -130,11 +130,9 @@ def probe_reading(count: int, rng: random.Random) -> Iterator[dict]:
     """Ask what the sign says. Condition: height of the text in pixels (make_probes sets it), digit or word."""
     for scale in SCALES:
         for _ in range(count):
-            while not (scene := sample_until(partial(sample_scene, rng), True)).sign:
+            while not (scene := sample_until(partial(sample_scene, rng), True)).sign or scene.sign.size != "large":
                 pass
-            large = [replace(obj, size="large") if obj.text else obj for obj in scene.objects]
-            shown = replace(scene, objects=tuple(large))
-            yield make_row("reading", "", shown, "What does the sign say?", scene.sign.text, scale=scale)
+            yield make_row("reading", "", scene, "What does the sign say?", scene.sign.text, scale=scale)
 
 
 def probe_prior(count: int, rng: random.Random) -> Iterator[dict]:

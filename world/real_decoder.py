@@ -18,7 +18,7 @@ from pathlib import Path
 from evaluation.scores import accuracy_by_category
 from formats.weights import load_tokenizer, open_model
 from inputs import cli
-from inputs.files import OUTPUT_ROOT, read_optional_json
+from inputs.files import OUTPUT_ROOT, read_json, read_optional_json
 from world.knowledge import read_text
 from world.real_report import write_report
 from world.report import read_rows
@@ -66,6 +66,15 @@ def check_speedrun(folder: Path):
     finished = read_optional_json(folder / "stage2/run.json").get("finished")
     if not (folder / "world/questions.jsonl").exists() or not finished:
         raise ValueError(f"--speedrun {folder}: holds no world with a finished stage 2")
+
+
+def refuse_newer_world(out: Path, speedrun: Path):
+    """Raise ValueError if the world and tower with which `out` was begun are gone, or were made anew since."""
+    begun = read_optional_json(out / "stage1/run.json").get("finished")
+    if begun:
+        check_speedrun(speedrun)
+        if read_json(speedrun / "stage2/run.json")["finished"] > begun:
+            raise ValueError(f"{speedrun} is newer than {out}/stage1, which was trained with another: give a new --out")
 
 
 def tower_minutes(minutes: float) -> float:
@@ -168,8 +177,9 @@ def read_flags() -> tuple[argparse.Namespace, list[str]]:
     parser = cli.make_parser(__doc__, "bash speedrun.sh")
     add_decoder_flags(parser)
     add = parser.add_argument
-    add("--minutes", type=float, default=60, help="about how long one way takes on two cores, without the installation")
-    add("--seed", type=int, default=0, help="seed of the world, of every training run, and of the replayed answers")
+    text = "about how long one way takes on two cores, without the installation"
+    add("--minutes", type=cli.above_zero, default=60, help=text)
+    add("--seed", type=cli.seed, default=0, help="seed of the world, all training runs and the replayed answers")
     add("--out", type=Path, default=OUTPUT_ROOT / "speedrun-smollm2", help="folder to write everything to")
     text = "a speedrun's folder, for its world and tower; default: out/speedrun if it fits, else a new one"
     add("--speedrun", type=Path, help=text)
@@ -178,8 +188,6 @@ def read_flags() -> tuple[argparse.Namespace, list[str]]:
     ways = "how stage 2 trains; every further way takes about half of --minutes more"
     add("--ways", nargs="+", choices=WAYS, default=["lora-images"], help=ways)
     args = parser.parse_args()
-    if args.minutes <= 0:
-        parser.error("--minutes must be above 0")
     args.ways = [way for way in WAYS if way in args.ways]
     return args, find_decoder(args)
 
@@ -192,6 +200,7 @@ def main():
     flags = {"minutes": args.minutes, "seed": args.seed, "llm": str(args.llm), "speedrun": str(speedrun)}
     flags |= {"projector": args.projector, "dtype": args.dtype} | ({"text": str(args.text)} if args.text else {})
     refuse_other_flags(args.out / "speedrun.json", flags)
+    refuse_newer_world(args.out, speedrun)
     minutes_file, runner, world = args.out / "minutes.json", Runner(), speedrun / "world"
     done = run_steps(plan(args, speedrun, template), minutes_file, runner)
     ways = [way for way in WAYS if f"{way} knowledge" in done]  # those of earlier commands, too

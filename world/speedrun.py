@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from inputs.cli import make_parser
+from inputs import cli
 from inputs.files import OUTPUT_ROOT, read_optional_json, write_json
 from inputs.tokenizer import Tokenizer, train_bpe
 from llava import LlavaConfig
@@ -58,7 +58,8 @@ def plan(minutes: float, seed: int, out: Path, ablation: bool, stage2_flags: lis
     """Return the steps of a speedrun that takes about this many minutes on two cores."""
 
     def train(name: str, stage: int, folder: str, steps_per_minute: float, *flags: str) -> Step:
-        steps = ["--steps", str(int(steps_per_minute * minutes)), "--world", f"{out}/world", "--seed", str(seed)]
+        steps = str(max(1, int(steps_per_minute * minutes)))
+        steps = ["--steps", steps, "--world", f"{out}/world", "--seed", str(seed)]
         command = ["train.py", "--stage", str(stage), "--out", f"{out}/{folder}", *steps, *flags]
         return Step(name, command, out / folder / name if stage == 0 else out / folder)  # a tower of stage 0 is a run
 
@@ -185,16 +186,15 @@ def refuse_other_flags(path: Path, flags: dict):
 
 def main():
     """Run every step that is not done yet, then write the report."""
-    parser = make_parser(__doc__, "python -m world.speedrun")
+    parser = cli.make_parser(__doc__, "python -m world.speedrun")
     add = parser.add_argument
-    add("--minutes", type=float, default=20, help="about how long it takes on two cores, without the installation")
-    add("--seed", type=int, default=0, help="seed of the world and of every training run")
+    text = "about how long it takes on two cores, without the installation"
+    add("--minutes", type=cli.above_zero, default=20, help=text)
+    add("--seed", type=cli.seed, default=0, help="seed of the world and of every training run")
     add("--out", type=Path, default=OUTPUT_ROOT / "speedrun", help="folder to write everything to")
     ablation = "also train stage 2 without stage 1, in extra time; added to a finished speedrun, it is the newest run"
     add("--ablation", action="store_true", help=ablation)
     args = parser.parse_args()
-    if args.minutes <= 0:
-        parser.error("--minutes must be above 0")
     args.out.mkdir(parents=True, exist_ok=True)
     refuse_other_flags(args.out / "speedrun.json", {"minutes": args.minutes, "seed": args.seed})
     minutes_file, runner = args.out / "minutes.json", Runner()
@@ -204,4 +204,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, "speedrun")

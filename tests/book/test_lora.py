@@ -606,6 +606,19 @@ def test_another_base_is_refused(tiny, runs, babbler, tmp_path, command):
     assert not (tmp_path / "merged").exists()
 
 
+def test_an_adapter_without_a_projector_needs_its_own(tiny, tmp_path, command):
+    command(train, *tiny.flags["stage2"], "--lora", "llm", "--train", "", "--out", tmp_path / "adapter")
+    shutil.copytree(tiny.stage1, tmp_path / "base")
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    names = [name for name in tensors if name.startswith("multi_modal_projector") and name.endswith("weight")]
+    tensors |= {name: torch.randn_like(tensors[name]) for name in names}
+    save_file(tensors, tmp_path / "base/model.safetensors")
+    image = next((tiny.world / "heldout-0").rglob("*.png"))
+    argv = ["--adapter", tmp_path / "adapter", "--image", image, "--prompt", "Red?", "--max-new-tokens", 2]
+    command(sample, "--model", tiny.stage1, *argv)
+    assert "multi_modal_projector" in refusal(command, sample, "--model", tmp_path / "base", *argv)
+
+
 def broken(runs, folder, change):
     """A copy of an adapter with its configuration and tensors changed."""
     shutil.copytree(runs["lora"], folder)

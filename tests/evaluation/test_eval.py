@@ -2,11 +2,13 @@
 
 import json
 import multiprocessing
+import pickle
 import random
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -595,3 +597,10 @@ def test_probes_are_asked_and_told(tiny, babbler, command, tmp_path, capsys):
     assert list(found["counting"]) == list("1234567") and list(found["relations"]) == list("1234")
     assert set(found["language prior"]) == {"own image", "blank", "another image"}
     assert "## Reading" in capsys.readouterr().out and "| 1 | 2 |" in (tmp_path / "p/probes.md").read_text()
+
+
+def test_the_plan_of_the_probes_reaches_other_ranks(tiny, tmp_path):
+    """torchrun sends it by pickle."""
+    args = SimpleNamespace(out=tmp_path, limit=1)
+    plan = evaluation.plan_probes(args, tiny.stage2, load_model(tiny.stage2).config)
+    assert pickle.loads(pickle.dumps(plan)).questions == plan.questions

@@ -237,3 +237,11 @@ def test_links_out_of_a_folder_are_read_only_if_allowed(run, photos, tmp_path):
     (photos / "1.png").symlink_to(tmp_path / "1.png")
     assert "--follow-links allows it" in refusal(run, photos)
     assert run(photos, "--follow-links")[0]["id"] == "1.png"
+
+
+def test_a_file_name_that_is_not_utf8_is_one_bad_row(run, photos):
+    odd = photos / os.fsdecode(b"caf\xe9.png")
+    shutil.copy(photos / "1.png", odd)
+    rows = run(photos, "--skip-bad")
+    (bad,) = [row for row in rows if "error" in row]
+    assert len(rows) == 11 and odd.name in bad.values()

@@ -1,8 +1,10 @@
 """Errors that a user can fix end in one line and a status; bugs keep their traceback."""
 
+import argparse
+
 import pytest
 
-from inputs.cli import run
+from inputs.cli import above_zero, run, seed
 from inputs.images import BadImage
 
 
@@ -46,3 +48,17 @@ def test_main_runs_once_and_may_exit_with_its_own_status():
     with pytest.raises(SystemExit) as caught:
         run(raiser(SystemExit(3)), "tool.py")
     assert calls == [1] and caught.value.code == 3
+
+
+@pytest.mark.parametrize("text", ["-1", "1048576", "20261130", "1.5", "one", "²", ""])
+def test_a_seed_is_a_whole_number_of_twenty_bits(text):
+    assert seed("0") == 0 and seed("1048575") == 2**20 - 1
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a whole number from 0 to 1,048,575"):
+        seed(text)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "many"])
+def test_a_number_above_zero_is_finite(text):
+    assert above_zero("0.5") == 0.5
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a number above 0"):
+        above_zero(text)

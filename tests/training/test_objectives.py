@@ -208,6 +208,11 @@ def test_what_cannot_be_is_refused_in_one_line(tiny, before, command, tmp_path):
     assert f"{tiny.stage2 / 'fisher.safetensors'} does not exist" in line and "python -m training.fisher" in line
     line = refusal(command, *argv, "--task-weights", "vqa=2")
     assert "no record has the task 'vqa', only instruct" in line
+    assert "every task has weight 0" in refusal(command, *argv, "--task-weights", "instruct=0")
+    new = [*tiny.flags["stage1"], "--out", tmp_path / "run"]
+    assert "a new LLaVA knows nothing yet" in refusal(command, *new, "--distill", 0.5)
+    with pytest.raises(SystemExit, match="the files have no weights here"):
+        command(fisher, "--model", before, "--data", f"{tiny.world / 'instruct.json'}:2")
     line = refusal(command, *argv, "--model", before, "--ewc", 1, "--train", "vision,projector")
     assert "fisher.safetensors" in line and "vision_tower" in line
     same = tmp_path / "other" / "instruct.json"
@@ -220,6 +225,8 @@ def test_what_cannot_be_is_refused_in_one_line(tiny, before, command, tmp_path):
 @pytest.mark.parametrize("argv, word", [
     (["--ewc", "0"], "--ewc"), (["--ewc", "1", "--lora", "llm"], "--lora"), (["--ewc", "1", "--shard", "fsdp"], "fsdp"),
     (["--distill", "2"], "ALPHA"), (["--distill", "0.5:0"], "ALPHA"), (["--task-weights", "a"], "NAME=WEIGHT"),
+    (["--ewc", "1", "--tune", "ia3"], "--tune"), (["--distill", "1"], "below 1"),
+    (["--distill", "0.5", "--tune", "prefix"], "no --distill"),
     (["--task-weights", "a=1,a=2"], "NAME=WEIGHT"), (["--task-weights", "a=1", "--loss-mean", "micro-batch"], "token"),
 ])  # fmt: skip
 def test_flags_that_make_no_sense(argv, word, capsys):

@@ -771,6 +771,7 @@ def test_images_start_from_the_folder_of_the_data(tiny, command, tmp_path):
     ([], "--stage"),
     (["--stage", "1", "--steps", "0"], "--steps"),
     (["--stage", "1", "--lr", "-0.001"], "--lr must be at least 0"),
+    (["--stage", "1", "--seed", "20261130"], "--seed"),
     (["--stage", "1", "--lr-projector", "nan"], "--lr-projector must be at least 0"),
     (["--stage", "1", "--batch-size", "-8"], "--batch-size"),
     (["--stage", "2", "--questions", "0"], "--questions"),

@@ -14,6 +14,7 @@ from fast.compile import compile_layers
 from llava import Decoder, KVCache, Llava, rope_angles
 from serve.engine import Engine, Job
 from variants.token_budget import METHODS, Budget, limit_visual_tokens
+from variants.tuning import add_tuning
 
 # Rows with two images, with none, with one at the end, with one at once, with neighbors.
 ROWS = [[5, 6, IMAGE, 7, 8, IMAGE, 9], [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, IMAGE], [IMAGE, 3, 4, 5, 6, 7, 8]]
@@ -107,6 +108,12 @@ def test_idefics_changes_text_before_an_image():
     x, blind = torch.randn(1, 3, SHAPE["hidden_size"]), torch.zeros(1, 3)
     one, other = (layer(x, None, make_features(1, seed=seed), torch.zeros(1, 1, 3, 36), blind) for seed in (0, 9))
     assert torch.equal(one, other) and (one - x).abs().max() > 1e-3
+
+
+def test_a_prompt_is_refused_and_a_prefix_is_not():
+    with pytest.raises(ValueError, match="which a prompt moves: use a prefix"):
+        add_tuning(build(), "prompt", 2)
+    add_tuning(build(), "prefix", 2)
 
 
 def test_a_new_model_is_its_decoder():

@@ -124,3 +124,6 @@ def test_the_flag_needs_lora(tiny, command, tmp_path, capsys):
     with pytest.raises(SystemExit):
         command(train, *tiny.flags["stage2"], "--lora-images-only", "--out", tmp_path / "run")
     assert "--lora-images-only needs --lora" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command(train, *tiny.flags["stage2"], "--lora", "vision", "--lora-images-only", "--out", tmp_path / "run")
+    assert "--lora-images-only is for the decoder" in capsys.readouterr().err

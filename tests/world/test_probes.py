@@ -1,5 +1,7 @@
 """The metric of the world's descriptions."""
 
+import random
+
 import pytest
 
 from world import probes
@@ -49,3 +51,8 @@ def test_every_true_description_is_understood():
         _, truth = ask_description(scene, rng)
         assert len(probes.find_objects(truth)) == len(scene.objects), truth
         assert probes.objects_f1(truth, truth) == 1
+
+
+@pytest.mark.parametrize("probe", [probes.probe_counting, probes.probe_relations, probes.probe_reading])
+def test_every_scene_of_a_probe_is_held_out(probe):
+    assert all(row["scene"].is_held_out() for row in probe(5, random.Random(0)))

