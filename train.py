@@ -51,7 +51,7 @@ from training.machine import check_machine, largest_batch
 from training.meters import Progress, step_costs
 from training.ranks import Distributed, autocast
 from training.signals import StopSignal, ignore_signals, watchdog
-from training.sources import open_data, report_cut, skip_bad_samples
+from training.sources import open_data, report_cut, report_shares, skip_bad_samples
 from training.towers import Contrastive, assemble, new_clip, new_decoder, whiten_patches, whiten_projector
 from variants.image_lora import ImageRows
 from variants.nested_pool import NestedPool
@@ -352,6 +352,7 @@ def resolve_steps(args, ranks: Distributed, run: runs.Run, dataset: Samples):
         args.steps = recipes.count_steps(args.epochs, records, args.batch_size)
     epochs = args.steps * args.batch_size / records
     ranks.print0(f"{args.steps:,} steps of {args.batch_size} records: {epochs:.3g} epochs of {records:,} records")
+    report_shares(args, ranks, dataset)
     if run.old:
         run.check_unchanged("steps", args.steps)
     run.values["steps"] = args.steps

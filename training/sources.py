@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from data import Records
 from inputs.check import Skips, count_cut, image_faults, log_skipped, refuse_bad
-from inputs.mixture import Source, check_mixing, open_sources
+from inputs.mixture import Source, check_mixing, make_order, open_sources
 from inputs.records import DataError
 from inputs.samples import Samples
 from inputs.templates import TEMPLATES
@@ -57,6 +59,19 @@ def count_lone_questions(dataset: Records) -> int:
     parts, most = [(source.file, source.usable()) for source in dataset.sources], dataset.questions or 2**31 - 1
     alone = (((file.rounds[part] - 1) % most == 0) & (file.image_counts[part] > 0) for file, part in parts)
     return sum(int(lone.sum()) for lone in alone)
+
+
+def report_shares(args, ranks: Distributed, dataset: Samples):
+    """With --shares or --mixing, say how often each file is read, and how much of it never is."""
+    if not args.shares and args.mixing == "proportional":
+        return
+    total, weights = args.steps * args.batch_size, [source.weight for source in dataset.sources]
+    order = make_order(dataset.sizes, weights, args.seed, total, args.mixing, args.shares, 1)(0, total)
+    borders = np.cumsum([0, *dataset.sizes])
+    for source, first, last in zip(dataset.sources, borders, borders[1:]):
+        drawn, size = order[(first <= order) & (order < last)], last - first
+        unread = f"{size - len(np.unique(drawn)):,} of its {size:,} samples never"
+        ranks.print0(f"{source.file.path} is read {len(drawn) / size:.3g} times, {unread}")
 
 
 def report_cut(ranks: Distributed, run: Run, dataset: Samples, val: Samples | None):

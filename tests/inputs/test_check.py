@@ -1,6 +1,7 @@
 """Bad data is reported by kind, ends a run in one line before any work, or is skipped and logged."""
 
 import json
+import re
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import BATCH
 from data_files import CONFIG, TOKENIZER, record, with_image, without_image, write_json
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -308,10 +310,13 @@ def test_bad_records_are_left_out_and_logged(mine, tiny, command, capsys, cache)
     assert len(rows(Path("run"))) == 6
 
 
-def test_a_mixture_trains_and_resumes_bit_by_bit(mine, tiny, command, monkeypatch):
+def test_a_mixture_trains_and_resumes_bit_by_bit(mine, tiny, command, monkeypatch, capsys):
     argv = [*tiny.flags["stage2"], "--data", mine.bad, mine.good, "--images", mine.images, "--skip-bad", "20"]
     argv += ["--shares", "80/20:20/80:2", "--workers", 2]
     command(train, *argv, "--out", "whole")
+    told = re.findall(r"json is read (\S+) times, (\d+) of its (\d+) samples never", capsys.readouterr().err)
+    total = len(rows(Path("whole"))) * BATCH
+    assert len(told) == 2 and sum(float(times) * int(size) for times, _, size in told) == pytest.approx(total, rel=0.01)
     step = train.train_step
 
     def interrupted(*args):
