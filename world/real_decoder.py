@@ -12,13 +12,17 @@ machine's speed. The same command resumes; a later one may add --ways.
 """
 
 import argparse
+import time
 from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 from evaluation.scores import accuracy_by_category
 from formats.weights import load_tokenizer, open_model
 from inputs import cli
 from inputs.files import OUTPUT_ROOT, read_json, read_optional_json
+from training.ranks import choose_device
 from world.knowledge import read_text
 from world.real_report import write_report
 from world.report import read_rows
@@ -161,15 +165,38 @@ def add_decoder_flags(parser: argparse.ArgumentParser):
     decoder("--llm", type=Path, help="folder or .gguf file of a language model")
     add = parser.add_argument
     add("--text", type=Path, help="held-out English for the perplexity, in UTF-8; default: the prose of docs/")
-    dtype = "dtype of training and evaluation; bfloat16 is faster only on processors with AVX-512 BF16 or AMX"
-    add("--dtype", choices=("bfloat16", "float32"), default="float32", help=dtype)
+    dtype = "dtype of training and evaluation; auto: the one in which this machine multiplies matrices faster"
+    add("--dtype", choices=("auto", *STEPS), default="auto", help=dtype)
+
+
+def time_product(dtype: str) -> float:
+    """Seconds that this machine takes to multiply two matrices: the best of three."""
+    device, kind, seconds = choose_device(None), getattr(torch, dtype), []
+    x, w = torch.ones(64, 1024, dtype=kind, device=device), torch.ones(1024, 1024, dtype=kind, device=device)
+    for _ in range(4):  # the first is slower
+        begin = time.perf_counter()
+        float((x @ w)[0, 0])  # a GPU is waited for
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds[1:])
+
+
+def choose_dtype(asked: str) -> str:
+    """The dtype for --dtype auto. Processors without bfloat16 emulate it, and may be a hundred times slower."""
+    ratio = time_product("bfloat16") / time_product("float32")
+    chosen = asked if asked != "auto" else "bfloat16" if ratio < 1 else "float32"
+    note = f"a product of matrices in bfloat16 takes {ratio:.2g} times as long as in float32"
+    print(f"--dtype {chosen}: on this machine {note}", flush=True)
+    return chosen
 
 
 def find_decoder(args: argparse.Namespace) -> list[str]:
-    """Set args.llm from --decoder; return the flags of stage 2. Raises ValueError for a bad model or text."""
+    """Set args.llm from --decoder, and args.dtype; return the flags of stage 2. Raises ValueError for a bad model or
+    text."""
     args.llm = args.llm or packaged_decoder(args.decoder)
     read_text(args.text)
-    return template_flags(args.llm)
+    template = template_flags(args.llm)
+    args.dtype = choose_dtype(args.dtype)
+    return template
 
 
 def read_flags() -> tuple[argparse.Namespace, list[str]]:

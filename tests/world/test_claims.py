@@ -64,6 +64,7 @@ def test_three_variants_from_end_to_end(tiny, tmp_path, command, in_process):
     book, out = tmp_path / "book.txt", tmp_path / "claims"
     book.write_text("It is half past twelve, and the cat is not on the mat. " * 20)
     flags = ["--llm", tiny.decoder, "--speedrun", tiny.root, "--seeds", 0, "--out", out, "--text", book]
+    flags += ["--dtype", "float32"]
     command(claims, *flags, "--minutes", 0.3, "--only", "frozen", "full")
     measured, table = read_json(out / "claims.json"), (out / "claims.md").read_text()
     assert set(measured) == {"frozen, seed 0", "full, seed 0"}

@@ -21,7 +21,7 @@ from formats.weights import load_checkpoint
 from inputs.files import read_json, write_json
 from world import knowledge, real_decoder
 from world.knowledge import PROMPTS, QUESTIONS, is_right, perplexity, read_prose
-from world.real_decoder import WAYS, choose_world, plan, plan_best
+from world.real_decoder import STEPS, WAYS, choose_world, plan, plan_best
 from world.real_report import show_answer
 
 ROOT = Path(__file__).parents[2]
@@ -162,6 +162,14 @@ def test_prose_has_no_tables_and_commands():
     assert not any(f"\n{start}" in text for start in ("|", "    ", "#", "* ", "```"))
 
 
+def test_the_faster_dtype_is_chosen(monkeypatch, capsys):
+    assert real_decoder.choose_dtype("auto") in STEPS  # whatever this machine's is
+    for slow, fast in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        monkeypatch.setattr(real_decoder, "time_product", {slow: 50.0, fast: 1.0}.get)
+        assert real_decoder.choose_dtype("auto") == fast and real_decoder.choose_dtype(slow) == slow
+    assert "bfloat16 takes 50 times as long as in float32" in capsys.readouterr().out
+
+
 def test_an_answer_in_a_table_is_cut_and_marked():
     assert show_answer({"answer": "a | b\n*c*", "right": True}) == "a \\| b \\*c\\*"
     assert show_answer({"answer": "", "right": False}) == "**wrong:** (no answer)"
@@ -192,7 +200,7 @@ def test_a_tiny_decoder_from_end_to_end(tiny, decoder, tmp_path, command, monkey
     monkeypatch.setattr(real_decoder, "Runner", lambda: runner)
     book.write_text("It's 12:30, and the cat isn't on the mat. " * 20)
     flags = ["--llm", decoder, "--minutes", 0.5, "--out", out, "--speedrun", tiny.root, "--text", book]
-    flags += ["--projector", "mlp2x_gelu"]
+    flags += ["--projector", "mlp2x_gelu", "--dtype", "float32"]
     command(real_decoder, *flags)  # only lora-images
     assert len(runner.commands) == 7 and set(read_json(out / "report.json")["accuracy"]) == {"lora-images"}
     command(real_decoder, *flags, "--ways", "lora", "full", "lora-replay")
@@ -223,12 +231,13 @@ def test_a_tiny_decoder_from_end_to_end(tiny, decoder, tmp_path, command, monkey
 def test_six_tokens_of_each_patch_by_default(tiny, decoder, tmp_path, command, monkeypatch):
     monkeypatch.setattr(real_decoder, "Runner", lambda: InProcess(command))
     out = tmp_path / "run"
-    command(real_decoder, "--llm", decoder, "--minutes", 0.25, "--out", out, "--speedrun", tiny.root)
+    flags = ["--llm", decoder, "--minutes", 0.25, "--out", out, "--dtype", "float32"]
+    command(real_decoder, *flags, "--speedrun", tiny.root)
     model, _ = load_checkpoint(out / "model-lora-images", "cpu", torch.float32)
     assert model.config.projector_type == "expand" and model.config.tokens_per_image == 54
     assert "a folder that only this project loads" in (out / "report.md").read_text()
     with pytest.raises(SystemExit, match=r"was begun with .*--projector expand"):
-        command(real_decoder, "--llm", decoder, "--minutes", 0.25, "--out", out, "--projector", "mlp2x_gelu")
+        command(real_decoder, *flags, "--projector", "mlp2x_gelu")
 
 
 def check_export(folder: Path):
