@@ -31,6 +31,12 @@ def above_zero(text: str) -> float:
     return value
 
 
+def refuse_repeats(parser: argparse.ArgumentParser, seeds: list[int]):
+    """End the program with one line if a seed comes twice: its run would count twice, and the error look smaller."""
+    if len(set(seeds)) < len(seeds):
+        parser.error("--seeds: one comes twice")
+
+
 def run(main: Callable[[], None], name: str):
     """Call `main()`. Args: name: starts the error line, as in "train.py".
 

@@ -201,7 +201,8 @@ def check(args: argparse.Namespace):
         refuse(value is not None and not 0 < value < math.inf, f"--{key.replace('_', '-')} must be a number above 0")
     for key in ("lr", "lr_projector", "lr_vision"):
         value = getattr(args, key)
-        refuse(value is not None and not 0 <= value < math.inf, f"--{key.replace('_', '-')} must be at least 0")
+        wrong = value is not None and not 0 <= value < math.inf
+        refuse(wrong, f"--{key.replace('_', '-')} must be a number, at least 0")
     read_mixing(args.mixing)
     if args.shares:
         read_shares(args.shares)

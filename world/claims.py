@@ -32,6 +32,7 @@ from world.real_decoder import (
     check_speedrun,
     evaluate,
     find_decoder,
+    refuse_newer_world,
 )
 from world.report import read_rows
 from world.speedrun import Runner, Step, refuse_other_flags, run_steps
@@ -222,10 +223,9 @@ def read_flags() -> tuple[argparse.Namespace, list[str]]:
     add("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants to train")
     add("--out", type=Path, default=OUTPUT_ROOT / "claims", help="folder to write everything to")
     args = parser.parse_args()
-    if len(set(args.seeds)) < len(args.seeds):
-        parser.error("--seeds: one comes twice")
+    cli.refuse_repeats(parser, args.seeds)
     check_speedrun(args.speedrun)
-    return args, find_decoder(args)
+    return args, find_decoder(args, args.out / "claims-flags.json")
 
 
 def main():
@@ -235,6 +235,8 @@ def main():
     flags = {"minutes": args.minutes, "llm": str(args.llm), "speedrun": str(args.speedrun), "text": str(args.text)}
     flags["dtype"] = args.dtype
     refuse_other_flags(args.out / "claims-flags.json", flags)
+    for stage1 in args.out.glob("seed*/stage1-*"):
+        refuse_newer_world(stage1, args.speedrun)
     done = run_steps(plan(args, args.speedrun, template), args.out / "minutes.json", Runner())
     folders = {name: {seed: args.out / f"seed{seed}" / name for seed in find_seeds(done, name)} for name in VARIANTS}
     measured = {name: {seed: measure(folders[name][seed]) for seed in folders[name]} for name in VARIANTS}

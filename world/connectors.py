@@ -185,7 +185,8 @@ def read_flags() -> argparse.Namespace:
     add(
         "--speedrun", type=Path, help="a speedrun's folder, for its world and the decoder of stage 0; default: new ones"
     )
-    add("--minutes", type=float, default=75, help="sets all numbers of images and steps; 75 took 45 on one thread")
+    text = "sets all numbers of images and steps; 75 took 45 on one thread"
+    add("--minutes", type=cli.above_zero, default=75, help=text)
     add("--patch-size", type=int, default=12, help=f"side of a patch, for images of {SIDE} pixels")
     add("--budgets", type=int, nargs="+", default=[36, 9, 4], help="visual tokens; the first is all patches")
     add("--only", nargs="+", choices=kinds, default=kinds, help="connectors to train")
@@ -197,8 +198,9 @@ def read_flags() -> argparse.Namespace:
     args = parser.parse_args()
     args.repeat = args.repeat or [args.budgets[len(args.budgets) // 2]]
     patches = (SIDE // args.patch_size) ** 2
-    if args.minutes <= 0 or args.budgets[0] != patches or max(args.budgets) > patches:
-        parser.error(f"--minutes must be above 0, and the first of --budgets all patches, {patches}")
+    if args.budgets[0] != patches or max(args.budgets) > patches:
+        parser.error(f"the first of --budgets must be all patches, {patches}, and the largest")
+    cli.refuse_repeats(parser, args.seeds)
     if args.speedrun and not (args.speedrun / "world/questions.jsonl").exists():
         raise ValueError(f"--speedrun {args.speedrun}: holds no world")
     return args

@@ -310,6 +310,7 @@ def main():
     args = parser.parse_args()
     if min(args.questions, getattr(args, "steps", 1)) < 1:
         parser.error("--questions and --steps must be above 0")
+    cli.refuse_repeats(parser, getattr(args, "seeds", []))
     if getattr(args, "text", None):
         read_text(args.text)
     args.run(args)

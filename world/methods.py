@@ -245,8 +245,7 @@ def read_flags() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.questions, args.steps, args.batch_size, args.parameters or 1) < 1:
         parser.error("--questions, --steps, --batch-size and --parameters must be above 0")
-    if len(set(args.seeds)) < len(args.seeds):
-        parser.error("--seeds: one comes twice")
+    cli.refuse_repeats(parser, args.seeds)
     for path in (args.old / "questions.jsonl", args.data, args.test):
         if not path.exists():
             raise ValueError(f"{path}: not found")

@@ -65,20 +65,23 @@ def choose_world(given: Path | None, minutes: float, seed: int, out: Path) -> Pa
     return newest if fits else out / "speedrun"
 
 
+def finished(run: Path) -> bool:
+    return bool(read_optional_json(run / "run.json").get("finished"))
+
+
 def check_speedrun(folder: Path):
     """Raise ValueError if a folder does not hold a speedrun's world and its finished stage 2."""
-    finished = read_optional_json(folder / "stage2/run.json").get("finished")
-    if not (folder / "world/questions.jsonl").exists() or not finished:
+    if not (folder / "world/questions.jsonl").exists() or not finished(folder / "stage2"):
         raise ValueError(f"--speedrun {folder}: holds no world with a finished stage 2")
 
 
-def refuse_newer_world(out: Path, speedrun: Path):
-    """Raise ValueError if the world and tower with which `out` was begun are gone, or were made anew since."""
-    begun = read_optional_json(out / "stage1/run.json").get("finished")
+def refuse_newer_world(stage1: Path, speedrun: Path):
+    """Raise ValueError if the world and tower with which a stage 1 was trained are gone, or were made anew since."""
+    begun = read_optional_json(stage1 / "run.json").get("finished")
     if begun:
         check_speedrun(speedrun)
         if read_json(speedrun / "stage2/run.json")["finished"] > begun:
-            raise ValueError(f"{speedrun} is newer than {out}/stage1, which was trained with another: give a new --out")
+            raise ValueError(f"{speedrun} is newer than {stage1}, which was trained with another: give a new --out")
 
 
 def tower_minutes(minutes: float) -> float:
@@ -189,13 +192,14 @@ def choose_dtype(asked: str) -> str:
     return chosen
 
 
-def find_decoder(args: argparse.Namespace) -> list[str]:
+def find_decoder(args: argparse.Namespace, begun: Path) -> list[str]:
     """Set args.llm from --decoder, and args.dtype; return the flags of stage 2. Raises ValueError for a bad model or
-    text."""
+    text. Args: begun: file with the flags of an earlier call, whose dtype is kept."""
     args.llm = args.llm or packaged_decoder(args.decoder)
     read_text(args.text)
     template = template_flags(args.llm)
-    args.dtype = choose_dtype(args.dtype)
+    kept = read_optional_json(begun).get("dtype")
+    args.dtype = kept if kept and args.dtype == "auto" else choose_dtype(args.dtype)
     return template
 
 
@@ -216,7 +220,7 @@ def read_flags() -> tuple[argparse.Namespace, list[str]]:
     add("--ways", nargs="+", choices=WAYS, default=["lora-images"], help=ways)
     args = parser.parse_args()
     args.ways = [way for way in WAYS if way in args.ways]
-    return args, find_decoder(args)
+    return args, find_decoder(args, args.out / "speedrun.json")
 
 
 def main():
@@ -227,7 +231,7 @@ def main():
     flags = {"minutes": args.minutes, "seed": args.seed, "llm": str(args.llm), "speedrun": str(speedrun)}
     flags |= {"projector": args.projector, "dtype": args.dtype} | ({"text": str(args.text)} if args.text else {})
     refuse_other_flags(args.out / "speedrun.json", flags)
-    refuse_newer_world(args.out, speedrun)
+    refuse_newer_world(args.out / "stage1", speedrun)
     minutes_file, runner, world = args.out / "minutes.json", Runner(), speedrun / "world"
     done = run_steps(plan(args, speedrun, template), minutes_file, runner)
     ways = [way for way in WAYS if f"{way} knowledge" in done]  # those of earlier commands, too

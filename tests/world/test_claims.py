@@ -73,5 +73,8 @@ def test_three_variants_from_end_to_end(tiny, tmp_path, command, in_process):
     command(claims, *flags, "--minutes", 0.3, "--only", "no-stage1")
     more = read_json(out / "claims.json")
     assert set(more) == {*measured, "no-stage1, seed 0"} and measured.items() <= more.items()  # the others stay
+    with pytest.raises(SystemExit) as caught:
+        command(claims, *flags, "--minutes", 0.3, "--seeds", 1, 1)
+    assert caught.value.code == 2
     with pytest.raises(SystemExit, match=r"was begun with --minutes 0\.3"):
         command(claims, *flags, "--minutes", 1)

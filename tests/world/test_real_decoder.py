@@ -215,7 +215,9 @@ def test_a_tiny_decoder_from_end_to_end(tiny, decoder, tmp_path, command, monkey
     assert all(f"| {question} |" in report for question in QUESTIONS) and "| perplexity |" in report
     assert result["replayed"] == len(json.loads((out / "replay.json").read_text())) > 0
     count = len(runner.commands)
-    command(real_decoder, *flags)  # nothing is left to do
+    with monkeypatch.context() as patch:  # nothing is left to do, also if this machine now finds bfloat16 faster
+        patch.setattr(real_decoder, "time_product", {"bfloat16": 1.0, "float32": 2.0}.get)
+        command(real_decoder, *[flag for flag in flags if flag not in ("--dtype", "float32")])
     assert len(runner.commands) == count
     with pytest.raises(SystemExit, match=r"was begun with --minutes 0\.5"):
         command(real_decoder, *flags, "--seed", 1)
