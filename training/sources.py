@@ -21,8 +21,6 @@ def open_data(args, ranks: Distributed, default: Path | None, group: int) -> tup
     on an impossible mixture, more bad records than --skip-bad allows, or any bad record of the validation data.
     """
     files, val_files = args.data or [], args.val or []
-    if files and args.world:
-        ranks.print0("--world is not read: --data names the files")
     opened = open_sources([*files, *val_files], args.images, args.follow_links)
     sources, val_sources = opened[: len(files)], opened[len(files) :]
     sources = sources or open_sources([str(default)], None, args.follow_links)
@@ -38,6 +36,8 @@ def open_data(args, ranks: Distributed, default: Path | None, group: int) -> tup
     count = sum(len(source.usable()) for source in sources)
     if count < ranks.world_size:
         raise ValueError(f"--data: {count} records for {ranks.world_size} ranks")
+    if files and args.world:
+        ranks.print0("--world is not read: --data names the files")
     return sources, val_sources
 
 
