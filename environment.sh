@@ -1,7 +1,8 @@
 # Sourced by speedrun.sh and test.sh: activates .venv, which it creates and fills on first use. $1: the extras to install;
 # $2: a package to fetch without its dependencies, or nothing.
 if [ ! -e .venv/bin/activate ]; then # the last file that venv writes
-    for python in python3 python3.14 python3.13 python3.12 python3.11 none; do # a name on the PATH may still not run, or be too old
+    # a name on the PATH may still not run, or be too old
+    for python in python3 python3.14 python3.13 python3.12 python3.11 none; do
         if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi
     done
     [ "$python" != none ] || { echo "Python 3.11 or newer is needed" >&2; exit 1; }

@@ -13,6 +13,14 @@ def make_parser(description: str, name: str | None = None) -> argparse.ArgumentP
     return argparse.ArgumentParser(name, description=description, formatter_class=style, allow_abbrev=False)
 
 
+def as_number(text: str) -> float:
+    """The number, or NaN for any other text, which fails every comparison."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def seed(text: str) -> int:
     """The type of a flag that seeds draws: a whole number of at most 20 bits, since steps and ranks take the others."""
     if not text.isascii() or not text.isdigit() or int(text) >= 2**20:
@@ -22,13 +30,9 @@ def seed(text: str) -> int:
 
 def above_zero(text: str) -> float:
     """The type of a flag that takes a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
+    if not 0 < as_number(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+    return float(text)
 
 
 def refuse_repeats(parser: argparse.ArgumentParser, seeds: list[int]):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from inputs.cli import as_number
 from inputs.images import LinkedFolder
 from inputs.index import RecordFile
 from inputs.records import Fault
@@ -66,14 +67,6 @@ def split_weight(text: str) -> tuple[Path, float]:
     if not 0 < value < math.inf:
         raise ValueError(f"--data {text}: no such file, and {weight!r} is no weight, which is a number above 0")
     return Path(path), value
-
-
-def as_number(text: str) -> float:
-    """The number, or NaN for any other text, which fails every comparison."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 from inputs import cli
 from inputs.augment import KINDS as AUGMENTS
 from inputs.augment import Augment
-from inputs.mixture import as_number, read_mixing, read_shares
+from inputs.mixture import read_mixing, read_shares
 from inputs.templates import TEMPLATES
 from llava import PROJECTORS
 from lora import DROPOUT, RANKS
@@ -43,7 +43,7 @@ def new_group(title: str):
 
 
 def percent(text: str) -> float:
-    value = as_number(text.removesuffix("%"))
+    value = cli.as_number(text.removesuffix("%"))
     if not 0 <= value <= 100:
         raise argparse.ArgumentTypeError(f"{text!r} is not a percentage")
     return value
@@ -79,7 +79,7 @@ add("--cache-gb", "memory for a frozen tower's features; 0: compute them in ever
 
 add = new_group("optimization")
 add("--steps", "optimizer steps", type=int)
-add("--epochs", "length of the run in passes over the data, instead of --steps", type=float)
+add("--epochs", "length of the run in passes over the data, instead of --steps", type=cli.above_zero)
 add("--batch-size", "samples per step, over all ranks and micro-batches", type=int)
 add("--accumulate", "micro-batches per step; more need less memory", type=int, default=1)
 add("--lr", "peak learning rate", type=float)
@@ -123,11 +123,11 @@ add = new_group("LoRA and QLoRA")
 add("--lora", "train low-rank updates of these towers, not their weights", choices=("llm", "vision", "both"))
 text = f"the recipe's, else {RANKS['llm']} (llm) and {RANKS['vision']} (vision)"
 add("--lora-rank", "rank of the updates", text, type=int)
-add("--lora-alpha", "an update is scaled by alpha / rank", "the recipe's, else twice the rank", type=float)
+add("--lora-alpha", "an update is scaled by alpha / rank", "the recipe's, else twice the rank", type=cli.above_zero)
 add("--lora-dropout", "dropout on the input of an update", f"the recipe's, else {DROPOUT}", type=float)
 add("--lora-layers", "layers to adapt, as q_proj,v_proj", "all linear layers", type=lambda text: text.split(","))
 add("--lora-images-only", "the decoder's updates leave text without an image as it is", action="store_true")
-add("--lora-plus", "learning rate of B, as a multiple of A's", "1", type=float)
+add("--lora-plus", "learning rate of B, as a multiple of A's", "1", type=cli.above_zero)
 add("--dora", "also train the length of each row of the matrices", action="store_true")
 add("--bits", "4: the frozen decoder in NF4, as in QLoRA", type=int, choices=(4, 16), default=16)
 
@@ -148,7 +148,7 @@ add("--save-every", "steps between checkpoints", type=int, default=200)
 add("--keep", "checkpoints to keep; an older one is used if the newest is damaged", type=int, default=2)
 add("--diagnose", "steps between checks of the live model, which print what is wrong", "off", type=int)
 add("--board", "also log to these", nargs="+", choices=meters.BOARDS, default=[])
-add("--timeout", "seconds after which a step counts as hung and the process ends", type=float, default=1800)
+add("--timeout", "seconds after which a step counts as hung and the process ends", type=cli.above_zero, default=1800)
 
 add = new_group("the machine: device, memory, speed")
 add("--device", "cpu, cuda or cuda:N", "cuda if there is one")
@@ -196,9 +196,6 @@ def check(args: argparse.Namespace):
     for key in (*counts, "visual_tokens", "diagnose", "prefix_length", "tune_width"):
         value = getattr(args, key)
         refuse(value is not None and value < 1, f"--{key.replace('_', '-')} must be at least 1")
-    for key in ("timeout", "epochs", "lora_alpha", "lora_plus"):
-        value = getattr(args, key)
-        refuse(value is not None and not 0 < value < math.inf, f"--{key.replace('_', '-')} must be a number above 0")
     for key in ("lr", "lr_projector", "lr_vision"):
         value = getattr(args, key)
         wrong = value is not None and not 0 <= value < math.inf

@@ -22,8 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from data import collate
 from formats.tensors import open_tensors
+from inputs.cli import as_number
 from inputs.files import fingerprint
-from inputs.mixture import Source, as_number
+from inputs.mixture import Source
 from inputs.samples import Samples
 from llava import IGNORE, LOSS_CHUNK, Llava, summed_cross_entropy
 from training.ranks import Distributed

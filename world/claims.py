@@ -120,6 +120,9 @@ def plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> list[
         flags += STAGE_1.get(variant.projector, WARMUP)
         return train(root / f"stage1-{variant.projector}", seed, 1, count[0], *flags)
 
+    needed = count[1] * int(BATCH[1])
+    if any(VARIANTS[name].share < 1 for name in args.only):
+        check_dialogues(world, needed)
     for seed in args.seeds:
         root = args.out / f"seed{seed}"
         for name in args.only:
@@ -127,7 +130,6 @@ def plan(args: argparse.Namespace, speedrun: Path, template: list[str]) -> list[
             start = stage1(root, variant, seed)
             flags, bits = ("--model", str(start.run)), ("--bits", "4") if variant.bits == 4 else ()
             if variant.share < 1:
-                check_dialogues(world, needed := count[1] * int(BATCH[1]))
                 data = subset(world, int(variant.share * needed), args.out)
                 flags += ("--data", str(data), "--images", str(world))
             ask = ["-m", "world.knowledge", "ask", "--model", str(folder), "--out", f"{folder}/knowledge.json", *bits]
@@ -206,9 +208,9 @@ def write_table(out: Path, minutes: float, measured: dict[str, dict[int, dict]])
     print("\n".join(lines))
 
 
-def find_seeds(done: Iterable[str], name: str) -> list[int]:
-    """The seeds with which a variant was trained and measured. Args: done: names of the steps that are done."""
-    found = (re.fullmatch(f"seed ([0-9]+), {name} knowledge", step) for step in done)
+def find_seeds(done: Iterable[str], step: str) -> list[int]:
+    """The seeds with which a step is done, also by earlier commands. Args: done: names of steps, as "seed 0, STEP"."""
+    found = (re.fullmatch(f"seed ([0-9]+), {re.escape(step)}", name) for name in done)
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -235,12 +237,12 @@ def main():
     flags = {"minutes": args.minutes, "llm": str(args.llm), "speedrun": str(args.speedrun), "text": str(args.text)}
     flags["dtype"] = args.dtype
     refuse_other_flags(args.out / "claims-flags.json", flags)
-    for stage1 in args.out.glob("seed*/stage1-*"):
-        refuse_newer_world(stage1, args.speedrun)
+    for run in args.out.glob("seed*/*"):
+        refuse_newer_world(run, args.speedrun)
     done = run_steps(plan(args, args.speedrun, template), args.out / "minutes.json", Runner())
-    folders = {name: {seed: args.out / f"seed{seed}" / name for seed in find_seeds(done, name)} for name in VARIANTS}
-    measured = {name: {seed: measure(folders[name][seed]) for seed in folders[name]} for name in VARIANTS}
-    write_table(args.out, args.minutes, {name: seeds for name, seeds in measured.items() if seeds})
+    seeds = {name: find_seeds(done, f"{name} knowledge") for name in VARIANTS}
+    measured = {name: {seed: measure(args.out / f"seed{seed}" / name) for seed in seeds[name]} for name in VARIANTS}
+    write_table(args.out, args.minutes, {name: runs for name, runs in measured.items() if runs})
 
 
 if __name__ == "__main__":

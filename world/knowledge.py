@@ -99,9 +99,8 @@ def perplexity(model: Llava, ids: list[int], bos_id: int | None) -> float:
 
 def read_prose(folder: Path) -> str:
     """The paragraphs of a folder's Markdown, in the order of the files: no headings, tables, lists, or commands."""
-    pages = (
-        re.sub("^```.*?^```$", "", path.read_text("utf-8"), flags=re.M | re.S) for path in sorted(folder.glob("*.md"))
-    )
+    texts = (path.read_text("utf-8") for path in sorted(folder.glob("*.md")))
+    pages = (re.sub("^```.*?^```$", "", text, flags=re.M | re.S) for text in texts)
     blocks = (block for page in pages for block in page.split("\n\n"))
     return "\n\n".join(block for block in blocks if PARAGRAPH.match(block) and "\n|" not in block)
 

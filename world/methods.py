@@ -23,7 +23,7 @@ from inputs import cli
 from inputs.files import OUTPUT_ROOT, read_json, write_json
 from llava import TextConfig
 from variants.tuning import LENGTH
-from world.claims import mean_and_error
+from world.claims import find_seeds, mean_and_error
 from world.knowledge import read_text
 from world.real_report import table
 from world.report import read_rows
@@ -156,9 +156,9 @@ class Plan:
 
     def find_seeds(self, done: dict[str, float]) -> dict[str, list[int]]:
         """The seeds of every method's finished runs, also those of earlier commands. Args: done: finished steps."""
-        seeds = sorted({int(match[1]) for step in done if (match := re.match("seed ([0-9]+),", step))})
-        found = {name: [seed for seed in seeds if self.train(name, seed)[-1].name in done] for name in METHODS}
-        return {name: runs for name, runs in found.items() if runs}
+        last = "English" if self.args.text else f"{list(find_tests(self.args))[-1]} task"
+        found = {name: find_seeds(done, f"{name}, {last}") for name in METHODS}
+        return {name: seeds for name, seeds in found.items() if seeds}
 
     def measure(self, name: str, model: Path, out: Path) -> list[Step]:
         """Ask both tasks, and measure the perplexity."""

@@ -75,13 +75,13 @@ def check_speedrun(folder: Path):
         raise ValueError(f"--speedrun {folder}: holds no world with a finished stage 2")
 
 
-def refuse_newer_world(stage1: Path, speedrun: Path):
-    """Raise ValueError if the world and tower with which a stage 1 was trained are gone, or were made anew since."""
-    begun = read_optional_json(stage1 / "run.json").get("finished")
-    if begun:
+def refuse_newer_world(run: Path, speedrun: Path):
+    """Raise ValueError if the world and tower with which a run was trained are gone, or were made anew since."""
+    trained = read_optional_json(run / "run.json").get("finished")
+    if trained:
         check_speedrun(speedrun)
-        if read_json(speedrun / "stage2/run.json")["finished"] > begun:
-            raise ValueError(f"{speedrun} is newer than {stage1}, which was trained with another: give a new --out")
+        if read_json(speedrun / "stage2/run.json")["finished"] > trained:
+            raise ValueError(f"{speedrun} is newer than {run}, which was trained with another: give a new --out")
 
 
 def tower_minutes(minutes: float) -> float:

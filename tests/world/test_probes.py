@@ -1,4 +1,4 @@
-"""The metric of the world's descriptions."""
+"""The metric of the world's descriptions, and the scenes of the probes."""
 
 import random
 
