@@ -36,7 +36,7 @@ from formats.tuning_files import save_tuning
 from formats.weights import choose_dtype, choose_template, load_checkpoint
 from inputs import cli
 from inputs.augment import Augment, mark_steps
-from inputs.files import publish_folder, verify_manifest
+from inputs.files import publish_folder
 from inputs.mixture import Source, batches, counts_of, make_order
 from inputs.samples import Samples
 from inputs.templates import answer_start_ids, template_words
@@ -45,7 +45,7 @@ from insight.measures import LiveCheck
 from llava import IGNORE, Llava
 from lora import NF4Linear, add_lora, find_linears
 from training import meters, objectives, recipes, runs, sharding
-from training.checkpoint import Saver, restore_checkpoint
+from training.checkpoint import Saver, restore_start
 from training.flags import read_flags
 from training.machine import check_machine, largest_batch
 from training.meters import Progress, step_costs
@@ -416,11 +416,8 @@ def train_llava(args, ranks: Distributed, folder: Path):
         train_relevance(model, args.relevance, args.token_price)
     choose_trainable(model, args.train)
     save_trained = add_adapters(args, model)
-    if args.init_from:
-        if not (args.init_from / "trained.safetensors").exists():
-            raise ValueError(f"--init-from {args.init_from}: no checkpoint of a run, as OUT/latest is one")
-        verify_manifest(args.init_from)
-        ranks.print0(f"weights of step {restore_checkpoint(args.init_from, model)} of {args.init_from}")
+    if args.init_from and (args.distill or not run.checkpoints()):  # a resumed run reads them for its teacher only
+        ranks.print0(restore_start(args.init_from, model, run))
 
     context = model.config.text_config.max_position_embeddings
     max_length = args.max_length or context

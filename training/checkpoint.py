@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
-from inputs.files import read_json
+from inputs.files import fingerprint, read_json, verify_manifest
 from inputs.tokenizer import Tokenizer
 from training import sharding
 from training.ranks import Distributed
@@ -111,6 +111,17 @@ def restore_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Op
             for key, state in optimizer.state[p].items() if id(p) in own else ():
                 state.copy_(reshard_like(saved[f"{name}.{key}"], state))
     return read_json(folder / "state.json")["step"]
+
+
+def restore_start(folder: Path, model: nn.Module, run: Run) -> str:
+    """--init-from: copy the checkpoint of another run into the model; returns a line to print. Raises ValueError if the
+    folder is no checkpoint or, on resume, no longer the one that the run began with."""
+    if not (folder / "trained.safetensors").exists():
+        raise ValueError(f"--init-from {folder}: no checkpoint of a run, as OUT/latest is one")
+    verify_manifest(folder)
+    run.values["init_sha256"] = fingerprint(folder / "trained.safetensors")["sha256"]
+    run.check_unchanged("init_sha256", run.values["init_sha256"], "--init-from weights whose sha256 is")
+    return f"weights of step {restore_checkpoint(folder, model)} of {folder}"
 
 
 def reshard_like(whole: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

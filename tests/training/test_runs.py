@@ -284,6 +284,34 @@ def test_a_stopped_stage_0_names_the_folder_that_the_same_command_resumes(tiny, 
     assert (tmp_path / "towers/clip/latest/state.json").exists()
 
 
+@pytest.mark.parametrize("teacher", [False, True])
+def test_a_resumed_run_that_began_with_a_checkpoint(tiny, command, tmp_path, monkeypatch, teacher):
+    """It needs that checkpoint only as the teacher, and then refuses another."""
+    monkeypatch.setattr(runs.Run, "finish", lambda *_: None)  # it would delete the checkpoints
+    command(train, *tiny.flags["stage2"], "--out", tmp_path / "first")
+    monkeypatch.undo()
+    start = tmp_path / "first/latest"
+    argv = [*tiny.flags["stage2"], "--out", tmp_path / "run", "--init-from", start, "--save-every", 1]
+    argv += ["--distill", 0.5] if teacher else []
+    step = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *args: 1 / 0 if args[-1] == 3 else step(*args))
+    with pytest.raises(ZeroDivisionError):
+        command(train, *argv)
+    monkeypatch.setattr(train, "train_step", step)
+    shutil.rmtree(tmp_path / "first")
+    if teacher:
+        with pytest.raises(SystemExit) as caught:
+            command(train, *argv, "--resume")
+        assert "no checkpoint of a run" in caught.value.code
+        shutil.copytree(tmp_path / "run" / "latest", start)
+        with pytest.raises(SystemExit) as caught:
+            command(train, *argv, "--resume")
+        assert "--init-from weights whose sha256 is" in caught.value.code
+    else:
+        command(train, *argv, "--resume")
+        assert json.loads((tmp_path / "run/run.json").read_text())["finished"]
+
+
 def test_what_init_from_expects_is_said(tiny, command, tmp_path):
     with pytest.raises(SystemExit) as caught:
         command(train, *tiny.flags["stage2"], "--out", tmp_path / "run", "--init-from", tmp_path)
