@@ -382,8 +382,8 @@ def show(args: argparse.Namespace):
     tokenizer, records = Tokenizer.load(args.model), read_records(args.data)
     if not 0 <= args.record < len(records):
         raise ValueError(f"--record {args.record}: {args.data} has records 0 to {len(records) - 1}")
-    turns = turns_of(records[args.record])
-    ids, labels = render_dialogue(turns, tokenizer, args.template or read_config(args.model).template, image_tokens=1)
+    record, template = records[args.record], args.template or read_config(args.model).template
+    ids, labels = render_dialogue(turns_of(record), tokenizer, record.get("template", template), image_tokens=1)
     names = {i: name for name, i in tokenizer.specials.items()}
     for i, label in zip(ids, labels):
         text = names.get(i) or tokenizer.decode([i])
@@ -398,6 +398,8 @@ def check(args: argparse.Namespace):
     print(f"{bad:,} of {total:,} records are bad" if bad else f"all {total:,} records are good")
     if args.model and bad < total:
         config = read_config(args.model)
+        if args.max_length is not None and args.max_length < 1:
+            raise ValueError("--max-length must be at least 1")
         most = args.max_length or config.text_config.max_position_embeddings
         dataset = Records(sources, Tokenizer.load(args.model), config, most, template=args.template)
         if config.vision_config is None and any(source.file.distinct_images for source in sources):

@@ -496,7 +496,7 @@ def sample_token(
     top_k keeps the k likeliest tokens (0: all). top_p keeps the fewest likeliest tokens whose probabilities add up to
     at least top_p (1: all; Holtzman et al. 2019, arXiv 1904.09751).
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # it would make the largest logits infinite
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -526,7 +526,7 @@ def generate(
     """Answer a batch of prompts: each step yields the next id of every row, or None for a row that has ended.
 
     The end token itself is yielded, so that a caller can tell an ended answer from one cut at max_new_tokens. A row
-    gets the same ids as it would without the others.
+    gets the same ids as it would without the others, if the longest prompt leaves room for max_new_tokens.
 
     Args: prompts: ids, with a placeholder for each image token; vision_features (N, P, C) of their images in order;
     image_sizes as in Llava.embed; cache: of an earlier call, for a single prompt that starts with the `cache.used`

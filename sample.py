@@ -78,6 +78,9 @@ class Chat:
             text = decoded
             if stop == "eos":
                 break
+        if stop == "length" and (rest := self.tokenizer.decode(ids).lstrip().rstrip("\ufffd")[len(text) :]):
+            yield rest  # it was held back
+            text += rest
         speed = round(len(ids) / (time.perf_counter() - begin), 1)
         self.last = {"text": text, "ids": ids, "prompt_ids": prompt, "stop": stop, "tokens_per_s": speed}
         turn.answer = text
@@ -129,6 +132,8 @@ def read_flags() -> argparse.Namespace:
     args = parser.parse_args()
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_new_tokens < 1:
         parser.error("--temperature must be >= 0, --top-p in (0, 1], --top-k >= 0, --max-new-tokens >= 1")
+    if (args.top_k or args.top_p < 1) and not args.temperature:
+        parser.error("--top-k and --top-p draw tokens: they need --temperature above 0")
     if not 0 <= args.seed < 2**63:
         parser.error("--seed must be in [0, 2^63)")
     if args.look and args.visual_tokens:

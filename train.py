@@ -45,7 +45,7 @@ from insight.measures import LiveCheck
 from llava import IGNORE, Llava
 from lora import NF4Linear, add_lora, find_linears
 from training import meters, objectives, recipes, runs, sharding
-from training.checkpoint import Saver, restore_start
+from training.checkpoint import Saver, check_base, restore_start
 from training.flags import read_flags
 from training.machine import check_machine, largest_batch
 from training.meters import Progress, step_costs
@@ -324,7 +324,7 @@ def fit(args, ranks: Distributed, run: runs.Run, model, dataset, tokenizer, save
             row = {"step": step + 1} | train_step(args, ranks, network, optimizer, micro_batches, step)
             row |= objective.report(ranks) if objective else {}
             row |= step_costs(ranks, model, micro_batches, waited, time.perf_counter() - begin)
-            if val and (step + 1) % args.val_every == 0:
+            if val and ((step + 1) % args.val_every == 0 or step + 1 == args.steps):
                 row["val_loss"] = validation_loss(args, ranks, model, val, pad_id)
             progress.log(row)
             if check and (step + 1) % args.diagnose == 0:
@@ -365,6 +365,8 @@ def resolve_steps(args, ranks: Distributed, run: runs.Run, dataset: Samples):
 
 def train_stage0(args, ranks: Distributed, folder: Path):
     """Train CLIP, then the decoder, with a vocabulary learned from the text they are trained on."""
+    if args.resume and not any((folder / part / "run.json").exists() for part in ("clip", "decoder")):
+        raise ValueError(f"{folder} holds no run to resume")
     sources, _ = open_sources(args, ranks, "text")
     records = (source.file[i] for source in sources for i in source.usable()[: 20_000 // len(sources)])
     texts = [message["value"] for record in records for message in record["conversations"]]
@@ -375,13 +377,14 @@ def train_stage0(args, ranks: Distributed, folder: Path):
             run = open_run(args, ranks, folder / part)
             if not run.finished:
                 torch.manual_seed(args.seed)
-                train(args, ranks, tokenizer, run)
+                train(args, ranks, tokenizer, run, sources)
 
 
-def train_clip(args, ranks: Distributed, tokenizer: Tokenizer, run: runs.Run):
+def train_clip(args, ranks: Distributed, tokenizer: Tokenizer, run: runs.Run, sources: list[Source]):
     """Train CLIP on images and captions. The world's scenes that differ in one fact share a batch: hard negatives."""
     model = new_clip(args.size, args.patch_size, tokenizer.vocab_size)
-    sources, _ = open_sources(args, ranks, "captions")
+    if not args.data:
+        sources, _ = open_sources(args, ranks, "captions")
     dataset = CaptionPairs(sources, tokenizer, model.config, args.image_mode or "pad")
     skip_bad_samples(args, ranks, run, dataset)
     whiten_patches(model, dataset)
@@ -389,12 +392,14 @@ def train_clip(args, ranks: Distributed, tokenizer: Tokenizer, run: runs.Run):
     fit(args, ranks, run, network, dataset, tokenizer, lambda _, folder: save_clip(model, folder), group=GROUP_SIZE)
 
 
-def train_decoder(args, ranks: Distributed, tokenizer: Tokenizer, run: runs.Run):
+def train_decoder(args, ranks: Distributed, tokenizer: Tokenizer, run: runs.Run, sources: list[Source]):
     """Train a decoder on dialogues without their images."""
     model = new_decoder(args.size, tokenizer, args.template or "llava_hf")
-    sources, _ = open_sources(args, ranks, "text")
     options = {"text_only": True, "questions": args.questions}
-    dataset = Records(sources, tokenizer, model.config, args.max_length or 1024, **options)
+    context = model.config.text_config.max_position_embeddings
+    if (args.max_length or 0) > context:
+        raise ValueError(f"--max-length {args.max_length} is more than the new decoder's context: {context}")
+    dataset = Records(sources, tokenizer, model.config, args.max_length or context, **options)
     skip_bad_samples(args, ranks, run, dataset)
     fit(args, ranks, run, model, dataset, tokenizer, lambda _, folder: save_model(model, folder))
 
@@ -407,6 +412,7 @@ def train_llava(args, ranks: Distributed, folder: Path):
     runs.choose_weights(args, run)
     sources, val_sources = open_sources(args, ranks, "captions" if args.stage == 1 else "instruct")
     model, tokenizer = load_start(args, ranks)
+    check_base(model, run)
     if model.config.relevance_bounds and args.questions != 1:
         raise ValueError(f"{args.model} chooses patches for one question: add --questions 1")
     if args.relevance and args.lora and not model.config.relevance_bounds:
@@ -416,8 +422,6 @@ def train_llava(args, ranks: Distributed, folder: Path):
         train_relevance(model, args.relevance, args.token_price)
     choose_trainable(model, args.train)
     save_trained = add_adapters(args, model)
-    if args.init_from and (args.distill or not run.checkpoints()):  # a resumed run reads them for its teacher only
-        ranks.print0(restore_start(args.init_from, model, run))
 
     context = model.config.text_config.max_position_embeddings
     max_length = args.max_length or context
@@ -435,6 +439,8 @@ def train_llava(args, ranks: Distributed, folder: Path):
 
     if args.whiten and args.vision and dataset.images(1):
         whiten_projector(model, dataset)
+    if args.init_from and (args.distill or not run.checkpoints()):  # a resumed run reads them for its teacher only
+        ranks.print0(restore_start(args.init_from, model, run))
     # Frozen weights are used in the compute dtype; they are saved as they were loaded.
     named = model.named_parameters() if ranks.is_main and not save_trained else []
     frozen = {name: p.data for name, p in named if not p.requires_grad}

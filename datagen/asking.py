@@ -42,7 +42,7 @@ Turns = list[tuple[str, str]]  # question, answer
 
 @dataclass(frozen=True)
 class Request:
-    """One call. id: hash of kind, image and messages; messages: empty for the templates, which need none."""
+    """One call. id: hash of kind, image, model, messages and options; messages: empty for the templates."""
 
     id: str
     kind: str
@@ -78,15 +78,21 @@ def message(role: str, path: Path) -> dict:
 
 
 def make_request(
-    item: Item, kind: str, model: str, prompts: dict[str, list[dict]] | None, no_system: bool = False
+    item: Item,
+    kind: str,
+    model: str,
+    prompts: dict[str, list[dict]] | None,
+    no_system: bool = False,
+    options: dict | None = None,
 ) -> Request:
     """The request for one record. Args: model: name of the teacher; prompts: of read_prompts, None for templates;
-    no_system: put the system prompt before the first question, for models that take none."""
+    no_system: put the system prompt before the first question, for models that take none; options: those that change
+    the answer, such as max_tokens."""
     messages = (*prompts[kind], {"role": "user", "content": facts_of(item)}) if prompts else ()
     if no_system and messages:
         system, first, *rest = messages
         messages = (first | {"content": f"{system['content']}\n\n{first['content']}"}, *rest)
-    content = json.dumps([kind, item.id, item.image, model, messages], ensure_ascii=False)
+    content = json.dumps([kind, item.id, item.image, model, messages, options], ensure_ascii=False, sort_keys=True)
     return Request(hashlib.sha256(content.encode()).hexdigest()[:32], kind, item, messages)
 
 

@@ -37,6 +37,7 @@ class Item:
     boxes: list[Box] = field(default_factory=list)
     scene: Scene | None = None
     uncounted: set[str] = field(default_factory=set)  # names of boxes that hold a crowd
+    whole: bool = False
 
 
 def read_items(paths: list[Path], images: Path, pixels: bool, skip_bad: bool) -> list[Item]:
@@ -52,6 +53,11 @@ def read_items(paths: list[Path], images: Path, pixels: bool, skip_bad: bool) ->
                 join(items, read())
             except DataError as error:
                 faults.append(str(error) if str(error).startswith(str(path)) else f"{where}: {error}")
+    held_out = [key for key, item in items.items() if item.scene and item.image.startswith("heldout-")]
+    for key in held_out:
+        del items[key]
+    if held_out:
+        print(f"{len(held_out):,} held-out scenes are left out: a model is asked about them later", file=sys.stderr)
     for key, item in list(items.items()):
         try:
             check_file(resolve_inside(images, item.image))
@@ -81,6 +87,7 @@ def join(items: dict[str, Item], item: Item):
         known.captions += item.captions
         known.boxes += item.boxes
         known.uncounted |= item.uncounted
+        known.whole |= item.whole
 
 
 def read_file(path: Path, images: Path, pixels: bool) -> Iterator[tuple[str, object]]:
@@ -115,7 +122,8 @@ def read_scene(row: Row) -> Item:
     except (TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{row.where}: not a scene of the embedded world ({error})") from None
     caption = write_caption(scene, random.Random(name))
-    return Item(Path(name).with_suffix("").as_posix().replace("/", "-"), name, [caption], boxes, scene)
+    key = Path(name).with_suffix("").as_posix().replace("/", "-")
+    return Item(key, name, [caption], boxes, scene, whole=True)
 
 
 def name_of(obj: SceneObject) -> str:
@@ -139,7 +147,7 @@ def read_row(row: Row, images: Path, pixels: bool) -> Item:
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise DataError(f"{row.where}: captions are {short(captions)}, not a list of texts")
     size = image_size(row, images) if pixels and row.get("boxes") else (1, 1)
-    boxes = [read_box(row, values, size) for values in row.get("boxes", [])]
+    boxes = [read_box(row, values, size) for values in row.get("boxes") or []]
     key = row["id"] if isinstance(row.get("id"), (int, str)) else row["image"]
     return Item(str(key), row["image"], clean(captions), boxes)
 
@@ -208,4 +216,5 @@ def read_annotation(row: Row, images: dict, names: dict) -> Item:
             reason = error if isinstance(error, DataError) else f"bbox is {short(row['bbox'])}, not four numbers"
             raise DataError(str(reason) if isinstance(error, DataError) else f"{row.where}: {reason}") from None
         item.uncounted = {name} if row.get("iscrowd") else set()
+        item.whole = True  # COCO's annotators boxed every object of its categories
     return item

@@ -50,7 +50,8 @@ def make(args: argparse.Namespace):
     items = read_items(args.files, args.images, args.pixels, args.skip_bad)[: args.n]
     prompts = read_prompts(args.prompts) if args.llm else None
     wanted = [(item, kind) for item in items for kind in args.kinds if item.boxes or kind != "referring"]
-    requests = [make_request(item, kind, args.llm or "", prompts, args.no_system) for item, kind in wanted]
+    options = read_options(args)
+    requests = [make_request(item, kind, args.llm or "", prompts, args.no_system, options) for item, kind in wanted]
     twice = [key for key, count in Counter(request.id for request in requests).items() if count > 1]
     if twice or not requests:
         raise DataError(f"{len(twice):,} requests come twice" if twice else "no image has a box to ask about")
@@ -77,11 +78,16 @@ def ask_all_templates(result: Result, nouns) -> list[Draft]:
 # a language model
 
 
+def read_options(args: argparse.Namespace) -> dict:
+    """What a request asks of a teacher beside its messages; {} for templates."""
+    options = {"max_tokens": args.max_tokens, "temperature": args.temperature} | args.body if args.llm else {}
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def ask_teacher(args: argparse.Namespace, result: Result) -> list[Draft] | None:
     """Drafts from the model's answers; those that are in the folder already are not asked for again."""
     key = os.environ.get(args.key_env, "") if args.endpoint else ""
-    options = {"max_tokens": args.max_tokens, "temperature": args.temperature} | args.body
-    options = {name: value for name, value in options.items() if value is not None}
+    options = read_options(args)
     result.expected = estimate(result.requests, args)
     with Store(args.out, key) as store:
         store.keep_requests(result.requests, args.llm, options)
@@ -148,9 +154,11 @@ def print_cost(tokens: Counter, count: int, args: argparse.Namespace):
     line = (
         f"{count:,} requests to {args.llm}: about {tokens['input']:,} tokens to read and {tokens['output']:,} to write"
     )
-    line += f", at most {count * args.max_tokens:,}"
+    options = read_options(args)
+    most = count * (options.get("max_completion_tokens") or options.get("max_tokens") or args.max_tokens)
+    line += f", at most {most:,}"
     money = money_of(tokens, args.price)
-    most = money_of(Counter(input=tokens["input"], output=count * args.max_tokens), args.price)
+    most = money_of(Counter(input=tokens["input"], output=most), args.price)
     print(line + (f"; about {money:,.2f}, at most {most:,.2f}" if money is not None else "; no --price given"))
 
 

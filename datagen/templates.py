@@ -5,6 +5,7 @@ boxes and captions. Every answer is true if the boxes and captions are.
 """
 
 import random
+import re
 from collections import defaultdict
 
 from datagen.asking import Request, Turns, box_text
@@ -74,11 +75,17 @@ def count_boxes(item: Item) -> dict[str, int]:
 
 
 def many(name: str) -> str:
-    return name if name.endswith("s") else PEOPLE.get(name, plural(name))
+    """The plural; a name in -s is one already, but for those in -us and -ss: bus, wine glass."""
+    return name if re.search("[^su]s$", name) else PEOPLE.get(name, plural(name))
+
+
+def is_plural(name: str) -> bool:
+    """Whether a name has no singular: scissors, skis."""
+    return name.endswith("s") and name == many(name)
 
 
 def article(name: str) -> str:
-    if name == many(name):  # scissors, skis
+    if is_plural(name):
         return name
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
@@ -89,7 +96,7 @@ def number(count: int, name: str) -> str:
 
 
 def there(count: int, name: str) -> str:
-    return f"There {'is' if count == 1 and name != many(name) else 'are'} {number(count, name)}"
+    return f"There {'is' if count == 1 and not is_plural(name) else 'are'} {number(count, name)}"
 
 
 def where(box: Box) -> str:
@@ -122,27 +129,27 @@ def count_question(item: Item, rng: random.Random, nouns: Nouns):
 def yes_question(item: Item, rng: random.Random, nouns: Nouns):
     if boxes := single_boxes(item):
         box = rng.choice(boxes)
-        verb, it = ("Are there", "they are") if box[0] == many(box[0]) else ("Is there", "it is")
+        verb, it = ("Are there", "they are") if is_plural(box[0]) else ("Is there", "it is")
         return f"{verb} {article(box[0])} in the image?", f"Yes, {it} {where(box)}."
 
 
 def no_question(item: Item, rng: random.Random, nouns: Nouns):
-    """Ask for an object that neither boxes nor captions name; only if there are boxes, which name all objects."""
-    absent = sorted({*nouns.names} - nouns.objects(item)) if item.boxes else []
+    """Ask for an object that neither boxes nor captions name; only if the boxes name all objects."""
+    absent = sorted({*nouns.names} - nouns.objects(item)) if item.boxes and item.whole else []
     if absent:
         name = many(rng.choice(absent))
         return f"Are there any {name} in the image?", f"No, there are no {name} in the image."
 
 
 def place_question(item: Item, rng: random.Random, nouns: Nouns):
-    if boxes := [box for box in single_boxes(item) if box[0] != many(box[0])]:
+    if boxes := [box for box in single_boxes(item) if not is_plural(box[0])]:
         box = rng.choice(boxes)
         return f"Where in the image is the {box[0]}?", f"The {box[0]} is {where(box)}."
 
 
 def relation_question(item: Item, rng: random.Random, nouns: Nouns):
     """Ask on which side of an object another one is; only if their boxes do not overlap in that direction."""
-    boxes = [box for box in single_boxes(item) if box[0] != many(box[0])]
+    boxes = [box for box in single_boxes(item) if not is_plural(box[0])]
     pairs = [(a, b) for a in boxes for b in boxes if a[3] < b[1]]
     if pairs:
         left, right = rng.choice(pairs)
@@ -157,7 +164,7 @@ def describe(item: Item, rng: random.Random, nouns: Nouns) -> Turns:
     parts = [sentence(caption) for caption in captions[: 1 if item.boxes else 2]]
     if counts := count_boxes(item):
         parts.append(f"In the image there are {join_list([number(n, name) for name, n in counts.items()])}.")
-    boxes = [box for box in single_boxes(item) if box[0] != many(box[0])]
+    boxes = [box for box in single_boxes(item) if not is_plural(box[0])]
     for box in sorted(boxes, key=lambda box: (box[1] - box[3]) * (box[4] - box[2]))[:4]:
         parts.append(f"The {box[0]} is {where(box)}.")
     return [("Describe the image in detail.", " ".join(parts))]
@@ -173,7 +180,7 @@ def reason(item: Item, rng: random.Random, nouns: Nouns) -> Turns:
         facts = f"{there(counts[first], first)} and {number(counts[second], second)}"
         options.append((f"Are there more {many(first)} or more {many(second)}?", f"{facts}, so more {many(more)}."))
     single = [(box, 100 * (box[3] - box[1]) * (box[4] - box[2])) for box in single_boxes(item)]
-    pairs = [(a, b) for a in single for b in single if a[1] > max(1, 2 * b[1]) and b[0][0] != many(b[0][0])]
+    pairs = [(a, b) for a in single for b in single if a[1] > max(1, 2 * b[1]) and not is_plural(b[0][0])]
     if pairs:
         (large, area), (small, less) = rng.choice(pairs)
         first, second = rng.sample((large[0], small[0]), 2)

@@ -250,17 +250,19 @@ def word_overlap(answer: str, truth: str) -> dict[str, float]:
 
 def contains_truth(answer: str, truth: str) -> bool:
     """Whether the normalized truth is part of the normalized answer: LLaVA-Med's rule for closed questions."""
-    return normalize_answer(truth.lower()) in normalize_answer(answer.lower())
+    wanted = normalize_answer(truth.lower())  # "" if the truth is an article, such as the choice A
+    return wanted in normalize_answer(answer.lower()) if wanted else exact_match(answer, truth) == 1
 
 
 def plain_form(text: str) -> str:
-    """The text in lower case, without punctuation."""
-    return re.sub(r"[^\w ]", "", text.lower()).strip()
+    """The text in lower case, without punctuation; but numbers keep sign, point and slash: -3.5 is not 35."""
+    return re.sub(r"(?!(?<!\w)[-.](?=\d)|(?<=\d)[./](?=\d))[^\w ]", "", text.lower()).strip()
 
 
 def exact_match(answer: str, truth: str) -> float:
     """1 if answer and truth are equal, case and punctuation aside; otherwise 0."""
-    return float(plain_form(answer) == plain_form(truth))
+    forms = plain_form(answer), plain_form(truth)
+    return float(forms[0] == forms[1] if any(forms) else answer.strip() == truth.strip())
 
 
 # The metrics that a question may name under "metric": (answer, truth) to a score between 0 and 1.

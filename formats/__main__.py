@@ -129,7 +129,12 @@ def average_folders(a: Path, b: Path, out: Path, share: float):
     """
     if not 0 <= share <= 1:
         raise ValueError(f"--share {share:g}: the share of B must be between 0 and 1")
-    (one, _), (two, tokenizer) = (load_checkpoint(folder, "cpu", None) for folder in (a, b))
+    (one, other), (two, tokenizer) = (load_checkpoint(folder, "cpu", None) for folder in (a, b))
+    if other.fingerprint() != tokenizer.fingerprint():
+        raise ValueError(f"{a} and {b} have different tokenizers: B was not trained from A")
+    for part in ("text_config", "vision_config", "projector_type"):
+        if getattr(one.config, part) != getattr(two.config, part):
+            raise ValueError(f"{a} and {b} differ in {part}: B was not trained from A")
     if any(isinstance(module, NF4Linear) for model in (one, two) for module in model.modules()):
         raise ValueError(f"{a}, {b}: weights in four bits cannot be averaged")
     first, second = (dict(model.named_parameters()) for model in (one, two))

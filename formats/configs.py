@@ -4,6 +4,7 @@ Sources of fields and defaults: transformers' config classes, the published file
 """
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -308,9 +309,11 @@ def check_config(config: LlavaConfig):
     tiled = canvases is not None
     require(not tiled or config.projector_type in PROJECTORS, f"{config.projector_type} does not go with anyres")
     require(tiled == (mode == "anyres"), f"image_mode is {mode}, but image_grid_pinpoints is {canvases!r:.99}")
+    require(len(canvases or []) <= 100, "image_grid_pinpoints has more than 100 sizes")
     for canvas in canvases or []:
         is_tiled = len(canvas) == 2 and all(isinstance(n, int) and n >= 1 and n % side == 0 for n in canvas)
         require(is_tiled, f"image_grid_pinpoints {canvas} is not made of tiles of {side} pixels")
+        require(math.prod(canvas) <= 64 * side**2, f"image_grid_pinpoints {canvas} has more than 64 tiles")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ def find_llama2c(folder: Path) -> Path | None:
     if folder.is_file():
         with folder.open("rb") as file:  # the first number is the width, which is below 2^16
             return folder if folder.suffix == ".bin" and file.read(4)[2:] == b"\0\0" else None
-    if (folder / "config.json").exists() or not folder.exists():
+    others = ("config.json", "adapter_config.json", "*.safetensors", "*.gguf")
+    if any(any(folder.glob(name)) for name in others):
         return None
     found = [path for path in sorted(folder.glob("*.bin")) if not path.name.startswith("tok")]
     return found[0] if len(found) == 1 else None

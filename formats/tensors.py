@@ -144,10 +144,19 @@ def read_pickle(path: Path) -> dict[str, LazyTensor]:
         raise ValueError(f"{path}: not a file of tensors that torch.load(weights_only=True) takes ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path}: holds something other than tensors by name")
+    if bad := [name for name, value in state.items() if type(name) is not str or not is_plain(value)]:
+        raise ValueError(f"{path}: {bad[0]!r:.99} is no plain tensor with all its numbers in the file")
     return {
         name: LazyTensor(tuple(value.shape), str(value.dtype).removeprefix("torch."), lambda value=value: value)
         for name, value in state.items()
     }
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is dense and stored in full: an expanded one would fill the memory when it is copied."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_nested:
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def read_gguf_tensors(path: Path) -> dict[str, LazyTensor]:

@@ -10,6 +10,7 @@ import stat
 import sys
 import unicodedata
 import warnings
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -91,7 +92,8 @@ def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
                 text = "has several frames or pages: of such files the first one alone is read"
                 print(f"{path}: {text}", file=sys.stderr)
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
+            with suppress(Exception):  # a broken block is no reason to refuse the image
+                ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image, path)
     except BadImage:
         raise
@@ -131,7 +133,9 @@ def size_of(path: Path) -> tuple[int, int]:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             # Pillow swaps the sides of a TIFF by itself. It would decode a whole PNG to look for EXIF after the pixels.
             known = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
-            rotated = known and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            rotated = False
+            with suppress(Exception):  # as in open_image
+                rotated = known and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             return image.size if rotated else image.size[::-1]
     except Exception as error:
         raise BadImage(f"{path}: cannot be decoded ({error})") from None

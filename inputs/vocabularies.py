@@ -235,6 +235,8 @@ def parse_json(content: dict, added: dict[str, AddedToken]) -> tuple[Codec, str]
     first = [step["single"][0] for step in steps if step["type"] == "TemplateProcessing"]
     bos = first[0].get("SpecialToken", {}).get("id", "") if first else ""
     merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
+    if lost := next((left + right for left, right in merges if left + right not in model["vocab"]), None):
+        raise ValueError(f"its merges make {lost!r:.60}, which has no id")
     pieces = {left + right for left, right in merges} | {text for text in model["vocab"] if len(text) == 1}
     # A word that is a piece, too, stays one: longer pieces may be made of it.
     specials = {name: token.id for name, token in added.items() if token.special or name not in pieces}
@@ -317,7 +319,7 @@ def parse_split(steps: list[dict]) -> str:
         case [{"type": "Digits", "individual_digits": True}], True:
             return SPLIT_DIGITS
         case [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}], False:
-            if regex.sub(pattern, "", EVERY_KIND):  # tiktoken would drop the rest silently
+            if regex.sub(pattern, "", EVERY_KIND, timeout=5):  # tiktoken would drop the rest silently
                 raise ValueError(f"the pattern {pattern!r} leaves text out")
             return pattern
     raise ValueError(f"text is cut by {json.dumps(steps)[:300]}")

@@ -41,6 +41,11 @@ def check_loss(run: TrainedRun) -> Findings:
     return [f"{text}. Likely cause: the learning rate is too high" for text in found]
 
 
+def other_loss(args) -> bool:
+    """Whether the logged loss is not the cross-entropy, also in the first step."""
+    return bool(args.task_weights or args.distill)
+
+
 def check_start(run: TrainedRun) -> Findings:
     """The first loss is at most near that of a uniform guess, and no layer starts with huge outputs."""
     choices = run.args.batch_size if run.part == "clip" else run.model.config.text_config.vocab_size
@@ -51,7 +56,7 @@ def check_start(run: TrainedRun) -> Findings:
 
     with torch.no_grad(), watch(run.model, (), (DecoderLayer, CLIPEncoderLayer, Projector), record):
         run.model(**run.batch(run.probe[:16]))
-    if run.rows[0]["step"] == 1 and first > 1.5 * math.log(choices) + 1:
+    if run.rows[0]["step"] == 1 and not other_loss(run.args) and first > 1.5 * math.log(choices) + 1:
         found = [f"the first loss is {first:.4g}, a uniform guess has {math.log(choices):.3g}"]
     found += [f"the outputs of {layer_of(path)} have the scale {x:.3g}" for path, x in scales.items() if not x < 1000]
     return [f"initialization: {' and '.join(found[:2])}. Likely cause: weights drawn too large"] if found else []
@@ -73,14 +78,19 @@ def first_updates(run: TrainedRun, trained: dict[str, torch.Tensor]) -> list[tor
     norm = float(torch.nn.utils.get_total_norm(gradients))
     scale = min(1.0, args.clip_grad / (norm + 1e-6)) if args.clip_grad else 1.0
     rates = [rate * (peaks.get(name.split(".")[0]) or args.lr) for name in trained]
+    rates = [rate * ((args.lora_plus or 1) if ".lora_B." in name else 1) for name, rate in zip(trained, rates)]
     return [rate * scale * g / (scale * g.abs() + 1e-8) for rate, g in zip(rates, gradients)]
 
 
 @torch.no_grad()
 def check_replay(run: TrainedRun) -> Findings:
-    """The first two steps, computed again from the run's records, have the losses of the log."""
+    """The first two steps, computed again from the run's records, have the losses of the log; not with flags that
+    change images, tokens or the loss from step to step."""
     args, ranks, logged = run.args, run.ranks, [row["loss"] for row in run.rows[:2]]
-    if args.loss_mean != "token" or run.rows[0]["step"] != 1 or len(logged) < 2 or None in logged:
+    changed = args.augment or args.nested_pool is not None or args.relevance or args.lora_images_only
+    if changed or other_loss(args) or args.ewc or args.loss_mean != "token":
+        return None
+    if run.rows[0]["step"] != 1 or len(logged) < 2 or None in logged:
         return None
     exact = args.dtype == "float32" or (args.dtype == "auto" and getattr(args, "ran_on", "") == "cpu")
     dropout = bool(args.lora and args.lora_dropout)  # it is not repeated, and does nothing before LoRA's first update

@@ -85,12 +85,13 @@ def patch_numbers(size: Size, config: LlavaConfig) -> list[int]:
 class RecordAttention(TorchFunctionMode):
     """Context in which causal attention is computed as it is defined, softmax(q k^T / sqrt(D)) v.
 
-    `weights` gets one tensor (B, H, T, T) for each call. Every class of attention layer is seen, those of fast/ too.
+    `weights` gets keep(w) of the tensor w (B, H, T, T) of each call. Every class of attention layer is seen, those of
+    fast/ too.
     """
 
-    def __init__(self):
+    def __init__(self, keep: Callable[[Tensor], Tensor] = lambda w: w):
         super().__init__()
-        self.weights = []
+        self.weights, self.keep = [], keep
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not F.scaled_dot_product_attention:
@@ -99,8 +100,9 @@ class RecordAttention(TorchFunctionMode):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # grouped-query attention
         later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
         scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(later, -torch.inf)
-        self.weights.append(scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype))
-        return self.weights[-1] @ v
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+        self.weights.append(self.keep(weights))
+        return weights @ v
 
 
 @torch.no_grad()
@@ -109,8 +111,8 @@ def image_features(model: Llava, answer: Answer) -> Tensor:
     return model.vision_features(torch.cat([image.pixels for image in answer.images]).to(model.device))
 
 
-def read(model: Llava, answer: Answer) -> tuple[list[Tensor], Tensor]:
-    """The attention weights (1, H, T, T) of each layer, and the states (T, C) that predict the next tokens.
+def read(model: Llava, answer: Answer, keep=lambda w: w) -> tuple[list[Tensor], Tensor]:
+    """keep(w) of each layer's attention weights w (1, H, T, T), and the states (T, C) that predict the next tokens.
 
     Raises ValueError for a model with virtual tokens, which attention sees and the maps have no place for.
     """
@@ -119,7 +121,7 @@ def read(model: Llava, answer: Answer) -> tuple[list[Tensor], Tensor]:
     with torch.no_grad():
         ids = torch.tensor([answer.ids[:-1]], device=model.device)
         x = model.embed(ids, image_features(model, answer), [image.size for image in answer.images])
-    with RecordAttention() as record:
+    with RecordAttention(keep) as record:
         states = model.language_model.model(x.requires_grad_(torch.is_grad_enabled()))
     return record.weights, states[0]
 
@@ -134,9 +136,13 @@ def layer_attention(model: Llava, answer: Answer) -> Tensor:
 
     The sum over I is the share of attention that goes to the images; the rest goes to text.
     """
-    means = [weight[0].float().mean(0) for weight in read(model, answer)[0]]  # (T, T) each
     image = answer.image_positions(model.config)
-    return torch.stack([torch.stack([mean[rows_of(w)].mean(0)[image] for w in answer.words]) for mean in means]).cpu()
+
+    def keep(weights: Tensor) -> Tensor:  # of all layers, the whole would be H T / W times as large
+        mean = weights[0].float().mean(0)  # (T, T)
+        return torch.stack([mean[rows_of(w)].mean(0)[image] for w in answer.words])
+
+    return torch.stack(read(model, answer, keep)[0]).cpu()
 
 
 def attention_map(model: Llava, answer: Answer) -> Tensor:

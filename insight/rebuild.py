@@ -115,8 +115,6 @@ def build_llava(args: Namespace) -> tuple[nn.Module, Tokenizer, Samples]:
         add_tuning(model, args.tune, args.prefix_length, args.tune_width)
     for name, p in model.named_parameters():
         p.requires_grad_(should_train(args, model, name))
-    if args.init_from:
-        restore_checkpoint(Path(args.init_from), model)
     options = {"image_order": args.image_order, "seed": args.seed, "questions": args.questions}
     options |= {"template": args.template or config.template}
     files = open_files(args, "captions" if args.stage == 1 else "instruct")
@@ -125,6 +123,8 @@ def build_llava(args: Namespace) -> tuple[nn.Module, Tokenizer, Samples]:
     )
     if args.vision and args.whiten and dataset.images(1):
         whiten_projector(model, dataset)
+    if args.init_from:
+        restore_checkpoint(Path(args.init_from), model)
     return model, tokenizer, dataset
 
 

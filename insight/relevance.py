@@ -29,7 +29,7 @@ from insight.look import token_boxes
 from insight.score import FAMILIES, compare_boxes, find_object, mean_and_error
 from llava import Llava
 from training.ranks import choose_device
-from variants.token_budget import Budget, limit_visual_tokens
+from variants.token_budget import METHODS, Budget, limit_visual_tokens
 from world.language import DESCRIBE
 from world.probes import METRICS
 from world.report import read_rows
@@ -45,6 +45,8 @@ def read_questions(world: Path, count: int, file: Path | None = None) -> list[di
     rows = read_rows(file or world / "questions.jsonl")[:count]
     if len(rows) < count:
         raise ValueError(f"{file or world}: {len(rows)} questions, not {count}")
+    if unknown := [row["image"] for row in rows if row["image"] not in objects]:
+        raise ValueError(f"{world}/scenes.jsonl: has no image {unknown[0]}")
     specific = [row["category"] in FAMILIES for row in rows]
     found = [find_object(row["text"], objects[row["image"]]) if one else None for row, one in zip(rows, specific)]
     boxes = [np.array([thing["box"] for thing in objects[row["image"]]]) for row in rows]
@@ -154,7 +156,8 @@ def read_flags() -> argparse.Namespace:
     add("--world", type=Path, required=True, help="folder of the world: questions.jsonl, scenes.jsonl, images")
     add("--questions", type=int, default=500, help="number of questions")
     add("--asked", type=Path, help="file of questions about the world's held-out images; default: its questions.jsonl")
-    add("--methods", nargs="*", default=["random", "pool", "uniform", "cls"], help="methods of --visual-tokens")
+    methods = [method for method in METHODS if method != "fastv"]  # which needs a layer, too
+    add("--methods", nargs="*", choices=methods, default=methods, help="methods of --visual-tokens")
     add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     args = parser.parse_args()
     if args.questions < 2:

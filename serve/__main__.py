@@ -14,10 +14,12 @@ import socket
 import sys
 from pathlib import Path
 
+from data import render_dialogue
 from fast.accelerate import accelerate
 from formats.adapters import load_with_adapter
 from formats.weights import DTYPES, choose_dtype, choose_template
 from inputs import cli
+from inputs.records import Turn
 from inputs.templates import TEMPLATES
 from serve.engine import Engine
 from training import runs
@@ -29,7 +31,7 @@ def read_flags() -> argparse.Namespace:
     parser = cli.make_parser(__doc__, "python -m serve")
     add = parser.add_argument
     add("--model", type=Path, help="folder of a model; default: the newest finished run below out/")
-    add("--adapter", type=Path, help="folder of an adapter that LoRA trained for --model")
+    add("--adapter", type=Path, help="folder of an adapter (LoRA or --tune) for --model")
     add("--bits", type=int, choices=(4, 16), default=16, help="4: the decoder's layers in NF4, a quarter of the memory")
     add("--template", choices=TEMPLATES, help="conversation template; default: the model's")
     add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
@@ -71,6 +73,7 @@ def serve(args: argparse.Namespace):
     if model.config.relevance_bounds:
         raise ValueError(f"{folder}: its question chooses patches, which only sample.py and eval.py can do so far")
     choose_template(model.config, tokenizer, args.template)
+    render_dialogue([Turn("a", "b"), Turn("a", None)], tokenizer, model.config.template, 0)  # it may lack its tokens
     accelerate(model)
     for part, name in ((tokenizer, "encode"), (tokenizer.codec, "encode_word")):
         if hasattr(part, name):  # without their caches, which would keep the texts of all users

@@ -151,7 +151,7 @@ class Service:
             piece, reason = await pieces.get()
             text += piece
         if reason not in ("stop", "length"):
-            raise Refusal(text or "the client left", status=500 if text else 499)
+            raise Refusal(piece or "the client left", status=500 if piece else 499)
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
         answer |= {"object": "chat.completion", "choices": [choice], "usage": count_tokens(job)}
         return JSONResponse(answer)
@@ -183,7 +183,7 @@ class Service:
 
         def call():
             asked = read_request(body, kind, self.name)
-            return asked, function(asked, engine.model, engine.tokenizer)
+            return asked, function(asked, engine)
 
         return await asyncio.get_running_loop().run_in_executor(self.pools[kind], call)
 

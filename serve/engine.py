@@ -16,6 +16,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -59,6 +60,7 @@ class Engine:
     def __init__(self, model: Llava, tokenizer: Tokenizer, rows: int):
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
         self.waiting: deque[Job] = deque()
+        self.calls: deque[tuple[Callable, Future]] = deque()
         self.active: list[Job] = []  # row by row
         self.cache: KVCache | None = None  # of the active jobs; None without any
         self.changed, self.closed = threading.Condition(), False
@@ -75,21 +77,39 @@ class Engine:
         """End a job before its next token. Without effect if it has ended."""
         job.cancelled = True
 
+    def call(self, function: Callable):
+        """Return function(), called between two steps: hooks of the model may keep state during a pass."""
+        future = Future()
+        with self.changed:
+            if self.closed:
+                raise RuntimeError("the engine is closed")
+            self.calls.append((function, future))
+            self.changed.notify()
+        return future.result()
+
     def close(self):
         """End the thread after the step that it is in."""
         with self.changed:
             self.closed = True
             self.changed.notify()
         self.thread.join()
+        for _, future in self.calls:
+            future.cancel()
 
     @torch.inference_mode()
     def run(self):
         """The thread: one step after another while there are jobs."""
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.closed or self.waiting or self.active)
+                self.changed.wait_for(lambda: self.closed or self.waiting or self.active or self.calls)
             if self.closed:
                 return
+            while self.calls:
+                function, future = self.calls.popleft()
+                try:
+                    future.set_result(function())
+                except Exception as error:
+                    future.set_exception(error)
             try:
                 self.admit()
                 self.step()
@@ -134,7 +154,7 @@ class Engine:
 
     def step(self):
         """Choose the next token of every row, let those leave that end with it, and read the tokens of the others."""
-        kept = [row for row, job in enumerate(self.active) if self.choose(job)]
+        kept = [row for row, job in enumerate(self.active) if self.try_choose(job)]
         if len(kept) < len(self.active):
             self.active = [self.active[row] for row in kept]
             self.pack(kept)
@@ -147,6 +167,15 @@ class Engine:
         hidden = decoder(decoder.embed_tokens(ids), padding, cache)  # (B, 1, C)
         for job, logits in zip(self.active, head(hidden[:, -1])):
             job.logits, job.read = logits[None], job.read + 1
+
+    def try_choose(self, job: Job) -> bool:
+        """As `choose`; an error ends this job alone."""
+        try:
+            return self.choose(job)
+        except Exception:
+            traceback.print_exc()
+            job.send("the model failed; see the server's log", "error")
+            return False
 
     def choose(self, job: Job) -> bool:
         """Choose a job's next token and send the text that is new. Returns False if the job ends."""

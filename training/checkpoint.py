@@ -5,6 +5,7 @@ from it. It needs no random state: the order of the data and the seed of every s
 `runs.py` writes and verifies the files.
 """
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from inputs.files import fingerprint, read_json, verify_manifest
 from inputs.tokenizer import Tokenizer
 from training import sharding
+from training.objectives import LOG_VARIANCES
 from training.ranks import Distributed
 from training.runs import Run
 from training.sharding import STATES, is_sharded, local_optimizer, trainable_parameters, unshard
@@ -32,6 +34,8 @@ class Saver:
         """Lock the run's folder and restore its newest checkpoint. Returns its step (0 without one), the number of
         skipped steps just before, and all validation losses so far."""
         self.run.values |= {"ranks": self.ranks.world_size, "ran_on": self.ranks.device.type}
+        if self.args.loss_mean == "micro-batch":
+            self.run.check_unchanged("ranks", self.ranks.world_size, "a number of ranks of")
         self.ranks.on_main(self.run.open)
         checkpoint = self.ranks.on_main(self.run.newest_valid_checkpoint)
         step = restore_checkpoint(checkpoint, self.model, self.optimizer) if checkpoint else 0
@@ -59,6 +63,7 @@ class Saver:
     def finish(self, save: Callable[[dict, Path], None], tokenizer: Tokenizer):
         """Publish the finished model, with --patience the best one; `save(trained_weights, folder)` writes it."""
         if best := self.ranks.on_main(self.run.checkpoints, "best"):
+            self.ranks.on_main(verify_manifest, best[-1])
             restore_checkpoint(best[-1], self.model)
             self.ranks.print0(f"{best[-1].name} had the smallest validation loss: it becomes the finished model")
         self.check_weights(self.args.steps)
@@ -98,6 +103,8 @@ def restore_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Op
     """Copy a checkpoint into the model, and into the optimizer if given. Returns the checkpoint's step.
     Raises ValueError if the checkpoint holds other parameters than those that train now."""
     saved, trained = load_file(folder / "trained.safetensors"), trainable_parameters(model)
+    if LOG_VARIANCES not in trained:  # they belong to the run that learned them
+        saved.pop(LOG_VARIANCES, None)
     if names := ", ".join(sorted(set(saved) ^ set(trained))[:5]):
         raise ValueError(f"{folder}: the run now trains other parameters than the checkpoint holds: {names}")
     for name, p in trained.items():
@@ -111,6 +118,17 @@ def restore_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Op
             for key, state in optimizer.state[p].items() if id(p) in own else ():
                 state.copy_(reshard_like(saved[f"{name}.{key}"], state))
     return read_json(folder / "state.json")["step"]
+
+
+def check_base(model: nn.Module, run: Run):
+    """Note a checksum of the weights that the run starts from, 64 of each tensor. Raises ValueError if a resumed run
+    began with others: it stores only what trains."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.flatten()[:: max(1, tensor.numel() // 64)][:64].to(torch.float32).numpy().tobytes())
+    run.values["base_sha256"] = digest.hexdigest()
+    run.check_unchanged("base_sha256", run.values["base_sha256"], "a base of weights whose sha256 is")
 
 
 def restore_start(folder: Path, model: nn.Module, run: Run) -> str:

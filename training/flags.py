@@ -21,7 +21,7 @@ from variants.tuning import LENGTH, METHODS, VIRTUAL, WITH_WIDTH
 COMPONENTS = ("vision", "projector", "llm", "relevance")  # what --train may name
 USELESS = dict.fromkeys((1, 2), ("tower", "size", "patch_size"))  # flags that do nothing in a stage
 USELESS[0] = ("train", "model", "vision", "llm", "projector", "whiten", "image_order", "lr_projector", "lr_vision")
-USELESS[0] += ("augment", "visual_tokens", "nested_pool", "task_weights", "ewc", "distill")
+USELESS[0] += ("augment", "visual_tokens", "nested_pool", "task_weights", "ewc", "distill", "recompute", "cache_gb")
 
 PARSER = argparse.ArgumentParser("train.py", epilog=recipes.listing())
 PARSER.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -193,13 +193,19 @@ def refuse(wrong, reason: str):
 def check(args: argparse.Namespace):
     """Raise ValueError on the first value, or pair of values, that makes no sense."""
     counts = ("steps", "batch_size", "accumulate", "save_every", "keep", "questions", "val_every", "patience")
-    for key in (*counts, "visual_tokens", "diagnose", "prefix_length", "tune_width"):
+    counts += ("visual_tokens", "diagnose", "prefix_length", "tune_width", "max_length", "patch_size")
+    for key in counts:
         value = getattr(args, key)
         refuse(value is not None and value < 1, f"--{key.replace('_', '-')} must be at least 1")
-    for key in ("lr", "lr_projector", "lr_vision"):
+    refuse(not 0 <= args.warmup <= 1, "--warmup is a share of the steps, from 0 to 1")
+    refuse(args.workers < 0, "--workers must be at least 0")
+    for key in ("lr", "lr_projector", "lr_vision", "weight_decay", "clip_grad", "cache_gb"):
         value = getattr(args, key)
         wrong = value is not None and not 0 <= value < math.inf
         refuse(wrong, f"--{key.replace('_', '-')} must be a number, at least 0")
+    pairs = args.stage == 0 and args.tower != "decoder" and args.batch_size // args.accumulate
+    alone = "CLIP compares the pairs of a micro-batch: --batch-size must be at least twice --accumulate"
+    refuse(pairs == 1, alone)
     read_mixing(args.mixing)
     if args.shares:
         read_shares(args.shares)
@@ -222,6 +228,8 @@ def check(args: argparse.Namespace):
     refuse(args.model and (args.vision or args.llm), either)
     refuse(unknown, f"--train {', '.join(sorted(unknown))}: choose from {', '.join(COMPONENTS)}")
     refuse(args.stage > 0 and not (args.train or args.lora or args.tune), "--train names nothing")
+    frozen = "lr_vision" in args.flags and "vision" not in args.train and args.lora not in ("vision", "both")
+    refuse(frozen, "--lr-vision: the vision tower does not train, see --train")
 
 
 def check_objectives(args: argparse.Namespace):
@@ -280,6 +288,7 @@ def check_relevance(args: argparse.Namespace):
     if not args.relevance:
         for key in args.flags:
             refuse(key == "token_price", "--token-price needs --relevance")
+        refuse("relevance" in args.train, "--train relevance needs --relevance, which says how the choice is learned")
         return
     refuse(args.stage != 2, "--relevance is for stage 2: captions have no question")
     for key in ("nested_pool", "task_weights", "ewc", "distill", "lora_images_only", "tune", "compile"):

@@ -75,9 +75,13 @@ class Run:
             raise ValueError(f"{folder} already holds a run: add --resume to continue it, or name another --out")
         if resume and not exists:
             raise ValueError(f"{folder} holds no run to resume")
+        if not exists and ((folder / "config.json").exists() or any(folder.glob("*.safetensors"))):
+            raise ValueError(f"{folder} holds a model, which the run would replace: name another --out")
         self.old = files.read_json(folder / "run.json") if exists else {}
         self.finished = bool(self.old.get("finished"))
         fixed = self.old.keys() & values.keys() - set(MAY_CHANGE)
+        if folder.name == "clip" or values.get("loss_mean") == "micro-batch":
+            fixed |= self.old.keys() & {"accumulate"}  # CLIP compares the pairs of a micro-batch
         for key in sorted(fixed, key=lambda key: (key != "recipe", key)):  # the recipe first: it sets the others
             self.check_unchanged(key, values[key])
 

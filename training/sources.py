@@ -6,6 +6,7 @@ import numpy as np
 
 from data import Records
 from inputs.check import Skips, count_cut, image_faults, log_skipped, refuse_bad
+from inputs.files import fingerprint
 from inputs.mixture import Source, check_mixing, make_order, open_sources
 from inputs.records import DataError
 from inputs.samples import Samples
@@ -87,8 +88,9 @@ def report_cut(ranks: Distributed, run: Run, dataset: Samples, val: Samples | No
             ranks.print0(f"{'validation: ' if part is val else ''}{text}")
         if part is dataset:
             run.values["lengths"] = counts
-    run.values["data_bytes"] = [source.file.version[0] for source in dataset.sources]
-    run.check_unchanged("data_bytes", run.values["data_bytes"], "files whose sizes in bytes are")
+    sums = ranks.on_main(lambda: [fingerprint(source.file.path)["sha256"] for source in dataset.sources])
+    run.values["data_sha256"] = sums
+    run.check_unchanged("data_sha256", sums, "files whose sha256 are")
     if isinstance(dataset, Records) and (count := count_lone_questions(dataset)):
         text = "records of an image and one question are read without their question, as in LLaVA's stage 1"
         ranks.print0(f"template {dataset.template}: {count:,} {text}")

@@ -46,7 +46,8 @@ class ImageRows:
         if cache is not None:
             if cache.used:
                 rows = cache.image_rows if rows is None else cache.image_rows | rows
-            cache.image_rows, self.of_prompt = rows, None
+            cache.image_rows = rows
+        self.of_prompt = None
         self.rows = rows[:, None, None]  # (B, 1, 1)
         self.kept = None if keep is None else rows[:, None].expand_as(keep)[keep][:, None]  # (N, 1), of the last MLP
 

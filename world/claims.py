@@ -21,6 +21,7 @@ from pathlib import Path
 from evaluation.scores import accuracy_by_category
 from inputs import cli
 from inputs.files import OUTPUT_ROOT, read_json, write_atomic, write_json
+from world.knowledge import stamp_text
 from world.real_decoder import (
     BATCH,
     CONNECTOR_FLAGS,
@@ -234,8 +235,8 @@ def main():
     """Train and measure every variant that is not done yet, then write the table."""
     args, template = read_flags()
     args.out.mkdir(parents=True, exist_ok=True)
-    flags = {"minutes": args.minutes, "llm": str(args.llm), "speedrun": str(args.speedrun), "text": str(args.text)}
-    flags["dtype"] = args.dtype
+    flags = {"minutes": args.minutes, "llm": str(args.llm), "speedrun": str(args.speedrun)}
+    flags |= {"text": stamp_text(args.text), "dtype": args.dtype}
     refuse_other_flags(args.out / "claims-flags.json", flags)
     for run in args.out.glob("seed*/*"):
         refuse_newer_world(run, args.speedrun)

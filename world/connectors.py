@@ -24,7 +24,7 @@ from world.language import FAMILIES
 from world.real_decoder import finished
 from world.report import read_rows
 from world.scenes import make_scene
-from world.speedrun import Runner, Step, refuse_other_flags, run_steps
+from world.speedrun import Runner, Step, refuse_other_flags, run_steps, stamp
 
 OBJECTS = 3  # in a scene, at most
 ASKED = ("color", "counting", "position", "reading", "shape")  # families of the questions
@@ -210,7 +210,7 @@ def main():
     """Run every step that is not done yet, then write the report."""
     args = read_flags()
     args.out.mkdir(parents=True, exist_ok=True)
-    flags = {"minutes": args.minutes, "speedrun": str(args.speedrun), "patch-size": args.patch_size}
+    flags = {"minutes": args.minutes, "speedrun": stamp(args.speedrun / "stage2"), "patch-size": args.patch_size}
     flags |= {"budgets": args.budgets, "size": args.size, "dtype": args.dtype, "seed": args.seeds[0]}
     refuse_other_flags(args.out / "flags.json", flags)
     plan, runner, minutes_file = Plan(args), Runner(), args.out / "minutes.json"

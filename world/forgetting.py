@@ -24,12 +24,12 @@ from inputs.files import OUTPUT_ROOT, read_json, write_json
 from training import plots
 from world.claims import mean_and_error, subset
 from world.drawing import SHIFTS
-from world.knowledge import read_text
+from world.knowledge import read_text, stamp_text
 from world.language import FAMILIES
 from world.real_decoder import finished
 from world.real_report import table
 from world.report import read_rows
-from world.speedrun import Runner, Step, refuse_other_flags, run_steps
+from world.speedrun import Runner, Step, refuse_other_flags, run_steps, stamp
 
 IMAGES = 2000  # of the new world
 KEPT = 3000  # dialogues of the old world that replay draws from
@@ -188,7 +188,7 @@ def report_remedies(args: argparse.Namespace):
         shares = [brought_back(before["old"]["overall"], a["old"]["overall"], b["old"]["overall"]) for a, b in pairs]
         known = None not in shares
         differences = [b["new"]["overall"] - a["new"]["overall"] for a, b in pairs]
-        rows.append([*cells, mean_and_error(shares) if known else "nothing was lost", mean_and_error(differences)])
+        rows.append([*cells, mean_and_error(shares) if known else "a seed lost nothing", mean_and_error(differences)])
         reached = known and statistics.mean(shares) >= GOAL[0] and statistics.mean(differences) >= -GOAL[1]
         verdicts += [name] if reached else []
     lost = [before["old"]["overall"] - run["old"]["overall"] for run in none]
@@ -244,7 +244,8 @@ def matrix(args: argparse.Namespace):
     if len(args.worlds) > 1 and not all(sees[extra:]):
         raise ValueError("--models: only one more model, before those of the worlds, may be a decoder without a tower")
     args.out.mkdir(parents=True, exist_ok=True)
-    flags = {"models": list(map(str, args.models)), "worlds": list(map(str, args.worlds)), "text": str(args.text)}
+    flags = {"models": list(map(stamp, args.models)), "worlds": list(map(str, args.worlds))}
+    flags["text"] = stamp_text(args.text) if args.text else "None"
     refuse_other_flags(args.out / "matrix-flags.json", flags | {"questions": args.questions})
     run_steps(plan_matrix(args, sees), args.out / "minutes.json", Runner())
 

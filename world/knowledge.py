@@ -9,6 +9,7 @@ of mixing in old data see Rolnick et al. 2019, arXiv 1811.11682).
 """
 
 import argparse
+import hashlib
 import json
 import math
 import re
@@ -120,6 +121,12 @@ def read_text(path: Path | None) -> tuple[str, str]:
     return text, path.name
 
 
+def stamp_text(path: Path | None) -> str:
+    """The name of the held-out English and a checksum of it: perplexities of other texts do not compare."""
+    text, name = read_text(path)
+    return f"{path or name} (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
+
+
 def ask(model: Llava, tokenizer: Tokenizer, args: argparse.Namespace):
     """Measure a model and write {"perplexity", "tokens", "text", "right", "answers", ...}."""
     text, name = read_text(args.text)
@@ -180,7 +187,8 @@ def main():
         add = command.add_argument
         add("--model", type=Path, required=True, help="folder or .gguf file of a model, or folder of an adapter")
         add("--out", type=Path, required=True, help="JSON file to write")
-        add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
+        default, text = ("float32" if run is ask else "auto"), "auto: bfloat16 on a GPU, float32 on a CPU"
+        add("--dtype", choices=DTYPES, default=default, help=f"{text}; default: {default}")
     add = commands.choices["ask"].add_argument
     add("--text", type=Path, help="English in UTF-8; default: the prose of docs/")
     add("--bits", type=int, choices=(4, 16), default=16, help="4: the decoder's layers in NF4, as QLoRA trained them")

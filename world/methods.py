@@ -17,17 +17,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from evaluation.scores import accuracy_by_category
 from formats.weights import open_model
 from inputs import cli
 from inputs.files import OUTPUT_ROOT, read_json, write_json
-from llava import TextConfig
+from llava import Llava, LlavaConfig, TextConfig
 from variants.tuning import LENGTH
 from world.claims import find_seeds, mean_and_error
-from world.knowledge import read_text
+from world.knowledge import read_text, stamp_text
 from world.real_report import table
 from world.report import read_rows
-from world.speedrun import Runner, Step, refuse_other_flags, run_steps
+from world.speedrun import Runner, Step, refuse_other_flags, run_steps, stamp
 
 BEST = 3  # methods that are trained with every seed
 MOST_TOKENS = 100  # of a prompt or prefix; more take the room of image and text
@@ -39,11 +41,11 @@ WIDEST = 4096  # of a bottleneck or MLP, and the largest rank
 
 
 def matrices(config: TextConfig) -> list[tuple[int, int]]:
-    """(in, out) of a layer's linear layers: q, k, v, o, gate, up, down."""
+    """(in, out) of a layer's linear layers: q, k, v, o, gate (none in GPT-2), up, down."""
     width, inner = config.hidden_size, config.intermediate_size
     queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     attention = [(width, queries), (width, keys), (width, keys), (queries, width)]
-    return [*attention, (width, inner), (width, inner), (inner, width)]
+    return [*attention, *[(width, inner)] * (1 if config.gpt2 else 2), (inner, width)]
 
 
 def count_lora(config: TextConfig, rank: int) -> int:
@@ -82,10 +84,8 @@ def count_ia3(config: TextConfig, size: int) -> int:
 
 
 def count_decoder(config: TextConfig, size: int) -> int:
-    """Embeddings, layers and norms. An output layer of its own has another set of embeddings."""
-    layer = sum(a * b for a, b in matrices(config)) + 2 * config.hidden_size
-    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
-    return config.num_hidden_layers * layer + config.hidden_size + embeddings
+    with torch.device("meta"):
+        return sum(p.numel() for p in Llava(LlavaConfig(config)).language_model.parameters())
 
 
 @dataclass(frozen=True)
@@ -249,6 +249,8 @@ def read_flags() -> argparse.Namespace:
     for path in (args.old / "questions.jsonl", args.data, args.test):
         if not path.exists():
             raise ValueError(f"{path}: not found")
+    if any("answer" not in row for row in read_rows(args.test)):
+        raise ValueError(f"--test {args.test}: a question has no answer to compare with")
     if args.text:
         read_text(args.text)
     return args
@@ -261,6 +263,8 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     changeable = ("only", "seeds", "out")
     flags = {key.replace("_", "-"): str(value) for key, value in vars(args).items() if key not in changeable}
+    flags |= {key: stamp(getattr(args, key)) for key in ("model", "data", "test")}
+    flags |= {"text": stamp_text(args.text)} if args.text else {}
     refuse_other_flags(args.out / "flags.json", flags)
     (args.out / "before").mkdir(exist_ok=True)
     runner, minutes_file = Runner(), args.out / "minutes.json"

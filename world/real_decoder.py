@@ -23,7 +23,7 @@ from formats.weights import load_tokenizer, open_model
 from inputs import cli
 from inputs.files import OUTPUT_ROOT, read_json, read_optional_json
 from training.ranks import choose_device
-from world.knowledge import read_text
+from world.knowledge import read_text, stamp_text
 from world.real_report import write_report
 from world.report import read_rows
 from world.speedrun import Runner, Step, refuse_other_flags, run_steps
@@ -229,7 +229,7 @@ def main():
     speedrun = choose_world(args.speedrun, args.minutes, args.seed, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     flags = {"minutes": args.minutes, "seed": args.seed, "llm": str(args.llm), "speedrun": str(speedrun)}
-    flags |= {"projector": args.projector, "dtype": args.dtype} | ({"text": str(args.text)} if args.text else {})
+    flags |= {"projector": args.projector, "dtype": args.dtype, "text": stamp_text(args.text)}
     refuse_other_flags(args.out / "speedrun.json", flags)
     refuse_newer_world(args.out / "stage1", speedrun)
     minutes_file, runner, world = args.out / "minutes.json", Runner(), speedrun / "world"

@@ -14,10 +14,11 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from inputs import cli
-from inputs.files import OUTPUT_ROOT, read_optional_json, write_json
+from inputs.files import OUTPUT_ROOT, fingerprint, read_optional_json, write_json
 from inputs.tokenizer import Tokenizer, train_bpe
 from llava import LlavaConfig
 from training.towers import new_clip, new_decoder
@@ -173,6 +174,15 @@ def run_steps(steps: list[Step], minutes_file: Path, runner: Runner) -> dict[str
         minutes[step.name] = (time.time() - begin) / 60
         write_json(minutes_file, minutes)
     return minutes
+
+
+def stamp(path: Path) -> str:
+    """A path and what tells its content: a file's checksum; the time when a run ended, or a model was written."""
+    if path.is_file():
+        return f"{path} (sha256 {fingerprint(path)['sha256'][:12]})"
+    written = max((file.stat().st_mtime for file in path.glob("*.safetensors")), default=0)
+    ended = read_optional_json(path / "run.json").get("finished", written)
+    return f"{path} (of {datetime.fromtimestamp(ended, UTC):%Y-%m-%d %H:%M:%S})"
 
 
 def refuse_other_flags(path: Path, flags: dict):

@@ -70,6 +70,21 @@ def test_templates_make_good_records_of_every_kind(make, command, tiny, tmp_path
     assert (make(*argv, out=tmp_path / "again") / "data.json").read_bytes() == (out / "data.json").read_bytes()
 
 
+def test_held_out_scenes_are_left_out(make, tiny, tmp_path, capsys):
+    out = make(tiny.world / "scenes.jsonl", "--images", tiny.world)
+    records = json.loads((out / "data.json").read_text())
+    assert records and not any(record["image"].startswith("heldout-") for record in records)
+    assert "held-out scenes are left out" in capsys.readouterr().err
+
+
+def test_only_boxes_of_all_objects_say_what_is_not_there(make, tmp_path):
+    rows = [{"id": str(i), "image": "red.png", "boxes": [["bus", 0, 0, 0.5, 0.5]]} for i in range(30)]
+    source = write_items(tmp_path, 30)
+    (tmp_path / "items.json").write_text(json.dumps(rows))
+    text = (make(*source, "--kinds", "conversation") / "data.json").read_text()
+    assert "There are no" not in text and "How many buses are in the image?" in text and "There is a bus." in text
+
+
 def test_the_report_loads_nothing_and_shows_text_as_text(make, tmp_path):
     source = write_items(tmp_path, 3)
     rows = json.loads((tmp_path / "items.json").read_text())
@@ -97,6 +112,19 @@ def test_an_endpoint_that_fails_in_twelve_ways(make, tmp_path, capfd, monkeypatc
     before = server.tries.total()
     make(*source, *fake(server, "--filters", "format"))  # all is there: nothing is asked, the server is gone
     assert server.tries.total() == before
+
+
+def test_other_options_are_other_requests(make, tmp_path, capsys):
+    source = write_items(tmp_path, 3)
+    with FakeEndpoint() as server:
+        make(*source, *fake(server, "--max-tokens", 200))
+        before = server.tries.total()
+        make(*source, *fake(server, "--max-tokens", 200))
+        assert server.tries.total() == before
+        body = '{"max_tokens": null, "max_completion_tokens": 8000}'
+        make(*source, *fake(server, "--body", body))
+        assert server.tries.total() == 2 * before
+    assert "at most 24,000" in capsys.readouterr().out
 
 
 def test_an_answer_that_comes_byte_by_byte_is_late():

@@ -12,6 +12,7 @@ from evaluation.metrics import (
     answer_classes,
     classifier_accuracy,
     contains_truth,
+    exact_match,
     levenshtein,
     m4c_accuracy,
     normalize_answer,
@@ -195,6 +196,14 @@ def test_medical_measures_by_hand():
     assert found["exact match"] == pytest.approx(2 / 3) and found["same"] == 0
     assert word_overlap("", "left")["f1"] == 0 and word_overlap("Left.", "left")["same"] == 1
     assert contains_truth("Yes, it is", "yes") and not contains_truth("no", "yes")
+    assert contains_truth("A.", "A") and not contains_truth("B", "A") and not contains_truth("42", "-")
+
+
+def test_numbers_keep_their_sign_and_point():
+    same = [("5.", "5"), ("1,000", "1000"), ("A!", "a"), ("-", "-")]
+    assert all(exact_match(*pair) for pair in same)
+    pairs = [("5", "-5"), ("35", "3.5"), ("1/2", "12"), ("+", "-")]
+    assert not any(exact_match(*pair) for pair in pairs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -800,6 +800,20 @@ def test_pickle_is_read_without_running_its_code(tmp_path, capfd):
     assert not (tmp_path / "pwned").exists()
 
 
+@pytest.mark.parametrize(
+    "value",
+    [torch.ones(1).expand(1 << 16, 1 << 16), torch.ones(2, device="meta"), torch.ones(2).to_sparse()],
+    ids=["expanded", "meta", "sparse"],
+)
+def test_a_pickle_of_tensors_without_their_numbers_is_refused(tmp_path, value):
+    ours = make("llama")
+    save_model(ours, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(ours.state_dict() | {"x": value}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="'x' is no plain tensor"):
+        load_model(tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # invalid or unsupported configs
 

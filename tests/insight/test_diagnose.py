@@ -58,6 +58,23 @@ def test_a_fault_in_the_code_is_found(started, monkeypatch, name):
 
 
 @pytest.mark.parametrize(
+    "flags",
+    [
+        "--augment flip,crop",
+        "--distill 0.5:2",
+        "--nested-pool 9 1",
+        "--task-weights instruct=2",
+        "--lora llm --lora-dropout 0 --lora-plus 16 --warmup 0",
+        "--relevance reinforce",
+    ],
+)
+def test_flags_that_change_loss_or_samples_are_no_fault(tiny, command, tmp_path, flags):
+    command(train, *tiny.flags["stage2"], *flags.split(), "--out", tmp_path / "run")
+    run = rebuild.TrainedRun(tmp_path / "run")
+    assert not diagnose.check_start(run) and not diagnose.check_replay(run)
+
+
+@pytest.mark.parametrize(
     ("name", "says"),
     [
         ("decoder frozen by mistake", ["replay: step 2", "decoder: 6 steps have not changed it"]),

@@ -135,7 +135,7 @@ def test_stop_texts_end_an_answer_and_are_never_shown(server):
 ])  # fmt: skip
 def test_both_names_of_the_largest_number_of_tokens(server, options, most):
     body = json.dumps({"messages": [{"role": "user", "content": "hi"}]} | options).encode()
-    job = prepare_job(limits.read_request(body, limits.ChatRequest, ""), server.model, server.tokenizer)
+    job = prepare_job(limits.read_request(body, limits.ChatRequest, ""), server.engine)
     assert len(job.prompt) == 7 and job.max_tokens == most
 
 

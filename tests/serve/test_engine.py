@@ -82,6 +82,14 @@ def test_concurrent_answers_are_those_given_alone(llava, tiny, engine):
         assert reason == ("length" if len(ids) == job.max_tokens else "stop")
 
 
+def test_a_tiny_temperature_and_a_failing_job_end_no_other(llava, tiny, engine):
+    jobs = make_jobs(llava, tiny.world, 3)
+    jobs[0].temperature, jobs[1].top_k, jobs[1].temperature = 1e-40, "many", 1.0
+    alone = [answer_alone(llava, job) for job in (jobs[0], jobs[2])]
+    reasons = [reason for _, reason in run(engine, jobs)]
+    assert reasons[1] == "error" and "error" not in reasons[::2] and [jobs[0].ids, jobs[2].ids] == alone
+
+
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_virtual_tokens_stand_before_every_row(babbler, tiny, method):
     model = load_model(babbler)

@@ -1,5 +1,6 @@
 """Weights of tasks, EWC, distillation, averaged weights: against closed forms and brute force, and resumed bitwise."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -235,6 +236,15 @@ def test_flags_that_make_no_sense(argv, word, capsys):
     assert word in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_only_a_model_and_what_was_trained_from_it_are_averaged(tiny, command, tmp_path):
+    other = shutil.copytree(tiny.stage2, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["text_config"]["rope_theta"] = 1e6
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="differ in text_config"):
+        command(formats_command, "average", tiny.stage1, other, tmp_path / "no")
+
+
 def test_averaged_weights(tiny, command, tmp_path, capsys):
     command(formats_command, "average", tiny.stage1, tiny.stage2, tmp_path / "mean", "--share", 0.25)
     one, two, mean = (
@@ -242,7 +252,7 @@ def test_averaged_weights(tiny, command, tmp_path, capsys):
     )
     assert all(torch.allclose(mean[name], 0.75 * one[name] + 0.25 * two[name], atol=1e-6) for name in two)
     assert load_model(tmp_path / "mean").config.template == load_model(tiny.stage2).config.template
-    for argv, word in (([tiny.decoder], "differ in the shape"), ([tiny.stage2, "--share", 2], "between 0 and 1")):
+    for argv, word in (([tiny.decoder], "B was not trained from A"), ([tiny.stage2, "--share", 2], "between 0 and 1")):
         with pytest.raises(SystemExit) as caught:
             command(formats_command, "average", tiny.stage1, argv[0], tmp_path / "no", *argv[1:])
         assert word in caught.value.code and not (tmp_path / "no").exists()

@@ -65,8 +65,8 @@ def test_lora_leaves_the_towers_of_any_recipe_alone():
 
 def test_every_knob_is_a_flag_that_goes_before_the_recipe():
     other = {"epochs": 2.0, "template": "chatml", "train": "llm", "projector": "linear", "image_mode": "square"}
-    other |= {"loss_mean": "micro-batch"}
-    for key in (key for key in recipes.KNOBS if not key.startswith("lora")):  # those need each other
+    other |= {"loss_mean": "micro-batch", "warmup": 0.5}
+    for key in (key for key in recipes.KNOBS if not key.startswith(("lora", "lr_vision"))):  # those need others
         value = other.get(key, 7)
         args = flags("--recipe", "llava-1.5", "--stage", 2, f"--{key.replace('_', '-')}", value)
         wanted = PUBLISHED["llava-1.5", 2] | {key: value}
@@ -111,6 +111,14 @@ def test_steps_of_epochs(epochs, records, batch_size, steps):
     (["--epochs", "0"], ["--epochs"]),
     (["--epochs", "nan"], ["--epochs"]),
     (["--loss-mean", "median"], ["--loss-mean"]),
+    (["--clip-grad", "-1"], ["--clip-grad", "at least 0"]), (["--warmup", "100"], ["--warmup", "from 0 to 1"]),
+    (["--weight-decay", "nan"], ["--weight-decay"]), (["--cache-gb", "nan"], ["--cache-gb"]),
+    (["--max-length", "0"], ["--max-length", "at least 1"]), (["--workers", "-1"], ["--workers"]),
+    (["--train", "relevance,projector"], ["--train relevance needs --relevance"]),
+    (["--lr-vision", "2e-6", "--train", "llm"], ["--lr-vision", "does not train"]),
+    (["--stage", "0", "--recompute"], ["--recompute does nothing in stage 0"]),
+    (["--stage", "0", "--batch-size", "4", "--accumulate", "4"], ["CLIP compares"]),
+    (["--stage", "0", "--patch-size", "0"], ["--patch-size"]),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(capsys, argv, words):
     with pytest.raises(SystemExit) as caught:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train
+from formats.weights import load_model
 from inputs import files
 from training import runs, sharding
 from training.checkpoint import checkpoint_tensors, gather_tensors, restore_checkpoint
@@ -310,6 +311,77 @@ def test_a_resumed_run_that_began_with_a_checkpoint(tiny, command, tmp_path, mon
     else:
         command(train, *argv, "--resume")
         assert json.loads((tmp_path / "run/run.json").read_text())["finished"]
+
+
+def test_a_whitened_projector_of_a_checkpoint_is_not_whitened_again(tiny, command, tmp_path, monkeypatch):
+    argv = [*tiny.flags["stage1"], "--whiten"]
+    monkeypatch.setattr(runs.Run, "finish", lambda *_: None)  # it would delete the checkpoints
+    command(train, *argv, "--out", tmp_path / "first")
+    monkeypatch.undo()
+    command(train, *argv, "--out", tmp_path / "second", "--init-from", tmp_path / "first/latest", "--lr", 0)
+    saved = load_file(tmp_path / "first/latest/trained.safetensors")
+    kept = {name: p for name, p in load_model(tmp_path / "second").named_parameters() if name in saved}
+    assert kept.keys() == saved.keys() and all(torch.equal(kept[name], saved[name]) for name in saved)
+
+
+def stop_at_step_3(command, monkeypatch, *argv):
+    step = train.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", lambda *args: 1 / 0 if args[-1] == 3 else step(*args))
+        with pytest.raises(ZeroDivisionError):
+            command(train, *argv)
+
+
+def test_a_resumed_run_with_another_base_or_other_data_is_refused(tiny, command, tmp_path, monkeypatch):
+    base, data = shutil.copytree(tiny.stage1, tmp_path / "base"), tmp_path / "data.json"
+    data.write_text((tiny.world / "instruct.json").read_text())
+    argv = ["--stage", 2, "--model", base, "--data", data, "--images", tiny.world, "--steps", 4, "--batch-size", 4]
+    argv += ["--out", tmp_path / "run", "--save-every", 1]
+    stop_at_step_3(command, monkeypatch, *argv)
+    data.write_text(data.read_text().replace("red", "der"))
+    with pytest.raises(SystemExit, match="files whose sha256"):
+        command(train, *argv, "--resume")
+    data.write_text((tiny.world / "instruct.json").read_text())
+    weights = load_file(base / "model.safetensors")
+    save_file({name: p + 0.001 for name, p in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match="a base of weights whose sha256"):
+        command(train, *argv, "--resume")
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    command(train, *argv, "--resume")
+
+
+def test_the_negatives_of_clip_stay_the_same(tiny, command, tmp_path, monkeypatch):
+    argv = ["--stage", 0, "--tower", "clip", "--world", tiny.world, "--size", "tiny", "--steps", 4, "--batch-size", 16]
+    argv += ["--out", tmp_path / "run", "--save-every", 1]
+    with pytest.raises(SystemExit, match="holds no run to resume"):
+        command(train, *argv, "--resume")
+    stop_at_step_3(command, monkeypatch, *argv)
+    with pytest.raises(SystemExit, match="--accumulate 1, not 2"):
+        command(train, *argv, "--resume", "--accumulate", 2)
+
+
+def test_a_model_is_not_overwritten(tiny, command, tmp_path):
+    folder = shutil.copytree(tiny.stage1, tmp_path / "model")
+    (folder / "run.json").unlink()  # as in a downloaded one
+    with pytest.raises(SystemExit, match="holds a model, which the run would replace"):
+        command(train, *tiny.flags["stage2"], "--model", folder, "--out", folder)
+
+
+def test_the_last_step_is_validated_and_a_damaged_best_checkpoint_refused(tiny, command, tmp_path, monkeypatch):
+    argv = [*tiny.flags["stage2"], "--val", tiny.world / "instruct.json", "--patience", 1, "--out", tmp_path / "run"]
+    finish = train.Saver.finish
+
+    def damage(run):
+        (best,) = run.checkpoints("best")
+        content = bytearray((best / "trained.safetensors").read_bytes())
+        content[-1] ^= 1
+        (best / "trained.safetensors").write_bytes(content)
+
+    monkeypatch.setattr(train.Saver, "finish", lambda saver, *more: (damage(saver.run), finish(saver, *more)))
+    with pytest.raises(SystemExit, match="was changed after it was written"):
+        command(train, *argv)
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert "val_loss" in rows[-1]
 
 
 def test_what_init_from_expects_is_said(tiny, command, tmp_path):

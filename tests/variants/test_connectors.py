@@ -543,7 +543,7 @@ def test_maps_on_the_image_are_refused():
         patch_numbers((24, 24), model.config)
     asked = SimpleNamespace(messages=[None])
     with pytest.raises(Refusal, match="no map: this model's resampler does not make"):
-        draw_maps(asked, model, None)
+        draw_maps(asked, SimpleNamespace(model=model, tokenizer=None))
 
 
 def test_all_counts_of_tokens_are_one():

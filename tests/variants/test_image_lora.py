@@ -127,3 +127,35 @@ def test_the_flag_needs_lora(tiny, command, tmp_path, capsys):
     with pytest.raises(SystemExit):
         command(train, *tiny.flags["stage2"], "--lora", "vision", "--lora-images-only", "--out", tmp_path / "run")
     assert "--lora-images-only is for the decoder" in capsys.readouterr().err
+
+
+def test_a_map_between_two_steps_changes_no_answer(models, tiny):
+    """A pass over an image without a cache, as for a map, leaves the rows of text alone."""
+    _, gated, _, tokenizer = models
+    (text, seen), features = prompts(models, tiny.world, [0, 1])
+    engine = Engine(gated, tokenizer, rows=2)
+
+    def ask():
+        job, pieces = Job(text, [], 20), queue.Queue()
+        job.send = lambda piece, reason: pieces.put((piece, reason))
+        engine.submit(job)
+        return job, pieces
+
+    def look():
+        with torch.inference_mode():
+            gated.language_model.model(gated.embed(torch.tensor([seen]), features))
+        return "drawn"
+
+    job, pieces = ask()
+    while not pieces.get(timeout=60)[1]:
+        pass
+    other, pieces = ask()
+    reasons = []
+    while not any(reasons):
+        assert engine.call(look) == "drawn"
+        while not pieces.empty():
+            reasons.append(pieces.get()[1])
+    with pytest.raises(ZeroDivisionError):
+        engine.call(lambda: 1 / 0)
+    engine.close()
+    assert other.ids == job.ids

@@ -49,6 +49,12 @@ def test_a_tiny_table(tiny, tmp_path, command, in_process, monkeypatch, capsys):
     assert "old task" in text
     command(methods, *same, "--test", old, "--seeds", 0, "--only", "ia3", "--out", tmp_path / "same")
     assert "old task" not in (tmp_path / "same/methods.md").read_text()  # it is the new task
+    few.write_bytes(old.read_bytes()[:-1])
+    with pytest.raises(SystemExit, match="was begun with"):  # other questions under the same name
+        command(methods, *argv)
+    few.write_text('{"question_id": 1, "image": "a.png", "text": "What?"}\n')
+    with pytest.raises(SystemExit, match="a question has no answer"):
+        command(methods, *argv)
 
 
 def test_a_missing_file_ends_with_one_line(tiny, command, tmp_path):
