@@ -132,14 +132,14 @@ def read_flags() -> argparse.Namespace:
     args = parser.parse_args()
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_new_tokens < 1:
         parser.error("--temperature must be >= 0, --top-p in (0, 1], --top-k >= 0, --max-new-tokens >= 1")
-    if (args.top_k or args.top_p < 1) and not args.temperature:
-        parser.error("--top-k and --top-p draw tokens: they need --temperature above 0")
     if not 0 <= args.seed < 2**63:
         parser.error("--seed must be in [0, 2^63)")
     if args.look and args.visual_tokens:
         parser.error("--look draws all patches of an image: no --visual-tokens")
     if reason := many.why_refused(args):
         parser.error(reason)
+    if (args.top_k or args.top_p < 1) and not args.temperature:
+        parser.error("--top-k and --top-p draw tokens: they need --temperature above 0")
     return args
 
 

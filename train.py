@@ -412,7 +412,6 @@ def train_llava(args, ranks: Distributed, folder: Path):
     runs.choose_weights(args, run)
     sources, val_sources = open_sources(args, ranks, "captions" if args.stage == 1 else "instruct")
     model, tokenizer = load_start(args, ranks)
-    check_base(model, run)
     if model.config.relevance_bounds and args.questions != 1:
         raise ValueError(f"{args.model} chooses patches for one question: add --questions 1")
     if args.relevance and args.lora and not model.config.relevance_bounds:
@@ -422,6 +421,7 @@ def train_llava(args, ranks: Distributed, folder: Path):
         train_relevance(model, args.relevance, args.token_price)
     choose_trainable(model, args.train)
     save_trained = add_adapters(args, model)
+    check_base(model, run, every=bool(args.distill or args.ewc))
 
     context = model.config.text_config.max_position_embeddings
     max_length = args.max_length or context

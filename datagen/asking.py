@@ -92,7 +92,8 @@ def make_request(
     if no_system and messages:
         system, first, *rest = messages
         messages = (first | {"content": f"{system['content']}\n\n{first['content']}"}, *rest)
-    content = json.dumps([kind, item.id, item.image, model, messages, options], ensure_ascii=False, sort_keys=True)
+    fields = [kind, item.id, item.image, model, messages] + ([sorted(options.items())] if options else [])
+    content = json.dumps(fields, ensure_ascii=False)
     return Request(hashlib.sha256(content.encode()).hexdigest()[:32], kind, item, messages)
 
 

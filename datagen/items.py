@@ -29,7 +29,7 @@ FORMATS = "scenes.jsonl, COCO's captions or instances, LLaVA's captions, or a li
 @dataclass
 class Item:
     """What is known about one image. scene: of the embedded world; whole: whether the boxes name every object of
-    their categories, so that one may say what is not there, and how many there are."""
+    their categories, so that one may say what is not there."""
 
     id: str
     image: str  # path below the images folder
@@ -57,7 +57,7 @@ def read_items(paths: list[Path], images: Path, pixels: bool, skip_bad: bool) ->
     for key in held_out:
         del items[key]
     if held_out:
-        print(f"{len(held_out):,} held-out scenes are left out: a model is asked about them later", file=sys.stderr)
+        print(f"{len(held_out):,} held-out scenes are left out: eval.py asks about them", file=sys.stderr)
     for key, item in list(items.items()):
         try:
             check_file(resolve_inside(images, item.image))

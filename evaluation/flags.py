@@ -54,12 +54,12 @@ def why_refused(args: argparse.Namespace) -> str:
     task = args.score or args.task
     if args.score and not (args.predictions and args.references):
         return "--score needs --predictions and --references"
+    if args.predictions and not args.score:
+        return "--predictions needs --score, the benchmark that they answer"
     if not args.score and args.task != "probes" and not args.questions:
         return "the following arguments are required: --questions"
     if args.task == "probes" and (args.questions or args.images):
         return "--task probes draws its own scenes: no --questions, no --images"
-    if args.predictions and not args.score:
-        return "--predictions needs --score, the benchmark that they answer"
     if args.submission and task == "llavabench" and not args.grades and (args.rule or args.grader_model):
         return "--submission of llavabench has our own prompt and names no model: no --rule, no --grader-model"
     if args.submission and task not in SUBMISSIONS:

@@ -125,12 +125,13 @@ def average_folders(a: Path, b: Path, out: Path, share: float):
     """Write the model whose weights are (1 - share) times those of `a` plus share times those of `b`.
 
     `b` was trained from `a`: this keeps more of what `a` can do (WiSE-FT, Wortsman et al. 2021, arXiv 2109.01903).
-    Raises ValueError if their parameters differ in name or shape, or hold four bits.
+    Raises ValueError if their tokenizers, configs or parameters differ in name or shape, or hold four bits.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"--share {share:g}: the share of B must be between 0 and 1")
     (one, other), (two, tokenizer) = (load_checkpoint(folder, "cpu", None) for folder in (a, b))
-    if other.fingerprint() != tokenizer.fingerprint():
+    meanings = [(t.specials, t.word_ids, t.codec.spelled) for t in (other, tokenizer)]  # of the ids, in any file format
+    if meanings[0] != meanings[1]:
         raise ValueError(f"{a} and {b} have different tokenizers: B was not trained from A")
     for part in ("text_config", "vision_config", "projector_type"):
         if getattr(one.config, part) != getattr(two.config, part):

@@ -1,8 +1,8 @@
 """Save and restore a run: checkpoints to resume from, the best model so far, and at the end the finished model.
 
 A checkpoint holds the trainable weights and AdamW's states, each tensor whole, so that any number of ranks can resume
-from it. It needs no random state: the order of the data and the seed of every step are functions of (seed, step, rank).
-`runs.py` writes and verifies the files.
+from it (but for --loss-mean micro-batch). It needs no random state: the order of the data and the seed of every step
+are functions of (seed, step, rank). `runs.py` writes and verifies the files.
 """
 
 import hashlib
@@ -120,15 +120,22 @@ def restore_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Op
     return read_json(folder / "state.json")["step"]
 
 
-def check_base(model: nn.Module, run: Run):
-    """Note a checksum of the weights that the run starts from, 64 of each tensor. Raises ValueError if a resumed run
-    began with others: it stores only what trains."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.flatten()[:: max(1, tensor.numel() // 64)][:64].to(torch.float32).numpy().tobytes())
+def check_base(model: nn.Module, run: Run, every: bool):
+    """Note a checksum of the weights that checkpoints do not hold: of 64 numbers of each frozen parameter and of its
+    four-bit codes. Raises ValueError if a resumed run began with others.
+
+    Args: every: also those that train, since what they were at the start is needed later.
+    """
+    digest, tensors = hashlib.sha256(), [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in tensors:
+        # Means, such as the offset of scales in four bits, may depend on the number of threads.
+        if tensor.dtype == torch.uint8 or (isinstance(tensor, nn.Parameter) and (every or not tensor.requires_grad)):
+            sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)][:64]
+            digest.update(name.encode() + sample.to(torch.float32).numpy().tobytes())
     run.values["base_sha256"] = digest.hexdigest()
-    run.check_unchanged("base_sha256", run.values["base_sha256"], "a base of weights whose sha256 is")
+    run.check_unchanged(
+        "base_sha256", run.values["base_sha256"], "other frozen weights; a sample of them has the sha256"
+    )
 
 
 def restore_start(folder: Path, model: nn.Module, run: Run) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 from data import Records
 from inputs.check import Skips, count_cut, image_faults, log_skipped, refuse_bad
 from inputs.files import fingerprint
+from inputs.index import RecordFile
 from inputs.mixture import Source, check_mixing, make_order, open_sources
 from inputs.records import DataError
 from inputs.samples import Samples
@@ -75,6 +76,11 @@ def report_shares(args, ranks: Distributed, dataset: Samples):
         ranks.print0(f"{source.file.path} is read {len(drawn) / size:.3g} times, {unread}")
 
 
+def hash_file(file: RecordFile) -> str:
+    """The SHA-256 of a file of records; of a large one, it is kept beside the index."""
+    return str(file.cached("sha256", [], lambda: np.array(fingerprint(file.path)["sha256"])))
+
+
 def report_cut(ranks: Distributed, run: Run, dataset: Samples, val: Samples | None):
     """Print what is cut off or left out of the data, and keep the counts of `dataset` for run.json.
 
@@ -88,8 +94,7 @@ def report_cut(ranks: Distributed, run: Run, dataset: Samples, val: Samples | No
             ranks.print0(f"{'validation: ' if part is val else ''}{text}")
         if part is dataset:
             run.values["lengths"] = counts
-    sums = ranks.on_main(lambda: [fingerprint(source.file.path)["sha256"] for source in dataset.sources])
-    run.values["data_sha256"] = sums
+    run.values["data_sha256"] = sums = ranks.on_main(lambda: [hash_file(source.file) for source in dataset.sources])
     run.check_unchanged("data_sha256", sums, "files whose sha256 are")
     if isinstance(dataset, Records) and (count := count_lone_questions(dataset)):
         text = "records of an image and one question are read without their question, as in LLaVA's stage 1"

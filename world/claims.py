@@ -236,7 +236,7 @@ def main():
     args, template = read_flags()
     args.out.mkdir(parents=True, exist_ok=True)
     flags = {"minutes": args.minutes, "llm": str(args.llm), "speedrun": str(args.speedrun)}
-    flags |= {"text": stamp_text(args.text), "dtype": args.dtype}
+    flags |= {"text": stamp_text(args.text) if args.text else "None", "dtype": args.dtype}
     refuse_other_flags(args.out / "claims-flags.json", flags)
     for run in args.out.glob("seed*/*"):
         refuse_newer_world(run, args.speedrun)

@@ -210,10 +210,11 @@ def main():
     """Run every step that is not done yet, then write the report."""
     args = read_flags()
     args.out.mkdir(parents=True, exist_ok=True)
-    flags = {"minutes": args.minutes, "speedrun": stamp(args.speedrun / "stage2"), "patch-size": args.patch_size}
+    flags = {"minutes": args.minutes, "speedrun": str(args.speedrun), "patch-size": args.patch_size}
     flags |= {"budgets": args.budgets, "size": args.size, "dtype": args.dtype, "seed": args.seeds[0]}
-    refuse_other_flags(args.out / "flags.json", flags)
     plan, runner, minutes_file = Plan(args), Runner(), args.out / "minutes.json"
+    flags |= {"speedrun's decoder": stamp(plan.decoder)} if args.speedrun else {}
+    refuse_other_flags(args.out / "flags.json", flags)
     run_steps(plan.draw(), minutes_file, runner)
     write_records(plan.world, plan.records, int(IMAGES * args.minutes))
     cells = plan.cells()

@@ -121,10 +121,10 @@ def read_text(path: Path | None) -> tuple[str, str]:
     return text, path.name
 
 
-def stamp_text(path: Path | None) -> str:
-    """The name of the held-out English and a checksum of it: perplexities of other texts do not compare."""
-    text, name = read_text(path)
-    return f"{path or name} (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
+def stamp_text(path: Path) -> str:
+    """The path of the held-out English and a checksum of it: perplexities of other texts do not compare."""
+    text, _ = read_text(path)
+    return f"{path} (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
 
 
 def ask(model: Llava, tokenizer: Tokenizer, args: argparse.Namespace):

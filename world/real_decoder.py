@@ -229,7 +229,7 @@ def main():
     speedrun = choose_world(args.speedrun, args.minutes, args.seed, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     flags = {"minutes": args.minutes, "seed": args.seed, "llm": str(args.llm), "speedrun": str(speedrun)}
-    flags |= {"projector": args.projector, "dtype": args.dtype, "text": stamp_text(args.text)}
+    flags |= {"projector": args.projector, "dtype": args.dtype} | ({"text": stamp_text(args.text)} if args.text else {})
     refuse_other_flags(args.out / "speedrun.json", flags)
     refuse_newer_world(args.out / "stage1", speedrun)
     minutes_file, runner, world = args.out / "minutes.json", Runner(), speedrun / "world"

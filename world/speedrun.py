@@ -180,7 +180,8 @@ def stamp(path: Path) -> str:
     """A path and what tells its content: a file's checksum; the time when a run ended, or a model was written."""
     if path.is_file():
         return f"{path} (sha256 {fingerprint(path)['sha256'][:12]})"
-    written = max((file.stat().st_mtime for file in path.glob("*.safetensors")), default=0)
+    files = [*path.glob("*.safetensors"), *path.glob("*.bin")]
+    written = max((file.stat().st_mtime for file in files), default=0)
     ended = read_optional_json(path / "run.json").get("finished", written)
     return f"{path} (of {datetime.fromtimestamp(ended, UTC):%Y-%m-%d %H:%M:%S})"
 
@@ -189,7 +190,8 @@ def refuse_other_flags(path: Path, flags: dict):
     """End the program with one line if the folder was begun with other flags: its finished steps would be kept."""
     begun = read_optional_json(path) or flags
     if begun != flags:
-        text = " ".join(f"--{name} {value}" for name, value in begun.items() if value not in ("", "None"))
+        keys = [key for key in {**begun, **flags} if begun.get(key) != flags.get(key)]
+        text = ", ".join(f"--{key} {begun.get(key, 'None')}, not {flags.get(key, 'None')}" for key in keys)
         sys.exit(f"speedrun: {path.parent} was begun with {text}; give another --out, or delete the folder")
     write_json(path, flags)
 

@@ -383,7 +383,10 @@ def test_an_invalid_number_is_named(command, tiny, capsys, flag):
     assert caught.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("flag", ["--temperature=-1", "--top-p=0", "--top-p=1.1", "--top-k=-1", "--max-new-tokens=0"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--temperature=-1", "--top-p=0", "--top-p=1.1", "--top-k=-1", "--max-new-tokens=0", "--top-k=5", "--top-p=0.9"],
+)
 def test_a_number_out_of_range_is_named(command, tiny, capsys, flag):
     with pytest.raises(SystemExit) as caught:
         command(sample, "--model", tiny.stage2, "--prompt", "Hello", flag)

@@ -82,7 +82,7 @@ def test_only_boxes_of_all_objects_say_what_is_not_there(make, tmp_path):
     source = write_items(tmp_path, 30)
     (tmp_path / "items.json").write_text(json.dumps(rows))
     text = (make(*source, "--kinds", "conversation") / "data.json").read_text()
-    assert "There are no" not in text and "How many buses are in the image?" in text and "There is a bus." in text
+    assert "Are there any" not in text and "How many buses are in the image?" in text and "There is a bus." in text
 
 
 def test_the_report_loads_nothing_and_shows_text_as_text(make, tmp_path):

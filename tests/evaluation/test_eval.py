@@ -581,6 +581,8 @@ def test_two_processes_do_not_answer_into_one_file(tmp_path, answers, questions)
     (["--task", "llavabench", "--questions", "q", "--submission", "s", "--rule", "r"], "no --rule"),
     (["--score", "pope", "--predictions", "p", "--references", "r", "--limit", "5"], "--limit"),
     (["--score", "mmvet", "--predictions", "p", "--references", "r", "--grader", "http://x"], "--grades"),
+    (["--predictions", "p", "--references", "r"], "--predictions needs --score"),
+    (["--task", "probes", "--images", "i"], "no --images"),
 ])  # fmt: skip
 def test_a_command_that_makes_no_sense_ends_with_status_2(command, capsys, argv, why):
     with pytest.raises(SystemExit) as caught:

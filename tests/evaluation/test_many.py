@@ -225,6 +225,7 @@ def test_folders_without_images_and_models_without_a_tower_are_told(run, tiny, p
     (["--batch", "x", "--out", "y", "--image", "z"], "no --image"),
     (["--batch", "x", "--out", "y", "--temperature", "1"], "greedy"),
     (["--batch", "x", "--out", "y", "--batch-size", "0"], "above 0"),
+    (["--batch", "x", "--out", "y", "--top-k", "5"], "greedy"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together_are_named(command, capsys, argv, why):
     with pytest.raises(SystemExit) as caught:

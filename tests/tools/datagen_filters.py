@@ -94,7 +94,7 @@ NEW_REFUSALS = [
 def world_item(index: int) -> Item:
     scene, rng = make_scene(7, index, held_out=False)
     boxes = [(name_of(obj), *(min(1.0, max(0.0, v)) for v in obj.box)) for obj in scene.objects]
-    return Item(f"world-{index}", f"{index}.png", [write_caption(scene, rng)], boxes, scene)
+    return Item(f"world-{index}", f"{index}.png", [write_caption(scene, rng)], boxes, scene, whole=True)
 
 
 def make_drafts(first: int, count: int, nouns) -> list[Draft]:
