@@ -151,7 +151,7 @@ def test_data_that_changed_is_not_resumed(mine, tiny, command, monkeypatch):
         with pytest.raises(SystemExit):
             command(train, *flags)
     mine.good.write_text(mine.good.read_text().replace("a cat", "a dog.", 1))
-    with pytest.raises(SystemExit, match="run was trained with files whose sizes in bytes are"):
+    with pytest.raises(SystemExit, match="run was trained with files whose sha256 are"):
         command(train, *flags, "--resume")
     command(train, *flags, "--resume", "--allow-changes")
 
