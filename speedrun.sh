@@ -3,7 +3,7 @@
 #
 #   bash speedrun.sh                      about 20 minutes on two cores, after installation
 #   bash speedrun.sh --minutes 60         the same, with more of everything
-#   bash speedrun.sh --decoder smollm2    a real language model learns to see (docs/real-decoder.md), one to two hours
+#   bash speedrun.sh --decoder smollm2    a real language model learns to see (docs/real-decoder.md)
 #   bash speedrun.sh --help               all flags; after --decoder smollm2 those of the real decoder
 set -euo pipefail
 cd "$(dirname "$0")"

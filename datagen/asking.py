@@ -9,7 +9,7 @@ The model sees no pixels. It reads captions and boxes as text and writes a dialo
                  dog: [0.320, 0.455, 0.610, 0.880]
 
 These files are plain text to be edited; more examples (shot_2_...) may be added. The id of a request is a hash of
-kind, image, model and messages, so an answer is never taken for that to another prompt.
+kind, image, model, messages and options, so an answer is never taken for that to another prompt.
 """
 
 import hashlib

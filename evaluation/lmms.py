@@ -2,7 +2,7 @@
 
     python -m lmms_eval --model llava_from_scratch --model_args pretrained=DIR --tasks mme,pope --batch_size 16
 
-It answers tasks of every output type. Written for lmms-eval 0.7.2, which imports this file; nothing of ours does.
+It answers tasks of every output type. Written for lmms-eval 0.7.3, which imports this file; nothing of ours does.
 """
 
 import sys

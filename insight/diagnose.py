@@ -230,7 +230,7 @@ def check_rate(run: TrainedRun) -> Findings:
             shares.setdefault(part_of(name), []).append(peak * (rates.get(part_of(name)) or args.lr) / size)
     high = {part: share for part, values in shares.items() if (share := np.median(values)) > RATE_LIMIT}
     text = ", ".join(f"a weight of the {part} by {share:.0%}" for part, share in high.items())
-    text = f"learning rate: a step at the peak changes {text} of its size, 3 % is much"
+    text = f"learning rate: a step at the peak changes {text} of its size, and {RATE_LIMIT:.0%} is too much"
     return [f"{text}. Likely cause: a rate that is 10 or 100 times too high"] if high else []
 
 

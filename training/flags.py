@@ -128,14 +128,14 @@ add("--lora-dropout", "dropout on the input of an update", f"the recipe's, else 
 add("--lora-layers", "layers to adapt, as q_proj,v_proj", "all linear layers", type=lambda text: text.split(","))
 add("--lora-images-only", "the decoder's updates leave text without an image as it is", action="store_true")
 add("--lora-plus", "learning rate of B, as a multiple of A's", "1", type=cli.above_zero)
-add("--dora", "also train the length of each row of the matrices", action="store_true")
+add("--dora", "also train the magnitude of each row of the matrices", action="store_true")
 add("--bits", "4: the frozen decoder in NF4, as in QLoRA", type=int, choices=(4, 16), default=16)
 
 add = new_group("other small parts that train instead of the decoder: docs/tuning.md")
 add("--tune", "the method", choices=METHODS)
 add("--prefix-length", "number of virtual tokens of a prompt or prefix", str(LENGTH), type=int)
 text = "width of a bottleneck, or of the MLP that makes virtual tokens"
-add("--tune-width", text, "a 16th of the decoder's, or the decoder's", type=int)
+add("--tune-width", text, "a 16th of the decoder's (bottleneck), its keys' (prefix-mlp), the decoder's", type=int)
 
 add = new_group("the run: its folder, validation, checkpoints")
 add("--out", "the run's folder", "a new folder below out/", type=Path)

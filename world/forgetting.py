@@ -192,7 +192,8 @@ def report_remedies(args: argparse.Namespace):
         reached = known and statistics.mean(shares) >= GOAL[0] and statistics.mean(differences) >= -GOAL[1]
         verdicts += [name] if reached else []
     lost = [before["old"]["overall"] - run["old"]["overall"] for run in none]
-    head = ["remedy", "new task, %", "old task, %", "of the loss brought back, %", "new task, against none, points"]
+    head = ["remedy", "new task, %", "old task, %"]
+    head += ["lost accuracy that is brought back, %", "new task minus that of `none`, points"]
     lines = [f"# Remedies against forgetting: {args.shift}, {args.steps} steps, seeds {' '.join(map(str, args.seeds))}"]
     lines += ["", *table(head, rows), f"Lost without a remedy: {mean_and_error(lost)} points."]
     goal = f"At least {GOAL[0]} % of it back and at most {GOAL[1]} point lost on the new task"

@@ -85,3 +85,18 @@ def test_a_tiny_table_and_the_same_command_again(tiny, tmp_path, command, in_pro
     assert len(in_process) == count
     with pytest.raises(SystemExit, match=r"was begun with --minutes 0\.1"):
         command(connectors, *flags, "--minutes", 1)
+
+
+def test_a_default_call_begins_with_a_world_of_its_own(tmp_path, command, monkeypatch):
+    begun = []
+
+    def stop(steps, *_):
+        begun.extend(steps)
+        raise SystemExit("stopped here")
+
+    monkeypatch.setattr(connectors, "run_steps", stop)
+    with pytest.raises(SystemExit, match="stopped here"):
+        command(connectors, "--out", tmp_path / "out")
+    assert begun[0].command[:3] == ["-m", "world", "write"]
+    with pytest.raises(SystemExit, match="was begun with --minutes"):
+        command(connectors, "--out", tmp_path / "out", "--minutes", 1)
